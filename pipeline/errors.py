@@ -1,0 +1,49 @@
+"""The errors a user can cause, each with the exit code of the command line.
+
+Every message is one line that names the key, the value and the way out.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """An error that ends a command with one line and `exit_code`, never with a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(PipelineError):
+    """Wrong usage or configuration: an unknown name, a value out of range, a path that does not exist."""
+
+    exit_code = 2
+
+
+class DataError(PipelineError):
+    """Bad data or a bad artefact: it exists and is not valid, is stale, or belongs to something else."""
+
+    exit_code = 3
+
+
+class StorageError(PipelineError):
+    """Reading or writing failed: a full disk, missing rights, a lock held by another run."""
+
+    exit_code = 4
+
+
+class NumericalError(PipelineError):
+    """A loss, gradient norm or logit that is not finite."""
+
+    exit_code = 5
+
+
+class Interrupted(PipelineError):
+    """The run was asked to stop (SIGINT, SIGTERM); its state has been saved.
+
+    Args:
+        message: The line shown to the user.
+        signal_number: The signal received; the exit code is 128 + signal_number.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,322 @@
+"""Strict loading of params.yaml into recipes.
+
+Unknown keys, wrong types and values out of range are refused, naming the key, the value and what is allowed. So are
+scalars that PyYAML (YAML 1.1) and DVC's parser (YAML 1.2) read differently, and keys given twice: the two programs
+would otherwise train different things from one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pipeline.errors import UsageError
+from pipeline.recipes import (
+    DatasetRecipe,
+    LabelRecipe,
+    Recipe,
+    SelectRecipe,
+    StudentRecipe,
+    TeacherRecipe,
+    ViewRecipe,
+)
+
+T = TypeVar("T")
+
+MAX_BYTES = 1_000_000
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
+# The plain scalars that YAML 1.1 and 1.2 read alike; everything else that either reads as a number, a boolean or a
+# date must be quoted or written in one of these forms.
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)\Z")
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+([eE][-+][0-9]+)?\Z")
+_LOOKS_NUMERIC = re.compile(r"[-+]?(\.?[0-9][0-9_.,:eE+-]*|0[xXoObB][0-9a-fA-F_]+|\.(inf|Inf|INF|nan|NaN|NAN))\Z")
+_YAML11_WORDS = frozenset("y n yes no on off true false null ~".split())
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses aliases, tags, keys given twice and scalars that YAML 1.1 and 1.2 read differently."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()  # type: ignore[no-untyped-call]
+            raise UsageError(f"params.yaml {_place(event)}: an alias; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise UsageError(f"params.yaml {_place(key)}: the key {key.value!r} is not a plain name; quote it")
+            if key.value in seen:
+                raise UsageError(f"params.yaml {_place(key)}: the key {key.value!r} is given twice; keep one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _place(mark_owner: Any) -> str:
+    return f"line {mark_owner.start_mark.line + 1}"
+
+
+def _strict_scalar(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
+    """Construct a scalar, refusing whatever the two parsers disagree about."""
+    value = node.value
+    if node.style is not None:
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    if value in ("null", "~", ""):
+        return None
+    if _INTEGER.match(value):
+        return int(value)
+    if _FLOAT.match(value):
+        return float(value)
+    if _LOOKS_NUMERIC.match(value) or value.lower() in _YAML11_WORDS or node.tag != "tag:yaml.org,2002:str":
+        raise UsageError(
+            f"params.yaml {_place(node)}: {value!r} is read differently by different YAML parsers; "
+            "write numbers as 12 or 0.001, booleans as true or false, and put quotes around text"
+        )
+    return value
+
+
+for _tag in ("bool", "int", "float", "null", "str", "timestamp", "binary", "merge", "value"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _strict_scalar)
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of params.yaml.
+
+    Attributes:
+        recipe: Name of the default recipe.
+        teachers: Names of the candidate teachers, in the order of the tables.
+        view_recipes: Names of the view recipes that `dvc repro` labels.
+        students: Name of each student that `dvc repro` trains, and of the view recipe it trains on.
+        recipes: Every recipe by name.
+    """
+
+    recipe: str
+    teachers: tuple[str, ...]
+    view_recipes: tuple[str, ...]
+    students: Mapping[str, str]
+    recipes: Mapping[str, Recipe]
+
+    def select(self, name: str | None) -> Recipe:
+        """Return the recipe called `name`, or the default one.
+
+        Raises:
+            UsageError: There is no such recipe.
+        """
+        name = name or self.recipe
+        if name not in self.recipes:
+            raise UsageError(f"--recipe {name}: no such recipe in params.yaml; choose from {', '.join(self.recipes)}")
+        return self.recipes[name]
+
+
+def load_params(path: Path) -> Params:
+    """Load and check params.yaml.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UsageError: The file is missing, is not YAML, or holds something that is not allowed.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: not found; run the command in the project's folder") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(raw) > MAX_BYTES:
+        raise UsageError(f"{path}: {len(raw)} bytes; at most {MAX_BYTES} are allowed")
+    try:
+        tree = yaml.load(raw.decode("utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+    return parse_params(tree)
+
+
+def parse_params(tree: Any) -> Params:
+    """Build Params from the plain mappings, lists and scalars of params.yaml.
+
+    Raises:
+        UsageError: Something in it is not allowed; the message names the key, the value and what is.
+    """
+    keys = [field.name for field in dataclasses.fields(Params)]
+    top = _section(tree, "params.yaml", keys, required=keys)
+    recipes = {
+        _name(name, "recipes"): _recipe(name, section) for name, section in _mapping(top["recipes"], "recipes").items()
+    }
+    params = Params(
+        recipe=_name(top["recipe"], "recipe"),
+        teachers=_names(top["teachers"], "teachers"),
+        view_recipes=_names(top["view_recipes"], "view_recipes"),
+        students={
+            _name(student, "students"): _name(views, f"students.{student}")
+            for student, views in _mapping(top["students"], "students").items()
+        },
+        recipes=recipes,
+    )
+    _check_references(params)
+    return params
+
+
+def override(recipe: T, settings: Mapping[str, str], key: str) -> T:
+    """Return a copy of a dataclass with fields replaced by values written as in params.yaml.
+
+    Args:
+        recipe: A frozen dataclass of pipeline.recipes.
+        settings: Field name to YAML scalar, as `{"epochs": "3"}`.
+        key: What the dataclass is called in messages.
+
+    Raises:
+        UsageError: No such field, or a value that is not allowed.
+    """
+    try:
+        parsed = {name: yaml.load(text, Loader=_StrictLoader) for name, text in settings.items()}
+    except yaml.YAMLError:
+        raise UsageError(f"{key}: cannot read {dict(settings)}; write --set KEY=VALUE") from None
+    return _build(type(recipe), {**dataclasses.asdict(recipe), **parsed}, key)  # type: ignore[call-overload]
+
+
+def _recipe(name: str, section: Any) -> Recipe:
+    """Build one recipe; `teacher` and `student` hold what `teachers` and `students` share."""
+    path = f"recipes.{name}"
+    optional = ("teacher", "student", "select", "label")
+    required = ("dataset", "views", "teachers", "students")
+    parts = _section(section, path, (*required, *optional), required=required)
+
+    def family(cls: type[T], kind: str, extra: Any) -> dict[str, T]:
+        shared = _mapping(parts.get(kind, {}), f"{path}.{kind}")
+        members = _mapping(parts[f"{kind}s"], f"{path}.{kind}s")
+        return {
+            _name(member, f"{path}.{kind}s"): _build(
+                cls,
+                {**extra(member), **shared, **_mapping(own, f"{path}.{kind}s.{member}")},
+                f"{path}.{kind}s.{member}",
+            )
+            for member, own in members.items()
+        }
+
+    recipe = Recipe(
+        name=name,
+        dataset=_build(DatasetRecipe, parts["dataset"], f"{path}.dataset"),
+        views={
+            _name(view, f"{path}.views"): _view_recipe(own, f"{path}.views.{view}")
+            for view, own in _mapping(parts["views"], f"{path}.views").items()
+        },
+        teachers=family(TeacherRecipe, "teacher", lambda member: {}),
+        select=_build(SelectRecipe, parts.get("select", {}), f"{path}.select"),
+        label=_build(LabelRecipe, parts.get("label", {}), f"{path}.label"),
+        students=family(StudentRecipe, "student", lambda member: {"model": member}),
+    )
+    if "default" not in recipe.views:
+        raise UsageError(f"{path}.views.default: missing; teachers train on this view recipe")
+    for student, own in recipe.students.items():
+        if own.views not in recipe.views:
+            raise UsageError(
+                f"{path}.students.{student}.views: {own.views!r} is no view recipe; "
+                f"choose from {', '.join(recipe.views)}"
+            )
+    return recipe
+
+
+def _view_recipe(section: Any, path: str) -> ViewRecipe:
+    """Build a view recipe; its operations stand apart, so that teachers can depend on them without the count."""
+    parts = _section(section, path, ("count", "seed", "operations"), required=("count", "seed", "operations"))
+    operations = _mapping(parts["operations"], f"{path}.operations")
+    for key in ("count", "seed"):
+        if key in operations:
+            raise UsageError(f"{path}.operations.{key}: belongs one level up, at {path}.{key}")
+    return _build(ViewRecipe, {**operations, "count": parts["count"], "seed": parts["seed"]}, path)
+
+
+def _check_references(params: Params) -> None:
+    """Check that the names at the top exist in the default recipe, and agree with it."""
+    recipe = params.select(params.recipe)
+    path = f"recipes.{recipe.name}"
+    for kind, names, known in (
+        ("teachers", params.teachers, recipe.teachers),
+        ("view_recipes", params.view_recipes, recipe.views),
+        ("students", tuple(params.students), recipe.students),
+    ):
+        for name in names:
+            if name not in known:
+                raise UsageError(f"{kind}: {name!r} is not in {path}; choose from {', '.join(known)}")
+    for student, views in params.students.items():
+        if views != recipe.students[student].views:
+            raise UsageError(
+                f"students.{student}: {views!r} differs from {path}.students.{student}.views "
+                f"({recipe.students[student].views!r}); make them equal"
+            )
+        if views not in params.view_recipes:
+            raise UsageError(f"students.{student}: view recipe {views!r} is not in view_recipes; add it there")
+
+
+def _build(cls: type[T], values: Any, path: str) -> T:
+    """Build a recipe dataclass from a mapping, checking every value."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    values = _section(values, path, tuple(fields), required=required)
+    types = typing.get_type_hints(cls)
+    return cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
+
+
+def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) -> Any:
+    """Check one value's type, then its range or choices."""
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise UsageError(f"{path}: {value!r} is not {_TYPE_NAMES[expected]}")
+    if "range" in field.metadata:
+        low, high = field.metadata["range"]
+        if not (math.isfinite(value) and low <= value <= high):
+            raise UsageError(f"{path}: {value!r} is out of range; allowed is {low} to {high}")
+    if "choices" in field.metadata and value not in field.metadata["choices"]:
+        raise UsageError(f"{path}: {value!r} is not allowed; choose from {', '.join(field.metadata['choices'])}")
+    return value
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _section(value: Any, path: str, allowed: typing.Iterable[str], *, required: typing.Iterable[str]) -> dict[str, Any]:
+    """Check that a value is a mapping of allowed keys with all required ones."""
+    mapping = _mapping(value, path)
+    allowed = tuple(allowed)
+    for key in mapping:
+        if key not in allowed:
+            raise UsageError(f"{path}.{key}: unknown key; allowed are {', '.join(allowed)}")
+    for key in required:
+        if key not in mapping:
+            raise UsageError(f"{path}.{key}: missing; add it")
+    return mapping
+
+
+def _mapping(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: {value!r} is not a mapping of keys to values")
+    return value
+
+
+def _names(value: Any, path: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{path}: {value!r} is not a list of names")
+    names = tuple(_name(item, path) for item in value)
+    if len(set(names)) != len(names):
+        raise UsageError(f"{path}: {value!r} names something twice")
+    return names
+
+
+def _name(value: Any, path: str) -> str:
+    if not isinstance(value, str) or not _NAME.match(value):
+        raise UsageError(f"{path}: {value!r} is not a name (lower-case letters, digits, - and _, at most 64)")
+    return value
