@@ -1,0 +1,215 @@
+"""Geometric operations on whole uint8 batches, equal bit for bit to Pillow's on each image.
+
+Convention: x runs right and y down, in pixels; pixel (x, y) covers [x, x + 1) x [y, y + 1); what lies outside
+of the frame is black. An index map holds, for every pixel of the result, the flat index y * W + x of the
+pixel it copies, or -1 for black. Matrices are Pillow's (a, b, c, d, e, f): the result's (x, y) copies the
+pixel at (ax + by + c, dx + ey + f).
+
+Matrices are float64 on the CPU; everything after is integer arithmetic, so that every device gives the same
+pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FIXED_POINT_ONE = 65536.0
+
+
+def gather(images: Tensor, index_maps: Tensor) -> Tensor:
+    """Copy every pixel from where an index map says.
+
+    Args:
+        images: `(B, C, H, W)` uint8.
+        index_maps: `(B, H, W)` int64 in [-1, H * W); -1 is black. B may be 1: one map for all images.
+
+    Returns:
+        `(B, C, H, W)` uint8.
+    """
+    # A black pixel in front of each channel is what -1 finds once every index is one higher.
+    pixels = torch.nn.functional.pad(images.flatten(2), (1, 0))
+    indices = (index_maps.flatten(1) + 1)[:, None].expand(images.shape[0], images.shape[1], -1)
+    return pixels.gather(2, indices).reshape(images.shape)
+
+
+def crop_flip(images: Tensor, offsets: Tensor, flipped: Tensor) -> Tensor:
+    """Shift the frame over the images, then flip left-right where asked: padded crop and flip in one pass.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        offsets: `(B, 2)` int64, how far the frame moves down and right, pixels; a crop at (top, left) of
+            images padded by p is the offset (top - p, left - p).
+        flipped: `(B,)` bool.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: arXiv:2502.16762 §3.4; torchvision's `crop` of `pad`, then `hflip`.
+    """
+    height, width = images.shape[-2:]
+    x = torch.arange(width, device=images.device)
+    rows = torch.arange(height, device=images.device) + offsets[:, :1]
+    columns = torch.where(flipped[:, None], width - 1 - x, x) + offsets[:, 1:]
+    return gather(images, _product_maps(rows, columns))
+
+
+def rotate(images: Tensor, angles: NDArray[np.float64]) -> Tensor:
+    """Rotate about the centre, nearest neighbour.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        angles: `(B,)` degrees, counter-clockwise.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: torchvision's `rotate` of a PIL image.
+    """
+    height, width = images.shape[-2:]
+    return gather(images, index_maps(rotation_matrices(angles, height, width), height, width, images.device))
+
+
+def affine(
+    images: Tensor,
+    translate: NDArray[np.int64],
+    scale: NDArray[np.float64],
+    shear: NDArray[np.float64],
+) -> Tensor:
+    """Scale and shear about the centre, then translate, nearest neighbour.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        translate: `(B, 2)` pixels, right and down.
+        scale: `(B,)` above 0; 2 doubles the size.
+        shear: `(B, 2)` degrees, along x and along y.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: torchvision's `affine` of a PIL image, with angle 0.
+    """
+    height, width = images.shape[-2:]
+    matrices = affine_matrices(translate, scale, shear, center=(width * 0.5, height * 0.5))
+    return gather(images, index_maps(matrices, height, width, images.device))
+
+
+def rotation_matrices(angles: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
+    """Build the matrices of rotations about the centre.
+
+    Args:
+        angles: `(B,)` degrees, counter-clockwise.
+        height: H, pixels.
+        width: W, pixels.
+
+    Returns:
+        `(B, 6)` float64.
+
+    Source: `PIL.Image.Image.rotate`. Its shortcuts at multiples of 90 degrees give what these matrices give.
+    """
+    radians = -np.radians(np.mod(angles, 360.0))
+    # Rounded as by Pillow, or sin(180 degrees) = 1e-16 would hide that the matrix is axis-aligned.
+    cosine, sine = np.round(np.cos(radians), 15), np.round(np.sin(radians), 15)
+    center_x, center_y = width / 2, height / 2
+    shift_x = cosine * -center_x + sine * -center_y + 0.0 + center_x
+    shift_y = -sine * -center_x + cosine * -center_y + 0.0 + center_y
+    return np.stack([cosine, sine, shift_x, -sine, cosine, shift_y], axis=1)
+
+
+def affine_matrices(
+    translate: NDArray[np.int64],
+    scale: NDArray[np.float64],
+    shear: NDArray[np.float64],
+    center: tuple[float, float],
+) -> NDArray[np.float64]:
+    """Build the matrices of scaling and shearing about a centre, followed by a translation.
+
+    Args:
+        translate: `(B, 2)` pixels, right and down.
+        scale: `(B,)` above 0; 2 doubles the size.
+        shear: `(B, 2)` degrees, along x and along y.
+        center: (x, y) of the point that stays, pixels.
+
+    Returns:
+        `(B, 6)` float64, in torchvision's order of operations, so that they round alike.
+
+    Source: `torchvision.transforms.functional._get_inverse_affine_matrix` with angle 0.
+    """
+    shear_x, shear_y = np.radians(shear).T
+    cosine, sine, tangent = np.cos(shear_y), np.sin(shear_y), np.tan(shear_x)
+    a = cosine / cosine / scale
+    b = cosine * tangent / cosine / scale
+    d = sine / cosine / scale
+    e = (sine * tangent / cosine + 1.0) / scale
+    shift_x, shift_y = -center[0] - translate[:, 0], -center[1] - translate[:, 1]
+    c = e * shift_x + b * shift_y + center[0]
+    f = d * shift_x + a * shift_y + center[1]
+    return np.stack([e, b, c, d, a, f], axis=1)
+
+
+def index_maps(matrices: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
+    """Turn matrices into index maps by Pillow's arithmetic.
+
+    Args:
+        matrices: `(B, 6)` float64.
+        height: H, pixels.
+        width: W, pixels.
+        device: Where the maps are wanted.
+
+    Returns:
+        `(B, H, W)` int64 in [-1, H * W).
+
+    Source: Pillow's `ImagingTransformAffine` (Geometry.c) with nearest-neighbour resampling: axis-aligned
+        matrices accumulate doubles, all others 16.16 fixed point.
+    Differs: Pillow leaves fixed point where a corner maps beyond 32,768 pixels; the integers here stay
+        wide enough.
+    """
+    axis_aligned = (matrices[:, 1] == 0) & (matrices[:, 3] == 0)
+    if axis_aligned.all():
+        return _axis_aligned_maps(matrices, height, width, device)
+    if not axis_aligned.any():
+        return _fixed_point_maps(matrices, height, width, device)
+    maps = torch.empty((len(matrices), height, width), dtype=torch.int64, device=device)
+    aligned = torch.from_numpy(axis_aligned).to(device)
+    maps[aligned] = _axis_aligned_maps(matrices[axis_aligned], height, width, device)
+    maps[~aligned] = _fixed_point_maps(matrices[~axis_aligned], height, width, device)
+    return maps
+
+
+def _axis_aligned_maps(matrices: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
+    """Index maps of matrices that do not mix the axes, `(B, H, W)` int64."""
+    a, _, c, _, e, f = matrices.T
+    columns, rows = _accumulate(c + a * 0.5, a, width), _accumulate(f + e * 0.5, e, height)
+    return _product_maps(torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device))
+
+
+def _accumulate(start: NDArray[np.float64], step: NDArray[np.float64], num_steps: int) -> NDArray[np.int64]:
+    """Source coordinates along one axis, `(B, num_steps)` int64; Pillow adds the steps up one by one."""
+    terms = np.broadcast_to(step[:, None], (len(step), num_steps)).copy()
+    terms[:, 0] = start
+    return np.floor(np.cumsum(terms, axis=1)).astype(np.int64)
+
+
+def _fixed_point_maps(matrices: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
+    """Index maps in 16.16 fixed point, `(B, H, W)` int64."""
+    a, b, c, d, e, f = matrices.T
+    coefficients = np.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5])
+    fixed = torch.from_numpy(np.floor(coefficients * FIXED_POINT_ONE + 0.5).astype(np.int64)).to(device)
+    a0, a1, a2, a3, a4, a5 = fixed[:, :, None, None]
+    x = torch.arange(width, device=device)
+    y = torch.arange(height, device=device)[:, None]
+    columns = (x * a0 + (y * a1 + a2)) >> 16
+    rows = (x * a3 + (y * a4 + a5)) >> 16
+    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    return torch.where(inside, rows * width + columns, -1)
+
+
+def _product_maps(rows: Tensor, columns: Tensor) -> Tensor:
+    """Index maps `(B, H, W)` of source rows `(B, H)` and columns `(B, W)`, which may lie outside."""
+    height, width = rows.shape[1], columns.shape[1]
+    outside = -height * width
+    starts = torch.where((rows >= 0) & (rows < height), rows * width, outside)
+    ends = torch.where((columns >= 0) & (columns < width), columns, outside)
+    return (starts[:, :, None] + ends[:, None, :]).clamp_(min=-1)

@@ -1,0 +1,238 @@
+"""Colour operations on whole uint8 batches, equal bit for bit to Pillow's on each image.
+
+Pillow computes in float32 here and in integers there, and truncates rather than rounds; each function names
+the one it reproduces. Only elementwise arithmetic, integer sums and tables are used, so that every device
+gives the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUM_LEVELS = 256
+
+
+def blend(degenerate: Tensor, images: Tensor, factors: Tensor) -> Tensor:
+    """Move images away from, or towards, a degenerate version of themselves.
+
+    Args:
+        degenerate: Broadcastable to `(B, 3, H, W)`, integer levels in [0, 255].
+        images: `(B, 3, H, W)` uint8.
+        factors: `(B,)` at least 0; 0 gives `degenerate`, 1 gives `images`, above 1 exaggerates.
+
+    Returns:
+        `(B, 3, H, W)` uint8, clipped, truncated.
+
+    Source: Pillow's `ImagingBlend`, in float32, multiplication and addition rounded separately.
+    """
+    start = degenerate.float()
+    return ((images - start).mul_(_per_sample(factors.float())) + start).clamp_(0, 255).to(torch.uint8)
+
+
+def brightness(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend with black.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        factors: `(B,)` at least 0; 0 gives black, 1 the images.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageEnhance.Brightness`.
+    """
+    return images.float().mul_(_per_sample(factors.float())).clamp_(0, 255).to(torch.uint8)
+
+
+def color(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend with the grey image.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        factors: `(B,)` at least 0; 0 gives grey, 1 the images.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageEnhance.Color` (torchvision's saturation).
+    """
+    return blend(luminance(images), images, factors)
+
+
+def contrast(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend with the mean grey.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        factors: `(B,)` at least 0; 0 gives the constant mean luminance, 1 the images.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageEnhance.Contrast`, whose mean is rounded half up.
+    """
+    levels = luminance(images)
+    num_pixels = images.shape[2] * images.shape[3]
+    total = levels.sum(dim=(1, 2, 3), dtype=torch.int64)
+    mean = torch.div(2 * total + num_pixels, 2 * num_pixels, rounding_mode="floor")
+    return blend(_per_sample(mean), images, factors)
+
+
+def sharpness(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend with the smoothed image.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        factors: `(B,)` at least 0; 0 gives the smoothed images, 1 the images, above 1 sharpens.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageEnhance.Sharpness`; its 3 x 3 kernel (centre 5, else 1) over 13 leaves the border as it
+        is.
+    """
+    levels = images.to(torch.int16)
+    rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
+    weighted = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * levels[:, :, 1:-1, 1:-1]
+    # Rounding half up in integers is exact: sums over 13 come no closer than 1/26 to a tie.
+    smooth = levels
+    smooth[:, :, 1:-1, 1:-1] = torch.div(2 * weighted + 13, 26, rounding_mode="floor")
+    return blend(smooth, images, factors)
+
+
+def posterize(images: Tensor, num_bits: Tensor) -> Tensor:
+    """Keep the highest bits of every level.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        num_bits: `(B,)` integer in [1, 8].
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageOps.posterize`.
+    """
+    masks = 256 - (1 << (8 - num_bits.long()))
+    return images & _per_sample(masks.to(torch.uint8))
+
+
+def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
+    """Invert the levels at or above a threshold.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        thresholds: `(B,)` in [0, 255], may be fractional.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageOps.solarize`.
+    """
+    return torch.where(images < _per_sample(thresholds.ceil().to(torch.uint8)), images, 255 - images)
+
+
+def invert(images: Tensor) -> Tensor:
+    """Turn every level v into 255 - v.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageOps.invert`.
+    """
+    return 255 - images
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch the levels of each channel of each image over [0, 255]; a channel of one level stays.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageOps.autocontrast` with cutoff 0, in float64.
+    """
+    lowest = images.amin(dim=(2, 3)).double()[..., None]
+    span = images.amax(dim=(2, 3)).double()[..., None] - lowest
+    # `255.0 / span` would multiply by a rounded reciprocal and truncate to other levels than Pillow does.
+    scale = torch.full_like(span, 255.0) / span.clamp(min=1)
+    levels = torch.arange(NUM_LEVELS, device=images.device)
+    stretched = (levels * scale + -lowest * scale).clamp_(0, 255).to(torch.uint8)
+    return apply_tables(images, torch.where(span > 0, stretched, levels.to(torch.uint8)))
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Flatten the histogram of each channel of each image.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+
+    Source: `PIL.ImageOps.equalize`, all in integers. A channel stays where its pixels below the highest level
+        are fewer than 255.
+    """
+    counts = histograms(images)
+    highest = images.amax(dim=(2, 3)).long()[..., None]
+    num_below = counts.sum(dim=2, keepdim=True) - counts.gather(2, highest)
+    step = torch.div(num_below, 255, rounding_mode="floor")
+    divisor = step.clamp(min=1)
+    before = counts.cumsum(dim=2) - counts
+    equalized = torch.div(torch.div(step, 2, rounding_mode="floor") + before, divisor, rounding_mode="floor")
+    identity = torch.arange(NUM_LEVELS, device=images.device)
+    return apply_tables(images, torch.where(step > 0, equalized.clamp_(max=255), identity).to(torch.uint8))
+
+
+def luminance(images: Tensor) -> Tensor:
+    """Convert to grey.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+
+    Returns:
+        `(B, 1, H, W)` int32 in [0, 255].
+
+    Source: Pillow's conversion of RGB to L: ITU-R 601-2 luma in 16 fractional bits, rounded half up.
+    """
+    red, green, blue = images.to(torch.int32).unbind(1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)[:, None]
+
+
+def histograms(images: Tensor) -> Tensor:
+    """Count the levels of each channel of each image.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+
+    Returns:
+        `(B, 3, 256)` int64.
+    """
+    num_histograms = images.shape[0] * images.shape[1]
+    levels = images.reshape(num_histograms, -1).long()
+    first_bins = torch.arange(num_histograms, device=images.device)[:, None] * NUM_LEVELS
+    counts = torch.bincount((levels + first_bins).flatten(), minlength=num_histograms * NUM_LEVELS)
+    return counts.reshape(images.shape[0], images.shape[1], NUM_LEVELS)
+
+
+def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
+    """Replace every level by its entry in a table.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        tables: `(B, 3, 256)` uint8, one for each channel of each image.
+
+    Returns:
+        `(B, 3, H, W)` uint8.
+    """
+    return tables.gather(2, images.flatten(2).long()).reshape(images.shape)
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    """Shape `(B,)` into `(B, 1, 1, 1)`, to act on whole images."""
+    return values.reshape(-1, 1, 1, 1)

@@ -1,0 +1,89 @@
+"""CutMix and MixUp of whole uint8 batches, in integers.
+
+Convention: lambda is the share of the first image; x runs right and y down, in pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import draws
+
+MIXUP_STEPS = 65536
+
+
+def cutmix_boxes(
+    lambda_uniform: NDArray[np.float64], center_uniform: NDArray[np.float64], height: int, width: int
+) -> NDArray[np.int64]:
+    """Draw the boxes that the partner's pixels fill.
+
+    Lambda comes from Beta(1/2, 1/2), whose quantile function is sin^2(pi u / 2), so that the box's side is
+    cos(pi u / 2) of the frame's.
+
+    Args:
+        lambda_uniform: `(B,)` float64 in [0, 1).
+        center_uniform: `(B, 2)` float64 in [0, 1): the centre's x and y as a share of the frame.
+        height: H, pixels.
+        width: W, pixels.
+
+    Returns:
+        `(B, 4)` int64: left, top, right and bottom, the last two exclusive, clipped to the frame.
+
+    Source: arXiv:1905.04899 §3.1 and its published code; arXiv:2502.16762 §3.4.
+    """
+    side = np.cos(np.pi / 2 * lambda_uniform)
+    half = np.stack([(width * side).astype(np.int64) // 2, (height * side).astype(np.int64) // 2], axis=1)
+    center = np.stack(
+        [draws.integers(center_uniform[:, 0], width), draws.integers(center_uniform[:, 1], height)], axis=1
+    )
+    return np.concatenate([center - half, center + half], axis=1).clip(0, [width, height, width, height])
+
+
+def cutmix(images: Tensor, partners: Tensor, boxes: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Fill a box of each image with the same box of its partner.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        partners: `(B, 3, H, W)` uint8.
+        boxes: `(B, 4)` int64: left, top, right and bottom, inside of the frame.
+
+    Returns:
+        The mixed images `(B, 3, H, W)` uint8, and lambda `(B,)` float32: the share of the first image's
+        pixels.
+
+    Source: arXiv:1905.04899 §3.1; arXiv:2502.16762 §3.4, Eq. 9.
+    """
+    height, width = images.shape[-2:]
+    left, top, right, bottom = torch.from_numpy(boxes).to(images.device)[:, :, None].unbind(1)
+    x = torch.arange(width, device=images.device)
+    y = torch.arange(height, device=images.device)
+    in_columns, in_rows = (x >= left) & (x < right), (y >= top) & (y < bottom)
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    num_first = height * width - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    lam = torch.from_numpy((num_first / (height * width)).astype(np.float32))
+    return torch.where(inside, partners, images), lam.to(images.device)
+
+
+def mixup(images: Tensor, partners: Tensor, lambda_uniform: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """Average each image with its partner, weighted by lambda from Beta(1/2, 1/2).
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        partners: `(B, 3, H, W)` uint8.
+        lambda_uniform: `(B,)` float64 in [0, 1).
+
+    Returns:
+        The mixed images `(B, 3, H, W)` uint8, rounded half up, and lambda `(B,)` float32.
+
+    Source: arXiv:1710.09412 Eq. 1; arXiv:2502.16762 §4.2 ("TITN (MixUp)").
+    Differs: lambda is a multiple of 1/65536 and the mixed image is uint8, so that every device gives the
+        same.
+    """
+    share = np.rint(np.sin(np.pi / 2 * lambda_uniform) ** 2 * MIXUP_STEPS).astype(np.int32)
+    first = torch.from_numpy(share).to(images.device)
+    weight = first.reshape(-1, 1, 1, 1)
+    mixed = (weight * images + (MIXUP_STEPS - weight) * partners + MIXUP_STEPS // 2) >> 16
+    return mixed.to(torch.uint8), first.float() / MIXUP_STEPS
