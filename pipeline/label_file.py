@@ -1,0 +1,200 @@
+"""The bytes of a label cache: a sealed HDF5 file, written in one way and read with suspicion.
+
+Layout, open to any HDF5 tool:
+
+    user block       512 bytes, the seal (pipeline.seals)
+    labels           (V, N) uint8 or little-endian uint16; chunk (1, N), fletcher32;
+                     fill value the largest of the type, never a label
+    digest           (V, 32) uint8, SHA-256 of each row of `labels`
+    clean/<split>    (n,) as `labels`
+    identity         group whose attributes are the fields of the identity, each as canonical JSON
+    provenance       likewise
+    canaries         attribute of the root, canonical JSON
+
+This module knows the layout and what HDF5 can do; what the values mean is pipeline.labels' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.label_identity import IDENTITY_FIELDS, PROVENANCE_FIELDS, SCHEMA_VERSION, canonical_json
+from pipeline.seals import SEAL_SIZE, check_seal, make_seal
+
+# Signature and version, sizes of offsets and lengths, flags, addresses of base, extension and end of file.
+_SUPERBLOCK = struct.Struct("<9s3BQQQ")
+_SIGNATURE = b"\x89HDF\r\n\x1a\n\x02"
+_LABEL_DTYPES = (np.dtype("u1"), np.dtype("<u2"))
+
+
+class Contents(NamedTuple):
+    """What a label cache file holds.
+
+    Attributes:
+        labels: `(V, N)` uint8 or uint16.
+        clean: Split name to `(n,)` of the same type.
+        canaries: JSON objects.
+        identity: JSON values under IDENTITY_FIELDS.
+        provenance: JSON values under PROVENANCE_FIELDS.
+    """
+
+    labels: NDArray[Any]
+    clean: Mapping[str, NDArray[Any]]
+    canaries: Sequence[Any]
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def encode(contents: Contents) -> bytes:
+    """Write a sealed file; equal contents give equal bytes.
+
+    Args:
+        contents: What to write.
+
+    Returns:
+        The whole file, seal included.
+    """
+    labels = contents.labels
+    buffer = io.BytesIO()
+    # A fixed format version, so that the bytes do not follow the library's default. The format before 1.8
+    # limits an attribute to 64 KiB, too little for the names of many classes.
+    with h5py.File(buffer, "w", userblock_size=SEAL_SIZE, libver=("v108", "v108")) as file:
+        file.attrs["canaries"] = np.bytes_(canonical_json(list(contents.canaries)))
+        for name, fields in (("identity", contents.identity), ("provenance", contents.provenance)):
+            group = file.create_group(name)
+            for key in sorted(fields):
+                group.attrs[key] = np.bytes_(canonical_json(fields[key]))
+        rows = file.create_dataset(
+            "labels",
+            shape=labels.shape,
+            dtype=labels.dtype,
+            chunks=(1, labels.shape[1]),
+            fletcher32=True,
+            fillvalue=np.iinfo(labels.dtype).max,
+            track_times=False,
+        )
+        for view, row in enumerate(labels):
+            rows[view] = row
+        file.create_dataset("digest", data=_row_digests(labels), track_times=False)
+        clean = file.create_group("clean")
+        for split in sorted(contents.clean):
+            clean.create_dataset(split, data=contents.clean[split], track_times=False)
+    seal = make_seal(buffer.getbuffer()[SEAL_SIZE:], SCHEMA_VERSION)
+    buffer.seek(0)
+    buffer.write(seal)
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> Contents:
+    """Read a sealed file.
+
+    The seal is checked before HDF5 sees a byte. Since anyone can seal anything, each object is then checked
+    to be stored as `encode` stores it before any of its content is read.
+
+    Args:
+        data: The whole file, seal included.
+
+    Returns:
+        Its contents; the arrays are read-only.
+
+    Raises:
+        ValueError: What is wrong. HDF5 may raise any other exception on a hostile file.
+    """
+    check_seal(data, SCHEMA_VERSION)
+    if len(data) < SEAL_SIZE + _SUPERBLOCK.size:
+        raise ValueError("it holds no HDF5 file")
+    signature, *_, end = _SUPERBLOCK.unpack_from(data, SEAL_SIZE)
+    if signature != _SIGNATURE or end != len(data):
+        raise ValueError(f"it holds no HDF5 file that ends after {len(data)} bytes")
+    with h5py.File(io.BytesIO(data), "r") as file:
+        if file.userblock_size != SEAL_SIZE:
+            raise ValueError(f"its user block has {file.userblock_size} bytes")
+        _require_members(file, {"labels", "digest", "clean", "identity", "provenance"}, {"canaries"})
+        _require_members(file["identity"], set(), set(IDENTITY_FIELDS))
+        _require_members(file["provenance"], set(), set(PROVENANCE_FIELDS))
+        _require_members(file["clean"], None, set())
+        contents = Contents(
+            labels=_read_array(file, "labels", _LABEL_DTYPES, len(data), chunked=True),
+            clean={split: _read_array(file["clean"], split, _LABEL_DTYPES, len(data)) for split in file["clean"]},
+            canaries=_read_json(file, "canaries"),
+            identity={key: _read_json(file["identity"], key) for key in IDENTITY_FIELDS},
+            provenance={key: _read_json(file["provenance"], key) for key in PROVENANCE_FIELDS},
+        )
+        digest = _read_array(file, "digest", _LABEL_DTYPES[:1], len(data))
+    if not np.array_equal(digest, _row_digests(contents.labels)):
+        raise ValueError("the labels of a view differ from their digest")
+    return contents
+
+
+def _require_members(group: Any, links: set[str] | None, attributes: set[str]) -> None:
+    """Refuse a group that holds anything else, or anything by more than one hard link; None is any names."""
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f"{group.name} is not a group")
+    found = set(group)
+    if found != (found if links is None else links) or set(group.attrs) != attributes:
+        raise ValueError(f"{group.name} does not hold exactly what a label cache holds")
+    for name in found:
+        # Looked at before the object is opened: opening follows soft and external links.
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name!a} is a link")
+        if h5py.h5o.get_info(group.id, name.encode()).rc != 1:
+            raise ValueError(f"{name!a} has a second name")
+
+
+def _read_json(group: h5py.Group, key: str) -> Any:
+    """Read an attribute that holds canonical JSON."""
+    attribute = group.attrs.get_id(key)
+    kind = attribute.get_type()
+    if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str() or attribute.shape != ():
+        raise ValueError(f"{key} is not a text of fixed length")
+    text = bytes(group.attrs[key]).decode("ascii")
+    value = json.loads(text)
+    if canonical_json(value) != text:
+        raise ValueError(f"{key} is not canonical JSON")
+    return value
+
+
+def _read_array(
+    group: h5py.Group, name: str, dtypes: Sequence[np.dtype[Any]], file_size: int, *, chunked: bool = False
+) -> NDArray[Any]:
+    """Read a dataset after checking that all of it lies in this file, stored as `encode` stores it."""
+    dataset = group[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in dtypes:
+        raise ValueError(f"{name!a} is not a dataset of {' or '.join(map(str, dtypes))}")
+    shape, dtype, creation = dataset.shape, dataset.dtype, dataset.id.get_create_plist()
+    # An enumeration or a boolean looks like its integer to numpy.
+    if not dataset.id.get_type().equal(h5py.h5t.py_create(np.dtype(dtype.str))):
+        raise ValueError(f"{name!a} is not of plain integers")
+    if not shape or dataset.maxshape != shape or len(dataset.attrs):
+        raise ValueError(f"{name!a} is not of fixed size and without attributes")
+    layout = h5py.h5d.CHUNKED if chunked else h5py.h5d.CONTIGUOUS
+    if creation.get_layout() != layout or creation.get_external_count():
+        raise ValueError(f"{name!a} is not stored in this file in the layout of a label cache")
+    filters = [creation.get_filter(index)[0] for index in range(creation.get_nfilters())]
+    if filters != ([h5py.h5z.FILTER_FLETCHER32] if chunked else []):
+        raise ValueError(f"{name!a} has the filters {filters}")
+    # Before anything is allocated: a dataset may claim any size.
+    size, checksums = math.prod(shape) * dtype.itemsize, 4 * shape[0] if chunked else 0
+    if not 0 < size < file_size or dataset.id.get_storage_size() != size + checksums:
+        raise ValueError(f"{name!a} stores {dataset.id.get_storage_size()} bytes for a shape of {shape}")
+    if chunked and (dataset.chunks != (1, *shape[1:]) or dataset.fillvalue != np.iinfo(dtype).max):
+        raise ValueError(f"{name!a} has chunks of {dataset.chunks} and fill value {dataset.fillvalue}")
+    array: NDArray[Any] = dataset[...]
+    array.flags.writeable = False
+    return array
+
+
+def _row_digests(labels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Digest each row of stored labels: `(V, N)` to `(V, 32)` uint8."""
+    digests = b"".join(hashlib.sha256(np.ascontiguousarray(row).data).digest() for row in labels)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(len(labels), 32)

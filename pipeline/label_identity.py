@@ -1,0 +1,283 @@
+"""What a label cache belongs to: identity, provenance and their comparison.
+
+The identity says which images the labels are for and must equal what a student is about to use, field by
+field; the provenance says who labelled them and how. Both are plain JSON values, so that equality means equal
+canonical JSON, whatever wrote them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from pipeline.errors import DataError
+from pipeline.recipes import ViewRecipe
+
+SCHEMA_VERSION = 1
+IDENTITY_FIELDS = (
+    "schema_version",
+    "dataset_sha256",
+    "split",
+    "num_samples",
+    "class_names",
+    "view_recipe",
+)
+PROVENANCE_FIELDS = ("teacher", "checkpoint_sha256", "mean", "std", "precision", "device", "versions")
+MAX_CLASSES = 65535
+_MAX_REPORTED = 4
+_MAX_SHOWN = 80
+
+
+def make_identity(
+    *,
+    dataset_sha256: str,
+    split: str,
+    view_recipe: ViewRecipe,
+    class_names: Sequence[str],
+    num_samples: int,
+) -> dict[str, Any]:
+    """Describe what labels are for.
+
+    The number of views is left out: a cache can be extended, and a student may use fewer.
+
+    Args:
+        dataset_sha256: Content digest of the prepared data set, 64 hexadecimal digits.
+        split: Name of the labelled split.
+        view_recipe: The augmentation, with its seed.
+        class_names: One name a class, in the order of the labels; K of them.
+        num_samples: Images in the split, N.
+
+    Returns:
+        JSON values under the keys IDENTITY_FIELDS.
+    """
+    view = {
+        # A recipe may say 10 where the field means 10.0; JSON would tell the two apart.
+        field.name: float(value) if isinstance(field.default, float) else value
+        for field in dataclasses.fields(view_recipe)
+        if field.name != "count"
+        for value in (getattr(view_recipe, field.name),)
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "dataset_sha256": dataset_sha256,
+        "split": split,
+        "num_samples": int(num_samples),
+        "class_names": list(class_names),
+        "view_recipe": view,
+    }
+
+
+def make_provenance(
+    *,
+    teacher: str,
+    checkpoint_sha256: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: str,
+    device: str,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Describe who labels, and how.
+
+    Args:
+        teacher: Name of the architecture.
+        checkpoint_sha256: Digest of its weights, 64 hexadecimal digits.
+        mean: Normalisation, one number a channel, in units of [0, 1] pixels.
+        std: As `mean`.
+        precision: `fp32` or `bf16`.
+        device: Kind of device, such as `cpu` or `cuda`.
+        versions: Library name to version.
+
+    Returns:
+        JSON values under the keys PROVENANCE_FIELDS.
+    """
+    return {
+        "teacher": teacher,
+        "checkpoint_sha256": checkpoint_sha256,
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "precision": precision,
+        "device": device,
+        "versions": dict(versions),
+    }
+
+
+def check_identity(identity: Mapping[str, Any]) -> None:
+    """Refuse what `make_identity` cannot have made.
+
+    Args:
+        identity: Values from a file.
+
+    Raises:
+        ValueError: The field and its value.
+    """
+    _check_keys("identity", identity, IDENTITY_FIELDS)
+    names, num_samples = identity["class_names"], identity["num_samples"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"identity.class_names is {_show(names)}, expected a list of texts")
+    label_dtype(len(names))
+    if type(num_samples) is not int or num_samples < 1:
+        raise ValueError(f"identity.num_samples is {_show(num_samples)}, expected a positive number")
+    if not is_sha256(identity["dataset_sha256"]):
+        raise ValueError(f"identity.dataset_sha256 is {_show(identity['dataset_sha256'])}, expected a SHA-256")
+
+
+def check_provenance(provenance: Mapping[str, Any]) -> None:
+    """Refuse what `make_provenance` cannot have made.
+
+    Args:
+        provenance: Values from a file.
+
+    Raises:
+        ValueError: The field and its value.
+    """
+    _check_keys("provenance", provenance, PROVENANCE_FIELDS)
+    digest = provenance["checkpoint_sha256"]
+    if not is_sha256(digest):
+        raise ValueError(f"provenance.checkpoint_sha256 is {_show(digest)}, expected a SHA-256")
+
+
+def is_sha256(value: Any) -> bool:
+    """Tell whether a value is a digest.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True for a text of 64 hexadecimal digits in lower case.
+    """
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def canonical_json(value: Any) -> str:
+    """Write a value in the one way that equal values share: sorted keys, no spaces, ASCII.
+
+    Args:
+        value: JSON values only.
+
+    Returns:
+        One line of text.
+
+    Raises:
+        TypeError: A value JSON does not have, such as a numpy scalar.
+        ValueError: A number is not finite.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Digest an identity, or a provenance.
+
+    Args:
+        identity: As made by `make_identity` or `make_provenance`.
+
+    Returns:
+        SHA-256 of its canonical JSON, 64 hexadecimal digits.
+    """
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def require_equal(what: str, found: Mapping[str, Any], expected: Mapping[str, Any], way_out: str) -> None:
+    """Refuse an identity or provenance that differs, naming each field that does.
+
+    Args:
+        what: What was found, to open the message with.
+        found: Its fields.
+        expected: The fields that it must have.
+        way_out: What the user can do.
+
+    Raises:
+        DataError: They differ: field, value found and value expected, and the way out, in one line.
+    """
+    different = _differences(found, expected, "")
+    if different:
+        shown = different[:_MAX_REPORTED]
+        if len(different) > len(shown):
+            shown.append(f"and {len(different) - len(shown)} more")
+        raise DataError(f"{what} does not fit: {'; '.join(shown)}; {way_out}")
+
+
+def label_dtype(num_classes: int) -> np.dtype[Any]:
+    """Choose the type of stored labels; its largest value is the fill value and never a class.
+
+    Args:
+        num_classes: K, in 1..65535.
+
+    Returns:
+        Little-endian uint8 up to 255 classes, else uint16.
+
+    Raises:
+        DataError: There is no class, or too many.
+    """
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise DataError(f"class_names has {num_classes} entries; a label cache holds 1 to {MAX_CLASSES} classes")
+    return np.dtype("u1") if num_classes <= 255 else np.dtype("<u2")
+
+
+def to_labels(values: Any, num_classes: int) -> NDArray[Any]:
+    """Convert labels to the stored type without ever changing a value.
+
+    Numpy and HDF5 would both clip or wrap 300 into a uint8 and read NaN as class 0.
+
+    Args:
+        values: `(N,)` integers in [0, num_classes).
+        num_classes: K.
+
+    Returns:
+        `(N,)` of `label_dtype(num_classes)`, contiguous, sharing nothing with `values`.
+
+    Raises:
+        ValueError: Not a row of integers, or one is no class.
+    """
+    array = np.asarray(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"labels must be a row of integers, not {array.dtype} of shape {array.shape}")
+    outside = np.flatnonzero((array < 0) | (array >= num_classes))
+    if outside.size:
+        first = int(outside[0])
+        raise ValueError(f"label {array[first]} of sample {first} is outside of the {num_classes} classes")
+    dtype: DTypeLike = label_dtype(num_classes)
+    return np.array(array, dtype=dtype, order="C")
+
+
+def _differences(found: Any, expected: Any, path: str) -> list[str]:
+    """List where two JSON values differ, in a list only the first place."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        result: list[str] = []
+        for key in sorted(found.keys() | expected.keys()):
+            name = f"{path}.{key}" if path else key
+            if key not in found:
+                result.append(f"{name} is missing, expected {_show(expected[key])}")
+            elif key not in expected:
+                result.append(f"{name} is {_show(found[key])}, expected none")
+            else:
+                result += _differences(found[key], expected[key], name)
+        return result
+    if isinstance(found, list) and isinstance(expected, list):
+        if len(found) != len(expected):
+            return [f"{path} has {len(found)} entries, expected {len(expected)}"]
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            if different := _differences(*pair, f"{path}[{index}]"):
+                return different
+        return []
+    if canonical_json(found) == canonical_json(expected):
+        return []
+    return [f"{path} is {_show(found)}, expected {_show(expected)}"]
+
+
+def _check_keys(what: str, found: Mapping[str, Any], expected: Sequence[str]) -> None:
+    if set(found) != set(expected):
+        raise ValueError(f"{what} has the fields {_show(sorted(found))}, expected {_show(sorted(expected))}")
+
+
+def _show(value: Any) -> str:
+    """Write a value for a message: one line, not too long."""
+    text = canonical_json(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

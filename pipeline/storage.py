@@ -1,0 +1,259 @@
+"""Files that are whole or absent: atomic writing, JSON, digests and the lock of a run.
+
+A file is written beside its destination, flushed to the device and renamed over it, so that a kill, a power
+cut or a full disk leaves either the old content or the new, never a mixture. Nothing is ever opened for
+writing in place: a destination may be a link into DVC's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, StorageError
+
+
+def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file so that it is seen either whole or not at all, also after a power cut.
+
+    Missing parent directories are made. A link at `path` is replaced, never followed. A killed process may
+    leave its hidden sibling behind (see `remove_leftovers`).
+
+    Args:
+        path: Destination.
+        data: The whole content.
+
+    Raises:
+        StorageError: The disk is full, rights are missing, or the device failed. What stood at `path` is
+            unharmed; only where the last flush, that of the directory, fails is the new content there, though
+            not yet safe from a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        _make_directory(path.parent)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                view = memoryview(data).cast("B")
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {_reason(error)}; free space or rights, then run again") from error
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the hidden siblings that killed writers of `path` left behind.
+
+    Only for a caller that holds the run's lock: the sibling of a writer still at work is removed too.
+
+    Args:
+        path: The destination of the writes, as given to `write_atomic`.
+
+    Raises:
+        StorageError: Listing or removing failed.
+    """
+    prefix = f".{path.name}."
+    try:
+        if not path.parent.is_dir():
+            return
+        for entry in path.parent.iterdir():
+            if entry.name.startswith(prefix) and entry.name.endswith(".tmp"):
+                entry.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot clean up beside {path}: {_reason(error)}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        StorageError: It is missing or cannot be read.
+    """
+    data = read_if_exists(path)
+    if data is None:
+        raise StorageError(f"cannot read {path}: {os.strerror(errno.ENOENT)}")
+    return data
+
+
+def read_if_exists(path: Path) -> bytes | None:
+    """Read a whole file that may be missing.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, or None where there is no such file.
+
+    Raises:
+        StorageError: It is there and cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write an object as JSON, atomically: sorted keys, two spaces, UTF-8, one newline at the end.
+
+    Args:
+        path: Destination.
+        obj: Dicts with string keys, lists, strings, finite numbers, booleans and None.
+
+    Raises:
+        ValueError: A number is not finite; JSON has no such value.
+        StorageError: Writing failed; what stood at `path` is unharmed.
+    """
+    text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file strictly: no duplicate keys, no NaN or infinity.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content as dicts, lists and scalars.
+
+    Raises:
+        DataError: The content is not valid JSON.
+        StorageError: The file is missing or cannot be read.
+    """
+    data = read_bytes(path)
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not valid JSON: {reason}; delete it and make it again") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Digest a file without holding it in memory.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its SHA-256, 64 hexadecimal digits in lower case.
+
+    Raises:
+        StorageError: The file is missing or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a run's lock, without waiting for it.
+
+    The kernel releases it when the holder dies, however that happens; the file itself stays, because removing
+    it would let two runs hold locks on two files of the same name. Keep it outside of what a fresh start
+    deletes.
+
+    Args:
+        path: The lock file, made where missing. It names its holder while held.
+
+    Yields:
+        Nothing; the lock is held until the block is left.
+
+    Raises:
+        StorageError: Another run holds it, or the file system refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StorageError(f"cannot lock {path}: {_reason(error)}") from error
+    try:
+        _acquire(descriptor, path)
+        try:
+            yield
+        finally:
+            # A forked data loader shares this open file: closing our descriptor alone would leave it locked.
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path) -> None:
+    """Lock an open file and write its holder into it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        raise StorageError(f"{path} is held by another run ({holder}); wait for it, or stop it") from error
+    except OSError as error:
+        raise StorageError(f"cannot lock {path}: {_reason(error)}") from error
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory and its missing parents so that they survive a power cut."""
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing):
+        _sync_directory(each.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Flush a directory's entries to the device."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a directory; the rename is then all the safety there is.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    """What the operating system says, without the path, which the caller names."""
+    return error.strerror or str(error)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict, refusing duplicate keys, of which Python would silently keep the last."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
