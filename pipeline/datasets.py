@@ -1,0 +1,308 @@
+"""Data sets: uint8 images, labels, class names and splits, held in memory and in one HDF5 file.
+
+The HDF5 file holds, for each split `train`, `val` (where there is one) and `test`, a group with `images`
+(N, H, W, 3) uint8 and `labels` (N,) int64, both contiguous and uncompressed; beside them `class_names`, and
+the attributes `schema`, `source` and `sha256`. The SHA-256 is of the content, not of the file; label caches
+and checkpoints refer to the data set by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError, StorageError
+from pipeline.recipes import DatasetRecipe
+from pipeline.storage import write_atomic
+
+SCHEMA = "titn-dataset/1"
+Channels = tuple[float, float, float]  # red, green, blue
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split.
+
+    Attributes:
+        images: `(N, H, W, 3)` uint8 RGB.
+        labels: `(N,)` int64, each in [0, K).
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> Split:
+        """Return the samples at `indices`, an `(n,)` int64 array, in its order."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images, labels, class names and splits; made by `assemble` or `Dataset.load`.
+
+    Attributes:
+        source: Where the images come from, one of pipeline.recipes.SOURCES.
+        class_names: K names; a label is an index into them.
+        train: The training split.
+        val: The validation split cut off train, or None.
+        test: The test split.
+        sha256: SHA-256, hexadecimal, of class names, splits, shapes, pixels and labels. It depends neither on
+            `source` nor on how the data set is stored.
+    """
+
+    source: str
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split | None
+    test: Split
+    sha256: str
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, K."""
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square images, pixels."""
+        return int(self.train.images.shape[1])
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits there are, by name."""
+        return _splits(self.train, self.val, self.test)
+
+    @property
+    def evaluation(self) -> tuple[str, Split]:
+        """The name and the split that models are compared on: `val` where there is one, else `test`."""
+        return ("test", self.test) if self.val is None else ("val", self.val)
+
+    @property
+    def mean(self) -> Channels:
+        """The mean of each channel over the pixels of train, in [0, 1]."""
+        return self._statistics[0]
+
+    @property
+    def std(self) -> Channels:
+        """The standard deviation of each channel over the pixels of train, in [0, 1]; 1 where it is zero."""
+        return self._statistics[1]
+
+    @cached_property
+    def _statistics(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation by channel, from sums of integers: exact in any order of addition."""
+        images = self.train.images
+        sums = np.zeros((2, 3), np.int64)
+        for start in range(0, len(images), 1024):
+            pixels = images[start : start + 1024].astype(np.uint16)  # holds 255 squared
+            # Summing over samples first keeps NumPy's inner loop long: eight times as fast as all at once.
+            for row, values in zip(sums, (pixels, pixels * pixels), strict=True):
+                row += values.sum(axis=0, dtype=np.int64).sum(axis=(0, 1))
+        count = images.size // 3
+        red, green, blue = (
+            (total / (count * 255), math.sqrt(count * squares - total**2) / (count * 255) or 1.0)
+            for total, squares in sums.T.tolist()
+        )
+        return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
+
+    def save(self, path: Path) -> None:
+        """Write the data set to `path` as HDF5, replacing what is there; equal data sets give equal bytes.
+
+        Args:
+            path: The file; missing folders above it are made.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        buffer = io.BytesIO()
+        with h5py.File(buffer, "w", libver=("earliest", "v110")) as file:
+            # Strings of fixed length: where the heap of others is damaged HDF5 can search it for ever.
+            file.attrs["schema"] = np.bytes_(SCHEMA)
+            file.attrs["source"] = np.bytes_(self.source)
+            file.attrs["sha256"] = np.bytes_(self.sha256)
+            encoded = [name.encode() for name in self.class_names]
+            dtype = h5py.string_dtype("utf-8", max(map(len, encoded)))
+            file["class_names"] = np.array(encoded, dtype)
+            for name, split in self.splits.items():
+                file[f"{name}/images"] = split.images
+                file[f"{name}/labels"] = split.labels.astype("<i8")
+        write_atomic(path, buffer.getbuffer())
+
+    @classmethod
+    def load(cls, path: Path) -> Dataset:
+        """Read a data set that `save` wrote, and verify its SHA-256.
+
+        Args:
+            path: The HDF5 file.
+
+        Returns:
+            The data set, wholly in memory.
+
+        Raises:
+            DataError: There is no such file, it is not a data set, or its content has another SHA-256.
+            StorageError: The file cannot be read.
+        """
+        try:
+            with h5py.File(path, "r") as file:
+                dataset = cls._read(file, path.stat().st_size)
+                stated = file.attrs["sha256"].decode()
+        except FileNotFoundError:
+            raise DataError(f"{path}: no prepared data set there; `pipeline prepare` makes it") from None
+        except PermissionError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            message = f"{path}: not a prepared data set ({reason}); run `pipeline prepare` again"
+            raise DataError(message) from error
+        if dataset.sha256 != stated:
+            raise DataError(
+                f"{path}: damaged: the SHA-256 of its content is {dataset.sha256}, not {stated} as recorded; "
+                "run `pipeline prepare` again"
+            )
+        return dataset
+
+    @classmethod
+    def _read(cls, file: h5py.File, file_size: int) -> Dataset:
+        """Read all but the recorded SHA-256; the one in the result is computed."""
+        if file.attrs["schema"].decode() != SCHEMA:
+            raise ValueError(f"schema {file.attrs['schema']!r}, expected {SCHEMA!r}")
+        encoded = _read_array(file["class_names"], 1, "|S", file_size)
+        class_names = tuple(name.decode() for name in encoded.tolist())
+        splits = {}
+        for name in ("train", "val", "test"):
+            if name == "val" and name not in file:
+                continue
+            images = _read_array(file[f"{name}/images"], 4, "|u1", file_size)
+            labels = _read_array(file[f"{name}/labels"], 1, "<i8", file_size)
+            num_samples, height, width, num_channels = images.shape
+            if height != width or num_channels != 3 or len(labels) != num_samples or num_samples == 0:
+                raise ValueError(f"{name}: images of shape {images.shape}, labels of shape {labels.shape}")
+            if labels.min() < 0 or labels.max() >= len(class_names):
+                raise ValueError(f"{name}: labels outside 0 to {len(class_names) - 1}")
+            splits[name] = Split(images, labels)
+        source = file.attrs["source"].decode()
+        return _make(source, class_names, splits["train"], splits.get("val"), splits["test"])
+
+
+def stratified_split(
+    labels: NDArray[np.int64], fraction: float, seed: int, class_names: tuple[str, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut a share of the samples off, the same share of each class.
+
+    The cut has ceil(fraction N) samples, shared out to the classes by largest remainder; each class then has
+    at least one sample on either side. Which samples of a class are cut depends only on the seed and their
+    indices, through SHA-256, so that no version of a library can change a split.
+
+    Args:
+        labels: `(N,)` int64.
+        fraction: The share to cut, in (0, 1).
+        seed: Another seed cuts other samples.
+        class_names: K names, for messages.
+
+    Returns:
+        The indices that stay and those that are cut, `(n,)` int64 each, ascending.
+
+    Raises:
+        DataError: A class has a single sample.
+
+    Source: largest remainder and the rounding up as in scikit-learn's `StratifiedShuffleSplit`.
+    Differs: that draws from NumPy's generator, and can leave a small class out of one side.
+    """
+    counts = np.bincount(labels, minlength=len(class_names))
+    if (counts == 1).any():
+        name = class_names[int(np.argmax(counts == 1))]
+        raise DataError(
+            f"class {name!r} has a single sample, which cannot be in two splits; add samples, or give a test "
+            "set and set dataset.val_fraction to 0"
+        )
+    num_cut = math.ceil(round(fraction * len(labels), 6))
+    shares = counts * num_cut / max(len(labels), 1)
+    cuts = np.floor(shares).astype(np.int64)
+    by_remainder = np.argsort(cuts - shares, kind="stable")
+    cuts[by_remainder[: num_cut - cuts.sum()]] += 1
+    cuts = np.clip(cuts, np.minimum(counts, 1), np.maximum(counts - 1, 0))
+    cut: list[int] = []
+    for label in range(len(class_names)):
+        members = np.flatnonzero(labels == label).tolist()
+        members.sort(key=lambda index: hashlib.sha256(f"{seed}/{index}".encode()).digest())
+        cut += members[: cuts[label]]
+    is_cut = np.zeros(len(labels), bool)
+    is_cut[cut] = True
+    return np.flatnonzero(~is_cut), np.flatnonzero(is_cut)
+
+
+def assemble(
+    source: str, class_names: tuple[str, ...], train: Split, test: Split | None, recipe: DatasetRecipe
+) -> Dataset:
+    """Make a data set, cutting the splits that the source lacks and the recipe asks for.
+
+    Args:
+        source: One of pipeline.recipes.SOURCES.
+        class_names: K names.
+        train: The source's training samples.
+        test: Its test samples; None cuts `recipe.test_fraction` off train.
+        recipe: Gives the fractions; `val_fraction` is cut off what is then left of train.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: There are fewer than two classes, or too few samples to cut.
+    """
+    if len(class_names) < 2:
+        raise DataError(f"{source}: {len(class_names)} class found, a classifier needs two: add another")
+    val = None
+    if test is None:
+        rest, cut = stratified_split(train.labels, recipe.test_fraction, recipe.split_seed, class_names)
+        train, test = train.take(rest), train.take(cut)
+    if recipe.val_fraction > 0:
+        rest, cut = stratified_split(train.labels, recipe.val_fraction, recipe.split_seed, class_names)
+        train, val = train.take(rest), train.take(cut)
+    return _make(source, class_names, train, val, test)
+
+
+def _make(source: str, class_names: tuple[str, ...], train: Split, val: Split | None, test: Split) -> Dataset:
+    """Make a data set with the SHA-256 of its content."""
+    sha256 = _content_sha256(class_names, _splits(train, val, test))
+    return Dataset(source, class_names, train, val, test, sha256)
+
+
+def _splits(train: Split, val: Split | None, test: Split) -> dict[str, Split]:
+    """The splits there are, by name, in the order in which they are stored and digested."""
+    return {"train": train, "test": test} if val is None else {"train": train, "val": val, "test": test}
+
+
+def _content_sha256(class_names: tuple[str, ...], splits: dict[str, Split]) -> str:
+    """SHA-256 of a JSON header with names and shapes, then of pixels and labels, in the order of `splits`."""
+    header = {
+        "schema": SCHEMA,
+        "class_names": class_names,
+        "splits": [[name, split.images.shape] for name, split in splits.items()],
+    }
+    digest = hashlib.sha256(json.dumps(header, separators=(",", ":"), sort_keys=True).encode())
+    for split in splits.values():
+        digest.update(np.ascontiguousarray(split.images).data)
+        digest.update(np.ascontiguousarray(split.labels, "<i8").data)
+    return digest.hexdigest()
+
+
+def _read_array(dataset: Any, ndim: int, dtype: str, file_size: int) -> NDArray[Any]:
+    """Read an HDF5 dataset whole, after checking what it says of itself."""
+    # A size that the file cannot hold would otherwise be allocated before HDF5 notices.
+    is_expected = dataset.ndim == ndim and dataset.dtype.str.startswith(dtype)
+    if not is_expected or dataset.nbytes > file_size:
+        raise ValueError(f"{dataset.name}: {dataset.dtype} of shape {dataset.shape}")
+    array: NDArray[Any] = dataset[()]
+    return array
