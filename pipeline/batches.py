@@ -1,0 +1,99 @@
+"""What the fit loop is fed with: batches of views, the split it is scored on, and the order of samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.draws import uniforms
+from pipeline.views import Views, normalize
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step sees.
+
+    Attributes:
+        images: `(B, 3, H, W)` float32, normalised.
+        labels: `(B,)` int64, y1.
+        partner_labels: `(B,)` int64, y2.
+        lam: `(B,)` float32, the share of the image that is left.
+        teacher_labels: `(B,)` int64, y_t; None where the model learns without a teacher.
+    """
+
+    images: Tensor
+    labels: Tensor
+    partner_labels: Tensor
+    lam: Tensor
+    teacher_labels: Tensor | None
+
+
+TeacherLabels = Callable[[int, Tensor, Tensor], Tensor]
+"""Maps (view, indices `(B,)`, normalised images `(B, 3, H, W)`) to the teacher's labels `(B,)` int64."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training set as batches of views.
+
+    Attributes:
+        views: Renders the views on the device.
+        mean: Of each channel, pixels in [0, 1].
+        std: Of each channel.
+        num_views: Epoch e trains on view e mod num_views; None for view e (teachers, whose draws never repeat).
+        teacher_labels: Where a batch's teacher labels come from, or None.
+    """
+
+    views: Views
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_views: int | None = None
+    teacher_labels: TeacherLabels | None = None
+
+    def batch(self, epoch: int, indices: Tensor) -> Batch:
+        """Render the samples `indices`, `(B,)` int64, of the epoch's view."""
+        view = epoch if self.num_views is None else epoch % self.num_views
+        rendered = self.views.batch(view, indices)
+        images = normalize(rendered.images, self.mean, self.std)
+        teacher_labels = None if self.teacher_labels is None else self.teacher_labels(view, indices, images)
+        return Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, teacher_labels)
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """A split of clean images.
+
+    Attributes:
+        images: `(N, 3, H, W)` uint8.
+        labels: `(N,)` int64.
+        mean: Of each channel, pixels in [0, 1].
+        std: Of each channel.
+        num_classes: K.
+        teacher_labels: `(N,)` int64, the teacher's labels of the same images, or None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_classes: int
+    teacher_labels: Tensor | None = None
+
+
+def split_batches(num_samples: int, batch_size: int) -> list[slice]:
+    """Cut positions into batches; a last batch of one sample joins the one before, for batch norm's sake."""
+    bounds = [*range(0, num_samples, batch_size), num_samples]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+        del bounds[-2]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
+    """Return the order of the samples in an epoch, `(N,)` int64: a pure function of its arguments."""
+    keys = uniforms(seed, "order", epoch, "order", num_samples, 1)[:, 0]
+    return torch.from_numpy(np.argsort(keys, kind="stable"))

@@ -1,0 +1,187 @@
+"""Checkpoints: safetensors beside JSON, written whole or not at all, and the resumable state of a run under way.
+
+No pickle is ever loaded. A checkpoint's JSON names the SHA-256 of its tensors, so a file that was cut, changed or
+mixed up with another run's is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.errors import DataError, UsageError
+from pipeline.storage import read_bytes, read_json, write_atomic, write_json
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights and what they are.
+
+    Attributes:
+        path: The .safetensors file.
+        meta: The JSON beside it: what the model is, how it was trained, what it reached.
+        tensors: Name to tensor, on the CPU.
+    """
+
+    path: Path
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the .safetensors file."""
+        return str(self.meta["sha256"])
+
+
+def save_checkpoint(directory: Path, stem: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """Write `stem`.safetensors, then `stem`.json, which names the former's SHA-256.
+
+    Args:
+        directory: Made if it does not exist.
+        stem: File name without suffix.
+        tensors: What to save; copied to the CPU.
+        meta: Plain JSON values.
+
+    Returns:
+        The SHA-256 of the .safetensors file.
+
+    Raises:
+        StorageError: A file cannot be written; the former ones are then unharmed or fail their SHA-256.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    write_atomic(directory / f"{stem}.safetensors", data)
+    write_json(directory / f"{stem}.json", {**meta, "sha256": digest})
+    return digest
+
+
+def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
+    """Load a checkpoint and check its SHA-256.
+
+    Args:
+        path: A directory that a stage wrote, or a .safetensors file in it.
+        stem: Which checkpoint of a directory.
+
+    Raises:
+        UsageError: The path does not exist.
+        DataError: It holds no valid checkpoint.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such checkpoint; name a directory that a stage wrote, or a .safetensors file")
+    file = path / f"{stem}.safetensors" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise DataError(f"{file}: no checkpoint; name a directory that a stage wrote, or a .safetensors file")
+    meta_file = file.with_suffix(".json")
+    if not meta_file.is_file():
+        raise DataError(f"{meta_file}: missing; a checkpoint is the .safetensors file and this JSON beside it")
+    meta = read_json(meta_file)
+    data = read_bytes(file)
+    digest = hashlib.sha256(data).hexdigest()
+    if not isinstance(meta, dict) or digest != meta.get("sha256"):
+        raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {meta_file.name} says; run its stage again")
+    return Checkpoint(file, meta, _read_tensors(data, file))
+
+
+def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
+    """Return the JSON of a directory's checkpoint without reading its weights; None where there is none."""
+    files = (path / f"{stem}.json", path / f"{stem}.safetensors")
+    if not all(file.is_file() for file in files):
+        return None
+    meta = read_json(files[0])
+    return meta if isinstance(meta, dict) else None
+
+
+def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"{file}: not a safetensors file ({error}); run its stage again") from None
+
+
+class RunState:
+    """The resumable state of a run under way: the two newest checkpoints, outside DVC's outs.
+
+    Args:
+        directory: Of this run alone.
+        fingerprint: Of everything that decides the run's result; a state with another one is never resumed.
+    """
+
+    _SLOTS = ("state-a", "state-b")
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self._directory = directory
+        self._fingerprint = fingerprint
+        self._serial = 0
+
+    def load(self) -> Checkpoint | None:
+        """Return the newest state that is whole and of this run; None where there is none."""
+        states = []
+        for slot in self._SLOTS:
+            try:
+                state = load_checkpoint(self._directory / f"{slot}.safetensors")
+            except (DataError, UsageError):
+                continue
+            if state.meta.get("fingerprint") == self._fingerprint:
+                states.append(state)
+        if not states:
+            return None
+        newest = max(states, key=lambda state: int(state.meta["serial"]))
+        self._serial = int(newest.meta["serial"])
+        return newest
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Write over the older of the two states.
+
+        Raises:
+            StorageError: The state cannot be written; the newer one is unharmed.
+        """
+        self._serial += 1
+        slot = self._SLOTS[self._serial % 2]
+        meta = {**meta, "fingerprint": self._fingerprint, "serial": self._serial}
+        save_checkpoint(self._directory, slot, tensors, meta)
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> Path:
+        """Write the weights of a run that failed as `last-good.safetensors`, and return its path."""
+        save_checkpoint(self._directory, "last-good", tensors, {"fingerprint": self._fingerprint})
+        return self._directory / "last-good.safetensors"
+
+    def delete(self) -> None:
+        """Remove the run's directory."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def fingerprint(**parts: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of what decides a run's result."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's tensors into a model of the same architecture.
+
+    Raises:
+        DataError: Names, shapes or dtypes differ; the message names the first that does.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | checkpoint.tensors.keys()):
+        if name not in own or name not in checkpoint.tensors:
+            where = "the model" if name not in own else "the checkpoint"
+            raise DataError(f"{checkpoint.path}: tensor {name} is not in {where}; it belongs to another model")
+        found, expected = checkpoint.tensors[name], own[name]
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise DataError(
+                f"{checkpoint.path}: tensor {name} is {tuple(found.shape)} {found.dtype}, "
+                f"the model's is {tuple(expected.shape)} {expected.dtype}"
+            )
+    model.load_state_dict(dict(checkpoint.tensors))

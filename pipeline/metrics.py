@@ -1,0 +1,129 @@
+"""Top-1, top-5, macro precision, recall and F1 from one confusion matrix, and agreement with the teacher.
+
+Top-1, top-5 and agreement are percentages, macro precision, recall and F1 lie in [0, 1], as in the paper's tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.losses import Outputs, probabilities
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model reaches on one split.
+
+    Attributes:
+        top1: Percentage of images whose most probable class is the target.
+        top5: Percentage of images whose target is among the five most probable classes (all where K <= 5).
+        precision: Macro precision in [0, 1]; a class that is never predicted counts 0.
+        recall: Macro recall in [0, 1].
+        f1: Macro F1 in [0, 1], the mean of the classes' own F1.
+        loss: Mean cross-entropy of the predicted probabilities, nats.
+        agreement: Percentage of images on which the prediction equals the teacher's label; None without a teacher.
+        class_top1: Top-1 percentage of the class head alone.
+        distillation_top1: Top-1 percentage of the distillation head alone; None where there is none.
+    """
+
+    top1: float
+    top5: float
+    precision: float
+    recall: float
+    f1: float
+    loss: float
+    agreement: float | None
+    class_top1: float
+    distillation_top1: float | None
+
+
+@dataclass
+class Meter:
+    """Adds up batches on their device; nothing is synchronised before `scores`.
+
+    Args:
+        num_classes: K.
+        device: Where the outputs are.
+    """
+
+    num_classes: int
+    device: torch.device
+    confusion: Tensor = field(init=False)
+    """`(K, K)` int64, row: target, column: prediction."""
+
+    def __post_init__(self) -> None:
+        self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
+        self._top5 = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._agreed = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._heads: list[Tensor] = []
+        self._has_teacher = False
+
+    def add(self, outputs: Outputs, labels: Tensor, teacher_labels: Tensor | None = None) -> None:
+        """Count a batch.
+
+        Args:
+            outputs: One or two heads' logits, `(B, K)` float each.
+            labels: `(B,)` int64 targets.
+            teacher_labels: `(B,)` int64, the teacher's labels of the same clean images.
+        """
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not self._heads:
+            self._heads = [torch.zeros_like(self._top5) for _ in heads]
+        for total, head in zip(self._heads, heads, strict=True):
+            total += (head.argmax(dim=1) == labels).sum()
+        likely = probabilities(outputs)
+        predicted = likely.argmax(dim=1)
+        cells = labels * self.num_classes + predicted
+        self.confusion += torch.bincount(cells, minlength=self.num_classes**2).view_as(self.confusion)
+        top = likely.topk(min(5, self.num_classes), dim=1).indices
+        self._top5 += (top == labels[:, None]).any(dim=1).sum()
+        self._loss += functional.nll_loss(likely.clamp_min(1e-38).log(), labels, reduction="sum").double()
+        if teacher_labels is not None:
+            self._has_teacher = True
+            self._agreed += (predicted == teacher_labels).sum()
+
+    def scores(self) -> Scores:
+        """Return the scores of everything counted so far."""
+        total = int(self.confusion.sum())
+        top1, precision, recall, f1 = confusion_scores(self.confusion)
+
+        def percent(count: Tensor) -> float:
+            return 100.0 * int(count) / total
+
+        return Scores(
+            top1=top1,
+            top5=percent(self._top5),
+            precision=precision,
+            recall=recall,
+            f1=f1,
+            loss=float(self._loss) / total,
+            agreement=percent(self._agreed) if self._has_teacher else None,
+            class_top1=percent(self._heads[0]),
+            distillation_top1=percent(self._heads[1]) if len(self._heads) > 1 else None,
+        )
+
+
+def confusion_scores(confusion: Tensor) -> tuple[float, float, float, float]:
+    """Return top-1 in percent and macro precision, recall and F1 in [0, 1].
+
+    Args:
+        confusion: `(K, K)` int64 counts, row: target, column: prediction. Classes that are neither a target nor
+            predicted are left out of the means, as scikit-learn does.
+    """
+    counts = confusion.cpu().double()
+    hits, targets, predictions = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    present = (targets + predictions) > 0
+    precision = hits / predictions.clamp_min(1.0)
+    recall = hits / targets.clamp_min(1.0)
+    f1 = 2.0 * hits / (targets + predictions).clamp_min(1.0)
+    return (
+        100.0 * float(hits.sum() / counts.sum()),
+        float(precision[present].mean()),
+        float(recall[present].mean()),
+        float(f1[present].mean()),
+    )

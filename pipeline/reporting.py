@@ -1,0 +1,145 @@
+"""What people see: progress of a run, and tables for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, shown alike on a terminal and in Markdown.
+
+    Attributes:
+        title: One line above it.
+        columns: Headings; the first column is aligned left, the others right.
+        rows: Cells.
+        note: One line below it: under what conditions the figures were reached.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def to_rich(self) -> RichTable:
+        """Return the table for a rich console."""
+        table = RichTable(title=escape(self.title), caption=escape(self.note) or None, title_justify="left")
+        table.caption_justify = "left"
+        for index, column in enumerate(self.columns):
+            table.add_column(escape(column), justify="left" if index == 0 else "right")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
+
+    def to_markdown(self) -> str:
+        """Return the table as GitHub Markdown, with its title as a heading."""
+
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+        rule = "|---|" + "---:|" * (len(self.columns) - 1)
+        parts = [f"## {self.title}", "", line(self.columns), rule, *map(line, self.rows)]
+        return "\n".join([*parts, *(["", self.note] if self.note else []), ""])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a figure with fixed digits, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def difference(value: float, reference: float | None) -> str:
+    """Return value - reference with its sign, or a dash where there is no reference."""
+    return "-" if reference is None else f"{value - reference:+.2f}"
+
+
+class RunWatcher:
+    """Shows a run: a progress bar with rate and ETA on a terminal, one plain line per epoch in a log.
+
+    Args:
+        console: Where to print.
+        name: What is being trained.
+        num_samples: Images of an epoch, for the rate.
+    """
+
+    def __init__(self, console: Console, name: str, num_samples: int) -> None:
+        self._console, self._name, self._num_samples = console, name, num_samples
+        self._epochs = 0
+        self._epoch_began = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> RunWatcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
+        """Begin at `step` of `epoch`, both counted from 0."""
+        self._epochs, self._epoch_began = epochs, time.monotonic()
+        if epoch or step:
+            self._console.print(f"{self._name}: going on from epoch {epoch + 1}, step {step}", highlight=False)
+        if self._console.is_terminal:
+            self._bar = progress_bar(self._console)
+            self._task = self._bar.add_task(
+                self._name, total=epochs * steps_per_epoch, completed=epoch * steps_per_epoch + step
+            )
+            self._bar.start()
+
+    def stepped(self) -> None:
+        """Advance the bar by one step."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def epoch_ended(self, row: Mapping[str, Any]) -> None:
+        """Print one line."""
+        seconds = time.monotonic() - self._epoch_began
+        self._epoch_began = time.monotonic()
+        agreement = "" if row["agreement"] is None else f", agreement {row['agreement']:.2f} %"
+        self._console.print(
+            f"{self._name}: epoch {row['epoch']}/{self._epochs}, lr {row['lr']:.2e}, "
+            f"train loss {row['train_loss']:.4f}, top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %{agreement}, "
+            f"{seconds:.1f} s, {self._num_samples / max(seconds, 1e-9):.0f} images/s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def warned(self, message: str) -> None:
+        """Print a warning."""
+        self._console.print(f"{self._name}: warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+
+class _RateColumn(ProgressColumn):
+    """Steps done per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s")
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return a progress bar with count, rate and ETA."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,150 @@
+"""Device, precision, seeds and torchrun's ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in torchrun's group.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: Number of processes.
+        local_rank: Index on this machine, which is also the index of its GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes the group's files."""
+        return self.rank == 0
+
+
+def current_ranks() -> Ranks:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets.
+
+    Raises:
+        UsageError: A value is not an integer in range.
+    """
+    values = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise UsageError(f"{name}={text}: not a whole number; unset it or start with torchrun")
+        values[name] = int(text)
+    if not values["RANK"] < values["WORLD_SIZE"]:
+        raise UsageError(f"RANK={values['RANK']} must be below WORLD_SIZE={values['WORLD_SIZE']}; start with torchrun")
+    return Ranks(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+
+
+def resolve_device(name: str | None = None) -> torch.device:
+    """Return the device to run on.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:1`, `mps`; None takes this rank's GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: The device is not known or not there.
+    """
+    if name is None:
+        return torch.device("cuda", current_ranks().local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name}: not available here; leave it out, or use cpu") from None
+    return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Turn `auto` into `bf16` where the device has matrix units for it, else into `fp32`.
+
+    Args:
+        precision: `auto`, `fp32` or `bf16`.
+        device: Where the model runs.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the autocast context of a resolved precision; fp32 is no context at all."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device's marketing name, as `NVIDIA H200` or the CPU's model with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that numbers depend on."""
+    import numpy
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe where and when a run took place: device, versions, commit, date (UTC)."""
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "versions": versions(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, with `+` when tracked files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip()

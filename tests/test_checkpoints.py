@@ -1,0 +1,115 @@
+"""Checkpoints: round trip, damage, and the resumable state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoints import RunState, fingerprint, load_checkpoint, load_weights, save_checkpoint
+from pipeline.errors import DataError, UsageError
+
+TENSORS = {
+    "weight": torch.arange(6.0).reshape(2, 3),
+    "count": torch.tensor(3),
+    "half": torch.ones(2).bfloat16(),
+}
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    digest = save_checkpoint(tmp_path / "run", "best", TENSORS, {"name": "x"})
+    for path in (tmp_path / "run", tmp_path / "run" / "best.safetensors"):
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.meta == {"name": "x", "sha256": digest}
+        assert checkpoint.tensors.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            assert torch.equal(checkpoint.tensors[name], tensor)
+            assert checkpoint.tensors[name].dtype == tensor.dtype
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, "a", TENSORS, {})
+    second = save_checkpoint(tmp_path, "b", dict(reversed(TENSORS.items())), {})
+    assert first == second
+
+
+def test_any_changed_byte_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "best", TENSORS, {})
+    file = tmp_path / "best.safetensors"
+    data = file.read_bytes()
+    for position in range(0, len(data), 7):
+        file.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(DataError, match="SHA-256"):
+            load_checkpoint(tmp_path)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    file = tmp_path / "best.safetensors"
+    payload = b"cpathlib\nPath\n(S'" + str(ran).encode() + b"'\ntR(S'touch'\ni__builtin__\ngetattr\n."
+    file.write_bytes(payload)
+    import hashlib
+
+    (tmp_path / "best.json").write_text(json.dumps({"sha256": hashlib.sha256(payload).hexdigest()}))
+    with pytest.raises(DataError, match="not a safetensors file"):
+        load_checkpoint(tmp_path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("missing", ["best.safetensors", "best.json"])
+def test_a_checkpoint_without_its_other_half_is_refused(tmp_path: Path, missing: str) -> None:
+    save_checkpoint(tmp_path, "best", TENSORS, {})
+    (tmp_path / missing).unlink()
+    with pytest.raises(DataError, match=missing.replace(".", r"\.")):
+        load_checkpoint(tmp_path)
+
+
+def test_a_path_that_does_not_exist_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_newest_state_of_the_same_run_is_resumed(tmp_path: Path) -> None:
+    state = RunState(tmp_path / "run", fingerprint(seed=1))
+    assert state.load() is None
+    for step in range(5):
+        state.save({"step": torch.tensor(step)}, {"step": step})
+    again = RunState(tmp_path / "run", fingerprint(seed=1)).load()
+    assert again is not None
+    assert again.meta["step"] == 4
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == 2
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "f")
+    for step in range(3):
+        state.save({"step": torch.tensor(step)}, {"step": step})
+    newest = max(tmp_path.glob("*.json"), key=lambda file: json.loads(file.read_text())["serial"])
+    newest.with_suffix(".safetensors").write_bytes(b"cut")
+    reopened = RunState(tmp_path, "f")
+    older = reopened.load()
+    assert older is not None
+    assert older.meta["step"] == 1
+    reopened.save({"step": torch.tensor(9)}, {"step": 9})
+    newest_again = RunState(tmp_path, "f").load()
+    assert newest_again is not None
+    assert newest_again.meta["step"] == 9
+
+
+def test_another_runs_state_is_never_resumed(tmp_path: Path) -> None:
+    RunState(tmp_path, fingerprint(seed=1)).save({}, {})
+    assert RunState(tmp_path, fingerprint(seed=2)).load() is None
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "best", torch.nn.Linear(3, 2).state_dict(), {})
+    checkpoint = load_checkpoint(tmp_path)
+    with pytest.raises(DataError, match=r"weight is \(2, 3\)"):
+        load_weights(torch.nn.Linear(4, 2), checkpoint)
+    with pytest.raises(DataError, match="tensor bias is not in the model"):
+        load_weights(torch.nn.Linear(3, 2, bias=False), checkpoint)
+    target = torch.nn.Linear(3, 2)
+    load_weights(target, checkpoint)
+    assert torch.equal(target.weight, checkpoint.tensors["weight"])
