@@ -1,0 +1,403 @@
+"""The command line: `pipeline COMMAND`, or `python -m stages.cli COMMAND`.
+
+Every command imports what it needs when it runs, so that `--help` is quick and the handlers of SIGINT and SIGTERM
+stand before anything slow.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+import pipeline
+from pipeline.errors import Interrupted, PipelineError, UsageError
+from pipeline.stopping import StopSignal
+from stages.context import Context
+from stages.paths import PARAMS
+
+STOP = StopSignal()
+GROUPS = (
+    ("Data", ("prepare",)),
+    ("Stage one: teachers and labels", ("teacher-select", "teacher", "select", "label", "labels")),
+    ("Stage two: students", ("distill",)),
+    ("Results", ("evaluate", "report", "models")),
+)
+
+
+class GroupedCommands(click.Group):
+    """A group that lists its commands by stage."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section of the help for each stage."""
+        for title, names in GROUPS:
+            rows = [(name, self.commands[name].get_short_help_str(90)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def open_context(recipe: str | None = None, device: str | None = None) -> Context:
+    """Load params.yaml and choose the recipe."""
+    from pipeline.params import load_params
+
+    params = load_params(PARAMS)
+    stderr = bool(click.get_current_context().params.get("as_json"))
+    console = Console(stderr=stderr)
+    return Context(params, params.select(recipe), console, STOP, device)
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --recipe and --device."""
+    command = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")(command)
+    return click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")(command)
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --fresh, --seed and --set."""
+    command = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable.",
+    )(command)
+    command = click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**31 - 1),
+        help="Initialisation and order.",
+    )(command)
+    return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+
+
+@click.group(cls=GroupedCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(pipeline.__version__, prog_name="pipeline")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Distil CNN teachers into small transformers from cached labels (arXiv:2502.16762)."""
+
+
+@cli.command()
+@common_options
+@click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
+@click.option("--from", "folder", type=click.Path(path_type=Path), help="Take the images from this folder.")
+@click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files out.")
+def prepare(recipe: str | None, device: str | None, download: bool, folder: Path | None, skip_bad: bool) -> None:
+    """Turn a data set into one file of uint8 images."""
+    from stages.prepare import prepare as run
+
+    context = open_context(recipe, device)
+    paths = context.paths
+    summary = run(
+        context.recipe, out=paths.prepared, raw=paths.raw, folder=folder, download=download, skip_bad=skip_bad
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in summary.num_samples.items())
+    context.say(f"{paths.dataset}: {counts} images of {len(summary.class_names)} classes, SHA-256 {summary.sha256}")
+    if summary.num_skipped:
+        context.say(f"skipped {summary.num_skipped} bad files; {paths.prepared / 'summary.json'} names them")
+    context.changed("prepare")
+    context.end()
+
+
+@cli.command()
+@click.argument("name")
+@common_options
+@training_options
+def teacher(
+    name: str, recipe: str | None, device: str | None, fresh: bool, seed: int, settings: tuple[str, ...]
+) -> None:
+    """Fine-tune and evaluate one candidate teacher."""
+    context = open_context(recipe, device)
+    from stages.teacher import teacher_recipe, train_teacher
+
+    teacher_recipe(context.recipe, name)
+    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh)
+    context.end()
+
+
+@cli.command()
+@common_options
+@click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
+def select(recipe: str | None, device: str | None, teachers: str | None) -> None:
+    """Compare the candidates and copy the winner."""
+    from stages.report import conditions
+    from stages.selection import select as run
+    from stages.selection import teachers_table
+
+    context = open_context(recipe, device)
+    comparison = run(context, split_names(teachers))
+    names = [candidate["name"] for candidate in comparison["candidates"]]
+    note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
+    context.console.print(teachers_table(context.recipe, comparison, note).to_rich())
+    context.say(f"selected {comparison['winner']} by {comparison['by']}")
+    context.end()
+
+
+@cli.command()
+@common_options
+@click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
+@click.option("--teacher", type=click.Path(path_type=Path), help="A checkpoint; the selected teacher where left out.")
+@click.option("--fresh", is_flag=True, help="Label every view again.")
+def label(recipe: str | None, device: str | None, view_recipe: str, teacher: Path | None, fresh: bool) -> None:
+    """Label every view of the training set with a teacher."""
+    from stages.label import label as run
+
+    context = open_context(recipe, device)
+    run(context, view_recipe, teacher=teacher, fresh=fresh)
+    context.end()
+
+
+@cli.command("teacher-select")
+@common_options
+@click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
+@click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
+@click.option("--fresh", is_flag=True, help="Train and label everything again.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and why.")
+def teacher_select(
+    recipe: str | None,
+    device: str | None,
+    teachers: str | None,
+    optimizers: str | None,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
+    """Do all of stage one: prepare, train what is missing, select, label."""
+    from stages.teacher_select import plan
+    from stages.teacher_select import teacher_select as run
+
+    context = open_context(recipe, device)
+    names, sweep = split_names(teachers), split_names(optimizers) or ()
+    if dry_run:
+        for line in plan(context, names, sweep):
+            context.say(line)
+        return
+    for table in run(context, teachers=names, optimizers=sweep, fresh=fresh):
+        context.console.print(table.to_rich())
+    context.end()
+
+
+@cli.group()
+def labels() -> None:
+    """Look into a label file, or replay its teacher."""
+
+
+@labels.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Show what a label file holds and where it comes from."""
+    from stages.label import inspect as run
+
+    require_exists(file)
+    found = run(file)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+@labels.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@common_options
+@click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
+@click.option("--teacher", type=click.Path(path_type=Path), help="The checkpoint; the selected teacher if left out.")
+@click.option("--margin", type=click.FloatRange(0.0), help="Largest logit margin of a difference that may pass.")
+def verify(
+    file: Path,
+    recipe: str | None,
+    device: str | None,
+    sample: int,
+    teacher: Path | None,
+    margin: float | None,
+) -> None:
+    """Replay the teacher on some labels; exit 1 if it would give others."""
+    from stages.label import verify as run
+
+    require_exists(file)
+    context = open_context(recipe, device)
+    differences, allowed = run(context, file, teacher=teacher, num_samples=sample, margin=margin)
+    failed = [difference for difference in differences if difference.margin > allowed]
+    for difference in differences:
+        context.say(
+            f"view {difference.view}, sample {difference.sample}: cached {difference.cached}, now "
+            f"{difference.replayed}, logit margin {difference.margin:.4g}"
+            + ("" if difference.margin > allowed else " (near tie, allowed)")
+        )
+    context.say(f"{file}: {sample} labels replayed, {len(differences)} differ, {len(failed)} by more than {allowed:g}")
+    if failed:
+        raise PipelineError(f"{file}: {len(failed)} labels are not the teacher's; run `pipeline label --fresh`")
+
+
+@cli.command()
+@click.option("--student", required=True, help="A student of the recipe, as titn.")
+@common_options
+@training_options
+@click.option(
+    "--labels",
+    type=click.Choice(["cached", "none", "online"]),
+    default="cached",
+    show_default=True,
+    help="none and online are controls; they go to data/runs.",
+)
+@click.option("--teacher", type=click.Path(path_type=Path), help="The checkpoint that --labels online asks.")
+def distill(
+    student: str,
+    recipe: str | None,
+    device: str | None,
+    fresh: bool,
+    seed: int,
+    settings: tuple[str, ...],
+    labels: str,
+    teacher: Path | None,
+) -> None:
+    """Train a student against the cached labels."""
+    context = open_context(recipe, device)
+    from stages.distill import distill as run
+
+    out = run(
+        context,
+        student,
+        labels=labels,
+        teacher=teacher,
+        settings=parse_settings(settings),
+        seed=seed,
+        fresh=fresh,
+    )
+    metrics = json.loads((out / "metrics.json").read_text())
+    best, last = metrics["best"], metrics["last"]
+    context.say(
+        f"{out}: best top-1 {best['top1']:.2f} % in epoch {best['epoch']}, "
+        f"last {last['top1']:.2f} %, test {metrics['test']['top1']:.2f} %"
+    )
+    context.end()
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@common_options
+@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
+@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
+@json_option
+def evaluate(
+    checkpoint: Path, recipe: str | None, device: str | None, split: str, precision: str, as_json: bool
+) -> None:
+    """Score a checkpoint on a recipe's data."""
+    from stages.evaluate import evaluate_checkpoint, scores_table
+
+    require_exists(checkpoint)
+    context = open_context(recipe, device)
+    result = evaluate_checkpoint(context, checkpoint, split=split, precision=precision)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        context.console.print(scores_table(result).to_rich())
+
+
+@cli.command()
+@common_options
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md.")
+def report(recipe: str | None, device: str | None, out: Path | None) -> None:
+    """Print the tables of what has been run, and write report.md."""
+    from stages.report import report as run
+
+    context = open_context(recipe, device)
+    for table in run(context, out):
+        context.console.print(table.to_rich())
+    context.say(f"wrote {context.paths.report if out is None else out / 'report.md'}")
+    context.end()
+
+
+@cli.command()
+@click.option("--classes", default=100, show_default=True, type=click.IntRange(2, 65535))
+@json_option
+def models(classes: int, as_json: bool) -> None:
+    """List students and teachers with their parameters and costs."""
+    from stages.models import list_models, models_table
+
+    found = list_models(classes)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(models_table(found, classes).to_rich())
+
+
+def split_names(text: str | None) -> tuple[str, ...] | None:
+    """Split `a,b` into names."""
+    names = tuple(name.strip() for name in text.split(",")) if text is not None else None
+    if names is not None and (not all(names) or len(set(names)) != len(names)):
+        raise UsageError(f"{text!r}: write distinct names separated by commas, as a,b")
+    return names
+
+
+def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
+    """Split KEY=VALUE pairs."""
+    pairs = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key or not value or key in pairs:
+            raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
+        pairs[key] = value
+    return pairs
+
+
+def require_exists(path: Path) -> None:
+    """Refuse a path that does not exist.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or directory")
+
+
+def main() -> None:
+    """Run the command line and exit with the documented code."""
+    STOP.install()
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except Interrupted as error:
+        click.echo(str(error), err=True)
+        code = error.exit_code
+    except PipelineError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"Error: {error}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 4
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"Error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)
+        code = 4
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else "; --debug in front of the command shows where"
+        click.echo(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", err=True)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What every command shares: params.yaml, the console, the device, the stop signal."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from pipeline.errors import DataError
+from pipeline.params import Params
+from pipeline.recipes import Recipe
+from pipeline.stopping import StopSignal
+from stages.paths import Paths
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.datasets import Dataset
+
+
+@dataclass
+class Context:
+    """The setting of one command.
+
+    Attributes:
+        params: The whole of params.yaml.
+        recipe: The recipe at work.
+        console: Where output for people goes.
+        stop: SIGINT and SIGTERM.
+        device_name: As given by --device; None chooses.
+    """
+
+    params: Params
+    recipe: Recipe
+    console: Console
+    stop: StopSignal
+    device_name: str | None = None
+    _changed: list[str] = field(default_factory=list)
+
+    @property
+    def paths(self) -> Paths:
+        """Where the recipe's files lie."""
+        return Paths(self.recipe.name)
+
+    @property
+    def device(self) -> torch.device:
+        """The device to run on."""
+        from pipeline.runtime import resolve_device
+
+        return resolve_device(self.device_name)
+
+    def say(self, message: str) -> None:
+        """Print one line, unwrapped and without markup."""
+        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    def dataset(self) -> Dataset:
+        """Load the prepared data set.
+
+        Raises:
+            DataError: It is not there, or not valid.
+        """
+        from pipeline.datasets import Dataset
+
+        if not self.paths.dataset.exists():
+            raise DataError(
+                f"{self.paths.dataset}: no prepared data; run `pipeline prepare --recipe {self.recipe.name}`"
+            )
+        dataset = Dataset.load(self.paths.dataset)
+        wanted = self.recipe.dataset
+        if (dataset.source, dataset.image_size) != (wanted.source, wanted.image_size) or (
+            (dataset.val is not None) != (wanted.val_fraction > 0)
+        ):
+            raise DataError(
+                f"{self.paths.dataset}: prepared under other settings than recipes.{self.recipe.name}.dataset; "
+                f"run `pipeline prepare --recipe {self.recipe.name}` again"
+            )
+        return dataset
+
+    def changed(self, stage: str) -> None:
+        """Note that an output of a DVC stage was replaced."""
+        if stage not in self._changed:
+            self._changed.append(stage)
+
+    def end(self) -> None:
+        """Name the line by which DVC adopts what was replaced; else its next run would put its own copy over it."""
+        if self._changed and Path(".dvc").is_dir() and "DVC_STAGE" not in os.environ:
+            self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(self._changed)}")

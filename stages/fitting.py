@@ -1,0 +1,244 @@
+"""What `teacher` and `distill` share: run the fit loop and write its outputs.
+
+A run's directory holds best.safetensors and best.json (students also last.*), metrics.json, curve.csv and run.json;
+the last is the only one that holds times, dates and the device, so nothing that depends on the others reruns
+because of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import pipeline
+from pipeline.batches import EvaluationData, TrainingData
+from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
+from pipeline.datasets import Dataset, Split
+from pipeline.errors import UsageError
+from pipeline.recipes import FitRecipe
+from pipeline.reporting import RunWatcher
+from pipeline.runtime import current_ranks, environment, resolve_precision
+from pipeline.storage import lock, write_atomic, write_json
+from pipeline.training import Fit, FitResult, Objective, evaluate
+from stages.context import Context
+from stages.models import costs
+from stages.paths import Paths
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to be trained.
+
+    Attributes:
+        name: As shown to people.
+        out: Where the outputs go.
+        work: Where the resumable state lies while it runs.
+        stage: The DVC stage whose outputs these are; None for runs that differ from the recipe.
+        description: The checkpoint's JSON, see stages.models.describe.
+        recipe: How it is trained.
+        seed: Of initialisation and order.
+        inputs: Whatever else decides the result, as plain JSON values.
+        teacher: Name and top-1 of the teacher whose labels it learns from, if any.
+        num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
+        keep_last: Whether the last epoch's weights are kept beside the best's.
+    """
+
+    name: str
+    out: Path
+    work: Path
+    stage: str | None
+    description: Mapping[str, Any]
+    recipe: FitRecipe
+    seed: int
+    inputs: Mapping[str, Any]
+    teacher: Mapping[str, Any] | None = None
+    num_views: int | None = None
+    keep_last: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the result, the code's version included."""
+        return fingerprint(
+            model=dict(self.description),
+            recipe=dataclasses.asdict(self.recipe),
+            seed=self.seed,
+            inputs=dict(self.inputs),
+            version=pipeline.__version__,
+        )
+
+    def is_current(self) -> bool:
+        """Whether the outputs are there and come from exactly this run."""
+        meta = read_meta(self.out)
+        complete = all((self.out / name).is_file() for name in ("metrics.json", "curve.csv", "run.json"))
+        return complete and meta is not None and meta.get("fingerprint") == self.fingerprint
+
+
+def place(
+    paths: Paths, work: str, name: str, settings: Mapping[str, str], seed: int, out: Path, stage: str
+) -> tuple[Path, Path, str | None]:
+    """Return output directory, work directory and DVC stage; what differs from the recipe goes to data/runs."""
+    differences = [f"{key}-{value}" for key, value in settings.items()]
+    if seed:
+        differences.append(f"seed-{seed}")
+    if not differences:
+        return out, paths.work(*work.split("/")), stage
+    label = "-".join([name, *differences]).replace("/", "_")
+    return paths.run(label), paths.work("runs", label), None
+
+
+def to_device(images: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """Return `(N, H, W, 3)` uint8 images as a `(N, 3, H, W)` tensor on the device."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
+
+
+def evaluation_data(
+    dataset: Dataset, split: Split, device: torch.device, teacher_labels: np.ndarray[Any, Any] | None = None
+) -> EvaluationData:
+    """Put a split on the device."""
+    return EvaluationData(
+        images=to_device(split.images, device),
+        labels=torch.from_numpy(split.labels).to(device),
+        mean=dataset.mean,
+        std=dataset.std,
+        num_classes=dataset.num_classes,
+        teacher_labels=None if teacher_labels is None else torch.from_numpy(teacher_labels.astype(np.int64)).to(device),
+    )
+
+
+def refuse_several_ranks() -> None:
+    """Refuse to train under torchrun.
+
+    Raises:
+        UsageError: WORLD_SIZE is above 1.
+    """
+    world_size = current_ranks().world_size
+    if world_size > 1:
+        raise UsageError(
+            f"WORLD_SIZE={world_size}: training runs on one process; start it without torchrun "
+            "(`pipeline label` does share its views among torchrun's ranks)"
+        )
+
+
+def carry_out(
+    context: Context,
+    run: Run,
+    *,
+    model: nn.Module,
+    dataset: Dataset,
+    data: TrainingData,
+    clean: Mapping[str, np.ndarray[Any, Any]],
+    objective: Objective,
+    metric: str = "top1",
+    fresh: bool = False,
+) -> None:
+    """Train a model and write its outputs, or go on where a former run stopped.
+
+    Args:
+        context: The command's setting.
+        run: What to train.
+        model: Initialised, on the device.
+        dataset: Its evaluation split decides the best epoch; the test split is scored once, at the end.
+        data: Training batches on the device.
+        clean: The teacher's labels of the clean splits by name; empty without a teacher.
+        objective: The loss.
+        metric: The score that decides the best epoch.
+        fresh: Whether to leave a saved state aside.
+    """
+    device = context.device
+    precision = resolve_precision(run.recipe.precision, device)
+    with lock(run.work.with_name(f"{run.work.name}.lock")):
+        state = RunState(run.work, run.fingerprint)
+        if fresh:
+            state.delete()
+        split_name, split = dataset.evaluation
+        evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
+        began = time.monotonic()
+        with context.stop.deferred(), RunWatcher(context.console, run.name, len(dataset.train)) as watcher:
+            result = Fit(
+                model=model,
+                data=data,
+                evaluation=evaluation,
+                objective=objective,
+                recipe=run.recipe,
+                precision=precision,
+                seed=run.seed,
+                state=state,
+                watcher=watcher,
+                stop=context.stop,
+                metric=metric,
+            ).run()
+            last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            model.load_state_dict(result.best)
+            test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
+            test_scores = dataclasses.asdict(evaluate(model, test, precision=precision))
+            metrics = _metrics(run, dataset, result, test_scores, precision)
+            _write(run, result, last if run.keep_last else None, metrics)
+            where = {**environment(device), "seconds": round(time.monotonic() - began, 1)}
+            write_json(run.out / "run.json", where)
+            state.delete()
+    if run.stage is not None:
+        context.changed(run.stage)
+
+
+def _metrics(
+    run: Run, dataset: Dataset, result: FitResult, test_scores: Mapping[str, Any], precision: str
+) -> dict[str, Any]:
+    """Return metrics.json: the same keys for every model, no times."""
+    return {
+        "name": run.name,
+        "kind": run.description["kind"],
+        "recipe": run.description["recipe"],
+        "evaluated_on": dataset.evaluation[0],
+        "best": _scores(result.curve[result.best_epoch - 1]),
+        "last": _scores(result.curve[-1]),
+        "test": {"epoch": result.best_epoch, **test_scores},
+        **costs(dict(run.description), dataset.image_size),
+        "epochs": run.recipe.epochs,
+        "batch_size": run.recipe.batch_size,
+        "optimizer": run.recipe.optimizer,
+        "lr": run.recipe.lr,
+        "precision": precision,
+        "views": run.num_views,
+        "seed": run.seed,
+        "num_train": len(dataset.train),
+        "num_test": len(dataset.test),
+        "teacher": dict(run.teacher) if run.teacher else None,
+        "at_chance": result.at_chance,
+        "warnings": result.warnings,
+    }
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
+
+
+def _write(run: Run, result: FitResult, last: Mapping[str, Tensor] | None, metrics: Mapping[str, Any]) -> None:
+    """Write the outputs, metrics.json last, so that a directory that has it is whole."""
+    (run.out / "metrics.json").unlink(missing_ok=True)
+    meta = {**run.description, "fingerprint": run.fingerprint, "training": dataclasses.asdict(run.recipe)}
+    meta |= {"seed": run.seed, "teacher": metrics["teacher"], "warnings": result.warnings}
+    save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
+    if last is not None:
+        save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})
+    write_atomic(run.out / "curve.csv", curve_csv(result.curve))
+    write_json(run.out / "metrics.json", metrics)
+
+
+def curve_csv(curve: list[dict[str, Any]]) -> bytes:
+    """Return the rows of a curve as CSV; what does not exist is an empty cell."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in curve:
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    return text.getvalue().encode()

@@ -1,0 +1,269 @@
+"""`pipeline label`: label every view of the training set once; `pipeline labels inspect|verify`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.checkpoints import Checkpoint
+from pipeline.datasets import Dataset
+from pipeline.errors import DataError, UsageError
+from pipeline.label_parts import LabelParts, seal
+from pipeline.labelling import (
+    OTHER_MARGIN,
+    SAME_MARGIN,
+    Difference,
+    Teacher,
+    check_canaries,
+    label_view,
+    make_canaries,
+    replay,
+)
+from pipeline.labels import LabelCache, make_identity, make_provenance
+from pipeline.reporting import progress_bar
+from pipeline.runtime import current_ranks, resolve_precision, versions
+from pipeline.storage import lock
+from pipeline.views import Views
+from stages.context import Context
+from stages.fitting import to_device
+from stages.models import load_model
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teacher, Checkpoint]:
+    """Load a teacher for a data set.
+
+    Raises:
+        UsageError: The path does not exist.
+        DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
+    """
+    device = context.device
+    model, checkpoint = load_model(path, device, kind="teacher")
+    for key, expected in (
+        ("class_names", list(dataset.class_names)),
+        ("image_size", dataset.image_size),
+        ("mean", list(dataset.mean)),
+        ("std", list(dataset.std)),
+    ):
+        if checkpoint.meta.get(key) != expected:
+            raise DataError(
+                f"{checkpoint.path}: its {key} is not that of {context.paths.dataset}; train a teacher on this data"
+            )
+    settings = context.recipe.label
+    precision = resolve_precision(settings.precision, device)
+    return Teacher(model, dataset.mean, dataset.std, precision, settings.batch_size), checkpoint
+
+
+def label(
+    context: Context,
+    view_recipe: str = "default",
+    *,
+    teacher: Path | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Label the views of a view recipe that are not labelled yet, and seal them into one file.
+
+    Under torchrun rank r of W labels views r, r + W, ...; rank 0 waits for the others and seals.
+
+    Args:
+        context: The command's setting.
+        view_recipe: Which view recipe.
+        teacher: A checkpoint; None takes the selected teacher.
+        fresh: Whether to leave existing labels aside.
+
+    Returns:
+        The sealed file.
+
+    Raises:
+        UsageError: There is no such view recipe.
+        DataError: There is no teacher; or views are to be added to labels that another precision, device or version
+            made.
+    """
+    recipe, paths = context.recipe, context.paths
+    if view_recipe not in recipe.views:
+        raise UsageError(f"--view-recipe {view_recipe}: not in {recipe.name}; choose from {', '.join(recipe.views)}")
+    if teacher is None and not paths.winner.exists():
+        raise DataError(f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`")
+    ranks, path, work = current_ranks(), paths.labels(view_recipe), paths.work("labels", view_recipe)
+    if fresh and ranks.world_size > 1:
+        raise UsageError(
+            f"--fresh: not under torchrun, whose ranks would delete each other's work; delete {path} first"
+        )
+    with lock(work.with_name(f"{view_recipe}-{ranks.rank}.lock")):
+        dataset = context.dataset()
+        model, checkpoint = load_teacher(context, dataset, teacher or paths.winner)
+        parts = _parts(context, dataset, view_recipe, model, checkpoint, work)
+        count = recipe.views[view_recipe].count
+        if fresh:
+            parts.delete()
+        if path.exists() and not fresh and _belongs(context, path, parts):
+            cache = LabelCache.open(path)
+            if cache.num_views >= count:
+                context.say(f"{path}: up to date, {cache.num_views} views; --fresh labels them again")
+                return path
+            parts.adopt(cache)
+        views = make_views(context, dataset, view_recipe)
+        _label_missing(context, model, views, parts, count)
+        if ranks.is_main:
+            _wait_for_others(parts, count)
+            clean = {
+                split: model.label(to_device(part.images, context.device))
+                for split, part in dataset.splits.items()
+                if split != "train"
+            }
+            seal(path, parts=parts, count=count, clean=clean, canaries=make_canaries(views, count))
+            context.say(f"{path}: {count} views of {len(dataset.train)} images, sealed")
+            context.changed(f"label@{view_recipe}")
+    return path
+
+
+def _belongs(context: Context, path: Path, parts: LabelParts) -> bool:
+    """Whether a label file is of this data, view recipe and teacher; one that is not will be replaced."""
+    teacher = {"checkpoint_sha256": parts.provenance["checkpoint_sha256"]}
+    try:
+        LabelCache.open(path, expected_identity=parts.identity, expected_provenance=teacher)
+    except DataError as error:
+        context.say(f"labelling every view again: {error}")
+        return False
+    return True
+
+
+def make_views(context: Context, dataset: Dataset, view_recipe: str) -> Views:
+    """Return a view recipe's views of the training set, on the device."""
+    images = to_device(dataset.train.images, context.device)
+    labels = torch.from_numpy(dataset.train.labels).to(context.device)
+    return Views(images, labels, context.recipe.views[view_recipe])
+
+
+def _parts(
+    context: Context, dataset: Dataset, view_recipe: str, teacher: Teacher, checkpoint: Checkpoint, work: Path
+) -> LabelParts:
+    identity = make_identity(
+        dataset_sha256=dataset.sha256,
+        split="train",
+        view_recipe=context.recipe.views[view_recipe],
+        class_names=dataset.class_names,
+        num_samples=len(dataset.train),
+    )
+    provenance = make_provenance(
+        teacher=str(checkpoint.meta["model"]),
+        checkpoint_sha256=checkpoint.sha256,
+        mean=teacher.mean,
+        std=teacher.std,
+        precision=teacher.precision,
+        device=context.device.type,
+        versions=versions(),
+    )
+    return LabelParts(work, identity=identity, provenance=provenance)
+
+
+def _label_missing(context: Context, teacher: Teacher, views: Views, parts: LabelParts, count: int) -> None:
+    """Label this rank's share of the missing views, telling how far it is."""
+    ranks = current_ranks()
+    mine = [view for view in parts.missing(count) if view % ranks.world_size == ranks.rank]
+    began = said = time.monotonic()
+    console = context.console
+    with progress_bar(console) as bar:
+        bar.disable = not (console.is_terminal and ranks.is_main)
+        task = bar.add_task("labelling views", total=len(mine))
+        for done, view in enumerate(mine, start=1):
+            with context.stop.deferred():
+                parts.write(view, label_view(teacher, views, view))
+            bar.advance(task)
+            now = time.monotonic()
+            if bar.disable and (done == len(mine) or now - said > SECONDS_BETWEEN_LINES):
+                rate = done * views.num_samples / (now - began)
+                left = (len(mine) - done) * (now - began) / done
+                context.say(f"labelled {done}/{len(mine)} views, {rate:.0f} images/s, {left:.0f} s left")
+                said = now
+
+
+def _wait_for_others(parts: LabelParts, count: int) -> None:
+    """Wait until the other ranks' views are there; where one of them fails, torchrun ends the whole group."""
+    while parts.missing(count) and current_ranks().world_size > 1:
+        time.sleep(0.5)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Return what a label file holds, as plain JSON values.
+
+    Raises:
+        DataError: It is missing or not valid.
+    """
+    cache = LabelCache.open(path)
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "num_views": cache.num_views,
+        "num_samples": cache.num_samples,
+        "num_classes": cache.num_classes,
+        "dtype": str(cache.labels.dtype),
+        "fingerprint": cache.fingerprint,
+        "clean": {split: len(rows) for split, rows in cache.clean.items()},
+        "identity": cache.identity,
+        "provenance": cache.provenance,
+    }
+
+
+def verify(
+    context: Context,
+    path: Path,
+    *,
+    teacher: Path | None = None,
+    num_samples: int = 1000,
+    margin: float | None = None,
+) -> tuple[list[Difference], float]:
+    """Replay the teacher on some cached labels.
+
+    Args:
+        context: The command's setting.
+        path: The label file, of this recipe.
+        teacher: The checkpoint; None takes the selected teacher.
+        num_samples: How many (view, sample) pairs, drawn at a fixed seed over all views.
+        margin: Largest logit margin of a difference that is tolerated; None takes SAME_MARGIN on the recorded kind of
+            device and precision, else OTHER_MARGIN.
+
+    Returns:
+        All differences, and the margin that was applied.
+
+    Raises:
+        DataError: The file is not valid or belongs to other data, views or another teacher.
+    """
+    cache, dataset = LabelCache.open(path), context.dataset()
+    names = [
+        name
+        for name, recipe in context.recipe.views.items()
+        if make_identity(
+            dataset_sha256=dataset.sha256,
+            split="train",
+            view_recipe=recipe,
+            class_names=dataset.class_names,
+            num_samples=len(dataset.train),
+        )
+        == cache.identity
+    ]
+    if not names:
+        raise DataError(f"{path}: belongs to other data or to none of recipe {context.recipe.name}'s view recipes")
+    model, checkpoint = load_teacher(context, dataset, teacher or context.paths.winner)
+    recorded = cache.provenance
+    if checkpoint.sha256 != recorded["checkpoint_sha256"]:
+        raise DataError(
+            f"{path}: labelled by checkpoint {recorded['checkpoint_sha256'][:12]}..., not by {checkpoint.path} "
+            f"({checkpoint.sha256[:12]}...); name the right one with --teacher"
+        )
+    views = make_views(context, dataset, names[0])
+    changed = check_canaries(cache, views)
+    if changed is not None:
+        raise DataError(f"{path}: the pixels of view {changed} are not those that were labelled; label again")
+    if margin is None:
+        same = (model.precision, context.device.type) == (recorded["precision"], recorded["device"])
+        margin = SAME_MARGIN if same else OTHER_MARGIN
+    total = cache.num_views * cache.num_samples
+    chosen = np.random.default_rng(0).choice(total, size=min(num_samples, total), replace=False)
+    pairs = [divmod(int(index), cache.num_samples) for index in chosen]
+    return list(replay(cache, model, views, pairs)), margin

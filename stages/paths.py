@@ -1,0 +1,70 @@
+"""Where everything lies: the one place that knows the layout of data/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+DATA = Path("data")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The files of one recipe, relative to the project's folder.
+
+    Attributes:
+        recipe: The recipe's name.
+    """
+
+    recipe: str
+
+    @property
+    def raw(self) -> Path:
+        """Downloads, shared by all recipes."""
+        return DATA / "raw"
+
+    @property
+    def prepared(self) -> Path:
+        """What `prepare` writes: dataset.h5, summary.json."""
+        return DATA / self.recipe / "prepared"
+
+    @property
+    def dataset(self) -> Path:
+        """The data set."""
+        return self.prepared / "dataset.h5"
+
+    def teacher(self, name: str) -> Path:
+        """One candidate's checkpoint, metrics and curve."""
+        return DATA / self.recipe / "teachers" / name
+
+    @property
+    def winner(self) -> Path:
+        """The selected teacher's checkpoint."""
+        return DATA / self.recipe / "teacher"
+
+    @property
+    def selection(self) -> Path:
+        """The comparison of the candidates."""
+        return DATA / self.recipe / "selection.json"
+
+    def labels(self, view_recipe: str) -> Path:
+        """The label cache of a view recipe."""
+        return DATA / self.recipe / "labels" / f"{view_recipe}.h5"
+
+    def student(self, name: str) -> Path:
+        """One student's checkpoints, metrics and curve."""
+        return DATA / self.recipe / "students" / name
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return DATA / self.recipe / "reports" / "report.md"
+
+    def run(self, name: str) -> Path:
+        """A run that differs from the recipe."""
+        return DATA / "runs" / self.recipe / name
+
+    def work(self, *parts: str) -> Path:
+        """The state of a run under way; never tracked."""
+        return DATA.joinpath("work", self.recipe, *parts)

@@ -1,0 +1,119 @@
+"""`pipeline teacher NAME`: fine-tune and evaluate one candidate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pipeline.batches import Batch, TrainingData
+from pipeline.errors import UsageError
+from pipeline.losses import Outputs, mixed_cross_entropy
+from pipeline.params import override
+from pipeline.recipes import Recipe, TeacherRecipe
+from pipeline.storage import sha256_file
+from pipeline.teachers import build_teacher
+from pipeline.training import Objective
+from pipeline.views import Views
+from stages.context import Context
+from stages.fitting import Run, carry_out, place, refuse_several_ranks, to_device
+from stages.models import describe
+
+
+def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
+    """Return a candidate's recipe.
+
+    Raises:
+        UsageError: The recipe has no such teacher.
+    """
+    if name not in recipe.teachers:
+        raise UsageError(f"teacher {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}")
+    return recipe.teachers[name]
+
+
+def train_teacher(
+    context: Context,
+    name: str,
+    *,
+    settings: Mapping[str, str] | None = None,
+    seed: int = 0,
+    fresh: bool = False,
+) -> Path:
+    """Fine-tune one candidate unless its result is up to date.
+
+    Args:
+        context: The command's setting.
+        name: Of the teacher.
+        settings: Fields of the teacher's recipe to replace; such a run goes to data/runs.
+        seed: Of initialisation and order; one that is not 0 goes to data/runs too.
+        fresh: Whether to start over.
+
+    Returns:
+        The directory of the outputs.
+    """
+    refuse_several_ranks()
+    run = plan_teacher(context, name, settings=settings, seed=seed)
+    if run.is_current() and not fresh:
+        context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
+        return run.out
+    dataset, device = context.dataset(), context.device
+    views = Views(
+        to_device(dataset.train.images, device),
+        torch.from_numpy(dataset.train.labels).to(device),
+        context.recipe.views["default"],
+        key="teacher",
+    )
+    assert isinstance(run.recipe, TeacherRecipe)
+    torch.manual_seed(seed)
+    model = build_teacher(name, weights=run.recipe.weights, **run.description["arguments"]).to(device)
+    carry_out(
+        context,
+        run,
+        model=model,
+        dataset=dataset,
+        data=TrainingData(views, dataset.mean, dataset.std),
+        clean={},
+        objective=teacher_objective(run.recipe.label_smoothing),
+        metric=context.recipe.select.by,
+        fresh=fresh,
+    )
+    return run.out
+
+
+def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
+    """Say what training a candidate means: its recipe, inputs and outputs."""
+    recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
+    dataset, paths = context.dataset(), context.paths
+    arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
+    views = dataclasses.asdict(context.recipe.views["default"])
+    del views["count"]
+    inputs = {"views": views, "metric": context.recipe.select.by}
+    if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
+        inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
+    out, work, stage = place(
+        paths, f"teachers/{name}", name, settings or {}, seed, paths.teacher(name), f"teacher@{name}"
+    )
+    return Run(
+        name=name,
+        out=out,
+        work=work,
+        stage=stage,
+        description=describe(dataset, context.recipe.name, kind="teacher", model=name, arguments=arguments),
+        recipe=recipe,
+        seed=seed,
+        inputs=inputs,
+    )
+
+
+def teacher_objective(label_smoothing: float) -> Objective:
+    """Return loss (9) on a teacher's one head."""
+
+    def objective(outputs: Outputs, batch: Batch) -> torch.Tensor:
+        assert isinstance(outputs, torch.Tensor)
+        return mixed_cross_entropy(
+            outputs, batch.labels, batch.partner_labels, batch.lam, label_smoothing=label_smoothing
+        )
+
+    return objective
