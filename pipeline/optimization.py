@@ -15,18 +15,19 @@ def build_optimizer(parameters: Iterable[nn.Parameter], recipe: FitRecipe) -> to
     """Return the recipe's optimiser over `parameters`.
 
     Weight decay acts on every parameter, as in the paper's SGD. `momentum` is also RMSprop's momentum and the beta1
-    of Adam and AdamW; everything else is torch's default.
+    of Adam and AdamW; everything else is torch's default. Fused where torch can: the update of a VGG's 134 million
+    weights is bound by memory, and one pass over them takes a fifth of the time of one pass for every operation.
 
     Source: arXiv:2502.16762 §4.1, Figure 5.
     """
     parameters, lr, decay = list(parameters), recipe.lr, recipe.weight_decay
     match recipe.optimizer:
         case "sgd":
-            return torch.optim.SGD(parameters, lr=lr, momentum=recipe.momentum, weight_decay=decay)
+            return torch.optim.SGD(parameters, fused=True, lr=lr, momentum=recipe.momentum, weight_decay=decay)
         case "adam":
-            return torch.optim.Adam(parameters, lr=lr, betas=(recipe.momentum, 0.999), weight_decay=decay)
+            return torch.optim.Adam(parameters, fused=True, lr=lr, betas=(recipe.momentum, 0.999), weight_decay=decay)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=lr, betas=(recipe.momentum, 0.999), weight_decay=decay)
+            return torch.optim.AdamW(parameters, fused=True, lr=lr, betas=(recipe.momentum, 0.999), weight_decay=decay)
         case "rmsprop":
             return torch.optim.RMSprop(parameters, lr=lr, momentum=recipe.momentum, weight_decay=decay)
     raise AssertionError(recipe.optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import platform
@@ -86,6 +87,20 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if device.type == "cpu":
         return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
     return "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of giving them back to the system.
+
+    Every training step on the CPU frees and allocates all gradients again. Fresh pages for a VGG's 540 MB cost a
+    third of its backward pass. Elsewhere than on glibc nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -27,7 +27,7 @@ from pipeline.datasets import Dataset, Split
 from pipeline.errors import UsageError
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
-from pipeline.runtime import current_ranks, environment, resolve_precision
+from pipeline.runtime import current_ranks, environment, keep_freed_memory, resolve_precision
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.training import Fit, FitResult, Objective, evaluate
 from stages.context import Context
@@ -156,6 +156,8 @@ def carry_out(
     """
     device = context.device
     precision = resolve_precision(run.recipe.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with lock(run.work.with_name(f"{run.work.name}.lock")):
         state = RunState(run.work, run.fingerprint)
         if fresh:

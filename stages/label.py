@@ -56,6 +56,7 @@ def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teache
             )
     settings = context.recipe.label
     precision = resolve_precision(settings.precision, device)
+    model.to(memory_format=torch.channels_last)
     return Teacher(model, dataset.mean, dataset.std, precision, settings.batch_size), checkpoint
 
 
