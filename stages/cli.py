@@ -9,20 +9,25 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 
 import pipeline
-from pipeline.errors import Interrupted, PipelineError, UsageError
-from pipeline.stopping import StopSignal
-from stages.context import Context
-from stages.paths import PARAMS
+from pipeline.errors import Interrupted, PipelineError
+from stages.options import (
+    STOP,
+    device_option,
+    json_option,
+    open_context,
+    parse_settings,
+    recipe_option,
+    require_exists,
+    split_names,
+    training_options,
+)
 
-STOP = StopSignal()
 GROUPS = (
     ("Data", ("prepare",)),
     ("Stage one: teachers and labels", ("teacher-select", "teacher", "select", "label", "labels")),
@@ -42,44 +47,6 @@ class GroupedCommands(click.Group):
                 formatter.write_dl(rows)
 
 
-def open_context(recipe: str | None = None, device: str | None = None) -> Context:
-    """Load params.yaml and choose the recipe."""
-    from pipeline.params import load_params
-
-    params = load_params(PARAMS)
-    stderr = bool(click.get_current_context().params.get("as_json"))
-    console = Console(stderr=stderr)
-    return Context(params, params.select(recipe), console, STOP, device)
-
-
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --recipe and --device."""
-    command = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")(command)
-    return click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")(command)
-
-
-def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --fresh, --seed and --set."""
-    command = click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable.",
-    )(command)
-    command = click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0, 2**31 - 1),
-        help="Initialisation and order.",
-    )(command)
-    return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
-
-
 @click.group(cls=GroupedCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(pipeline.__version__, prog_name="pipeline")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -88,15 +55,15 @@ def cli(debug: bool) -> None:
 
 
 @cli.command()
-@common_options
+@recipe_option
 @click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
 @click.option("--from", "folder", type=click.Path(path_type=Path), help="Take the images from this folder.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files out.")
-def prepare(recipe: str | None, device: str | None, download: bool, folder: Path | None, skip_bad: bool) -> None:
+def prepare(recipe: str | None, download: bool, folder: Path | None, skip_bad: bool) -> None:
     """Turn a data set into one file of uint8 images."""
     from stages.prepare import prepare as run
 
-    context = open_context(recipe, device)
+    context = open_context(recipe)
     paths = context.paths
     summary = run(
         context.recipe, out=paths.prepared, raw=paths.raw, folder=folder, download=download, skip_bad=skip_bad
@@ -111,7 +78,8 @@ def prepare(recipe: str | None, device: str | None, download: bool, folder: Path
 
 @cli.command()
 @click.argument("name")
-@common_options
+@recipe_option
+@device_option
 @training_options
 def teacher(
     name: str, recipe: str | None, device: str | None, fresh: bool, seed: int, settings: tuple[str, ...]
@@ -126,15 +94,15 @@ def teacher(
 
 
 @cli.command()
-@common_options
+@recipe_option
 @click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
-def select(recipe: str | None, device: str | None, teachers: str | None) -> None:
+def select(recipe: str | None, teachers: str | None) -> None:
     """Compare the candidates and copy the winner."""
     from stages.report import conditions
     from stages.selection import select as run
     from stages.selection import teachers_table
 
-    context = open_context(recipe, device)
+    context = open_context(recipe)
     comparison = run(context, split_names(teachers))
     names = [candidate["name"] for candidate in comparison["candidates"]]
     note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
@@ -144,7 +112,8 @@ def select(recipe: str | None, device: str | None, teachers: str | None) -> None
 
 
 @cli.command()
-@common_options
+@recipe_option
+@device_option
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="A checkpoint; the selected teacher where left out.")
 @click.option("--fresh", is_flag=True, help="Label every view again.")
@@ -158,7 +127,8 @@ def label(recipe: str | None, device: str | None, view_recipe: str, teacher: Pat
 
 
 @cli.command("teacher-select")
-@common_options
+@recipe_option
+@device_option
 @click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
 @click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
 @click.option("--fresh", is_flag=True, help="Train and label everything again.")
@@ -209,7 +179,8 @@ def inspect(file: Path, as_json: bool) -> None:
 
 @labels.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@common_options
+@recipe_option
+@device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="The checkpoint; the selected teacher if left out.")
 @click.option("--margin", type=click.FloatRange(0.0), help="Largest logit margin of a difference that may pass.")
@@ -241,7 +212,8 @@ def verify(
 
 @cli.command()
 @click.option("--student", required=True, help="A student of the recipe, as titn.")
-@common_options
+@recipe_option
+@device_option
 @training_options
 @click.option(
     "--labels",
@@ -285,7 +257,8 @@ def distill(
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@common_options
+@recipe_option
+@device_option
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
 @click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
 @json_option
@@ -305,13 +278,13 @@ def evaluate(
 
 
 @cli.command()
-@common_options
+@recipe_option
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md.")
-def report(recipe: str | None, device: str | None, out: Path | None) -> None:
+def report(recipe: str | None, out: Path | None) -> None:
     """Print the tables of what has been run, and write report.md."""
     from stages.report import report as run
 
-    context = open_context(recipe, device)
+    context = open_context(recipe)
     for table in run(context, out):
         context.console.print(table.to_rich())
     context.say(f"wrote {context.paths.report if out is None else out / 'report.md'}")
@@ -330,35 +303,6 @@ def models(classes: int, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
     else:
         Console().print(models_table(found, classes).to_rich())
-
-
-def split_names(text: str | None) -> tuple[str, ...] | None:
-    """Split `a,b` into names."""
-    names = tuple(name.strip() for name in text.split(",")) if text is not None else None
-    if names is not None and (not all(names) or len(set(names)) != len(names)):
-        raise UsageError(f"{text!r}: write distinct names separated by commas, as a,b")
-    return names
-
-
-def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
-    """Split KEY=VALUE pairs."""
-    pairs = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key or not value or key in pairs:
-            raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
-        pairs[key] = value
-    return pairs
-
-
-def require_exists(path: Path) -> None:
-    """Refuse a path that does not exist.
-
-    Raises:
-        UsageError: It does not.
-    """
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or directory")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.errors import DataError
 from pipeline.params import Params
 from pipeline.recipes import Recipe
 from pipeline.stopping import StopSignal
+from pipeline.storage import read_json
 from stages.paths import Paths
 
 if TYPE_CHECKING:
@@ -64,20 +66,18 @@ class Context:
         """
         from pipeline.datasets import Dataset
 
-        if not self.paths.dataset.exists():
+        if not all((self.paths.prepared / name).is_file() for name in ("dataset.h5", "summary.json")):
             raise DataError(
                 f"{self.paths.dataset}: no prepared data; run `pipeline prepare --recipe {self.recipe.name}`"
             )
-        dataset = Dataset.load(self.paths.dataset)
-        wanted = self.recipe.dataset
-        if (dataset.source, dataset.image_size) != (wanted.source, wanted.image_size) or (
-            (dataset.val is not None) != (wanted.val_fraction > 0)
-        ):
-            raise DataError(
-                f"{self.paths.dataset}: prepared under other settings than recipes.{self.recipe.name}.dataset; "
-                f"run `pipeline prepare --recipe {self.recipe.name}` again"
-            )
-        return dataset
+        prepared = read_json(self.paths.prepared / "summary.json")["settings"]
+        for key, wanted in dataclasses.asdict(self.recipe.dataset).items():
+            if prepared.get(key) != wanted:
+                raise DataError(
+                    f"{self.paths.dataset}: prepared with {key} {prepared.get(key)}, but recipe {self.recipe.name} "
+                    f"asks for {wanted}; run `pipeline prepare --recipe {self.recipe.name}` again"
+                )
+        return Dataset.load(self.paths.dataset)
 
     def changed(self, stage: str) -> None:
         """Note that an output of a DVC stage was replaced."""

@@ -23,7 +23,7 @@ class Summary:
     Attributes:
         recipe: The recipe's name.
         source: Where the images come from.
-        image_size: Side, pixels.
+        settings: The recipe's `dataset`, by which a later change of it is noticed.
         num_samples: Samples of each split.
         class_counts: Samples of each class, split by split, in the order of `class_names`.
         class_names: K names.
@@ -37,7 +37,7 @@ class Summary:
 
     recipe: str
     source: str
-    image_size: int
+    settings: dict[str, object]
     num_samples: dict[str, int]
     class_counts: dict[str, list[int]]
     class_names: tuple[str, ...]
@@ -92,7 +92,7 @@ def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> Summ
     return Summary(
         recipe=recipe.name,
         source=dataset.source,
-        image_size=dataset.image_size,
+        settings=dataclasses.asdict(recipe.dataset),
         num_samples={name: len(split) for name, split in dataset.splits.items()},
         class_counts={
             name: np.bincount(split.labels, minlength=dataset.num_classes).tolist()

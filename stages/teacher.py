@@ -68,7 +68,7 @@ def train_teacher(
     assert isinstance(run.recipe, TeacherRecipe)
     torch.manual_seed(seed)
     model = build_teacher(name, weights=run.recipe.weights, **run.description["arguments"])
-    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device).to(memory_format=torch.channels_last)
     carry_out(
         context,
         run,

@@ -1,0 +1,87 @@
+"""What the commands' options share: their definitions, their parsing, and the context they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pipeline.errors import UsageError
+from pipeline.stopping import StopSignal
+from stages.context import Context
+from stages.paths import PARAMS
+
+STOP = StopSignal()
+
+recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
+device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --fresh, --seed and --set."""
+    command = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable.",
+    )(command)
+    command = click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**31 - 1),
+        help="Initialisation and order.",
+    )(command)
+    return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
+
+
+def open_context(recipe: str | None = None, device: str | None = None) -> Context:
+    """Load params.yaml, choose the recipe and open the console.
+
+    With --json, standard output belongs to the JSON and everything else goes to standard error. Under torchrun only
+    rank 0 prints.
+
+    Raises:
+        UsageError: params.yaml or a name is wrong.
+    """
+    from pipeline.params import load_params
+    from pipeline.runtime import current_ranks
+
+    params = load_params(PARAMS)
+    as_json = bool(click.get_current_context().params.get("as_json"))
+    console = Console(stderr=as_json, quiet=not current_ranks().is_main)
+    return Context(params, params.select(recipe), console, STOP, device)
+
+
+def split_names(text: str | None) -> tuple[str, ...] | None:
+    """Split `a,b` into names."""
+    names = tuple(name.strip() for name in text.split(",")) if text is not None else None
+    if names is not None and (not all(names) or len(set(names)) != len(names)):
+        raise UsageError(f"{text!r}: write distinct names separated by commas, as a,b")
+    return names
+
+
+def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
+    """Split KEY=VALUE pairs."""
+    pairs = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key or not value or key in pairs:
+            raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
+        pairs[key] = value
+    return pairs
+
+
+def require_exists(path: Path) -> None:
+    """Refuse a path that does not exist.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or directory")
