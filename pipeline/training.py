@@ -302,11 +302,13 @@ class Fit:
         raise NumericalError(f"{where}: the loss or its gradient is not finite; lower lr or set clip to 1.0; {kept}")
 
     def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
-        """Note an epoch after warm-up whose loss has not left that of guessing, ln K."""
+        """Warn of an epoch after warm-up whose loss has not left that of guessing, ln K; recorded while it lasts."""
         chance = 100.0 / self.evaluation.num_classes
         stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and row["top1"] < 1.5 * chance
         self.result.at_chance = stuck and self.epoch + 1 > self.recipe.warmup_epochs
-        if self.result.at_chance and not self.result.warnings:
+        if not self.result.at_chance:
+            self.result.warnings.clear()
+        elif not self.result.warnings:
             figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %"
             advice = "if it stays there, lower lr, add warmup_epochs, or set clip to 1.0"
             message = f"epoch {row['epoch']} is still at chance ({figures}); {advice}"

@@ -77,7 +77,7 @@ def distill(
     recipe = student_recipe(context.recipe, name, settings or {})
     if (labels == "online") != (teacher is not None):
         raise UsageError(f"--labels {labels}: --teacher CHECKPOINT belongs to --labels online, and only to it")
-    dataset, device = context.dataset(), context.device
+    device, dataset = context.device, context.dataset()
     view_recipe = context.recipe.views[recipe.views]
     source = _Source(context, dataset, recipe, labels, teacher)
     run = _plan(context, dataset, name, recipe, source, labels=labels, settings=settings or {}, seed=seed)

@@ -54,11 +54,12 @@ def train_teacher(
         The directory of the outputs.
     """
     refuse_several_ranks()
+    device = context.device
     run = plan_teacher(context, name, settings=settings, seed=seed)
     if run.is_current() and not fresh:
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
         return run.out
-    dataset, device = context.dataset(), context.device
+    dataset = context.dataset()
     views = Views(
         to_device(dataset.train.images, device),
         torch.from_numpy(dataset.train.labels).to(device),

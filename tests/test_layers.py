@@ -204,13 +204,13 @@ def test_divisors_below_one_and_above_the_whole_are_refused(part: int) -> None:
         divide("image_size", 32, "patch_size", part)
 
 
-def test_weights_start_with_deviation_002_and_biases_at_zero() -> None:
+def test_weights_keep_the_variance_of_their_inputs_and_biases_start_at_zero() -> None:
     torch.manual_seed(0)
     block = EncoderBlock(width=192, num_heads=3, mlp_ratio=4)
     initialise(block)
     for module in block.modules():
         if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.02)
+            assert module.weight.std().item() == pytest.approx(module.in_features**-0.5, rel=0.02)
             assert abs(module.weight.mean().item()) < 5e-4
             assert module.bias is None or not module.bias.any()
     assert learned(100, 192).std().item() == pytest.approx(0.02, rel=0.05)

@@ -1,0 +1,176 @@
+"""What the real DVC reruns after each kind of change, and what it does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.labels import LabelCache
+from tests.project import ROOT, Project, environment
+
+pytest.importorskip("dvc", reason="comes with the extra dvc")
+DVC = Path(sys.executable).with_name("dvc")
+
+
+class Checkout(Project):
+    """A git checkout of the project on the recipe `smoke`, with DVC."""
+
+    def shell(self, *command: str) -> str:
+        path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
+        done = subprocess.run(
+            command,
+            cwd=self.path,
+            env=environment(PATH=path, PYTHONPATH="", GIT_CONFIG_GLOBAL="/dev/null"),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def dvc(self, *arguments: str) -> str:
+        return self.shell(str(DVC), *arguments)
+
+    def repro(self, *arguments: str) -> set[str]:
+        """Run `dvc repro` and return the names of the stages that ran."""
+        out = self.dvc("repro", *arguments)
+        return {line.split("'")[1] for line in out.splitlines() if line.startswith("Running stage")}
+
+    def commit(self) -> None:
+        self.shell("git", "add", "-A")
+        self.shell("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "state")
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout in which `dvc repro` has run once."""
+    path = tmp_path_factory.mktemp("reproduced") / "project"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in files:
+        if not name.startswith(("tests/", "results/", "benchmarks/")) and (ROOT / name).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, path / name)
+    Project.create(path)
+    checkout = Checkout(path)
+    checkout.shell("git", "init", "-q")
+    checkout.commit()
+    ran = checkout.repro()
+    assert ran == {
+        "prepare", "teacher@squeezenet1_1", "teacher@mobilenet_v3_large", "select", "label@default",
+        "student@titn", "student@vit", "report",
+    }  # fmt: skip
+    checkout.commit()
+    return checkout
+
+
+@pytest.fixture
+def checkout(reproduced: Checkout, tmp_path: Path) -> Checkout:
+    shutil.copytree(reproduced.path, tmp_path / "project", symlinks=True)
+    return Checkout(tmp_path / "project")
+
+
+def test_a_second_repro_runs_nothing(reproduced: Checkout) -> None:
+    assert reproduced.repro() == set()
+    assert "Data and pipelines are up to date" in reproduced.dvc("status")
+    assert (reproduced.data / "reports/report.md").is_file()
+
+
+def test_metrics_and_plots_are_dvcs(reproduced: Checkout) -> None:
+    shown = json.loads(reproduced.dvc("metrics", "show", "--json").splitlines()[-1])
+    files = shown[""]["data"]
+    assert len(files) == 4
+    assert 0 <= files["data/smoke/students/titn/metrics.json"]["data"]["best"]["top1"] <= 100
+    plots = reproduced.dvc("plots", "show", "--json", "data/smoke/students/titn/curve.csv")
+    assert "top1" in plots
+
+
+def test_changing_one_students_recipe_reruns_that_student_alone(checkout: Checkout) -> None:
+    checkout.edit("      vit: {}\n", "      vit: {epochs: 3}\n")
+    assert checkout.repro() == {"student@vit", "report"}
+
+
+def test_changing_a_teacher_that_does_not_win_does_not_relabel(checkout: Checkout) -> None:
+    selection = json.loads((checkout.data / "selection.json").read_text())
+    loser = next(each["name"] for each in selection["candidates"] if each["name"] != selection["winner"])
+    own = {"squeezenet1_1": "squeezenet1_1: {epochs: 2", "mobilenet_v3_large": "mobilenet_v3_large: {bn_momentum: 0.1"}
+    checkout.edit(own[loser], f"{own[loser]}, lr: 0.00001")
+    assert checkout.repro() == {f"teacher@{loser}", "select", "report"}
+
+
+def test_another_winner_relabels_and_retrains(checkout: Checkout) -> None:
+    selection = json.loads((checkout.data / "selection.json").read_text())
+    loser = next(each["name"] for each in selection["candidates"] if each["name"] != selection["winner"])
+    file = checkout.path / "params.yaml"
+    file.write_text(file.read_text().replace("teachers: [squeezenet1_1, mobilenet_v3_large]", f"teachers: [{loser}]"))
+    assert checkout.repro() == {"select", "label@default", "student@titn", "student@vit", "report"}
+    assert LabelCache.open(checkout.data / "labels/default.h5").provenance["teacher"] == loser
+
+
+def test_more_views_extend_the_labels_and_leave_teachers_alone(checkout: Checkout) -> None:
+    file = checkout.data / "labels/default.h5"
+    former = LabelCache.open(file)
+    checkout.edit("count: 2", "count: 3")
+    assert checkout.repro() == {"label@default", "student@titn", "student@vit", "report"}
+    extended = LabelCache.open(file)
+    assert extended.num_views == 3
+    assert (extended.labels[:2] == former.labels).all()
+
+
+def test_changed_code_reruns_the_stages_that_use_it(checkout: Checkout) -> None:
+    for name, stages in (
+        ("stages/report.py", {"report"}),
+        ("pipeline/students/vit.py", {"student@titn", "student@vit", "report"}),
+    ):
+        with (checkout.path / name).open("a") as file:
+            file.write("\n# changed\n")
+        ran = checkout.repro()
+        # Students that come out the same leave the report alone, but for their times.
+        assert ran == stages, name
+
+
+def test_what_the_command_line_wrote_is_adopted_by_the_line_it_ends_with(checkout: Checkout) -> None:
+    checkout.edit("      titn: {}\n", "      titn: {epochs: 1}\n")
+    out = checkout.shell(sys.executable, "-m", "stages.cli", "distill", "--student", "titn")
+    line = out.strip().splitlines()[-1]
+    assert line.endswith("dvc commit -f student@titn")
+    checkout.dvc(*line.split("dvc ")[-1].split())
+    before = (checkout.data / "students/titn/metrics.json").read_bytes()
+    assert checkout.repro() == {"report"}
+    assert checkout.repro() == set()
+    assert (checkout.data / "students/titn/metrics.json").read_bytes() == before
+
+
+def test_students_on_demand_need_no_edit(checkout: Checkout) -> None:
+    checkout.dvc("exp", "run", "-S", "students={titn-mixup: mixup}", "-S", "view_recipes=[mixup]", "-n", "mixup")
+    assert (checkout.data / "students/titn-mixup/metrics.json").is_file()
+    assert (checkout.data / "labels/mixup.h5").is_file()
+
+
+def test_an_experiment_in_a_copy_runs_the_copys_code_and_changes_the_recipe(checkout: Checkout) -> None:
+    checkout.dvc("exp", "run", "--temp", "-S", "recipes.smoke.students.vit.epochs=1", "-n", "short")
+    shown = json.loads(checkout.dvc("exp", "show", "--json"))
+    assert "short" in json.dumps(shown)
+    checkout.dvc("exp", "apply", "short")
+    assert json.loads((checkout.data / "students/vit/metrics.json").read_text())["epochs"] == 1
+
+
+def test_a_clone_pulls_labels_and_data_from_a_remote_and_distils(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.dvc("remote", "add", "-d", "local", str(tmp_path / "remote"))
+    checkout.dvc("push")
+    checkout.commit()
+    checkout.shell("git", "clone", "-q", str(checkout.path), str(tmp_path / "clone"))
+    clone = Checkout(tmp_path / "clone")
+    clone.dvc("pull", "prepare", "label@default")
+    assert not (clone.data / "teachers").exists()
+    clone.shell(sys.executable, "-m", "stages.cli", "distill", "--student", "titn")
+    clone.shell("git", "-C", str(clone.path), "status")
+    shutil.rmtree(clone.data)
+    clone.dvc("pull")
+    assert clone.repro() == set()

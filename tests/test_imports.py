@@ -1,0 +1,97 @@
+"""The one rule of imports, and one home for each dependency."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module imports modules of its own layer or of those before it.
+LAYERS = (
+    {"errors", "recipes", "params", "storage", "runtime", "stopping", "paper"},
+    {"datasets", "image_folders", "sources"},
+    {"draws", "imageops", "geometry", "autoaugment", "mixing", "views"},
+    {"losses", "metrics", "seals", "label_identity", "label_file", "label_parts", "labels", "checkpoints"},
+    {"batches", "optimization", "labelling", "training", "reporting"},
+)
+LEAVES = {"teachers", "counting", "students"}
+HOMES = {
+    "click": {"stages/cli.py", "stages/options.py"},
+    "h5py": {"pipeline/datasets.py", "pipeline/label_file.py"},
+    "yaml": {"pipeline/params.py"},
+    "sklearn": {"pipeline/sources.py"},
+    "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},
+    "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
+    "rich": {"pipeline/reporting.py", "stages/cli.py", "stages/context.py", "stages/options.py"},
+    "torchvision": {"pipeline/runtime.py", "pipeline/sources.py", "pipeline/teachers.py"},
+}
+FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")])
+
+
+def imports(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            if node.module == "pipeline":
+                names |= {f"pipeline.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(module: str) -> int:
+    return next(index for index, modules in enumerate(LAYERS) if module in modules)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_one_way(file: Path) -> None:
+    package, *rest = file.relative_to(ROOT).with_suffix("").parts
+    if package == "stages" or rest == ["__init__"]:
+        return
+    module = rest[0]
+    inner = {name.split(".")[1] for name in imports(file) if name.startswith("pipeline.")}
+    assert not any(name.split(".")[0] == "stages" for name in imports(file)), "the library imports no command"
+    if module in LEAVES:
+        assert inner <= {"errors", module}
+    else:
+        assert inner.isdisjoint(LEAVES), "a stage builds the model and passes it in"
+        assert all(layer(other) <= layer(module) for other in inner), inner
+
+
+def test_the_library_has_no_cycles() -> None:
+    graph = {
+        file.stem: {name.split(".")[1] for name in imports(file) if name.startswith("pipeline.")}
+        for file in ROOT.glob("pipeline/*.py")
+        if file.stem != "__init__"
+    }
+    done: set[str] = set()
+    while len(done) < len(graph):
+        free = {module for module, used in graph.items() if module not in done and used <= done | {module, "students"}}
+        assert free, f"a cycle among {sorted(set(graph) - done)}"
+        done |= free
+
+
+@pytest.mark.parametrize("dependency", HOMES)
+def test_a_dependency_has_its_home(dependency: str) -> None:
+    users = {
+        str(file.relative_to(ROOT)) for file in FILES if any(name.split(".")[0] == dependency for name in imports(file))
+    }
+    assert users == HOMES[dependency]
+
+
+def test_the_library_prints_nothing() -> None:
+    for file in ROOT.glob("pipeline/**/*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
+
+
+def test_the_packages_are_listed_explicitly() -> None:
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in FILES}
+    assert listed == found
