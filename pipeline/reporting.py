@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -40,10 +41,17 @@ class Table:
 
     def to_rich(self) -> RichTable:
         """Return the table for a rich console."""
-        table = RichTable(title=escape(self.title), caption=escape(self.note) or None, title_justify="left")
-        table.caption_justify = "left"
+        table = RichTable(
+            title=escape(self.title),
+            caption=escape(self.note) or None,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         for index, column in enumerate(self.columns):
-            table.add_column(escape(column), justify="left" if index == 0 else "right")
+            justify: JustifyMethod = "left" if index == 0 else "right"
+            table.add_column(escape(column), justify=justify, no_wrap=index == 0, overflow="fold")
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table

@@ -234,8 +234,8 @@ class Fit:
         if row[self.metric] > best:
             self.result.best_epoch = self.epoch + 1
             self.result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-        self._warn_at_chance(row)
         self.watcher.epoch_ended(row)
+        self._warn_at_chance(row)
         self.epoch, self.step = self.epoch + 1, 0
         self.loss_sum.zero_()
 

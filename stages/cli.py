@@ -260,10 +260,10 @@ def distill(
 @recipe_option
 @device_option
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="That of the training where left out.")
 @json_option
 def evaluate(
-    checkpoint: Path, recipe: str | None, device: str | None, split: str, precision: str, as_json: bool
+    checkpoint: Path, recipe: str | None, device: str | None, split: str, precision: str | None, as_json: bool
 ) -> None:
     """Score a checkpoint on a recipe's data."""
     from stages.evaluate import evaluate_checkpoint, scores_table

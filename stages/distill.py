@@ -132,6 +132,7 @@ def _plan(
         seed=seed,
         inputs={"views": dataclasses.asdict(view_recipe), "labels": labels, "teacher": source.digest},
         teacher=source.teacher,
+        is_distilled=source.is_distilled,
         num_views=view_recipe.count,
         keep_last=True,
     )

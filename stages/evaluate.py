@@ -16,7 +16,7 @@ from stages.models import load_model
 
 
 def evaluate_checkpoint(
-    context: Context, path: Path, *, split: str = "test", precision: str = "auto"
+    context: Context, path: Path, *, split: str = "test", precision: str | None = None
 ) -> dict[str, Any]:
     """Score a checkpoint.
 
@@ -24,7 +24,7 @@ def evaluate_checkpoint(
         context: The command's setting.
         path: A directory that a stage wrote, or a .safetensors file in it.
         split: `train`, `val` or `test`.
-        precision: `auto`, `fp32` or `bf16`.
+        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
 
     Returns:
         Model, split, number of images, precision and the fields of pipeline.metrics.Scores.
@@ -45,7 +45,7 @@ def evaluate_checkpoint(
     data = evaluation_data(dataset, dataset.splits[split], device)
     mean, std = ((float(r), float(g), float(b)) for r, g, b in (meta["mean"], meta["std"]))
     data = dataclasses.replace(data, mean=mean, std=std)
-    precision = resolve_precision(precision, device)
+    precision = resolve_precision(precision or meta["training"]["precision"], device)
     scores = evaluate(model, data, precision=precision)
     return {
         "model": meta["model"],

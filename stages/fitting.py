@@ -48,7 +48,8 @@ class Run:
         recipe: How it is trained.
         seed: Of initialisation and order.
         inputs: Whatever else decides the result, as plain JSON values.
-        teacher: Name and top-1 of the teacher whose labels it learns from, if any.
+        teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
+        is_distilled: Whether it also learns from that teacher's labels.
         num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
         keep_last: Whether the last epoch's weights are kept beside the best's.
     """
@@ -62,6 +63,7 @@ class Run:
     seed: int
     inputs: Mapping[str, Any]
     teacher: Mapping[str, Any] | None = None
+    is_distilled: bool = False
     num_views: int | None = None
     keep_last: bool = False
 
@@ -215,6 +217,7 @@ def _metrics(
         "num_train": len(dataset.train),
         "num_test": len(dataset.test),
         "teacher": dict(run.teacher) if run.teacher else None,
+        "distilled": run.is_distilled,
         "at_chance": result.at_chance,
         "warnings": result.warnings,
     }

@@ -15,6 +15,7 @@ from stages.context import Context
 from stages.paths import PARAMS
 
 STOP = StopSignal()
+LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
@@ -55,6 +56,8 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
     params = load_params(PARAMS)
     as_json = bool(click.get_current_context().params.get("as_json"))
     console = Console(stderr=as_json, quiet=not current_ranks().is_main)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     return Context(params, params.select(recipe), console, STOP, device)
 
 

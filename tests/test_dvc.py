@@ -99,7 +99,10 @@ def test_changing_one_students_recipe_reruns_that_student_alone(checkout: Checko
 def test_changing_a_teacher_that_does_not_win_does_not_relabel(checkout: Checkout) -> None:
     selection = json.loads((checkout.data / "selection.json").read_text())
     loser = next(each["name"] for each in selection["candidates"] if each["name"] != selection["winner"])
-    own = {"squeezenet1_1": "squeezenet1_1: {epochs: 2", "mobilenet_v3_large": "mobilenet_v3_large: {bn_momentum: 0.1"}
+    own = {
+        "squeezenet1_1": "squeezenet1_1: {epochs: 6",
+        "mobilenet_v3_large": "mobilenet_v3_large: {epochs: 2, bn_momentum: 0.1",
+    }
     checkout.edit(own[loser], f"{own[loser]}, lr: 0.00001")
     assert checkout.repro() == {f"teacher@{loser}", "select", "report"}
 
@@ -148,13 +151,15 @@ def test_what_the_command_line_wrote_is_adopted_by_the_line_it_ends_with(checkou
 
 
 def test_students_on_demand_need_no_edit(checkout: Checkout) -> None:
-    checkout.dvc("exp", "run", "-S", "students={titn-mixup: mixup}", "-S", "view_recipes=[mixup]", "-n", "mixup")
+    checkout.dvc(
+        "exp", "run", "-S", "+students={titn-mixup: mixup}", "-S", "view_recipes=[default,mixup]", "-n", "mixup"
+    )
     assert (checkout.data / "students/titn-mixup/metrics.json").is_file()
     assert (checkout.data / "labels/mixup.h5").is_file()
 
 
 def test_an_experiment_in_a_copy_runs_the_copys_code_and_changes_the_recipe(checkout: Checkout) -> None:
-    checkout.dvc("exp", "run", "--temp", "-S", "recipes.smoke.students.vit.epochs=1", "-n", "short")
+    checkout.dvc("exp", "run", "--temp", "-S", "+recipes.smoke.students.vit.epochs=1", "-n", "short")
     shown = json.loads(checkout.dvc("exp", "show", "--json"))
     assert "short" in json.dumps(shown)
     checkout.dvc("exp", "apply", "short")
