@@ -119,6 +119,17 @@ class Params:
             raise UsageError(f"--recipe {name}: no such recipe in params.yaml; choose from {', '.join(self.recipes)}")
         return self.recipes[name]
 
+    def candidates(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the candidate teachers of a recipe: those of `teachers` that it has.
+
+        Raises:
+            UsageError: It has none of them.
+        """
+        names = tuple(name for name in self.teachers if name in recipe.teachers)
+        if not names:
+            raise UsageError(f"teachers: none of {', '.join(self.teachers)} is in recipes.{recipe.name}.teachers")
+        return names
+
 
 def load_params(path: Path) -> Params:
     """Load and check params.yaml.

@@ -279,9 +279,9 @@ def evaluate(
 
 @cli.command()
 @recipe_option
-@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md and report.json.")
 def report(recipe: str | None, out: Path | None) -> None:
-    """Print the tables of what has been run, and write report.md."""
+    """Print the tables of what has been run; write report.md and report.json."""
     from stages.report import report as run
 
     context = open_context(recipe)

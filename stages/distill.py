@@ -15,7 +15,7 @@ from pipeline.checkpoints import read_meta
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.labelling import cached_labels, check_canaries, online_labels
-from pipeline.labels import LabelCache, make_identity
+from pipeline.labels import LabelCache
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistilled_loss
 from pipeline.params import override
 from pipeline.recipes import Recipe, StudentRecipe
@@ -23,7 +23,8 @@ from pipeline.students import STUDENTS, build_student
 from pipeline.training import Objective
 from pipeline.views import Views
 from stages.context import Context
-from stages.fitting import Run, carry_out, place, refuse_several_ranks, to_device
+from stages.fitting import Run, carry_out, make_views, place, refuse_several_ranks, to_device
+from stages.label import identity_of, load_teacher
 from stages.models import describe, student_arguments
 from stages.paths import Paths
 
@@ -84,11 +85,7 @@ def distill(
     if run.is_current() and not fresh:
         context.say(f"{name}: up to date ({run.out}); --fresh trains it again")
         return run.out
-    views = Views(
-        to_device(dataset.train.images, device),
-        torch.from_numpy(dataset.train.labels).to(device),
-        view_recipe,
-    )
+    views = make_views(context, dataset, recipe.views)
     source.check(views)
     torch.manual_seed(seed)
     model = build_student(recipe.model, **run.description["arguments"]).to(device)
@@ -203,8 +200,6 @@ class _Source:
 
     def _ask(self, context: Context, dataset: Dataset, path: Path | None) -> None:
         """Load the teacher that is asked at every step."""
-        from stages.label import load_teacher
-
         assert path is not None
         teacher, checkpoint = load_teacher(context, dataset, path)
         self._online = online_labels(teacher)
@@ -225,13 +220,7 @@ def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str
     Raises:
         DataError: It is not valid, belongs to other data or views, or to another teacher than the selected one.
     """
-    identity = make_identity(
-        dataset_sha256=dataset.sha256,
-        split="train",
-        view_recipe=recipe.views[view_recipe],
-        class_names=dataset.class_names,
-        num_samples=len(dataset.train),
-    )
+    identity = identity_of(dataset, recipe.views[view_recipe])
     winner = read_meta(paths.winner)
     provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}
     return LabelCache.open(paths.labels(view_recipe), expected_identity=identity, expected_provenance=provenance)

@@ -30,6 +30,7 @@ from pipeline.reporting import RunWatcher
 from pipeline.runtime import current_ranks, environment, keep_freed_memory, resolve_precision
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.training import Fit, FitResult, Objective, evaluate
+from pipeline.views import Views
 from stages.context import Context
 from stages.models import costs
 from stages.paths import Paths
@@ -101,6 +102,13 @@ def place(
 def to_device(images: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """Return `(N, H, W, 3)` uint8 images as a `(N, 3, H, W)` tensor on the device."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
+
+
+def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
+    """Return a view recipe's views of the training set, on the device; `key` as for pipeline.views.Views."""
+    images = to_device(dataset.train.images, context.device)
+    labels = torch.from_numpy(dataset.train.labels).to(context.device)
+    return Views(images, labels, context.recipe.views[view_recipe], key=key)
 
 
 def evaluation_data(

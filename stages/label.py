@@ -24,12 +24,13 @@ from pipeline.labelling import (
     replay,
 )
 from pipeline.labels import LabelCache, make_identity, make_provenance
+from pipeline.recipes import ViewRecipe
 from pipeline.reporting import progress_bar
 from pipeline.runtime import current_ranks, resolve_precision, versions
 from pipeline.storage import lock
 from pipeline.views import Views
 from stages.context import Context
-from stages.fitting import to_device
+from stages.fitting import make_views, to_device
 from stages.models import load_model
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -134,23 +135,21 @@ def _belongs(context: Context, path: Path, parts: LabelParts) -> bool:
     return True
 
 
-def make_views(context: Context, dataset: Dataset, view_recipe: str) -> Views:
-    """Return a view recipe's views of the training set, on the device."""
-    images = to_device(dataset.train.images, context.device)
-    labels = torch.from_numpy(dataset.train.labels).to(context.device)
-    return Views(images, labels, context.recipe.views[view_recipe])
+def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
+    """Return the identity of the labels of a data set's training views."""
+    return make_identity(
+        dataset_sha256=dataset.sha256,
+        split="train",
+        view_recipe=view_recipe,
+        class_names=dataset.class_names,
+        num_samples=len(dataset.train),
+    )
 
 
 def _parts(
     context: Context, dataset: Dataset, view_recipe: str, teacher: Teacher, checkpoint: Checkpoint, work: Path
 ) -> LabelParts:
-    identity = make_identity(
-        dataset_sha256=dataset.sha256,
-        split="train",
-        view_recipe=context.recipe.views[view_recipe],
-        class_names=dataset.class_names,
-        num_samples=len(dataset.train),
-    )
+    identity = identity_of(dataset, context.recipe.views[view_recipe])
     provenance = make_provenance(
         teacher=str(checkpoint.meta["model"]),
         checkpoint_sha256=checkpoint.sha256,
@@ -236,18 +235,7 @@ def verify(
         DataError: The file is not valid or belongs to other data, views or another teacher.
     """
     cache, dataset = LabelCache.open(path), context.dataset()
-    names = [
-        name
-        for name, recipe in context.recipe.views.items()
-        if make_identity(
-            dataset_sha256=dataset.sha256,
-            split="train",
-            view_recipe=recipe,
-            class_names=dataset.class_names,
-            num_samples=len(dataset.train),
-        )
-        == cache.identity
-    ]
+    names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:
         raise DataError(f"{path}: belongs to other data or to none of recipe {context.recipe.name}'s view recipes")
     model, checkpoint = load_teacher(context, dataset, teacher or context.paths.winner)

@@ -58,7 +58,7 @@ class Paths:
 
     @property
     def report(self) -> Path:
-        """The report."""
+        """The report; report.json lies beside it."""
         return DATA / self.recipe / "reports" / "report.md"
 
     def run(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""`pipeline report`: the tables of what has been run, printed and written to report.md."""
+"""`pipeline report`: the tables of what has been run, printed and written to report.md; all figures to report.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import paper
 from pipeline.recipes import Recipe
 from pipeline.reporting import Table, difference, number
-from pipeline.storage import read_json, write_atomic
+from pipeline.storage import read_json, write_atomic, write_json
 from stages.context import Context
 from stages.selection import teachers_table
 
@@ -17,17 +17,18 @@ TABLES = {"cifar100": "Table 3", "cifar10": "Table 4", "mnist": "Table 5"}
 
 
 def report(context: Context, out: Path | None = None) -> list[Table]:
-    """Write report.md from whatever of the recipe has been run.
+    """Write report.md and report.json from whatever of the recipe has been run.
 
     Args:
         context: The command's setting.
-        out: Directory of report.md; None takes data/<recipe>/reports.
+        out: Directory of both; None takes data/<recipe>/reports.
 
     Returns:
         The tables.
     """
     recipe, paths = context.recipe, context.paths
     tables = []
+    names: list[str] = []
     teacher: dict[str, Any] | None = None
     if paths.selection.is_file():
         comparison = read_json(paths.selection)
@@ -43,8 +44,18 @@ def report(context: Context, out: Path | None = None) -> list[Table]:
     missing = [name for name in recipe.students if name not in trained]
     path = paths.report if out is None else out / "report.md"
     write_atomic(path, _markdown(recipe, tables, missing).encode())
+    runs = {name: paths.teacher(name) for name in names} | {name: students[name] for name in trained}
+    write_json(path.with_suffix(".json"), _figures(recipe, teacher, runs))
     context.changed("report")
     return tables
+
+
+def _figures(recipe: Recipe, teacher: dict[str, Any] | None, runs: dict[str, Path]) -> dict[str, Any]:
+    """Return report.json: every run's metrics, and under `run` where and when it took place."""
+    models = {
+        name: {**read_json(path / "metrics.json"), "run": read_json(path / "run.json")} for name, path in runs.items()
+    }
+    return {"recipe": recipe.name, "selected": None if teacher is None else teacher["name"], "models": models}
 
 
 def is_trained(path: Path) -> bool:

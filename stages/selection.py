@@ -21,7 +21,7 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
 
     Args:
         context: The command's setting.
-        teachers: Names of the candidates; None takes `teachers` of params.yaml.
+        teachers: Names of the candidates; None takes `teachers` of params.yaml, as far as the recipe has them.
 
     Returns:
         The comparison, as written to selection.json.
@@ -30,7 +30,7 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
     """
     recipe, paths = context.recipe, context.paths
-    names = tuple(teachers or context.params.teachers)
+    names = tuple(teachers or context.params.candidates(recipe))
     candidates = [read_metrics(paths, name) for name in names]
     able = [
         candidate

@@ -16,9 +16,8 @@ from pipeline.recipes import Recipe, TeacherRecipe
 from pipeline.storage import sha256_file
 from pipeline.teachers import build_teacher
 from pipeline.training import Objective
-from pipeline.views import Views
 from stages.context import Context
-from stages.fitting import Run, carry_out, place, refuse_several_ranks, to_device
+from stages.fitting import Run, carry_out, make_views, place, refuse_several_ranks
 from stages.models import describe
 
 
@@ -60,12 +59,7 @@ def train_teacher(
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
         return run.out
     dataset = context.dataset()
-    views = Views(
-        to_device(dataset.train.images, device),
-        torch.from_numpy(dataset.train.labels).to(device),
-        context.recipe.views["default"],
-        key="teacher",
-    )
+    views = make_views(context, dataset, "default", key="teacher")
     assert isinstance(run.recipe, TeacherRecipe)
     torch.manual_seed(seed)
     model = build_teacher(name, weights=run.recipe.weights, **run.description["arguments"])

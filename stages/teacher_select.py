@@ -69,7 +69,7 @@ def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Se
     for optimizer in optimizers:
         if optimizer not in OPTIMIZERS:
             raise UsageError(f"--optimizers {optimizer}: choose from {', '.join(OPTIMIZERS)}")
-    names = tuple(teachers or context.params.teachers)
+    names = tuple(teachers or context.params.candidates(context.recipe))
     for name in names:
         teacher_recipe(context.recipe, name)
     return names

@@ -135,6 +135,10 @@ def test_the_report_names_every_model_and_its_conditions(project: Project) -> No
         assert name in out
     for word in ("device", "precision fp32", "effective batch 128", "views 2", "seed 0", "epochs 2", "teacher "):
         assert word in text, word
+    figures = json.loads((project.data / "reports/report.json").read_text())
+    assert set(figures["models"]) == {*TEACHERS, "titn", "vit"}
+    assert figures["selected"] in TEACHERS
+    assert all(model["run"]["seconds"] > 0 and model["best"]["top1"] >= 0 for model in figures["models"].values())
     assert "Not run: tnt, deit, titn-large-patch, titn-mixup." in text
 
 
