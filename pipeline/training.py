@@ -29,6 +29,10 @@ from pipeline.stopping import StopSignal
 from pipeline.views import normalize
 
 SECONDS_BETWEEN_SAVES = 60.0
+# Saving takes at most a thirtieth of the time. A VGG with its best epoch and Adam's moments is 2 GB: at the rate
+# assumed before the first save is timed, a run of less than five minutes writes none.
+SAVING_SHARE = 1 / 30
+ASSUMED_BYTES_PER_SECOND = 2e8
 STEPS_BETWEEN_CHECKS = 50
 EVALUATION_BATCH = 1000
 
@@ -166,6 +170,8 @@ class Fit:
         self.epoch = self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.saved_at = time.monotonic()
+        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        self.save_seconds = 4 * weights / ASSUMED_BYTES_PER_SECOND
 
     def run(self) -> FitResult:
         """Train to the last epoch.
@@ -207,7 +213,8 @@ class Fit:
             self.watcher.stepped()
             finite.append(is_finite)
             stopping = self.stop.received is not None
-            saving = stopping or time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
+            pause = max(SECONDS_BETWEEN_SAVES, self.save_seconds / SAVING_SHARE)
+            saving = stopping or time.monotonic() - self.saved_at > pause
             if saving or len(finite) == check_every or self.step == len(self.batches):
                 self._check_finite(finite, lr)
                 finite = []
@@ -241,6 +248,7 @@ class Fit:
 
     def save(self) -> None:
         """Write the resumable state."""
+        began = time.monotonic()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.result.best.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
@@ -258,6 +266,7 @@ class Fit:
         }
         self.state.save(tensors, {**meta, "warnings": result.warnings, "at_chance": result.at_chance})
         self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - began
 
     def resume(self) -> None:
         """Go on from the saved state, if there is one."""

@@ -174,7 +174,7 @@ def carry_out(
             state.delete()
         split_name, split = dataset.evaluation
         evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
-        began = time.monotonic()
+        began, last = time.monotonic(), None
         with context.stop.deferred(), RunWatcher(context.console, run.name, len(dataset.train)) as watcher:
             result = Fit(
                 model=model,
@@ -189,12 +189,13 @@ def carry_out(
                 stop=context.stop,
                 metric=metric,
             ).run()
-            last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            if run.keep_last:
+                last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
             model.load_state_dict(result.best)
             test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
             test_scores = dataclasses.asdict(evaluate(model, test, precision=precision))
             metrics = _metrics(run, dataset, result, test_scores, precision)
-            _write(run, result, last if run.keep_last else None, metrics)
+            _write(run, result, last, metrics)
             where = {**environment(device), "seconds": round(time.monotonic() - began, 1)}
             write_json(run.out / "run.json", where)
             state.delete()
