@@ -127,6 +127,16 @@ def test_a_dry_run_says_what_is_up_to_date_and_writes_nothing(project: Project) 
     assert state_of(project.path) == before
 
 
+def test_a_teacher_at_chance_is_never_selected(project: Project) -> None:
+    winner = json.loads((project.data / "selection.json").read_text())["winner"]
+    for name in (winner, next(name for name in TEACHERS if name != winner)):
+        file = project.data / "teachers" / name / "metrics.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "at_chance": True}))
+        if name == winner:
+            assert f"selected {winner}" not in project.run("select")
+    assert "has learned anything" in project.run("select", code=3)
+
+
 def test_the_report_names_every_model_and_its_conditions(project: Project) -> None:
     out = project.run("report")
     text = (project.data / "reports/report.md").read_text()

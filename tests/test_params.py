@@ -38,6 +38,15 @@ def test_the_cifar100_recipe_is_the_papers() -> None:
     assert load_params(FILE).select("mnist").students["titn"].epochs == 350
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "vgg16", "vgg19"])
+def test_teachers_that_die_at_the_papers_rate_get_a_lower_one_and_clipping(name: str) -> None:
+    for source in ("cifar100", "cifar10", "mnist"):
+        teacher = load_params(FILE).select(source).teachers[name]
+        assert teacher.lr <= 0.01
+        assert teacher.clip > 0
+    assert load_params(FILE).select("cifar100").teachers["vgg16_bn"].lr == 0.1
+
+
 def test_own_values_go_over_shared_ones() -> None:
     tree = copy.deepcopy(TREE)
     tree["recipes"]["smoke"]["students"]["titn"] = {"epochs": 7}
