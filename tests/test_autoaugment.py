@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pillow_reference import on_pil, sample_images
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from pipeline import autoaugment
+from tests.pillow_reference import on_pil, sample_images
 
 SIZES = [(32, 32), (28, 28), (9, 17)]
 

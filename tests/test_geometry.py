@@ -5,9 +5,9 @@ import pytest
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image
-from pillow_reference import on_pil
 
 from pipeline import geometry
+from tests.pillow_reference import on_pil
 
 SIZES = [(32, 32), (28, 28), (7, 13), (40, 21), (1, 5)]
 NUM_RANDOM = 500

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from pillow_reference import on_pil, sample_images
 from torch import Tensor
 
 from pipeline import imageops
+from tests.pillow_reference import on_pil, sample_images
 
 SIZES = [(32, 32), (5, 9), (2, 3), (1, 1)]
 ENHANCEMENTS = {

@@ -14,11 +14,11 @@ import torchvision.transforms.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pillow_reference import on_pil
 
 from pipeline import autoaugment, draws
 from pipeline.recipes import ViewRecipe
 from pipeline.views import Views, normalize
+from tests.pillow_reference import on_pil
 
 NUM_SAMPLES, SIZE = 30, 12
 NOTHING = ViewRecipe(seed=0, count=3)
