@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.datasets import Dataset
 from pipeline.label_parts import LabelParts, seal
@@ -341,6 +342,26 @@ def test_what_a_user_gets_wrong_is_one_line_with_its_code(
     out = Project.create(tmp_path).run(*arguments, code=code)
     for word in words:
         assert word in out
+
+
+def test_a_users_folder_is_prepared_and_its_bad_files_are_named(tmp_path: Path) -> None:
+    project, pixels = Project.create(tmp_path / "project"), np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "images/train" / label).mkdir(parents=True)
+        for index in range(20):
+            image = Image.fromarray(pixels.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+            image.save(tmp_path / "images/train" / label / f"{index}.png")
+    (tmp_path / "images/train/cat/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    command = ("prepare", "--recipe", "folder", "--from", str(tmp_path / "images"))
+    out = project.run(*command, code=3)
+    assert "torn.png" in out
+    assert "--skip-bad" in out
+    assert "skipped 1 bad files" in project.run(*command, "--skip-bad")
+    dataset = Dataset.load(project.path / "data/folder/prepared/dataset.h5")
+    assert dataset.class_names == ("cat", "dog")
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 28, "val": 4, "test": 8}
+    again = project.run("prepare", "--recipe", "cifar100-small", "--from", str(tmp_path / "images"), "--skip-bad")
+    assert "data/cifar100-small/prepared/dataset.h5" in again
 
 
 def test_distill_without_labels_names_stage_one(tmp_path: Path) -> None:
