@@ -32,15 +32,18 @@ class Table:
         columns: Headings; the first column is aligned left, the others right.
         rows: Cells.
         note: One line below it: under what conditions the figures were reached.
+        optional: Columns to leave out of a terminal that is too narrow, in this order; Markdown has them all.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    optional: Sequence[str] = ()
 
-    def to_rich(self) -> RichTable:
-        """Return the table for a rich console."""
+    def to_rich(self, width: int) -> RichTable:
+        """Return the table for a console of `width` columns, without the `optional` columns it has no room for."""
+        shown = self._fitting(width)
         table = RichTable(
             title=escape(self.title),
             caption=escape(self.note) or None,
@@ -49,12 +52,26 @@ class Table:
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
-        for index, column in enumerate(self.columns):
+        for index in shown:
             justify: JustifyMethod = "left" if index == 0 else "right"
-            table.add_column(escape(column), justify=justify, no_wrap=index == 0, overflow="fold")
+            table.add_column(escape(self.columns[index]), justify=justify, min_width=self._width(index))
         for row in self.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(row[index]) for index in shown))
         return table
+
+    def _fitting(self, width: int) -> list[int]:
+        """Return the indices of the columns that fit into `width`."""
+        shown = list(range(len(self.columns)))
+        for name in self.optional:
+            if sum(self._width(index) + 2 for index in shown) <= width:
+                break
+            if name in self.columns:
+                shown.remove(self.columns.index(name))
+        return shown
+
+    def _width(self, index: int) -> int:
+        """Return the narrowest width of a column: its longest cell, or the longest word of its heading."""
+        return max(map(len, [*self.columns[index].split(), *(row[index] for row in self.rows)]))
 
     def to_markdown(self) -> str:
         """Return the table as GitHub Markdown, with its title as a heading."""

@@ -12,7 +12,6 @@ import traceback
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError
@@ -20,6 +19,7 @@ from stages.options import (
     STOP,
     device_option,
     json_option,
+    open_console,
     open_context,
     parse_settings,
     recipe_option,
@@ -106,7 +106,7 @@ def select(recipe: str | None, teachers: str | None) -> None:
     comparison = run(context, split_names(teachers))
     names = [candidate["name"] for candidate in comparison["candidates"]]
     note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
-    context.console.print(teachers_table(context.recipe, comparison, note).to_rich())
+    context.show(teachers_table(context.recipe, comparison, note))
     context.say(f"selected {comparison['winner']} by {comparison['by']}")
     context.end()
 
@@ -152,7 +152,7 @@ def teacher_select(
             context.say(line)
         return
     for table in run(context, teachers=names, optimizers=sweep, fresh=fresh):
-        context.console.print(table.to_rich())
+        context.show(table)
     context.end()
 
 
@@ -274,7 +274,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        context.console.print(scores_table(result).to_rich())
+        context.show(scores_table(result))
 
 
 @cli.command()
@@ -286,7 +286,7 @@ def report(recipe: str | None, out: Path | None) -> None:
 
     context = open_context(recipe)
     for table in run(context, out):
-        context.console.print(table.to_rich())
+        context.show(table)
     context.say(f"wrote {context.paths.report if out is None else out / 'report.md'}")
     context.end()
 
@@ -302,7 +302,8 @@ def models(classes: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        Console().print(models_table(found, classes).to_rich())
+        console = open_console()
+        console.print(models_table(found, classes).to_rich(console.width))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from pipeline.errors import DataError
 from pipeline.params import Params
 from pipeline.recipes import Recipe
+from pipeline.reporting import Table
 from pipeline.stopping import StopSignal
 from pipeline.storage import read_json
 from stages.paths import Paths
@@ -57,6 +58,10 @@ class Context:
     def say(self, message: str) -> None:
         """Print one line, unwrapped and without markup."""
         self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    def show(self, table: Table) -> None:
+        """Print a table."""
+        self.console.print(table.to_rich(self.console.width))
 
     def dataset(self) -> Dataset:
         """Load the prepared data set.

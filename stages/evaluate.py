@@ -27,7 +27,7 @@ def evaluate_checkpoint(
         precision: `auto`, `fp32` or `bf16`; None takes that of the training.
 
     Returns:
-        Model, split, number of images, precision and the fields of pipeline.metrics.Scores.
+        Model, split, number of images, `autocast` (`fp32` or `bf16`) and the fields of pipeline.metrics.Scores.
 
     Raises:
         UsageError: The path does not exist, or there is no such split.
@@ -53,7 +53,7 @@ def evaluate_checkpoint(
         "recipe": context.recipe.name,
         "split": split,
         "num_images": len(data.labels),
-        "precision": precision,
+        "autocast": precision,
         "device": device.type,
         **dataclasses.asdict(scores),
     }
@@ -75,5 +75,5 @@ def scores_table(result: dict[str, Any]) -> Table:
         "distillation head %",
     ]
     title = f"{result['checkpoint']} on {result['recipe']}, {result['split']}"
-    note = f"{result['num_images']} images, {result['device']}, {result['precision']}"
+    note = f"{result['num_images']} images, {result['device']}, {result['autocast']}"
     return Table(title, columns, [[*row, *heads]], note)

@@ -44,8 +44,7 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def open_context(recipe: str | None = None, device: str | None = None) -> Context:
     """Load params.yaml, choose the recipe and open the console.
 
-    With --json, standard output belongs to the JSON and everything else goes to standard error. Under torchrun only
-    rank 0 prints.
+    Under torchrun only rank 0 prints.
 
     Raises:
         UsageError: params.yaml or a name is wrong.
@@ -54,11 +53,17 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
     from pipeline.runtime import current_ranks
 
     params = load_params(PARAMS)
-    as_json = bool(click.get_current_context().params.get("as_json"))
-    console = Console(stderr=as_json, quiet=not current_ranks().is_main)
+    console = open_console()
+    console.quiet = not current_ranks().is_main
+    return Context(params, params.select(recipe), console, STOP, device)
+
+
+def open_console() -> Console:
+    """Return the console of a command: standard error where standard output belongs to --json; wide in a log."""
+    console = Console(stderr=bool(click.get_current_context().params.get("as_json")))
     if not console.is_terminal:
         console.width = LOG_WIDTH
-    return Context(params, params.select(recipe), console, STOP, device)
+    return console
 
 
 def split_names(text: str | None) -> tuple[str, ...] | None:

@@ -86,7 +86,10 @@ def students_table(recipe: Recipe, teacher: dict[str, Any] | None, trained: dict
     columns = ["model", "best top-1 %", *(["paper", "difference"] if reported else []), "last top-1 %"]
     columns += ["top-5 %", "precision", "recall", "F1", "class head %", "distillation head %", "agreement %"]
     columns += ["paper GMACs, batch 1024", "parameters, M", "best epoch"]
-    return Table(f"{TABLES.get(source, 'Table 3')}. Teacher and students on {recipe.name}", columns, rows, note)
+    optional = ["precision", "recall", "paper GMACs, batch 1024", "parameters, M", "F1", "top-5 %"]
+    optional += ["class head %", "distillation head %"]
+    title = f"{TABLES.get(source, 'Table 3')}. Teacher and students on {recipe.name}"
+    return Table(title, columns, rows, note, optional)
 
 
 def conditions(metrics: list[dict[str, Any]], directories: Iterable[Path]) -> str:

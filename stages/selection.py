@@ -89,4 +89,5 @@ def teachers_table(recipe: Recipe, comparison: dict[str, Any], note: str) -> Tab
     beside = ["paper", "difference"] if reported else []
     columns = ["teacher", "top-1 %", *beside, "top-5 %", *beside, "precision", "recall", "F1"]
     columns += ["parameters, M", "paper GMACs, batch 1024", "best epoch", "epochs"]
-    return Table(f"Table 2. Teachers on {recipe.name}", columns, rows, note)
+    optional = ("precision", "recall", "parameters, M", "paper GMACs, batch 1024", "F1", "best epoch")
+    return Table(f"Table 2. Teachers on {recipe.name}", columns, rows, note, optional)

@@ -24,7 +24,7 @@ HOMES = {
     "sklearn": {"pipeline/sources.py"},
     "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
-    "rich": {"pipeline/reporting.py", "stages/cli.py", "stages/context.py", "stages/options.py"},
+    "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "torchvision": {"pipeline/runtime.py", "pipeline/sources.py", "pipeline/teachers.py"},
 }
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")])

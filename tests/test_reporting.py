@@ -28,9 +28,19 @@ def test_markdown_has_a_row_for_every_row_and_escapes_bars() -> None:
 
 def test_a_table_on_a_terminal_shows_brackets_as_they_are() -> None:
     out, file = console(terminal=False)
-    out.print(Table("T [1]", ("name", "b"), [("[bold]x", "1")]).to_rich())
+    out.print(Table("T [1]", ("name", "b"), [("[bold]x", "1")]).to_rich(80))
     assert "[bold]x" in file.getvalue()
     assert "T [1]" in file.getvalue()
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_words() -> None:
+    table = Table("T", ("name", "needed", "dispensable"), [("x", "1.25", "77")], optional=("dispensable",))
+    out, file = console(terminal=False)
+    for width, words, missing in ((40, ["needed", "dispensable", "77"], []), (20, ["needed"], ["dispensable", "77"])):
+        file.truncate(0)
+        out.print(table.to_rich(width))
+        assert all(word in file.getvalue() for word in words)
+        assert not any(word in file.getvalue() for word in missing)
 
 
 def test_figures_that_do_not_exist_are_dashes() -> None:
