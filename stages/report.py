@@ -68,22 +68,23 @@ def students_table(recipe: Recipe, teacher: dict[str, Any] | None, trained: dict
     source = recipe.dataset.source
     reported = {**paper.TEACHERS.get(source, {}), **paper.STUDENTS.get(source, {})}
     entries = ([(teacher["name"], teacher)] if teacher else []) + list(trained.items())
+    held_out = any(metrics["evaluated_on"] != "test" for _, metrics in entries)
     rows = []
     for name, metrics in entries:
         best, last, row = metrics["best"], metrics["last"], reported.get(name)
+        test = metrics["test"]["top1"]
         figures = [f"{name} (teacher)" if metrics is teacher else name, number(best["top1"])]
+        figures += [number(test)] if held_out else []
         if reported:
-            figures += [
-                number(row.top1 if row else None),
-                difference(best["top1"], row.top1 if row else None),
-            ]
+            figures += [number(row.top1 if row else None), difference(test, row.top1 if row else None)]
         figures += [number(last["top1"]), number(best["top5"])]
         figures += [number(best[key], 3) for key in ("precision", "recall", "f1")]
         figures += [number(best["class_top1"]), number(best["distillation_top1"]), number(best["agreement"])]
         figures += [number(metrics["paper_gmacs_1024"]), f"{metrics['parameters'] / 1e6:.2f}"]
         figures += [f"{best['epoch']} of {metrics['epochs']}"]
         rows.append(figures)
-    columns = ["model", "best top-1 %", *(["paper", "difference"] if reported else []), "last top-1 %"]
+    columns = ["model", "best top-1 %", *(["test top-1 %"] if held_out else [])]
+    columns += [*(["paper", "difference"] if reported else []), "last top-1 %"]
     columns += ["top-5 %", "precision", "recall", "F1", "class head %", "distillation head %", "agreement %"]
     columns += ["paper GMACs, batch 1024", "parameters, M", "best epoch"]
     optional = ["precision", "recall", "paper GMACs, batch 1024", "parameters, M", "F1", "top-5 %"]

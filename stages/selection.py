@@ -65,6 +65,7 @@ def read_metrics(paths: Paths, name: str) -> dict[str, Any]:
 def teachers_table(recipe: Recipe, comparison: dict[str, Any], note: str) -> Table:
     """Return Table 2: the candidates, the paper's figures beside ours where it has any."""
     reported = paper.TEACHERS.get(recipe.dataset.source, {})
+    held_out = any(candidate["evaluated_on"] != "test" for candidate in comparison["candidates"])
     rows = []
     for candidate in comparison["candidates"]:
         name, best = candidate["name"], candidate["best"]
@@ -87,7 +88,17 @@ def teachers_table(recipe: Recipe, comparison: dict[str, Any], note: str) -> Tab
         figures += [str(best["epoch"]), str(candidate["epochs"])]
         rows.append(figures)
     beside = ["paper", "difference"] if reported else []
-    columns = ["teacher", "top-1 %", *beside, "top-5 %", *beside, "precision", "recall", "F1"]
+    columns = [
+        "teacher",
+        "top-1 %",
+        *(["test top-1 %"] if held_out else []),
+        *beside,
+        "top-5 %",
+        *beside,
+        "precision",
+        "recall",
+        "F1",
+    ]
     columns += ["parameters, M", "paper GMACs, batch 1024", "best epoch", "epochs"]
     optional = ("precision", "recall", "parameters, M", "paper GMACs, batch 1024", "F1", "best epoch")
     return Table(f"Table 2. Teachers on {recipe.name}", columns, rows, note, optional)

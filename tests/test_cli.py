@@ -150,6 +150,7 @@ def test_the_report_names_every_model_and_its_conditions(project: Project) -> No
     assert set(figures["models"]) == {*TEACHERS, "titn", "vit"}
     assert figures["selected"] in TEACHERS
     assert all(model["run"]["seconds"] > 0 and model["best"]["top1"] >= 0 for model in figures["models"].values())
+    assert "test top-1 %" in text, "smoke has a validation split, so the test score stands apart"
     assert "Not run: tnt, deit, titn-large-patch, titn-mixup." in text
 
 
