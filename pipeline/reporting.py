@@ -41,6 +41,9 @@ class Table:
     note: str = ""
     optional: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), "a row has a cell for every column"
+
     def to_rich(self, width: int) -> RichTable:
         """Return the table for a console of `width` columns, without the `optional` columns it has no room for."""
         shown = self._fitting(width)

@@ -71,34 +71,19 @@ def teachers_table(recipe: Recipe, comparison: dict[str, Any], note: str) -> Tab
         name, best = candidate["name"], candidate["best"]
         row = reported.get(name)
         mark = " (selected)" if name == comparison["winner"] else " (at chance)" if candidate["at_chance"] else ""
-        figures = [f"{name}{mark}", number(best["top1"])]
+        test = candidate["test"]
+        figures = [f"{name}{mark}", number(best["top1"]), *([number(test["top1"])] if held_out else [])]
         if reported:
-            figures += [
-                number(row.top1 if row else None),
-                difference(best["top1"], row.top1 if row else None),
-            ]
+            figures += [number(row.top1 if row else None), difference(test["top1"], row.top1 if row else None)]
         figures.append(number(best["top5"]))
         if reported:
-            figures += [
-                number(row.top5 if row else None),
-                difference(best["top5"], row.top5 if row else None),
-            ]
+            figures += [number(row.top5 if row else None), difference(test["top5"], row.top5 if row else None)]
         figures += [number(best[key], 3) for key in ("precision", "recall", "f1")]
         figures += [f"{candidate['parameters'] / 1e6:.2f}", number(candidate["paper_gmacs_1024"])]
         figures += [str(best["epoch"]), str(candidate["epochs"])]
         rows.append(figures)
     beside = ["paper", "difference"] if reported else []
-    columns = [
-        "teacher",
-        "top-1 %",
-        *(["test top-1 %"] if held_out else []),
-        *beside,
-        "top-5 %",
-        *beside,
-        "precision",
-        "recall",
-        "F1",
-    ]
-    columns += ["parameters, M", "paper GMACs, batch 1024", "best epoch", "epochs"]
+    columns = ["teacher", "top-1 %", *(["test top-1 %"] if held_out else []), *beside, "top-5 %", *beside]
+    columns += ["precision", "recall", "F1", "parameters, M", "paper GMACs, batch 1024", "best epoch", "epochs"]
     optional = ("precision", "recall", "parameters, M", "paper GMACs, batch 1024", "F1", "best epoch")
     return Table(f"Table 2. Teachers on {recipe.name}", columns, rows, note, optional)
