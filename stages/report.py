@@ -72,14 +72,14 @@ def students_table(recipe: Recipe, teacher: dict[str, Any] | None, trained: dict
     rows = []
     for name, metrics in entries:
         best, last, row = metrics["best"], metrics["last"], reported.get(name)
-        test = metrics["test"]["top1"]
+        test = metrics["test"]
         figures = [f"{name} (teacher)" if metrics is teacher else name, number(best["top1"])]
-        figures += [number(test)] if held_out else []
+        figures += [number(test["top1"])] if held_out else []
         if reported:
-            figures += [number(row.top1 if row else None), difference(test, row.top1 if row else None)]
-        figures += [number(last["top1"]), number(best["top5"])]
-        figures += [number(best[key], 3) for key in ("precision", "recall", "f1")]
-        figures += [number(best["class_top1"]), number(best["distillation_top1"]), number(best["agreement"])]
+            figures += [number(row.top1 if row else None), difference(test["top1"], row.top1 if row else None)]
+        figures += [number(last["top1"]), number(test["top5"])]
+        figures += [number(test[key], 3) for key in ("precision", "recall", "f1")]
+        figures += [number(test["class_top1"]), number(test["distillation_top1"]), number(test["agreement"])]
         figures += [number(metrics["paper_gmacs_1024"]), f"{metrics['parameters'] / 1e6:.2f}"]
         figures += [f"{best['epoch']} of {metrics['epochs']}"]
         rows.append(figures)
@@ -101,7 +101,7 @@ def conditions(metrics: list[dict[str, Any]], directories: Iterable[Path]) -> st
     parts = [
         "Best epoch by "
         + _all(f"{each['evaluated_on']} accuracy" for each in metrics)
-        + (", which is also what the table shows, as in the paper" if _is_test(metrics) else ""),
+        + (", as in the paper" if _is_test(metrics) else "; all but best and last top-1 are on test"),
         "device " + _all(run["device"] for run in runs),
         "precision " + _all(each["precision"] for each in metrics),
         "epochs " + _all(each["epochs"] for each in metrics),

@@ -75,10 +75,10 @@ def teachers_table(recipe: Recipe, comparison: dict[str, Any], note: str) -> Tab
         figures = [f"{name}{mark}", number(best["top1"]), *([number(test["top1"])] if held_out else [])]
         if reported:
             figures += [number(row.top1 if row else None), difference(test["top1"], row.top1 if row else None)]
-        figures.append(number(best["top5"]))
+        figures.append(number(test["top5"]))
         if reported:
             figures += [number(row.top5 if row else None), difference(test["top5"], row.top5 if row else None)]
-        figures += [number(best[key], 3) for key in ("precision", "recall", "f1")]
+        figures += [number(test[key], 3) for key in ("precision", "recall", "f1")]
         figures += [f"{candidate['parameters'] / 1e6:.2f}", number(candidate["paper_gmacs_1024"])]
         figures += [str(best["epoch"]), str(candidate["epochs"])]
         rows.append(figures)
