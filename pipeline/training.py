@@ -276,8 +276,13 @@ class Fit:
         self.model.load_state_dict(_part(saved, "model."))
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {}
+        parameters = list(self.model.parameters())
         for name, tensor in _part(saved, "optimizer.").items():
             index, key = name.split(".", 1)
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                # A fused update goes through memory in order: moments must lie there as their weights do.
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)
             optimizer["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(optimizer)
         self.loss_sum.copy_(saved.tensors["loss_sum"])

@@ -164,6 +164,18 @@ def test_a_stopped_run_ends_like_an_unbroken_one(tmp_path: Path, optimizer: str,
         assert torch.equal(result.best[name], tensor), name
 
 
+def test_a_channels_last_model_is_resumed_with_its_moments_in_the_same_layout(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return small_model().to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    _, last = run(tmp_path / "whole", model=model(), optimizer="adamw", lr=0.01)
+    stop = StopSignal()
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", model=model(), stop=stop, watcher=Watcher(stop, 6), optimizer="adamw", lr=0.01)
+    _, resumed = run(tmp_path / "cut", model=model(), optimizer="adamw", lr=0.01)
+    assert all(torch.equal(resumed[name], last[name]) for name in last)
+
+
 def test_state_is_saved_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
