@@ -13,7 +13,7 @@ from pipeline.losses import probabilities
 from pipeline.metrics import Meter, confusion_scores
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_classes=st.integers(2, 12),
     num_samples=st.integers(1, 80),

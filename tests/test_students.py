@@ -154,7 +154,7 @@ def geometries(draw: st.DrawFn) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(geometry=geometries())
 def test_any_geometry_that_divides_evenly_works(name: str, geometry: dict[str, int]) -> None:
     student = build_student(name, **geometry)
