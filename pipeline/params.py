@@ -305,7 +305,8 @@ def _section(value: Any, path: str, allowed: typing.Iterable[str], *, required: 
     allowed = tuple(allowed)
     for key in mapping:
         if key not in allowed:
-            raise UsageError(f"{path}.{key}: unknown key; allowed are {', '.join(allowed)}")
+            shown = key if str(key).isidentifier() else repr(key)
+            raise UsageError(f"{path}.{shown}: unknown key; allowed are {', '.join(allowed)}")
     for key in required:
         if key not in mapping:
             raise UsageError(f"{path}.{key}: missing; add it")

@@ -12,6 +12,7 @@ import http.client
 import io
 import re
 import sys
+import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,8 @@ def _download(name: str) -> StateDict:
                 progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
             )
     except Exception as error:  # an unpickler fails in many ways, among them OSError
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the server's answer, and the connection with it
         if was_cached:
             raise DataError(f"teacher {name}: {cached} is damaged; delete it and run again") from error
         if isinstance(error, OSError | http.client.HTTPException):

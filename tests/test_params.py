@@ -66,6 +66,7 @@ def test_own_values_go_over_shared_ones() -> None:
         ("recipes.smoke.students.titn.lr", float("nan"), ["students.titn.lr", "nan", "allowed"]),
         ("recipes.smoke.students.titn.lr", -0.1, ["students.titn.lr", "-0.1"]),
         ("recipes.smoke.students.titn.optimiser", "sgd", ["optimiser", "unknown key", "optimizer"]),
+        ("recipes.smoke.dataset", {"a\nb": 1}, ["'a\\nb'", "unknown key"]),
         ("recipes.smoke.students.titn.optimizer", "lion", ["lion", "sgd, adam, adamw, rmsprop"]),
         ("recipes.smoke.students.titn.views", "mixpu", ["mixpu", "default, mixup"]),
         ("recipes.smoke.views.default.operations.count", 3, ["operations.count", "one level up"]),
