@@ -23,8 +23,8 @@ from pipeline.students import STUDENTS, build_student
 from pipeline.training import Objective
 from pipeline.views import Views
 from stages.context import Context
-from stages.fitting import Run, carry_out, make_views, place, refuse_several_ranks, to_device
-from stages.label import identity_of, load_teacher
+from stages.fitting import Run, carry_out, make_views, place, refuse_several_ranks
+from stages.label import identity_of, label_clean, load_teacher
 from stages.models import describe, student_arguments
 from stages.paths import Paths
 
@@ -204,11 +204,7 @@ class _Source:
         teacher, checkpoint = load_teacher(context, dataset, path)
         self._online = online_labels(teacher)
         self.digest = checkpoint.sha256
-        self.clean = {
-            split: teacher.label(to_device(part.images, context.device))
-            for split, part in dataset.splits.items()
-            if split != "train"
-        }
+        self.clean = label_clean(context, dataset, teacher)
         split, part = dataset.evaluation
         top1 = 100.0 * float(np.mean(self.clean[split] == part.labels))
         self.teacher = {"name": checkpoint.meta["model"], "sha256": self.digest, "top1": top1}

@@ -174,7 +174,7 @@ def carry_out(
             state.delete()
         split_name, split = dataset.evaluation
         evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
-        began, last = time.monotonic(), None
+        began = time.monotonic()
         with context.stop.deferred(), RunWatcher(context.console, run.name, len(dataset.train)) as watcher:
             result = Fit(
                 model=model,
@@ -189,18 +189,31 @@ def carry_out(
                 stop=context.stop,
                 metric=metric,
             ).run()
-            if run.keep_last:
-                last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-            model.load_state_dict(result.best)
-            test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
-            test_scores = dataclasses.asdict(evaluate(model, test, precision=precision))
-            metrics = _metrics(run, dataset, result, test_scores, precision)
-            _write(run, result, last, metrics)
+            _finish(context, run, model, dataset, clean, result, precision)
             where = {**environment(device), "seconds": round(time.monotonic() - began, 1)}
             write_json(run.out / "run.json", where)
             state.delete()
     if run.stage is not None:
         context.changed(run.stage)
+
+
+def _finish(
+    context: Context,
+    run: Run,
+    model: nn.Module,
+    dataset: Dataset,
+    clean: Mapping[str, np.ndarray[Any, Any]],
+    result: FitResult,
+    precision: str,
+) -> None:
+    """Score the best epoch on the test split and write the outputs; `model` holds the last epoch's weights."""
+    last = None
+    if run.keep_last:
+        last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(result.best)
+    test = evaluation_data(dataset, dataset.test, context.device, clean.get("test"))
+    scores = dataclasses.asdict(evaluate(model, test, precision=precision))
+    _write(run, result, last, _metrics(run, dataset, result, scores, precision))
 
 
 def _metrics(

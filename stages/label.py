@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.checkpoints import Checkpoint
 from pipeline.datasets import Dataset
@@ -113,15 +114,20 @@ def label(
         _label_missing(context, model, views, parts, count)
         if ranks.is_main:
             _wait_for_others(parts, count)
-            clean = {
-                split: model.label(to_device(part.images, context.device))
-                for split, part in dataset.splits.items()
-                if split != "train"
-            }
+            clean = label_clean(context, dataset, model)
             seal(path, parts=parts, count=count, clean=clean, canaries=make_canaries(views, count))
             context.say(f"{path}: {count} views of {len(dataset.train)} images, sealed")
             context.changed(f"label@{view_recipe}")
     return path
+
+
+def label_clean(context: Context, dataset: Dataset, teacher: Teacher) -> dict[str, NDArray[np.int64]]:
+    """Return the teacher's labels of the unaugmented evaluation images, `(n,)` int64 by split."""
+    return {
+        split: teacher.label(to_device(part.images, context.device))
+        for split, part in dataset.splits.items()
+        if split != "train"
+    }
 
 
 def _belongs(context: Context, path: Path, parts: LabelParts) -> bool:
