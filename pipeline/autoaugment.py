@@ -1,8 +1,8 @@
 """AutoAugment's policy for CIFAR-10 on whole uint8 batches.
 
-Results equal torchvision's on each image as a PIL image, bit for bit. A batch is grouped by operation, not by
-sub-policy: magnitudes are per-sample arguments, and the few geometric instances that the policy can draw are
-index maps made once for an image size.
+Results equal torchvision's on each image as a PIL image, bit for bit. Samples are sorted by operation, not by
+sub-policy, so that each operation sees one slice of the batch: magnitudes are per-sample arguments, and the few
+geometric instances that the policy can draw are index maps made once for an image size.
 """
 
 from __future__ import annotations
@@ -67,15 +67,18 @@ COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 GEOMETRIC_OPERATIONS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 UNSIGNED_OPERATIONS = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
 OPERATIONS = (*GEOMETRIC_OPERATIONS, *COLOUR_OPERATIONS)
+NO_OPERATION = -1
 
 
-def apply(images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
+def apply(images: Tensor, uniform: NDArray[np.float64], maps: Tensor | None = None) -> Tensor:
     """Apply one sub-policy, drawn per image.
 
     Args:
         images: `(B, 3, H, W)` uint8.
         uniform: `(B, 5)` float64 in [0, 1): the sub-policy, whether its first and second operation are
             applied, and whether their magnitudes are negative (below 1/2).
+        maps: `(B, H, W)` int64 index maps by which the images are still to be moved before the policy, so
+            that they and the policy's own leading moves cost one gather; overwritten.
 
     Returns:
         `(B, 3, H, W)` uint8.
@@ -85,16 +88,21 @@ def apply(images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
         probability 0 is applied once in 2^24 times.
     """
     policy = _tabulate(*images.shape[-2:])
-    maps = _geometric_maps(*images.shape[-2:], images.device)
     sub_policies = draws.integers(uniform[:, 0], len(CIFAR10_POLICY))
+    applied = uniform[:, 1:3] < policy.probabilities[sub_policies]
+    operations = np.where(applied, policy.operations[sub_policies], NO_OPERATION)
     negative = (uniform[:, 3:] < 0.5).astype(np.int64)
-    images = images.clone()
+    magnitudes = np.take_along_axis(policy.magnitudes[sub_policies], negative[..., None], axis=2)[..., 0]
+    leads = _leading_moves(operations)
+    images = _move(images, leads, magnitudes, maps)
+    operations[leads] = NO_OPERATION
+    order = np.arange(len(images))
     for place in range(2):
-        applied = uniform[:, 1 + place] < policy.probabilities[sub_policies, place]
-        operations = np.where(applied, policy.operations[sub_policies, place], -1)
-        magnitudes = policy.magnitudes[sub_policies, place, negative[:, place]]
-        images = _apply_operations(images, operations, magnitudes, maps)
-    return images
+        resorted = np.argsort(operations[order, place], kind="stable")
+        order = order[resorted]
+        images = _take(images, resorted)
+        _apply_sorted(images, operations[order, place], magnitudes[order, place])
+    return _take(images, np.argsort(order))
 
 
 def magnitude(operation: str, magnitude_bin: int | None, height: int, width: int) -> float:
@@ -134,22 +142,56 @@ def magnitude(operation: str, magnitude_bin: int | None, height: int, width: int
     return float(np.float32(float(end) - step * (NUM_BINS - 1 - magnitude_bin)))
 
 
-def _apply_operations(
-    images: Tensor, operations: NDArray[np.int64], magnitudes: NDArray[np.float64], maps: Tensor
-) -> Tensor:
-    """Apply to each image its own operation, an index into OPERATIONS or -1 for none, in place."""
-    # Index maps carry the magnitude, so that all geometric operations are one group.
-    geometric = np.flatnonzero((operations >= 0) & (operations < len(GEOMETRIC_OPERATIONS)))
-    if len(geometric):
-        chosen = torch.from_numpy(geometric).to(images.device)
-        rows = torch.from_numpy(magnitudes[geometric].astype(np.int64)).to(images.device)
-        images[chosen] = geometry.gather(images[chosen], maps[rows])
-    for number, (_, operation) in enumerate(COLOUR_OPERATIONS.items(), start=len(GEOMETRIC_OPERATIONS)):
-        group = np.flatnonzero(operations == number)
-        if len(group):
-            chosen = torch.from_numpy(group).to(images.device)
-            images[chosen] = operation(images[chosen], torch.from_numpy(magnitudes[group]).to(images.device))
-    return images
+def _leading_moves(operations: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which operations `(B, 2)` are geometric and follow no colour operation."""
+    leads = (operations >= 0) & (operations < len(GEOMETRIC_OPERATIONS))
+    leads[:, 1] &= leads[:, 0] | (operations[:, 0] == NO_OPERATION)
+    return leads
+
+
+def _move(images: Tensor, leads: NDArray[np.bool_], magnitudes: NDArray[np.float64], maps: Tensor | None) -> Tensor:
+    """Gather images once by their pending `maps` (which this changes) and their leading moves."""
+    height, width = images.shape[-2:]
+    if maps is None and leads.any():
+        identity = torch.arange(1, height * width + 1, device=images.device)
+        maps = identity.reshape(1, height, width).repeat(len(images), 1, 1)
+    if maps is None:
+        return images
+    own = _geometric_maps(height, width, images.device)
+    for place in range(2):
+        moved = np.flatnonzero(leads[:, place])
+        if len(moved):
+            chosen = torch.from_numpy(moved).to(images.device)
+            rows = torch.from_numpy(_map_rows(magnitudes[moved, place])).to(images.device)
+            composed = geometry.compose(maps.index_select(0, chosen), own.index_select(0, rows))
+            maps.index_copy_(0, chosen, composed)
+    return geometry.gather(images, maps)
+
+
+def _apply_sorted(images: Tensor, operations: NDArray[np.int64], magnitudes: NDArray[np.float64]) -> None:
+    """Apply to each image its own operation, in place; `operations` ascends."""
+    bounds = np.searchsorted(operations, np.arange(len(OPERATIONS) + 1))
+    geometric = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)])
+    if geometric.start < geometric.stop:
+        # Index maps carry the magnitude, so that all geometric operations are one group.
+        rows = torch.from_numpy(_map_rows(magnitudes[geometric])).to(images.device)
+        maps = _geometric_maps(*images.shape[-2:], images.device).index_select(0, rows)
+        images[geometric] = geometry.gather(images[geometric], maps)
+    for number, name in enumerate(OPERATIONS[len(GEOMETRIC_OPERATIONS) :], start=len(GEOMETRIC_OPERATIONS)):
+        group = slice(bounds[number], bounds[number + 1])
+        if group.start < group.stop:
+            values = torch.from_numpy(magnitudes[group]).to(images.device)
+            images[group] = COLOUR_OPERATIONS[name](images[group], values)
+
+
+def _map_rows(magnitudes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows of the index maps of geometric operations, which stand where others have their magnitude."""
+    return magnitudes.astype(np.int64)
+
+
+def _take(images: Tensor, order: NDArray[np.int64]) -> Tensor:
+    """The images in another order."""
+    return images.index_select(0, torch.from_numpy(order).to(images.device))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class TrainingData:
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """Render the samples `indices`, `(B,)` int64, of the epoch's view."""
         view = epoch if self.num_views is None else epoch % self.num_views
+        self.views.prepare(view)
         rendered = self.views.batch(view, indices)
         images = normalize(rendered.images, self.mean, self.std)
         teacher_labels = None if self.teacher_labels is None else self.teacher_labels(view, indices, images)

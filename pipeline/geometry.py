@@ -1,9 +1,11 @@
 """Geometric operations on whole uint8 batches, equal bit for bit to Pillow's on each image.
 
+Every operation is an index map, so that several compose into one and pixels are moved once.
+
 Convention: x runs right and y down, in pixels; pixel (x, y) covers [x, x + 1) x [y, y + 1); what lies outside
-of the frame is black. An index map holds, for every pixel of the result, the flat index y * W + x of the
-pixel it copies, or -1 for black. Matrices are Pillow's (a, b, c, d, e, f): the result's (x, y) copies the
-pixel at (ax + by + c, dx + ey + f).
+of the frame is black. An index map holds, for every pixel of the result, 1 + y * W + x of the pixel it copies,
+or 0 for black. Matrices are Pillow's (a, b, c, d, e, f): the result's (x, y) copies the pixel at
+(ax + by + c, dx + ey + f).
 
 Matrices are float64 on the CPU; everything after is integer arithmetic, so that every device gives the same
 pixels.
@@ -24,76 +26,94 @@ def gather(images: Tensor, index_maps: Tensor) -> Tensor:
 
     Args:
         images: `(B, C, H, W)` uint8.
-        index_maps: `(B, H, W)` int64 in [-1, H * W); -1 is black. B may be 1: one map for all images.
+        index_maps: `(B, H, W)` int64 in [0, H * W]; 0 is black. B may be 1: one map for all images.
 
     Returns:
         `(B, C, H, W)` uint8.
     """
-    # A black pixel in front of each channel is what -1 finds once every index is one higher.
+    # The black pixel that 0 finds, in front of each channel.
     pixels = torch.nn.functional.pad(images.flatten(2), (1, 0))
-    indices = (index_maps.flatten(1) + 1)[:, None].expand(images.shape[0], images.shape[1], -1)
+    indices = index_maps.flatten(1)[:, None].expand(images.shape[0], images.shape[1], -1)
     return pixels.gather(2, indices).reshape(images.shape)
 
 
-def crop_flip(images: Tensor, offsets: Tensor, flipped: Tensor) -> Tensor:
-    """Shift the frame over the images, then flip left-right where asked: padded crop and flip in one pass.
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """Return the index maps of one operation followed by another.
 
     Args:
-        images: `(B, 3, H, W)` uint8.
+        first: `(B, H, W)` int64, the maps of the operation that acts on the images.
+        second: `(B, H, W)` int64, the maps of the one that acts on its result.
+
+    Returns:
+        `(B, H, W)` int64.
+    """
+    reached = torch.nn.functional.pad(first.flatten(1), (1, 0))
+    return reached.gather(1, second.flatten(1)).reshape(second.shape)
+
+
+def crop_flip_maps(offsets: Tensor, flipped: Tensor, height: int, width: int) -> Tensor:
+    """Shift the frame over the images, then flip left-right where asked: padded crop and flip.
+
+    Args:
         offsets: `(B, 2)` int64, how far the frame moves down and right, pixels; a crop at (top, left) of
             images padded by p is the offset (top - p, left - p).
         flipped: `(B,)` bool.
+        height: H, pixels.
+        width: W, pixels.
 
     Returns:
-        `(B, 3, H, W)` uint8.
+        Index maps `(B, H, W)` int64.
 
     Source: arXiv:2502.16762 §3.4; torchvision's `crop` of `pad`, then `hflip`.
     """
-    height, width = images.shape[-2:]
-    x = torch.arange(width, device=images.device)
-    rows = torch.arange(height, device=images.device) + offsets[:, :1]
+    x = torch.arange(width, device=offsets.device)
+    rows = torch.arange(height, device=offsets.device) + offsets[:, :1]
     columns = torch.where(flipped[:, None], width - 1 - x, x) + offsets[:, 1:]
-    return gather(images, _product_maps(rows, columns))
+    return _product_maps(rows, columns)
 
 
-def rotate(images: Tensor, angles: NDArray[np.float64]) -> Tensor:
+def rotation_maps(angles: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
     """Rotate about the centre, nearest neighbour.
 
     Args:
-        images: `(B, 3, H, W)` uint8.
         angles: `(B,)` degrees, counter-clockwise.
+        height: H, pixels.
+        width: W, pixels.
+        device: Where the maps are wanted.
 
     Returns:
-        `(B, 3, H, W)` uint8.
+        Index maps `(B, H, W)` int64.
 
     Source: torchvision's `rotate` of a PIL image.
     """
-    height, width = images.shape[-2:]
-    return gather(images, index_maps(rotation_matrices(angles, height, width), height, width, images.device))
+    return index_maps(rotation_matrices(angles, height, width), height, width, device)
 
 
-def affine(
-    images: Tensor,
+def affine_maps(
     translate: NDArray[np.int64],
     scale: NDArray[np.float64],
     shear: NDArray[np.float64],
+    height: int,
+    width: int,
+    device: torch.device,
 ) -> Tensor:
     """Scale and shear about the centre, then translate, nearest neighbour.
 
     Args:
-        images: `(B, 3, H, W)` uint8.
         translate: `(B, 2)` pixels, right and down.
         scale: `(B,)` above 0; 2 doubles the size.
         shear: `(B, 2)` degrees, along x and along y.
+        height: H, pixels.
+        width: W, pixels.
+        device: Where the maps are wanted.
 
     Returns:
-        `(B, 3, H, W)` uint8.
+        Index maps `(B, H, W)` int64.
 
     Source: torchvision's `affine` of a PIL image, with angle 0.
     """
-    height, width = images.shape[-2:]
     matrices = affine_matrices(translate, scale, shear, center=(width * 0.5, height * 0.5))
-    return gather(images, index_maps(matrices, height, width, images.device))
+    return index_maps(matrices, height, width, device)
 
 
 def rotation_matrices(angles: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
@@ -159,7 +179,7 @@ def index_maps(matrices: NDArray[np.float64], height: int, width: int, device: t
         device: Where the maps are wanted.
 
     Returns:
-        `(B, H, W)` int64 in [-1, H * W).
+        `(B, H, W)` int64 in [0, H * W].
 
     Source: Pillow's `ImagingTransformAffine` (Geometry.c) with nearest-neighbour resampling: axis-aligned
         matrices accumulate doubles, all others 16.16 fixed point.
@@ -203,13 +223,13 @@ def _fixed_point_maps(matrices: NDArray[np.float64], height: int, width: int, de
     columns = (x * a0 + (y * a1 + a2)) >> 16
     rows = (x * a3 + (y * a4 + a5)) >> 16
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    return torch.where(inside, rows * width + columns, -1)
+    return torch.where(inside, rows * width + columns + 1, 0)
 
 
 def _product_maps(rows: Tensor, columns: Tensor) -> Tensor:
     """Index maps `(B, H, W)` of source rows `(B, H)` and columns `(B, W)`, which may lie outside."""
     height, width = rows.shape[1], columns.shape[1]
-    outside = -height * width
-    starts = torch.where((rows >= 0) & (rows < height), rows * width, outside)
+    outside = -height * width - 1
+    starts = torch.where((rows >= 0) & (rows < height), rows * width + 1, outside)
     ends = torch.where((columns >= 0) & (columns < width), columns, outside)
-    return (starts[:, :, None] + ends[:, None, :]).clamp_(min=-1)
+    return (starts[:, :, None] + ends[:, None, :]).clamp_(min=0)

@@ -95,9 +95,10 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
     levels = images.to(torch.int16)
     rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
     weighted = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * levels[:, :, 1:-1, 1:-1]
-    # Rounding half up in integers is exact: sums over 13 come no closer than 1/26 to a tie.
+    # Rounding half up in integers is exact: sums over 13 come no closer than 1/26 to a tie. Multiplying by
+    # ceil(2^18 / 26) is exact floor division by 26 up to 2 * 13 * 255 + 13, and vectorises where division does not.
     smooth = levels
-    smooth[:, :, 1:-1, 1:-1] = torch.div(2 * weighted + 13, 26, rounding_mode="floor")
+    smooth[:, :, 1:-1, 1:-1] = (2 * weighted.int() + 13) * 10083 >> 18
     return blend(smooth, images, factors)
 
 
@@ -129,7 +130,8 @@ def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
 
     Source: `PIL.ImageOps.solarize`.
     """
-    return torch.where(images < _per_sample(thresholds.ceil().to(torch.uint8)), images, 255 - images)
+    inverted = (images >= _per_sample(thresholds.ceil().to(torch.uint8))).view(torch.uint8)
+    return images ^ inverted.neg_()  # 255 - v is v with every bit turned
 
 
 def invert(images: Tensor) -> Tensor:
@@ -182,11 +184,11 @@ def equalize(images: Tensor) -> Tensor:
     highest = images.amax(dim=(2, 3)).long()[..., None]
     num_below = counts.sum(dim=2, keepdim=True) - counts.gather(2, highest)
     step = torch.div(num_below, 255, rounding_mode="floor")
-    divisor = step.clamp(min=1)
     before = counts.cumsum(dim=2) - counts
-    equalized = torch.div(torch.div(step, 2, rounding_mode="floor") + before, divisor, rounding_mode="floor")
+    # The floor of a quotient rounded to float64 is that of integers below 2^26, and needs no slow integer division.
+    equalized = (before + (step >> 1)).double().div_(step.clamp(min=1)).clamp_(max=255)
     identity = torch.arange(NUM_LEVELS, device=images.device)
-    return apply_tables(images, torch.where(step > 0, equalized.clamp_(max=255), identity).to(torch.uint8))
+    return apply_tables(images, torch.where(step > 0, equalized.to(torch.uint8), identity.to(torch.uint8)))
 
 
 def luminance(images: Tensor) -> Tensor:
@@ -213,11 +215,9 @@ def histograms(images: Tensor) -> Tensor:
     Returns:
         `(B, 3, 256)` int64.
     """
-    num_histograms = images.shape[0] * images.shape[1]
-    levels = images.reshape(num_histograms, -1).long()
-    first_bins = torch.arange(num_histograms, device=images.device)[:, None] * NUM_LEVELS
-    counts = torch.bincount((levels + first_bins).flatten(), minlength=num_histograms * NUM_LEVELS)
-    return counts.reshape(images.shape[0], images.shape[1], NUM_LEVELS)
+    levels = images.flatten(2).long()
+    counts = torch.zeros(*levels.shape[:2], NUM_LEVELS, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(2, levels, torch.ones((), dtype=torch.int64, device=images.device).expand_as(levels))
 
 
 def apply_tables(images: Tensor, tables: Tensor) -> Tensor:

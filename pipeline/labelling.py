@@ -67,6 +67,7 @@ def label_view(teacher: Teacher, views: Views, view: int) -> NDArray[np.int64]:
     Raises:
         NumericalError: A logit is not finite.
     """
+    views.prepare(view)
     rows = []
     for start in range(0, views.num_samples, teacher.batch_size):
         indices = torch.arange(start, min(start + teacher.batch_size, views.num_samples))

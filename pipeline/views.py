@@ -4,11 +4,18 @@ Nothing else decides a view's pixels: not the batch, its order, the process, the
 before. Each operation draws for all samples at once under its own name (`pipeline.draws`), so that adding one
 to a recipe shifts no other, and works on whole uint8 batches with results equal bit for bit to torchvision's
 on PIL images.
+
+A mixing partner is an independent uniform draw over all samples, made for each sample. Were it the next position
+of a permutation that belongs to the view, b samples could be made from b + 1 images, but students would have to
+train in that order whatever their seed, and a sample alone could not be told from its neighbours. Instead a view
+about to be used whole is made once ahead (`Views.prepare`), every image once, and each batch only mixes; the price
+is the memory of one view.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +28,11 @@ from torch import Tensor
 from pipeline import autoaugment, draws, geometry, imageops, mixing
 from pipeline.recipes import ViewRecipe
 
-RENDER_BATCH = 1024
+# Samples made at once. On the CPU what an operation touches should fit the cache; a GPU wants few, large launches.
+CPU_CHUNK = 1024
+GPU_CHUNK = 16384
+# A larger view is not kept: its batches make their images when asked, and partners a second time.
+MAX_PREPARED_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Views:
         self.recipe = recipe
         self.key = key
         self._drawn: tuple[int, dict[str, NDArray[np.float64]]] = (-1, {})
+        self._prepared: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         """Return V, the number of views that the recipe labels."""
@@ -72,6 +84,21 @@ class Views:
     def num_samples(self) -> int:
         """N."""
         return len(self.images)
+
+    def prepare(self, view: int) -> None:
+        """Make all images of a view ahead, up to mixing; the former prepared view is dropped.
+
+        Batches of that view are then two to three times cheaper, and the same. A view of more than
+        MAX_PREPARED_BYTES is not kept.
+
+        Args:
+            view: View index, at least 0.
+        """
+        if self._prepared is not None and self._prepared[0] == view:
+            return
+        self._prepared = None
+        if self.images.nbytes <= MAX_PREPARED_BYTES:
+            self._prepared = view, self._render(np.arange(self.num_samples), self._draw(view))
 
     def batch(self, view: int, indices: Tensor | NDArray[np.int64]) -> ViewBatch:
         """Make some samples of one view.
@@ -89,9 +116,9 @@ class Views:
         labels = self._take(self.labels, samples)
         if self.recipe.mixing == "none":
             lam = torch.ones(len(samples), device=self.images.device)
-            return ViewBatch(self._render(samples, uniform), labels, labels, lam)
+            return ViewBatch(self._unmixed(view, samples, uniform), labels, labels, lam)
         partners = draws.integers(uniform["partner"][samples, 0], self.num_samples)
-        both = self._render(np.concatenate([samples, partners]), uniform)
+        both = self._unmixed(view, np.concatenate([samples, partners]), uniform)
         first, second = both[: len(samples)], both[len(samples) :]
         lambda_uniform = uniform["lambda"][samples, 0]
         if self.recipe.mixing == "cutmix":
@@ -110,6 +137,7 @@ class Views:
         Returns:
             32 bytes: SHA-256 of the mixed images `(N, 3, H, W)`, uint8, in C order.
         """
+        self.prepare(view)
         return self._hash(view, np.arange(self.num_samples))
 
     def canary_digest(self, view: int, indices: NDArray[np.int64]) -> str:
@@ -127,8 +155,8 @@ class Views:
     def _hash(self, view: int, indices: NDArray[np.int64]) -> bytes:
         """SHA-256 of some samples' pixels, rendered a batch at a time."""
         sha256 = hashlib.sha256()
-        for start in range(0, len(indices), RENDER_BATCH):
-            images = self.batch(view, indices[start : start + RENDER_BATCH]).images
+        for start in range(0, len(indices), CPU_CHUNK):
+            images = self.batch(view, indices[start : start + CPU_CHUNK]).images
             sha256.update(images.cpu().contiguous().numpy().data)
         return sha256.digest()
 
@@ -143,27 +171,25 @@ class Views:
             self._drawn = (view, uniform)
         return self._drawn[1]
 
+    def _unmixed(self, view: int, samples: NDArray[np.int64], uniform: dict[str, NDArray[np.float64]]) -> Tensor:
+        """Samples of a view without mixing, `(B, 3, H, W)` uint8: prepared ones, or made now."""
+        if self._prepared is not None and self._prepared[0] == view:
+            return self._take(self._prepared[1], samples)
+        return self._render(samples, uniform)
+
     def _render(self, samples: NDArray[np.int64], uniform: dict[str, NDArray[np.float64]]) -> Tensor:
-        """Make samples of a view up to, and without, mixing, `(B, 3, H, W)` uint8."""
-        images = self._take(self.images, samples)
-        own = {operation: values[samples] for operation, values in uniform.items()}
-        recipe = self.recipe
-        if recipe.crop or recipe.flip:
-            images = _crop_flip(images, own, recipe.crop)
-        if recipe.rotation:
-            angles = draws.between(own["rotation"][:, 0], -recipe.rotation, recipe.rotation)
-            images = geometry.rotate(images, angles)
-        if recipe.translate or recipe.scale or recipe.shear:
-            images = _affine(images, own, recipe)
-        if recipe.brightness or recipe.contrast:
-            images = _jitter(images, own, recipe)
-        if recipe.autoaugment == "cifar10":
-            images = autoaugment.apply(images, own["autoaugment"])
-        return images
+        """Make samples of a view without mixing, `(B, 3, H, W)` uint8."""
+        made = torch.empty((len(samples), *self.images.shape[1:]), dtype=torch.uint8, device=self.images.device)
+        size = CPU_CHUNK if made.device.type == "cpu" else GPU_CHUNK
+        for start in range(0, len(samples), size):
+            chunk = samples[start : start + size]
+            own = {operation: values[chunk] for operation, values in uniform.items()}
+            made[start : start + size] = _augment(self._take(self.images, chunk), own, self.recipe)
+        return made
 
     def _take(self, values: Tensor, samples: NDArray[np.int64]) -> Tensor:
         """The rows of some samples, on the device of the images."""
-        return values[torch.from_numpy(samples).to(values.device)]
+        return values.index_select(0, torch.from_numpy(samples).to(values.device))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -207,24 +233,59 @@ def _operations(recipe: ViewRecipe) -> Iterator[tuple[str, int]]:
         yield "box", 2
 
 
-def _crop_flip(images: Tensor, own: dict[str, NDArray[np.float64]], padding: int) -> Tensor:
+def _augment(images: Tensor, own: dict[str, NDArray[np.float64]], recipe: ViewRecipe) -> Tensor:
+    """Apply all operations but mixing, `(B, 3, H, W)` uint8 to the same; `own` are the draws of these samples."""
+    height, width = images.shape[-2:]
+    maps = _index_maps(own, recipe, height, width, images.device)
+    jitters = recipe.brightness or recipe.contrast
+    if maps is not None and (jitters or recipe.autoaugment == "none"):
+        images, maps = geometry.gather(images, maps), None
+    if jitters:
+        images = _jitter(images, own, recipe)
+    if recipe.autoaugment == "cifar10":
+        images = autoaugment.apply(images, own["autoaugment"], maps)
+    return images
+
+
+def _index_maps(
+    own: dict[str, NDArray[np.float64]], recipe: ViewRecipe, height: int, width: int, device: torch.device
+) -> Tensor | None:
+    """Crop, flip, rotation and affine as one index map for each sample, `(B, H, W)` int64; None without any."""
+    stages: list[Tensor] = []
+    if recipe.crop or recipe.flip:
+        stages.append(_crop_flip_maps(own, recipe.crop, height, width, device))
+    if recipe.rotation:
+        angles = draws.between(own["rotation"][:, 0], -recipe.rotation, recipe.rotation)
+        stages.append(geometry.rotation_maps(angles, height, width, device))
+    if recipe.translate or recipe.scale or recipe.shear:
+        stages.append(_affine_maps(own, recipe, height, width, device))
+    return functools.reduce(geometry.compose, stages) if stages else None
+
+
+def _crop_flip_maps(
+    own: dict[str, NDArray[np.float64]], padding: int, height: int, width: int, device: torch.device
+) -> Tensor:
     """Random padded crop and left-right flip; either may be absent from the draws."""
-    offsets = np.zeros((len(images), 2), dtype=np.int64)
-    flipped = np.zeros(len(images), dtype=np.bool_)
+    num_samples = len(next(iter(own.values())))
+    offsets = np.zeros((num_samples, 2), dtype=np.int64)
+    flipped = np.zeros(num_samples, dtype=np.bool_)
     if "crop" in own:
         offsets = draws.integers(own["crop"], 2 * padding + 1) - padding
     if "flip" in own:
         flipped = own["flip"][:, 0] < 0.5
-    device = images.device
-    return geometry.crop_flip(images, torch.from_numpy(offsets).to(device), torch.from_numpy(flipped).to(device))
+    return geometry.crop_flip_maps(
+        torch.from_numpy(offsets).to(device), torch.from_numpy(flipped).to(device), height, width
+    )
 
 
-def _affine(images: Tensor, own: dict[str, NDArray[np.float64]], recipe: ViewRecipe) -> Tensor:
+def _affine_maps(
+    own: dict[str, NDArray[np.float64]], recipe: ViewRecipe, height: int, width: int, device: torch.device
+) -> Tensor:
     """Random shift by whole pixels, scaling and shear along x, in one pass, as torchvision's RandomAffine."""
-    height, width = images.shape[-2:]
-    translate = np.zeros((len(images), 2), dtype=np.int64)
-    scale = np.ones(len(images))
-    shear = np.zeros((len(images), 2))
+    num_samples = len(next(iter(own.values())))
+    translate = np.zeros((num_samples, 2), dtype=np.int64)
+    scale = np.ones(num_samples)
+    shear = np.zeros((num_samples, 2))
     if "translate" in own:
         shift = draws.between(own["translate"], -recipe.translate, recipe.translate)
         translate = np.rint(shift * [width, height]).astype(np.int64)
@@ -232,7 +293,7 @@ def _affine(images: Tensor, own: dict[str, NDArray[np.float64]], recipe: ViewRec
         scale = draws.between(own["scale"][:, 0], 1 - recipe.scale, 1 + recipe.scale)
     if "shear" in own:
         shear[:, 0] = draws.between(own["shear"][:, 0], -recipe.shear, recipe.shear)
-    return geometry.affine(images, translate, scale, shear)
+    return geometry.affine_maps(translate, scale, shear, height, width, device)
 
 
 def _jitter(images: Tensor, own: dict[str, NDArray[np.float64]], recipe: ViewRecipe) -> Tensor:

@@ -24,18 +24,38 @@ def counting_image(height: int, width: int) -> torch.Tensor:
     return torch.stack([image, image + 50, image + 100])[None]
 
 
+def crop_flip(images: torch.Tensor, offsets: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    return geometry.gather(images, geometry.crop_flip_maps(offsets, flipped, *images.shape[-2:]))
+
+
+def rotate(images: torch.Tensor, angles: np.ndarray) -> torch.Tensor:
+    return geometry.gather(images, geometry.rotation_maps(angles, *images.shape[-2:], images.device))
+
+
+def affine(images: torch.Tensor, translate: np.ndarray, scale: np.ndarray, shear: np.ndarray) -> torch.Tensor:
+    maps = geometry.affine_maps(translate, scale, shear, *images.shape[-2:], images.device)
+    return geometry.gather(images, maps)
+
+
 def test_gather_copies_pixels_of_every_channel_and_fills_black() -> None:
-    index_map = torch.tensor([[[5, -1, 0], [0, 3, -1]]])
+    index_map = torch.tensor([[[6, 0, 1], [1, 4, 0]]])
     expected = torch.tensor([[[6, 0, 1], [1, 4, 0]], [[56, 0, 51], [51, 54, 0]], [[106, 0, 101], [101, 104, 0]]])
     assert torch.equal(geometry.gather(counting_image(2, 3), index_map)[0].long(), expected)
 
 
 def test_gather_uses_one_map_for_all_images_or_one_for_each() -> None:
     images = noise(4, 3, 5)
-    maps = torch.randint(-1, 15, (4, 3, 5), generator=torch.Generator().manual_seed(0))
+    maps = torch.randint(0, 16, (4, 3, 5), generator=torch.Generator().manual_seed(0))
     each = torch.cat([geometry.gather(images[i : i + 1], maps[i : i + 1]) for i in range(4)])
     assert torch.equal(geometry.gather(images, maps), each)
     assert torch.equal(geometry.gather(images, maps[:1]), geometry.gather(images, maps[:1].expand(4, 3, 5)))
+
+
+def test_composed_maps_do_one_after_the_other() -> None:
+    images, generator = noise(50, 3, 5), torch.Generator().manual_seed(0)
+    first, second = (torch.randint(0, 16, (50, 3, 5), generator=generator) for _ in range(2))
+    expected = geometry.gather(geometry.gather(images, first), second)
+    assert torch.equal(geometry.gather(images, geometry.compose(first, second)), expected)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +74,7 @@ def test_gather_uses_one_map_for_all_images_or_one_for_each() -> None:
 def test_crop_moves_the_frame_down_and_right_then_flips_left_right(
     offset: tuple[int, int], flipped: bool, expected: list[list[int]]
 ) -> None:
-    cropped = geometry.crop_flip(counting_image(2, 3), torch.tensor([offset]), torch.tensor([flipped]))
+    cropped = crop_flip(counting_image(2, 3), torch.tensor([offset]), torch.tensor([flipped]))
     assert cropped[0, 0].tolist() == expected
 
 
@@ -70,7 +90,7 @@ def test_crop_and_flip_equal_torchvision(padding: int) -> None:
         return F.hflip(cropped) if flip else cropped
 
     expected = on_pil(reference, images, corners, flipped)
-    assert torch.equal(geometry.crop_flip(images, corners - padding, flipped), expected)
+    assert torch.equal(crop_flip(images, corners - padding, flipped), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -80,7 +100,7 @@ def test_rotation_equals_torchvision_at_any_angle(height: int, width: int) -> No
     angles = np.concatenate([multiples, multiples + 1e-9, rng.uniform(-360, 360, NUM_RANDOM)])
     images = noise(len(angles), height, width)
     expected = on_pil(lambda image, angle: F.rotate(image, float(angle)), images, angles)
-    assert torch.equal(geometry.rotate(images, angles), expected)
+    assert torch.equal(rotate(images, angles), expected)
 
 
 @pytest.mark.parametrize("sheared", ["neither axis", "x", "y", "both axes"])
@@ -105,26 +125,24 @@ def test_affine_equals_torchvision_at_any_parameters(height: int, width: int, sh
         return F.affine(image, 0.0, shift.tolist(), float(factor), angles.tolist())
 
     expected = on_pil(reference, images, translate, scale, shear)
-    assert torch.equal(geometry.affine(images, translate, scale, shear), expected)
+    assert torch.equal(affine(images, translate, scale, shear), expected)
 
 
 def test_axis_aligned_and_sheared_images_may_share_a_batch() -> None:
     images = noise(6, 9, 9)
     translate, scale = np.zeros((6, 2), dtype=np.int64), np.linspace(0.7, 1.3, 6)
     shear = np.array([[0, 0], [20, 0], [0, 0], [0, 20], [5, 5], [0, 0]], dtype=np.float64)
-    one_by_one = [
-        geometry.affine(images[i : i + 1], translate[i : i + 1], scale[i : i + 1], shear[i : i + 1]) for i in range(6)
-    ]
-    assert torch.equal(geometry.affine(images, translate, scale, shear), torch.cat(one_by_one))
+    one_by_one = [affine(images[i : i + 1], translate[i : i + 1], scale[i : i + 1], shear[i : i + 1]) for i in range(6)]
+    assert torch.equal(affine(images, translate, scale, shear), torch.cat(one_by_one))
 
 
 def test_a_translation_moves_right_and_down() -> None:
-    moved = geometry.affine(counting_image(3, 3), np.array([[1, 2]]), np.ones(1), np.zeros((1, 2)))
+    moved = affine(counting_image(3, 3), np.array([[1, 2]]), np.ones(1), np.zeros((1, 2)))
     assert moved[0, 0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 2]]
 
 
 def test_a_rotation_by_90_degrees_is_counter_clockwise() -> None:
-    turned = geometry.rotate(counting_image(3, 3), np.array([90.0]))
+    turned = rotate(counting_image(3, 3), np.array([90.0]))
     assert turned[0, 0].tolist() == [[3, 6, 9], [2, 5, 8], [1, 4, 7]]
 
 
@@ -135,6 +153,6 @@ def test_the_gpu_gathers_what_the_cpu_does(height: int, width: int) -> None:
     images = noise(NUM_RANDOM, height, width)
     angles, shear = rng.uniform(-360, 360, NUM_RANDOM), rng.uniform(-60, 60, (NUM_RANDOM, 2))
     scale, translate = rng.uniform(0.1, 1.9, NUM_RANDOM), np.zeros((NUM_RANDOM, 2), dtype=np.int64)
-    assert torch.equal(geometry.rotate(images.cuda(), angles).cpu(), geometry.rotate(images, angles))
-    on_gpu = geometry.affine(images.cuda(), translate, scale, shear)
-    assert torch.equal(on_gpu.cpu(), geometry.affine(images, translate, scale, shear))
+    assert torch.equal(rotate(images.cuda(), angles).cpu(), rotate(images, angles))
+    on_gpu = affine(images.cuda(), translate, scale, shear)
+    assert torch.equal(on_gpu.cpu(), affine(images, translate, scale, shear))

@@ -81,6 +81,30 @@ def test_a_view_ignores_batch_size_order_and_repetition(name: str, data: st.Data
         assert torch.equal(of_some, of_every[indices])
 
 
+@pytest.mark.parametrize("name", RECIPES)
+@settings(max_examples=10)
+@given(prepared=st.lists(st.integers(0, 2), max_size=3), chunk=st.integers(1, 40), limit=st.sampled_from([0, 2**31]))
+def test_a_view_made_ahead_is_the_same(name: str, prepared: list[int], chunk: int, limit: int) -> None:
+    expected = vars(make_views(RECIPES[name]).batch(1, np.arange(NUM_SAMPLES))).values()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.views.CPU_CHUNK", chunk)
+        patch.setattr("pipeline.views.MAX_PREPARED_BYTES", limit)
+        views = make_views(RECIPES[name])
+        for view in prepared:
+            views.prepare(view)
+        batches = [vars(views.batch(1, np.arange(start, start + 10))).values() for start in range(0, NUM_SAMPLES, 10)]
+    for whole_view, parts in zip(expected, zip(*batches, strict=True), strict=True):
+        assert torch.equal(whole_view, torch.cat(parts))
+
+
+def test_images_of_a_prepared_view_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = make_views(EVERYTHING)
+    views.prepare(1)
+    monkeypatch.setattr(autoaugment, "apply", lambda *_: pytest.fail("made twice"))
+    views.prepare(1)
+    assert whole(views, 1).shape == (NUM_SAMPLES, 3, SIZE, SIZE)
+
+
 def test_a_view_ignores_the_process_its_threads_and_its_global_generators() -> None:
     script = (
         "import sys, random, numpy, torch\n"
@@ -262,7 +286,7 @@ def test_a_digest_is_that_of_the_pixels_however_they_are_batched(monkeypatch: py
     views = make_views(EVERYTHING)
     expected = hashlib.sha256(whole(views, 1).numpy().tobytes())
     assert views.digest(1) == expected.digest()
-    monkeypatch.setattr("pipeline.views.RENDER_BATCH", 7)
+    monkeypatch.setattr("pipeline.views.CPU_CHUNK", 7)
     assert views.digest(1) == expected.digest()
     assert views.canary_digest(1, np.arange(NUM_SAMPLES)) == expected.hexdigest()
     few = views.batch(1, np.array([4, 2])).images.numpy().tobytes()
