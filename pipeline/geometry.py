@@ -216,14 +216,16 @@ def _fixed_point_maps(matrices: NDArray[np.float64], height: int, width: int, de
     """Index maps in 16.16 fixed point, `(B, H, W)` int64."""
     a, b, c, d, e, f = matrices.T
     coefficients = np.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5])
-    fixed = torch.from_numpy(np.floor(coefficients * FIXED_POINT_ONE + 0.5).astype(np.int64)).to(device)
-    a0, a1, a2, a3, a4, a5 = fixed[:, :, None, None]
-    x = torch.arange(width, device=device)
-    y = torch.arange(height, device=device)[:, None]
+    fixed = np.floor(coefficients * FIXED_POINT_ONE + 0.5).astype(np.int64)
+    # Half the width is nearly twice as fast, and enough for all but extreme scales.
+    fits = np.abs(fixed).max(initial=0) * (height + width + 1) < 2**31
+    a0, a1, a2, a3, a4, a5 = torch.from_numpy(fixed.astype(np.int32 if fits else np.int64)).to(device)[:, :, None, None]
+    x = torch.arange(width, device=device, dtype=a0.dtype)
+    y = torch.arange(height, device=device, dtype=a0.dtype)[:, None]
     columns = (x * a0 + (y * a1 + a2)) >> 16
     rows = (x * a3 + (y * a4 + a5)) >> 16
-    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    return torch.where(inside, rows * width + columns + 1, 0)
+    inside = ((columns | rows) >= 0) & (columns < width) & (rows < height)
+    return torch.where(inside, rows * width + columns + 1, 0).long()
 
 
 def _product_maps(rows: Tensor, columns: Tensor) -> Tensor:

@@ -128,6 +128,13 @@ def test_affine_equals_torchvision_at_any_parameters(height: int, width: int, sh
     assert torch.equal(affine(images, translate, scale, shear), expected)
 
 
+def test_extreme_scales_equal_torchvision() -> None:
+    images, scale = noise(200, 32, 32), np.geomspace(0.002, 0.1, 200)
+    translate, shear = np.zeros((200, 2), dtype=np.int64), np.tile([20.0, 0.0], (200, 1))
+    expected = on_pil(lambda image, factor: F.affine(image, 0.0, [0, 0], float(factor), [20.0, 0.0]), images, scale)
+    assert torch.equal(affine(images, translate, scale, shear), expected)
+
+
 def test_axis_aligned_and_sheared_images_may_share_a_batch() -> None:
     images = noise(6, 9, 9)
     translate, scale = np.zeros((6, 2), dtype=np.int64), np.linspace(0.7, 1.3, 6)
