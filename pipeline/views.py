@@ -14,18 +14,18 @@ is the memory of one view.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import autoaugment, draws, geometry, imageops, mixing
+from pipeline import augmentation, draws, mixing
 from pipeline.recipes import ViewRecipe
 
 # Samples made at once. On the CPU what an operation touches should fit the cache; a GPU wants few, large launches.
@@ -52,6 +52,38 @@ class ViewBatch:
     lam: Tensor
 
 
+@dataclass(frozen=True)
+class _Mix:
+    """How the samples of a view mix, on the device of the images.
+
+    Attributes:
+        partners: `(N,)` int64.
+        amounts: What `mixing.cutmix` or `mixing.mixup` takes: boxes or shares.
+        lam: `(N,)` float32.
+    """
+
+    partners: Tensor
+    amounts: Tensor
+    lam: Tensor
+
+
+@dataclass
+class _View:
+    """A view that has been drawn.
+
+    Attributes:
+        index: View index.
+        uniform: The draws of all samples.
+        mix: None without mixing.
+        images: `(N, 3, H, W)` uint8 without mixing, once prepared.
+    """
+
+    index: int
+    uniform: augmentation.Draws
+    mix: _Mix | None
+    images: Tensor | None = None
+
+
 class Views:
     """All views of one set of images.
 
@@ -73,8 +105,7 @@ class Views:
         self.labels = labels.to(images.device)
         self.recipe = recipe
         self.key = key
-        self._drawn: tuple[int, dict[str, NDArray[np.float64]]] = (-1, {})
-        self._prepared: tuple[int, Tensor] | None = None
+        self._opened: _View | None = None
 
     def __len__(self) -> int:
         """Return V, the number of views that the recipe labels."""
@@ -86,22 +117,21 @@ class Views:
         return len(self.images)
 
     def prepare(self, view: int) -> None:
-        """Make all images of a view ahead, up to mixing; the former prepared view is dropped.
+        """Make all images of a view ahead, up to mixing; those of another view are dropped.
 
-        Batches of that view are then two to three times cheaper, and the same. A view of more than
-        MAX_PREPARED_BYTES is not kept.
+        Batches of that view then only mix, and are the same. A view of more than MAX_PREPARED_BYTES is not kept.
 
         Args:
             view: View index, at least 0.
         """
-        if self._prepared is not None and self._prepared[0] == view:
-            return
-        self._prepared = None
-        if self.images.nbytes <= MAX_PREPARED_BYTES:
-            self._prepared = view, self._render(np.arange(self.num_samples), self._draw(view))
+        opened = self._open(view)
+        if opened.images is None and self.images.nbytes <= MAX_PREPARED_BYTES:
+            opened.images = self._render(opened, np.arange(self.num_samples))
 
     def batch(self, view: int, indices: Tensor | NDArray[np.int64]) -> ViewBatch:
         """Make some samples of one view.
+
+        Nothing waits for a GPU where the view is prepared and `indices` are there.
 
         Args:
             view: View index, at least 0; there is a view at every index, also beyond the labelled ones.
@@ -110,23 +140,22 @@ class Views:
         Returns:
             The samples in the order of `indices`, on the device of the images.
         """
-        samples = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices, dtype=np.int64)
-        assert samples.size == 0 or (samples.min() >= 0 and samples.max() < self.num_samples), "unknown sample"
-        uniform = self._draw(view)
-        labels = self._take(self.labels, samples)
-        if self.recipe.mixing == "none":
-            lam = torch.ones(len(samples), device=self.images.device)
-            return ViewBatch(self._unmixed(view, samples, uniform), labels, labels, lam)
-        partners = draws.integers(uniform["partner"][samples, 0], self.num_samples)
-        both = self._unmixed(view, np.concatenate([samples, partners]), uniform)
-        first, second = both[: len(samples)], both[len(samples) :]
-        lambda_uniform = uniform["lambda"][samples, 0]
-        if self.recipe.mixing == "cutmix":
-            boxes = mixing.cutmix_boxes(lambda_uniform, uniform["box"][samples], *first.shape[-2:])
-            images, lam = mixing.cutmix(first, second, boxes)
-        else:
-            images, lam = mixing.mixup(first, second, lambda_uniform)
-        return ViewBatch(images, labels, self._take(self.labels, partners), lam)
+        opened = self._open(view)
+        samples = torch.as_tensor(indices)
+        if samples.device.type == "cpu":
+            assert ((samples >= 0) & (samples < self.num_samples)).all(), "unknown sample"
+        samples = samples.to(self.images.device)
+        images, labels = self._unmixed(opened, samples), self.labels.index_select(0, samples)
+        if opened.mix is None:
+            return ViewBatch(images, labels, labels, torch.ones(len(samples), device=images.device))
+        partners = opened.mix.partners.index_select(0, samples)
+        mix = mixing.cutmix if self.recipe.mixing == "cutmix" else mixing.mixup
+        return ViewBatch(
+            mix(images, self._unmixed(opened, partners), opened.mix.amounts.index_select(0, samples)),
+            labels,
+            self.labels.index_select(0, partners),
+            opened.mix.lam.index_select(0, samples),
+        )
 
     def digest(self, view: int) -> bytes:
         """Hash the pixels of a whole view.
@@ -160,36 +189,48 @@ class Views:
             sha256.update(images.cpu().contiguous().numpy().data)
         return sha256.digest()
 
-    def _draw(self, view: int) -> dict[str, NDArray[np.float64]]:
-        """Each operation's draws of a view for all samples, `(N, num_draws)`; the last view's are kept."""
+    def _open(self, view: int) -> _View:
+        """Draw a view for all samples, unless it is the one that was drawn last."""
         assert view >= 0, f"view {view} is negative"
-        if self._drawn[0] != view:
+        if self._opened is None or self._opened.index != view:
             uniform = {
-                operation: draws.uniforms(self.recipe.seed, self.key, view, operation, self.num_samples, num_draws)
-                for operation, num_draws in _operations(self.recipe)
+                name: draws.uniforms(self.recipe.seed, self.key, view, name, self.num_samples, number)
+                for name, number in augmentation.num_draws(self.recipe).items()
             }
-            self._drawn = (view, uniform)
-        return self._drawn[1]
+            mix = None if self.recipe.mixing == "none" else self._draw_mix(uniform)
+            self._opened = _View(view, uniform, mix)
+        return self._opened
 
-    def _unmixed(self, view: int, samples: NDArray[np.int64], uniform: dict[str, NDArray[np.float64]]) -> Tensor:
+    def _draw_mix(self, uniform: augmentation.Draws) -> _Mix:
+        """Draw partners and amounts for all samples."""
+        partners = draws.integers(uniform["partner"][:, 0], self.num_samples)
+        lambda_uniform = uniform["lambda"][:, 0]
+        if self.recipe.mixing == "cutmix":
+            height, width = self.images.shape[-2:]
+            boxes = mixing.cutmix_boxes(lambda_uniform, uniform["box"], height, width)
+            drawn: tuple[NDArray[Any], ...] = partners, boxes, mixing.cutmix_lambda(boxes, height, width)
+        else:
+            shares = mixing.mixup_shares(lambda_uniform)
+            drawn = partners, shares, mixing.mixup_lambda(shares)
+        return _Mix(*(torch.from_numpy(values).to(self.images.device) for values in drawn))
+
+    def _unmixed(self, opened: _View, samples: Tensor) -> Tensor:
         """Samples of a view without mixing, `(B, 3, H, W)` uint8: prepared ones, or made now."""
-        if self._prepared is not None and self._prepared[0] == view:
-            return self._take(self._prepared[1], samples)
-        return self._render(samples, uniform)
+        if opened.images is not None:
+            return opened.images.index_select(0, samples)
+        return self._render(opened, samples.cpu().numpy())
 
-    def _render(self, samples: NDArray[np.int64], uniform: dict[str, NDArray[np.float64]]) -> Tensor:
+    def _render(self, opened: _View, samples: NDArray[np.int64]) -> Tensor:
         """Make samples of a view without mixing, `(B, 3, H, W)` uint8."""
-        made = torch.empty((len(samples), *self.images.shape[1:]), dtype=torch.uint8, device=self.images.device)
-        size = CPU_CHUNK if made.device.type == "cpu" else GPU_CHUNK
+        device = self.images.device
+        made = torch.empty((len(samples), *self.images.shape[1:]), dtype=torch.uint8, device=device)
+        size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
         for start in range(0, len(samples), size):
             chunk = samples[start : start + size]
-            own = {operation: values[chunk] for operation, values in uniform.items()}
-            made[start : start + size] = _augment(self._take(self.images, chunk), own, self.recipe)
+            own = {name: values[chunk] for name, values in opened.uniform.items()}
+            images = self.images.index_select(0, torch.from_numpy(chunk).to(device))
+            made[start : start + size] = augmentation.augment(images, own, self.recipe)
         return made
-
-    def _take(self, values: Tensor, samples: NDArray[np.int64]) -> Tensor:
-        """The rows of some samples, on the device of the images."""
-        return values.index_select(0, torch.from_numpy(samples).to(values.device))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -203,117 +244,11 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Returns:
         `(B, 3, H, W)` float32.
     """
-    shift = torch.tensor(mean, device=images.device).reshape(3, 1, 1)
-    spread = torch.tensor(std, device=images.device).reshape(3, 1, 1)
+    shift, spread = _per_channel(tuple(mean), images.device), _per_channel(tuple(std), images.device)
     return images.float().div_(255).sub_(shift).div_(spread)
 
 
-def _operations(recipe: ViewRecipe) -> Iterator[tuple[str, int]]:
-    """The operations that a recipe uses: (name of the draws, draws per sample)."""
-    draws_per_field = {
-        "crop": 2,
-        "flip": 1,
-        "rotation": 1,
-        "translate": 2,
-        "scale": 1,
-        "shear": 1,
-        "brightness": 1,
-        "contrast": 1,
-        "autoaugment": autoaugment.NUM_DRAWS,
-    }
-    for field in dataclasses.fields(recipe):
-        if field.name in draws_per_field and getattr(recipe, field.name) not in (0, False, "none"):
-            yield field.name, draws_per_field[field.name]
-    if recipe.brightness and recipe.contrast:
-        yield "jitter-order", 1
-    if recipe.mixing != "none":
-        yield "partner", 1
-        yield "lambda", 1
-    if recipe.mixing == "cutmix":
-        yield "box", 2
-
-
-def _augment(images: Tensor, own: dict[str, NDArray[np.float64]], recipe: ViewRecipe) -> Tensor:
-    """Apply all operations but mixing, `(B, 3, H, W)` uint8 to the same; `own` are the draws of these samples."""
-    height, width = images.shape[-2:]
-    maps = _index_maps(own, recipe, height, width, images.device)
-    jitters = recipe.brightness or recipe.contrast
-    if maps is not None and (jitters or recipe.autoaugment == "none"):
-        images, maps = geometry.gather(images, maps), None
-    if jitters:
-        images = _jitter(images, own, recipe)
-    if recipe.autoaugment == "cifar10":
-        images = autoaugment.apply(images, own["autoaugment"], maps)
-    return images
-
-
-def _index_maps(
-    own: dict[str, NDArray[np.float64]], recipe: ViewRecipe, height: int, width: int, device: torch.device
-) -> Tensor | None:
-    """Crop, flip, rotation and affine as one index map for each sample, `(B, H, W)` int64; None without any."""
-    stages: list[Tensor] = []
-    if recipe.crop or recipe.flip:
-        stages.append(_crop_flip_maps(own, recipe.crop, height, width, device))
-    if recipe.rotation:
-        angles = draws.between(own["rotation"][:, 0], -recipe.rotation, recipe.rotation)
-        stages.append(geometry.rotation_maps(angles, height, width, device))
-    if recipe.translate or recipe.scale or recipe.shear:
-        stages.append(_affine_maps(own, recipe, height, width, device))
-    return functools.reduce(geometry.compose, stages) if stages else None
-
-
-def _crop_flip_maps(
-    own: dict[str, NDArray[np.float64]], padding: int, height: int, width: int, device: torch.device
-) -> Tensor:
-    """Random padded crop and left-right flip; either may be absent from the draws."""
-    num_samples = len(next(iter(own.values())))
-    offsets = np.zeros((num_samples, 2), dtype=np.int64)
-    flipped = np.zeros(num_samples, dtype=np.bool_)
-    if "crop" in own:
-        offsets = draws.integers(own["crop"], 2 * padding + 1) - padding
-    if "flip" in own:
-        flipped = own["flip"][:, 0] < 0.5
-    return geometry.crop_flip_maps(
-        torch.from_numpy(offsets).to(device), torch.from_numpy(flipped).to(device), height, width
-    )
-
-
-def _affine_maps(
-    own: dict[str, NDArray[np.float64]], recipe: ViewRecipe, height: int, width: int, device: torch.device
-) -> Tensor:
-    """Random shift by whole pixels, scaling and shear along x, in one pass, as torchvision's RandomAffine."""
-    num_samples = len(next(iter(own.values())))
-    translate = np.zeros((num_samples, 2), dtype=np.int64)
-    scale = np.ones(num_samples)
-    shear = np.zeros((num_samples, 2))
-    if "translate" in own:
-        shift = draws.between(own["translate"], -recipe.translate, recipe.translate)
-        translate = np.rint(shift * [width, height]).astype(np.int64)
-    if "scale" in own:
-        scale = draws.between(own["scale"][:, 0], 1 - recipe.scale, 1 + recipe.scale)
-    if "shear" in own:
-        shear[:, 0] = draws.between(own["shear"][:, 0], -recipe.shear, recipe.shear)
-    return geometry.affine_maps(translate, scale, shear, height, width, device)
-
-
-def _jitter(images: Tensor, own: dict[str, NDArray[np.float64]], recipe: ViewRecipe) -> Tensor:
-    """Random brightness and contrast in random order, as torchvision's ColorJitter."""
-    device = images.device
-
-    def factors(name: str, strength: float) -> Tensor:
-        values = draws.between(own[name][:, 0], 1 - strength, 1 + strength)
-        return torch.from_numpy(values).to(device)
-
-    if not recipe.contrast:
-        return imageops.brightness(images, factors("brightness", recipe.brightness))
-    if not recipe.brightness:
-        return imageops.contrast(images, factors("contrast", recipe.contrast))
-    brightness = factors("brightness", recipe.brightness)
-    contrast = factors("contrast", recipe.contrast)
-    brightness_first = own["jitter-order"][:, 0] < 0.5
-    first = torch.from_numpy(np.flatnonzero(brightness_first)).to(device)
-    last = torch.from_numpy(np.flatnonzero(~brightness_first)).to(device)
-    jittered = torch.empty_like(images)
-    jittered[first] = imageops.contrast(imageops.brightness(images[first], brightness[first]), contrast[first])
-    jittered[last] = imageops.brightness(imageops.contrast(images[last], contrast[last]), brightness[last])
-    return jittered
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Shape `(3, 1, 1)` float32; kept, because a copy to a GPU would wait for it in every batch."""
+    return torch.tensor(values, device=device).reshape(3, 1, 1)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "recipes", "params", "storage", "runtime", "stopping", "paper"},
     {"datasets", "image_folders", "sources"},
-    {"draws", "imageops", "geometry", "autoaugment", "mixing", "views"},
+    {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "views"},
     {"losses", "metrics", "seals", "label_identity", "label_file", "label_parts", "labels", "checkpoints"},
     {"batches", "optimization", "labelling", "training", "reporting"},
 )

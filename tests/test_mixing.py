@@ -16,9 +16,20 @@ def two_batches(num_images: int, height: int, width: int) -> tuple[torch.Tensor,
     return images[0], images[1]
 
 
+def cutmix(images: torch.Tensor, partners: torch.Tensor, boxes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    lam = mixing.cutmix_lambda(boxes, *images.shape[-2:])
+    return mixing.cutmix(images, partners, torch.from_numpy(boxes)), torch.from_numpy(lam)
+
+
+def mixup(images: torch.Tensor, partners: torch.Tensor, uniform: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    shares = mixing.mixup_shares(uniform)
+    lam = mixing.mixup_lambda(shares)
+    return mixing.mixup(images, partners, torch.from_numpy(shares)), torch.from_numpy(lam)
+
+
 def test_cutmix_fills_the_box_with_the_partner() -> None:
     images = torch.full((1, 3, 3, 4), 1, dtype=torch.uint8)
-    mixed, lam = mixing.cutmix(images, images + 8, np.array([[1, 0, 3, 2]]))
+    mixed, lam = cutmix(images, images + 8, np.array([[1, 0, 3, 2]]))
     assert mixed[0].tolist() == [[[1, 9, 9, 1], [1, 9, 9, 1], [1, 1, 1, 1]]] * 3
     assert lam.tolist() == [np.float32(8 / 12)]
 
@@ -45,7 +56,7 @@ def test_lambda_is_the_share_of_pixels_left_of_the_first_image(
     values = np.array(uniform)
     boxes = mixing.cutmix_boxes(values[:, 0], values[:, 1:], height, width)
     first = torch.zeros((len(values), 3, height, width), dtype=torch.uint8)
-    mixed, lam = mixing.cutmix(first, first + 1, boxes)
+    mixed, lam = cutmix(first, first + 1, boxes)
     assert lam.dtype == torch.float32
     num_left = (mixed == 0).sum(dim=(1, 2, 3)).double() / 3
     assert torch.equal(lam, (num_left / (height * width)).float())
@@ -55,7 +66,7 @@ def test_lambda_is_the_share_of_pixels_left_of_the_first_image(
 
 def test_unclipped_lambda_follows_beta_one_half_one_half() -> None:
     images = torch.zeros((40_000, 3, 1, 1), dtype=torch.uint8)
-    _, lam = mixing.mixup(images, images, draws.uniforms(0, "", 0, "lambda", 40_000, 1)[:, 0])
+    _, lam = mixup(images, images, draws.uniforms(0, "", 0, "lambda", 40_000, 1)[:, 0])
     observed = np.sort(lam.double().numpy())
     arcsine_cdf = 2 / np.pi * np.arcsin(np.sqrt(observed))
     ranks = np.arange(1, len(observed) + 1) / len(observed)
@@ -65,7 +76,7 @@ def test_unclipped_lambda_follows_beta_one_half_one_half() -> None:
 def test_box_sides_follow_the_same_lambda() -> None:
     uniform = draws.uniforms(0, "", 0, "lambda", 20_000, 1)[:, 0]
     boxes = mixing.cutmix_boxes(uniform, np.full((20_000, 2), 0.5), height=1000, width=2000)
-    _, lam = mixing.mixup(*two_batches(20_000, 1, 1), uniform)
+    _, lam = mixup(*two_batches(20_000, 1, 1), uniform)
     for side, length in ((boxes[:, 2] - boxes[:, 0], 2000), (boxes[:, 3] - boxes[:, 1], 1000)):
         assert np.abs(side / length - np.sqrt(1 - lam.double().numpy())).max() < 2 / length + 0.004
 
@@ -74,7 +85,7 @@ def test_mixup_is_the_weighted_mean_rounded_half_up() -> None:
     first, second = two_batches(200, 5, 7)
     uniform = np.random.default_rng(0).random(200)
     uniform[:2] = 0.0, 1 - 2.0**-53
-    mixed, lam = mixing.mixup(first, second, uniform)
+    mixed, lam = mixup(first, second, uniform)
     share = lam.double()[:, None, None, None]
     expected = torch.floor(share * first + (1 - share) * second + 0.5)
     assert torch.equal(mixed.double(), expected)
@@ -86,6 +97,6 @@ def test_mixup_is_the_weighted_mean_rounded_half_up() -> None:
 def test_mixup_by_hand() -> None:
     images = torch.tensor([0, 255, 255, 10], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 1, 1)
     partners = torch.tensor([255, 255, 0, 11], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 1, 1)
-    mixed, lam = mixing.mixup(images, partners, np.array([0.5, 0.5, 1 / 3, 0.5]))
+    mixed, lam = mixup(images, partners, np.array([0.5, 0.5, 1 / 3, 0.5]))
     assert lam.tolist() == [0.5, 0.5, 0.25, 0.5]
     assert mixed[:, 0, 0, 0].tolist() == [128, 255, 64, 11]
