@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from pipeline.errors import UsageError
 from pipeline.runtime import environment, resolve_device
 from pipeline.storage import write_json
 
+ROOT = Path(__file__).parent.parent
 Seconds = NDArray[np.float64]
 """`(rounds,)` float64: how long a contender took in each round."""
 
@@ -210,6 +212,8 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     where = environment(options.device)
+    if where["commit"] is not None and not where["commit"].endswith("+") and has_untracked_code(ROOT):
+        where["commit"] += "+"
     where |= {
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -219,6 +223,13 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
         },
     }
     return Report(title, where)
+
+
+def has_untracked_code(root: Path) -> bool:
+    """Whether a checkout runs modules that its commit does not have, which `git describe --dirty` overlooks."""
+    paths = [f"{package}/*.py" for package in ("pipeline", "stages", "benchmarks")]
+    command = ["git", "-C", str(root), "ls-files", "--others", "--", *paths]
+    return bool(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip())
 
 
 def positive(text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import ROOT
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD
 from pipeline.batches import EvaluationData, TeacherLabels, TrainingData
 from pipeline.checkpoints import RunState
@@ -25,8 +26,6 @@ from pipeline.training import Fit
 from pipeline.views import Views
 from stages.distill import student_objective
 from stages.models import student_arguments
-
-ROOT = Path(__file__).parent.parent
 
 
 class Silence:

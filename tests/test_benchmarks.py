@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
         views.main(["--quick", "--json", str(tmp_path / "missing" / "views.json")])
     assert stopped.value.code == 2
     assert "is not a file in an existing folder" in capsys.readouterr().err
+
+
+def test_a_module_that_is_not_committed_is_noticed(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "pipeline" / "students").mkdir(parents=True)
+    (tmp_path / "notes.py").touch()
+    (tmp_path / "pipeline" / "notes.txt").touch()
+    assert not measure.has_untracked_code(tmp_path)
+    (tmp_path / "pipeline" / "students" / "new.py").touch()
+    assert measure.has_untracked_code(tmp_path)
+    git("add", "pipeline")
+    assert not measure.has_untracked_code(tmp_path)
 
 
 @pytest.mark.parametrize("name", views.policy_operations())
