@@ -61,6 +61,11 @@ def test_imports_go_one_way(file: Path) -> None:
         assert all(layer(other) <= layer(module) for other in inner), inner
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_benchmarks_and_tests_import_benchmarks(file: Path) -> None:
+    assert not any(name.split(".")[0] == "benchmarks" for name in imports(file))
+
+
 def test_the_library_has_no_cycles() -> None:
     graph = {
         file.stem: {name.split(".")[1] for name in imports(file) if name.startswith("pipeline.")}

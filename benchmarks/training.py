@@ -1,0 +1,119 @@
+"""A student in training through the real fit loop, and a sealed label cache for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import ROOT
+from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD
+from pipeline.batches import EvaluationData, TeacherLabels, TrainingData
+from pipeline.checkpoints import RunState
+from pipeline.label_parts import LabelParts, seal
+from pipeline.labels import LabelCache, make_identity, make_provenance
+from pipeline.params import load_params
+from pipeline.recipes import Recipe
+from pipeline.runtime import resolve_precision
+from pipeline.stopping import StopSignal
+from pipeline.students import STUDENTS, build_student
+from pipeline.training import Fit
+from pipeline.views import Views
+from stages.distill import student_objective
+from stages.models import student_arguments
+
+
+class Silence:
+    """Is told how a run goes on, and shows nothing."""
+
+    def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
+        """Show nothing."""
+
+    def stepped(self) -> None:
+        """Show nothing."""
+
+    def epoch_ended(self, row: Mapping[str, Any]) -> None:
+        """Show nothing."""
+
+    def warned(self, message: str) -> None:
+        """Show nothing."""
+
+
+@functools.cache
+def recipe() -> Recipe:
+    """Return the recipe cifar100, the paper's protocol."""
+    return load_params(ROOT / "params.yaml").recipes["cifar100"]
+
+
+def make_fit(
+    name: str,
+    views: Views,
+    teacher_labels: TeacherLabels | None,
+    *,
+    num_views: int,
+    batch_size: int,
+    depth: int | None = None,
+) -> Fit:
+    """Prepare a student's training run on the device of the views, by the recipe cifar100.
+
+    Args:
+        name: A student of the recipe.
+        views: Of the images to train on.
+        teacher_labels: Where a batch's teacher labels come from; None trains without distillation.
+        num_views: Views that the epochs cycle through.
+        batch_size: Samples a step.
+        depth: Blocks L; None takes the recipe's.
+    """
+    own = recipe().students[name]
+    own = dataclasses.replace(own, batch_size=batch_size, depth=own.depth if depth is None else depth)
+    device = views.images.device
+    model = build_student(own.model, **student_arguments(own, num_classes=NUM_CLASSES, image_size=SIZE))
+    distilled = teacher_labels is not None and STUDENTS[own.model].has_distillation_head
+    return Fit(
+        model=model.to(device),
+        data=TrainingData(views, MEAN, STD, num_views, teacher_labels),
+        evaluation=EvaluationData(views.images[:1], views.labels[:1], MEAN, STD, NUM_CLASSES),
+        objective=student_objective(own, distilled=distilled),
+        recipe=own,
+        precision=resolve_precision(own.precision, device),
+        seed=0,
+        state=RunState(Path("unused"), ""),
+        watcher=Silence(),
+        stop=StopSignal(),
+    )
+
+
+def train_epoch(fit: Fit) -> None:
+    """Train through all samples once, on the next view, without evaluating or saving."""
+    fit.saved_at = math.inf
+    fit.train_epoch()
+    fit.epoch, fit.step = fit.epoch + 1, 0
+
+
+def seal_random_labels(path: Path, *, num_views: int, num_samples: int) -> LabelCache:
+    """Write a label cache of random labels as `pipeline label` does, and open it.
+
+    Args:
+        path: The sealed file; the parts lie beside it while it is made.
+        num_views: V.
+        num_samples: N.
+    """
+    names = [f"class {number}" for number in range(NUM_CLASSES)]
+    view_recipe = recipe().views["default"]
+    identity = make_identity(
+        dataset_sha256="0" * 64, split="train", view_recipe=view_recipe, class_names=names, num_samples=num_samples
+    )
+    provenance = make_provenance(
+        teacher="random", checkpoint_sha256="0" * 64, mean=MEAN, std=STD, precision="fp32", device="cpu", versions={}
+    )
+    parts = LabelParts(path.with_suffix(".parts"), identity=identity, provenance=provenance)
+    generator = np.random.default_rng(0)
+    for view in range(num_views):
+        parts.write(view, generator.integers(NUM_CLASSES, size=num_samples))
+    seal(path, parts=parts, count=num_views, clean={})
+    return LabelCache.open(path, expected_identity=identity)
