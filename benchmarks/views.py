@@ -53,6 +53,7 @@ def ours_epoch(views: Views, view: int, order: Tensor, batch_size: int, *, norma
         batch_size: Images a batch.
         normalized: Whether the batches are normalised too.
     """
+    views.prepare(view)
     for part in split_batches(len(order), batch_size):
         batch = views.batch(view, order[part])
         if normalized:
