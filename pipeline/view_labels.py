@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.label_identity import label_dtype, to_labels
 
 PROBABILITY_DTYPE = np.dtype("<f2")
+_MAX_COMPARED = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,17 +158,27 @@ def _faults(
     labels: NDArray[Any], classes: NDArray[Any], probabilities: NDArray[Any], num_classes: int
 ) -> dict[str, NDArray[np.bool_]]:
     """Tell for each fault which samples have it, `(N,)`."""
-    ordered = np.sort(classes, axis=1)
     # One row a rank: numpy is slow along an axis of a few values.
-    ranked = probabilities.T.astype(np.float32, order="C")
-    in_order = (ranked[0] > 0) & (ranked[0] <= 1) & (ranked[-1] >= 0) & (ranked[1:] <= ranked[:-1]).all(axis=0)
-    topk = classes.shape[1]
+    ranked = np.ascontiguousarray(classes.T)
+    shares = probabilities.T.astype(np.float32, order="C")
+    in_order = (shares[0] > 0) & (shares[0] <= 1) & (shares[-1] >= 0) & (shares[1:] <= shares[:-1]).all(axis=0)
+    allowed = sum_tolerance(len(ranked))
     return {
-        f"a class outside of the {num_classes} classes": (ordered[:, 0] < 0) | (ordered[:, -1] >= num_classes),
-        "one class twice": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1),
-        "its first class is not its label": classes[:, 0] != labels,
+        f"a class outside of the {num_classes} classes": ((ranked < 0) | (ranked >= num_classes)).any(axis=0),
+        "one class twice": _repeats(ranked),
+        "its first class is not its label": ranked[0] != labels,
         "its probabilities do not descend from at most 1 to at least 0": ~in_order,
-        f"its probabilities sum to more than 1 + {sum_tolerance(topk):.2g}": ~(
-            ranked.sum(0) <= 1 + sum_tolerance(topk)
-        ),
+        f"its probabilities sum to more than 1 + {allowed:.2g}": ~(shares.sum(axis=0) <= 1 + allowed),
     }
+
+
+def _repeats(columns: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which columns of `(K, N)` hold a value twice, `(N,)`."""
+    found = np.zeros(columns.shape[1], np.bool_)
+    # Comparing each with each is many times as quick as sorting for a few values, and quadratic for many.
+    if len(columns) > _MAX_COMPARED:
+        columns = np.sort(columns, axis=0)
+        return np.asarray((columns[1:] == columns[:-1]).any(axis=0))
+    for distance in range(1, len(columns)):
+        found |= (columns[distance:] == columns[:-distance]).any(axis=0)
+    return found

@@ -252,11 +252,15 @@ def test_answers_that_no_teacher_gives_are_refused_wherever_they_enter(tmp_path,
         dataclasses.replace(cache, **{name: changed(getattr(cache, name), (1, *np.atleast_1d(index)), value)})
 
 
-def test_one_class_twice_is_refused(tmp_path):
-    honest = answers_of(1)
-    twice = changed(honest.classes, (7, 2), honest.classes[7, 0])
-    with pytest.raises(DataError, match="view 1: sample 7: one class twice"):
-        parts_in(tmp_path / "parts").write(1, dataclasses.replace(honest, classes=twice))
+@pytest.mark.parametrize("topk", [2, 3, 32, 33, 60])
+def test_one_class_twice_is_refused(topk):
+    sizes = {"num_samples": 9, "num_classes": 60, "topk": topk}
+    honest = answers_of(1, topk, 9, 60, sharpness=1.0)
+    honest.check(**sizes)
+    for place in {1, topk // 2, topk - 1} - {0}:
+        twice = changed(honest.classes, (7, place), honest.classes[7, 0])
+        with pytest.raises(ValueError, match="sample 7: one class twice"):
+            dataclasses.replace(honest, classes=twice).check(**sizes)
 
 
 @pytest.mark.parametrize(
