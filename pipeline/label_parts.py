@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,14 @@ class LabelParts:
             StorageError: A part exists and cannot be read.
         """
         return [view for view in range(start, count) if self.answers(view) is None]
+
+    def num_invalid(self, views: Iterable[int]) -> int:
+        """Count the views whose part is there and is not valid: damaged, or of another teacher, data set or K.
+
+        Args:
+            views: View indices.
+        """
+        return sum(self._path(view).exists() and self.answers(view) is None for view in views)
 
     def delete(self, *, below: int | None = None) -> None:
         """Delete all parts, whoever wrote them, and what killed writers left.

@@ -174,6 +174,9 @@ def _label_missing(context: Context, teacher: Teacher, views: Views, parts: Labe
     ranks = current_ranks()
     missing = parts.missing(wanted.stop, wanted.start)
     mine = [view for view in missing if view % ranks.world_size == ranks.rank]
+    if num_invalid := parts.num_invalid(mine):
+        what = "are damaged, or of another teacher, precision, device, version or --keep"
+        context.say(f"{parts.directory}: {num_invalid} finished views {what}; labelling them again")
     began = said = time.monotonic()
     console = context.console
     with progress_bar(console) as bar:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import os
 
 import h5py
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.label_identity import label_dtype
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labels import Canary, LabelCache
@@ -21,6 +23,7 @@ from tests.test_labels import (
     NUM_CLASSES,
     NUM_SAMPLES,
     clean_of,
+    count_calls,
     flip,
     identity_of,
     provenance_of,
@@ -168,6 +171,7 @@ def test_parts_of_another_k_count_as_missing_and_a_cache_of_another_k_is_not_ado
     assert parts_in(tmp_path / "parts").missing(1) == []
     for other in (0, 2):
         assert parts_in(tmp_path / "parts", other).missing(1) == [0]
+        assert parts_in(tmp_path / "parts", other).num_invalid([0, 1]) == 1
     label(tmp_path / "others", tmp_path / "labels.h5", 1)
     with pytest.raises(DataError, match="topk is 3, expected 2"):
         parts_in(tmp_path / "parts", 2).adopt(LabelCache.open(tmp_path / "labels.h5"))
@@ -207,6 +211,21 @@ def test_sealing_keeps_the_finished_parts_of_later_views_and_no_others(tmp_path)
     again = parts_in(tmp_path / "parts")
     again.adopt(LabelCache.open(tmp_path / "labels.h5"))
     assert again.missing(5) == [2, 4] and again.missing(4, 3) == []
+
+
+def test_whichever_system_call_fails_nothing_is_lost_and_running_again_finishes(tmp_path, sealed):
+    with pytest.MonkeyPatch.context() as patch:
+        calls = count_calls(patch)
+        label(tmp_path / "counted/parts", tmp_path / "counted/labels.h5", 4)
+    for at in range(len(calls)):
+        path = tmp_path / f"failing-{at}/labels.h5"
+        with pytest.MonkeyPatch.context() as patch:
+            count_calls(patch, at, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            with pytest.raises(StorageError):
+                label(path.parent / "parts", path, 4)
+        label(path.parent / "parts", path, 4, adopt=path.exists())
+        assert path.read_bytes() == sealed
+        assert [entry.name for entry in path.parent.iterdir()] == ["labels.h5"]
 
 
 # Answers that no teacher can have given
