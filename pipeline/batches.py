@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ class Batch:
         labels: `(B,)` int64, y1.
         partner_labels: `(B,)` int64, y2.
         lam: `(B,)` float32, the share of the image that is left.
-        teacher_labels: `(B,)` int64, y_t; None where the model learns without a teacher.
+        teacher_labels: `(B,)` int64, y_t, or `(B, C)` float32, the teacher's distributions; None where the model
+            learns without a teacher.
+        confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
     """
 
     images: Tensor
@@ -31,10 +34,24 @@ class Batch:
     partner_labels: Tensor
     lam: Tensor
     teacher_labels: Tensor | None
+    confidence: Tensor | None = None
 
 
-TeacherLabels = Callable[[int, Tensor, Tensor], Tensor]
-"""Maps (view, indices `(B,)`, normalised images `(B, 3, H, W)`) to the teacher's labels `(B,)` int64."""
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """What a teacher says of a batch.
+
+    Attributes:
+        labels: `(B,)` int64, or `(B, C)` float32 distributions, as the targets of torch's cross_entropy.
+        confidence: `(B,)` float32 in (0, 1], its probability of its label, or None.
+    """
+
+    labels: Tensor
+    confidence: Tensor | None = None
+
+
+TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
+"""Maps (view, indices `(B,)`, normalised images `(B, 3, H, W)`) to the teacher's answer."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +78,11 @@ class TrainingData:
         self.views.prepare(view)
         rendered = self.views.batch(view, indices)
         images = normalize(rendered.images, self.mean, self.std)
-        teacher_labels = None if self.teacher_labels is None else self.teacher_labels(view, indices, images)
-        return Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, teacher_labels)
+        batch = Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, None)
+        if self.teacher_labels is None:
+            return batch
+        answer = self.teacher_labels(view, indices, images)
+        return dataclasses.replace(batch, teacher_labels=answer.labels, confidence=answer.confidence)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,11 @@ Layout, open to any HDF5 tool:
     user block       512 bytes, the seal (pipeline.seals)
     labels           (V, N) uint8 or little-endian uint16; chunk (1, N), fletcher32;
                      fill value the largest of the type, never a label
-    digest           (V, 32) uint8, SHA-256 of each row of `labels`
+    topk             group, only where the K most probable classes are kept
+      classes        (V, N, K) as `labels`; chunk (1, N, K)
+      probabilities  (V, N, K) little-endian float16; chunk (1, N, K), fletcher32, fill value NaN
+    digest           (V, 32) uint8, SHA-256 of each view's row of `labels` and, where kept, of its `classes` and
+                     `probabilities`, in C order one after the other
     clean/<split>    (n,) as `labels`
     identity         group whose attributes are the fields of the identity, each as canonical JSON
     provenance       likewise
@@ -16,12 +20,11 @@ This module knows the layout and what HDF5 can do; what the values mean is pipel
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import h5py
@@ -30,6 +33,7 @@ from numpy.typing import NDArray
 
 from pipeline.label_identity import IDENTITY_FIELDS, PROVENANCE_FIELDS, SCHEMA_VERSION, canonical_json
 from pipeline.seals import SEAL_SIZE, check_seal, make_seal
+from pipeline.view_labels import PROBABILITY_DTYPE, ViewLabels
 
 # Signature and version, sizes of offsets and lengths, flags, addresses of base, extension and end of file.
 _SUPERBLOCK = struct.Struct("<9s3BQQQ")
@@ -46,6 +50,8 @@ class Contents(NamedTuple):
         canaries: JSON objects.
         identity: JSON values under IDENTITY_FIELDS.
         provenance: JSON values under PROVENANCE_FIELDS.
+        classes: `(V, N, K)` as `labels`, or None.
+        probabilities: `(V, N, K)` float16 with `classes`, else None.
     """
 
     labels: NDArray[Any]
@@ -53,6 +59,15 @@ class Contents(NamedTuple):
     canaries: Sequence[Any]
     identity: dict[str, Any]
     provenance: dict[str, Any]
+    classes: NDArray[Any] | None = None
+    probabilities: NDArray[Any] | None = None
+
+    @property
+    def views(self) -> Iterator[ViewLabels]:
+        """Each view's answers, as views of these arrays."""
+        if self.classes is None or self.probabilities is None:
+            return (ViewLabels(row) for row in self.labels)
+        return map(ViewLabels, self.labels, self.classes, self.probabilities)
 
 
 def encode(contents: Contents) -> bytes:
@@ -64,7 +79,6 @@ def encode(contents: Contents) -> bytes:
     Returns:
         The whole file, seal included.
     """
-    labels = contents.labels
     buffer = io.BytesIO()
     # A fixed format version, so that the bytes do not follow the library's default. The format before 1.8
     # limits an attribute to 64 KiB, too little for the names of many classes.
@@ -74,18 +88,12 @@ def encode(contents: Contents) -> bytes:
             group = file.create_group(name)
             for key in sorted(fields):
                 group.attrs[key] = np.bytes_(canonical_json(fields[key]))
-        rows = file.create_dataset(
-            "labels",
-            shape=labels.shape,
-            dtype=labels.dtype,
-            chunks=(1, labels.shape[1]),
-            fletcher32=True,
-            fillvalue=np.iinfo(labels.dtype).max,
-            track_times=False,
-        )
-        for view, row in enumerate(labels):
-            rows[view] = row
-        file.create_dataset("digest", data=_row_digests(labels), track_times=False)
+        _write_views(file, "labels", contents.labels)
+        if contents.classes is not None and contents.probabilities is not None:
+            topk = file.create_group("topk")
+            _write_views(topk, "classes", contents.classes)
+            _write_views(topk, "probabilities", contents.probabilities)
+        file.create_dataset("digest", data=_digests(contents), track_times=False)
         clean = file.create_group("clean")
         for split in sorted(contents.clean):
             clean.create_dataset(split, data=contents.clean[split], track_times=False)
@@ -93,6 +101,26 @@ def encode(contents: Contents) -> bytes:
     buffer.seek(0)
     buffer.write(seal)
     return buffer.getvalue()
+
+
+def _write_views(group: h5py.Group, name: str, array: NDArray[Any]) -> None:
+    """Write a dataset of which each view is a chunk of its own."""
+    dataset = group.create_dataset(
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(1, *array.shape[1:]),
+        fletcher32=True,
+        fillvalue=_fill(array.dtype),
+        track_times=False,
+    )
+    for view, row in enumerate(array):
+        dataset[view] = row
+
+
+def _fill(dtype: np.dtype[Any]) -> Any:
+    """Return what HDF5 gives for a row that nobody wrote: no class, and no probability."""
+    return np.iinfo(dtype).max if dtype.kind == "u" else dtype.type(np.nan)
 
 
 def decode(data: bytes) -> Contents:
@@ -119,10 +147,14 @@ def decode(data: bytes) -> Contents:
     with h5py.File(io.BytesIO(data), "r") as file:
         if file.userblock_size != SEAL_SIZE:
             raise ValueError(f"its user block has {file.userblock_size} bytes")
-        _require_members(file, {"labels", "digest", "clean", "identity", "provenance"}, {"canaries"})
+        keeps_topk = "topk" in set(file)  # of the names; `in file` would follow a link
+        optional = {"topk"} if keeps_topk else set()
+        _require_members(file, {"labels", "digest", "clean", "identity", "provenance"} | optional, {"canaries"})
         _require_members(file["identity"], set(), set(IDENTITY_FIELDS))
         _require_members(file["provenance"], set(), set(PROVENANCE_FIELDS))
         _require_members(file["clean"], None, set())
+        if keeps_topk:
+            _require_members(file["topk"], {"classes", "probabilities"}, set())
         contents = Contents(
             labels=_read_array(file, "labels", _LABEL_DTYPES, len(data), chunked=True),
             clean={split: _read_array(file["clean"], split, _LABEL_DTYPES, len(data)) for split in file["clean"]},
@@ -130,8 +162,16 @@ def decode(data: bytes) -> Contents:
             identity={key: _read_json(file["identity"], key) for key in IDENTITY_FIELDS},
             provenance={key: _read_json(file["provenance"], key) for key in PROVENANCE_FIELDS},
         )
+        if keeps_topk:
+            contents = contents._replace(
+                classes=_read_array(file["topk"], "classes", _LABEL_DTYPES, len(data), chunked=True),
+                probabilities=_read_array(file["topk"], "probabilities", (PROBABILITY_DTYPE,), len(data), chunked=True),
+            )
         digest = _read_array(file, "digest", _LABEL_DTYPES[:1], len(data))
-    if not np.array_equal(digest, _row_digests(contents.labels)):
+    for name, array in (("classes", contents.classes), ("probabilities", contents.probabilities)):
+        if array is not None and (array.ndim != 3 or array.shape[:2] != contents.labels.shape):
+            raise ValueError(f"{name!a} has a shape of {array.shape} beside labels of {contents.labels.shape}")
+    if not np.array_equal(digest, _digests(contents)):
         raise ValueError("the labels of a view differ from their digest")
     return contents
 
@@ -172,9 +212,9 @@ def _read_array(
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in dtypes:
         raise ValueError(f"{name!a} is not a dataset of {' or '.join(map(str, dtypes))}")
     shape, dtype, creation = dataset.shape, dataset.dtype, dataset.id.get_create_plist()
-    # An enumeration or a boolean looks like its integer to numpy.
+    # An enumeration or a boolean looks like its integer to numpy, a float of other exponents like a plain one.
     if not dataset.id.get_type().equal(h5py.h5t.py_create(np.dtype(dtype.str))):
-        raise ValueError(f"{name!a} is not of plain integers")
+        raise ValueError(f"{name!a} is not of plain {'floats' if dtype.kind == 'f' else 'integers'}")
     if not shape or dataset.maxshape != shape or len(dataset.attrs):
         raise ValueError(f"{name!a} is not of fixed size and without attributes")
     layout = h5py.h5d.CHUNKED if chunked else h5py.h5d.CONTIGUOUS
@@ -187,14 +227,15 @@ def _read_array(
     size, checksums = math.prod(shape) * dtype.itemsize, 4 * shape[0] if chunked else 0
     if not 0 < size < file_size or dataset.id.get_storage_size() != size + checksums:
         raise ValueError(f"{name!a} stores {dataset.id.get_storage_size()} bytes for a shape of {shape}")
-    if chunked and (dataset.chunks != (1, *shape[1:]) or dataset.fillvalue != np.iinfo(dtype).max):
+    fills = np.array_equal(dataset.fillvalue, _fill(dtype), equal_nan=True)
+    if chunked and (dataset.chunks != (1, *shape[1:]) or not fills):
         raise ValueError(f"{name!a} has chunks of {dataset.chunks} and fill value {dataset.fillvalue}")
     array: NDArray[Any] = dataset[...]
     array.flags.writeable = False
     return array
 
 
-def _row_digests(labels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Digest each row of stored labels: `(V, N)` to `(V, 32)` uint8."""
-    digests = b"".join(hashlib.sha256(np.ascontiguousarray(row).data).digest() for row in labels)
-    return np.frombuffer(digests, dtype=np.uint8).reshape(len(labels), 32)
+def _digests(contents: Contents) -> NDArray[np.uint8]:
+    """Digest each view's answers, `(V, 32)` uint8."""
+    digests = b"".join(view.digest() for view in contents.views)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(len(contents.labels), 32)

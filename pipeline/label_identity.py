@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from pipeline.errors import DataError
 from pipeline.recipes import ViewRecipe
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 IDENTITY_FIELDS = (
     "schema_version",
     "dataset_sha256",
@@ -29,7 +29,17 @@ IDENTITY_FIELDS = (
     "class_names",
     "view_recipe",
 )
-PROVENANCE_FIELDS = ("teacher", "checkpoint_sha256", "mean", "std", "precision", "device", "versions")
+PROVENANCE_FIELDS = (
+    "teacher",
+    "checkpoint_sha256",
+    "mean",
+    "std",
+    "precision",
+    "device",
+    "versions",
+    "compiled",
+    "topk",
+)
 MAX_CLASSES = 65535
 _MAX_REPORTED = 4
 _MAX_SHOWN = 80
@@ -83,8 +93,10 @@ def make_provenance(
     precision: str,
     device: str,
     versions: Mapping[str, str],
+    compiled: bool = False,
+    topk: int = 0,
 ) -> dict[str, Any]:
-    """Describe who labels, and how.
+    """Describe who labels, how, and what is kept of the answers.
 
     Args:
         teacher: Name of the architecture.
@@ -94,6 +106,8 @@ def make_provenance(
         precision: `fp32` or `bf16`.
         device: Kind of device, such as `cpu` or `cuda`.
         versions: Library name to version.
+        compiled: Whether the teacher was compiled, which rounds its products in another order.
+        topk: Classes of each sample that are kept with their probabilities, K; 0 keeps the argmax alone.
 
     Returns:
         JSON values under the keys PROVENANCE_FIELDS.
@@ -106,6 +120,8 @@ def make_provenance(
         "precision": precision,
         "device": device,
         "versions": dict(versions),
+        "compiled": bool(compiled),
+        "topk": int(topk),
     }
 
 
@@ -142,6 +158,11 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
     digest = provenance["checkpoint_sha256"]
     if not is_sha256(digest):
         raise ValueError(f"provenance.checkpoint_sha256 is {_show(digest)}, expected a SHA-256")
+    topk, compiled = provenance["topk"], provenance["compiled"]
+    if type(topk) is not int or not 0 <= topk <= MAX_CLASSES:
+        raise ValueError(f"provenance.topk is {_show(topk)}, expected a number in 0..{MAX_CLASSES}")
+    if type(compiled) is not bool:
+        raise ValueError(f"provenance.compiled is {_show(compiled)}, expected true or false")
 
 
 def is_sha256(value: Any) -> bool:

@@ -1,8 +1,9 @@
-"""Running a teacher over views: labels, their logit margins, and the replay of a finished cache."""
+"""Running a teacher over views: labels, their top-k and logit margins, and the replay of a finished cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.batches import TeacherAnswer, TeacherLabels
 from pipeline.errors import NumericalError
 from pipeline.labels import Canary, LabelCache
+from pipeline.losses import marginal_smoothing
 from pipeline.runtime import autocast
+from pipeline.view_labels import ViewLabels
 from pipeline.views import Views, normalize
 
 NUM_CANARY_SAMPLES = 16
@@ -27,7 +31,7 @@ class Teacher:
     """A trained teacher, ready to label.
 
     Attributes:
-        model: Returns `(B, K)` logits; in evaluation mode, on its device.
+        model: Returns `(B, C)` logits; in evaluation mode, on its device.
         mean: Normalisation of its inputs, pixels in [0, 1].
         std: As mean.
         precision: `fp32` or `bf16`.
@@ -42,7 +46,7 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Return `(B, K)` float32 logits of normalised images `(B, 3, H, W)`.
+        """Return `(B, C)` float32 logits of normalised images `(B, 3, H, W)`.
 
         Raises:
             NumericalError: A logit is not finite; argmax would still return a valid label.
@@ -62,41 +66,113 @@ class Teacher:
 
 
 def label_view(teacher: Teacher, views: Views, view: int) -> NDArray[np.int64]:
-    """Return the teacher's labels of a whole view, `(N,)` int64 in [0, K).
+    """Return the teacher's labels of a whole view, `(N,)` int64 in [0, C).
 
     Raises:
         NumericalError: A logit is not finite.
     """
+    return torch.cat([logits.argmax(1) for logits in _logits_of_view(teacher, views, view)]).cpu().numpy()
+
+
+def label_view_topk(teacher: Teacher, views: Views, view: int, topk: int) -> ViewLabels:
+    """Return the teacher's labels of a whole view with its most probable classes.
+
+    Args:
+        teacher: The teacher.
+        views: The views.
+        view: View index.
+        topk: Classes to keep of each sample, K, in 1..C.
+
+    Returns:
+        Int64 labels, as those of `label_view`, int32 classes and float16 probabilities.
+
+    Raises:
+        NumericalError: A logit is not finite.
+    """
+    # Packed into one tensor, because each transfer waits for the device.
+    packed = [
+        torch.cat([classes.int(), probabilities.half().view(torch.int16).int()], dim=1)
+        for classes, probabilities in (top_classes(logits, topk) for logits in _logits_of_view(teacher, views, view))
+    ]
+    classes, bits = np.split(torch.cat(packed).cpu().numpy(), 2, axis=1)
+    return ViewLabels(classes[:, 0].astype(np.int64), classes, bits.astype(np.int16).view(np.float16))
+
+
+def _logits_of_view(teacher: Teacher, views: Views, view: int) -> Iterator[Tensor]:
+    """Yield `(B, C)` float32 logits of a view, batch by batch."""
     views.prepare(view)
-    rows = []
     for start in range(0, views.num_samples, teacher.batch_size):
         indices = torch.arange(start, min(start + teacher.batch_size, views.num_samples))
-        images = normalize(views.batch(view, indices).images, teacher.mean, teacher.std)
-        rows.append(teacher.logits(images).argmax(1))
-    return torch.cat(rows).cpu().numpy()
+        yield teacher.logits(normalize(views.batch(view, indices).images, teacher.mean, teacher.std))
 
 
-def online_labels(teacher: Teacher) -> Callable[[int, Tensor, Tensor], Tensor]:
+def top_classes(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return the most probable classes and their probabilities.
+
+    Args:
+        logits: `(B, C)` float32, finite.
+        topk: Classes to return, K, in 1..C.
+
+    Returns:
+        `(B, K)` int64, the argmax first even among equal logits, and `(B, K)` float32, descending: the softmax over
+        all C classes.
+    """
+    # topk breaks ties in its own way; the label is the argmax's.
+    classes = logits.scatter(1, logits.argmax(1, keepdim=True), math.inf).topk(topk, dim=1).indices
+    # Vectorised exponentials of equal logits may differ in their last bit.
+    return classes, logits.softmax(1).gather(1, classes).cummin(1).values
+
+
+def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = False) -> TeacherLabels:
     """Return a source of teacher labels that asks the teacher at every step, for pipeline.training.TrainingData.
 
     The images are normalised by the data set's statistics, which are the teacher's own.
+
+    Args:
+        teacher: The teacher.
+        soft: Whether to give its distribution over all classes instead of its labels.
+        confidence: Whether to give its probability of each label beside.
     """
 
-    def labels(view: int, indices: Tensor, images: Tensor) -> Tensor:
+    def answer(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
         # Cloned, because tensors made in inference mode can't be saved for a backward pass.
-        return teacher.logits(images).argmax(1).clone()
+        logits = teacher.logits(images).clone()
+        probabilities = logits.softmax(1)
+        return TeacherAnswer(probabilities if soft else logits.argmax(1), probabilities.amax(1) if confidence else None)
 
-    return labels
+    return answer
 
 
-def cached_labels(cache: LabelCache, device: torch.device) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """Return a source of teacher labels that reads the cache, for pipeline.training.TrainingData."""
-    rows = torch.from_numpy(np.array(cache.labels)).to(device)
+def cached_labels(
+    cache: LabelCache, device: torch.device, *, soft: bool = False, confidence: bool = False
+) -> TeacherLabels:
+    """Return a source of teacher labels that reads the cache, for pipeline.training.TrainingData.
 
-    def labels(view: int, indices: Tensor, images: Tensor) -> Tensor:
-        return rows[view][indices.to(device)].long()
+    Args:
+        cache: The cache; with its top-k where `soft` or `confidence`.
+        device: Where the answers are kept and given.
+        soft: Whether to give the distributions of `marginal_smoothing` instead of labels.
+        confidence: Whether to give the probability of each label beside.
+    """
 
-    return labels
+    def put(array: NDArray[np.generic] | None) -> Tensor:
+        assert array is not None, "the cache keeps no top-k"
+        return torch.from_numpy(np.array(array)).to(device)
+
+    labels = None if soft else put(cache.labels)
+    classes = put(cache.classes) if soft else None
+    probabilities = put(cache.probabilities) if soft or confidence else None
+
+    def answer(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
+        chosen = indices.to(device)
+        kept = None if probabilities is None else probabilities[view][chosen].float()
+        weights = kept[:, 0] if confidence and kept is not None else None
+        if labels is not None:
+            return TeacherAnswer(labels[view][chosen].long(), weights)
+        assert classes is not None and kept is not None
+        return TeacherAnswer(marginal_smoothing(classes[view][chosen].long(), kept, cache.num_classes), weights)
+
+    return answer
 
 
 def make_canaries(views: Views, count: int) -> list[Canary]:
@@ -135,19 +211,42 @@ class Difference:
     margin: float
 
 
-def replay(
-    cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[tuple[int, int]]
-) -> Iterator[Difference]:
-    """Label some (view, sample) pairs again and yield those whose label differs from the cache."""
+@dataclass(frozen=True)
+class Replay:
+    """What a teacher answers now to what it once answered.
+
+    Attributes:
+        differences: The labels that it would not give again.
+        probability_error: Largest absolute difference of a kept probability; None where none are kept.
+    """
+
+    differences: list[Difference]
+    probability_error: float | None
+
+
+def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[tuple[int, int]]) -> Replay:
+    """Label some (view, sample) pairs again and compare with the cache."""
     by_view: dict[int, list[int]] = {}
     for view, sample in chosen:
         by_view.setdefault(view, []).append(sample)
+    differences: list[Difference] = []
+    error = 0.0
     for view, samples in sorted(by_view.items()):
+        kept = cache.view(view)
         for start in range(0, len(samples), teacher.batch_size):
             part = torch.tensor(sorted(samples)[start : start + teacher.batch_size])
             logits = teacher.logits(normalize(views.batch(view, part).images, teacher.mean, teacher.std)).cpu()
-            cached = torch.from_numpy(cache.labels[view].astype(np.int64))[part]
-            replayed = logits.argmax(1)
-            for row in torch.nonzero(cached != replayed)[:, 0].tolist():
-                old, new = int(cached[row]), int(replayed[row])
-                yield Difference(view, int(part[row]), old, new, float(logits[row, new] - logits[row, old]))
+            differences += _differences(kept, view, part, logits)
+            if kept.classes is not None and kept.probabilities is not None:
+                now = logits.softmax(1).numpy()
+                again = np.take_along_axis(now, kept.classes[part].astype(np.int64), axis=1)
+                error = max(error, float(np.abs(again - kept.probabilities[part]).max()))
+    return Replay(differences, error if cache.topk else None)
+
+
+def _differences(kept: ViewLabels, view: int, samples: Tensor, logits: Tensor) -> Iterator[Difference]:
+    """Yield the samples, `(B,)`, whose labels by these logits, `(B, C)`, differ from those kept."""
+    cached, replayed = torch.from_numpy(kept.labels.astype(np.int64))[samples], logits.argmax(1)
+    for row in torch.nonzero(cached != replayed)[:, 0].tolist():
+        old, new = int(cached[row]), int(replayed[row])
+        yield Difference(view, int(samples[row]), old, new, float(logits[row, new] - logits[row, old]))

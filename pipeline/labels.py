@@ -1,5 +1,7 @@
 """The label cache: the teacher's label for every view of every training image, in one sealed file.
 
+Where asked it also keeps the teacher's K most probable classes and their probabilities, for soft distillation.
+
 Students train against it without the teacher. The file is made whole by pipeline.label_parts.seal and never
 opened for writing; its layout is documented in pipeline.label_file.
 
@@ -31,6 +33,7 @@ from pipeline.label_identity import (
     require_equal,
 )
 from pipeline.storage import read_if_exists
+from pipeline.view_labels import PROBABILITY_DTYPE, ViewLabels
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -82,11 +85,14 @@ class LabelCache:
     """A label cache in memory; whatever constructs one, it is consistent.
 
     Attributes:
-        labels: `(V, N)` uint8 or uint16, the teacher's argmax in [0, K).
+        labels: `(V, N)` uint8 or uint16, the teacher's argmax in [0, C).
         clean: Split name to `(n,)` of the same type, its argmax on unaugmented images.
         canaries: Digests of a few views' pixels.
         identity: See `make_identity`.
         provenance: See `make_provenance`.
+        classes: `(V, N, K)` as `labels`, its K most probable classes, descending, the label first; None where
+            `provenance["topk"]` is 0.
+        probabilities: `(V, N, K)` float16 in [0, 1], descending, of those classes; None without `classes`.
     """
 
     labels: NDArray[Any]
@@ -94,6 +100,8 @@ class LabelCache:
     canaries: tuple[Canary, ...]
     identity: dict[str, Any]
     provenance: dict[str, Any]
+    classes: NDArray[Any] | None = None
+    probabilities: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no teacher can have made.
@@ -115,11 +123,43 @@ class LabelCache:
                 raise ValueError(f"{name} holds {array.max()}, outside of the {self.num_classes} classes")
         if self.labels.shape[1] != self.num_samples:
             raise ValueError(f"labels has {self.labels.shape[1]} columns for {self.num_samples} samples")
+        self._check_topk()
         for split in self.clean:
             if not _SPLIT.fullmatch(split):
                 raise ValueError(f"split {split!a} is not a name")
         for canary in self.canaries:
             canary.check(self.num_views, self.num_samples)
+
+    def _check_topk(self) -> None:
+        """Refuse top-k answers that no teacher can have given, a view at a time to spare memory."""
+        for name, array, dtype in (
+            ("topk/classes", self.classes, self.labels.dtype),
+            ("topk/probabilities", self.probabilities, PROBABILITY_DTYPE),
+        ):
+            shape = (*self.labels.shape, self.topk) if self.topk else None
+            if (None if array is None else array.shape) != shape or (array is not None and array.dtype != dtype):
+                found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
+                raise ValueError(f"{name} is {found}, expected {f'{dtype} of shape {shape}' if shape else 'none'}")
+        for index in range(self.num_views if self.topk else 0):
+            try:
+                self.view(index).check(num_samples=self.num_samples, num_classes=self.num_classes, topk=self.topk)
+            except ValueError as error:
+                raise ValueError(f"view {index}: {error}") from error
+
+    def view(self, index: int) -> ViewLabels:
+        """Return one view's answers, sharing memory with the cache.
+
+        Args:
+            index: View index, below `num_views`.
+        """
+        if self.classes is None or self.probabilities is None:
+            return ViewLabels(self.labels[index])
+        return ViewLabels(self.labels[index], self.classes[index], self.probabilities[index])
+
+    @property
+    def topk(self) -> int:
+        """Classes kept of each sample with their probabilities, K; 0 where only labels are."""
+        return int(self.provenance["topk"])
 
     @property
     def num_views(self) -> int:
@@ -133,7 +173,7 @@ class LabelCache:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, K."""
+        """Number of classes, C."""
         return len(self.identity["class_names"])
 
     @property
@@ -209,5 +249,7 @@ class LabelCache:
                 canaries=[asdict(canary) for canary in self.canaries],
                 identity=self.identity,
                 provenance=self.provenance,
+                classes=self.classes,
+                probabilities=self.probabilities,
             )
         )

@@ -1,4 +1,4 @@
-"""The paper's losses, equations 8 to 10, and the prediction of one or two heads.
+"""The paper's losses, equations 8 to 10, soft distillation beside the hard one, and the prediction of one or two heads.
 
 A model's outputs are either one tensor of logits, or a pair (class head, distillation head).
 
@@ -48,27 +48,82 @@ def hybrid_loss(
     *,
     alpha: float = 0.5,
     label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    confidence: Tensor | None = None,
 ) -> Tensor:
-    """Return (1 - alpha) CM(p_cls; y1, y2, lambda) + alpha CE(p_dist, y_t), hard distillation.
+    """Return (1 - alpha) CM(p_cls; y1, y2, lambda) + alpha D(p_dist, y_t).
+
+    D is the cross-entropy with the teacher's labels (hard distillation), or T^2 KL(q || p) with its distributions at
+    temperature T (soft distillation, see `soft_divergence`).
 
     Args:
         outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
         labels: `(B,)` int64, y1.
         partner_labels: `(B,)` int64, y2.
         lam: `(B,)` float32 in [0, 1].
-        teacher_labels: `(B,)` int64, y_t, the argmax of the teacher's logits on the same mixed view.
+        teacher_labels: `(B,)` int64, y_t, the argmax of the teacher's logits on the same mixed view; or `(B, C)`
+            float32, its distributions.
         alpha: Weight of the distillation term.
         label_smoothing: Of the ground-truth term only; the teacher's label is used as it is.
+        temperature: T, of distributions only.
+        confidence: `(B,)` float32, weights of the samples in D, which their mean over the batch then divides, so that
+            alpha keeps its meaning; None weighs all the same.
 
     Returns:
         A float32 scalar.
 
-    Source: arXiv:2502.16762 Eq. 10.
+    Source: arXiv:2502.16762 Eq. 10; soft, arXiv:1503.02531 §2. The weights are ours.
     """
     class_logits, distillation_logits = outputs
     truth = mixed_cross_entropy(class_logits, labels, partner_labels, lam, label_smoothing=label_smoothing)
-    distillation = functional.cross_entropy(distillation_logits.float(), teacher_labels)
+    if teacher_labels.ndim == 2:
+        terms = soft_divergence(distillation_logits, teacher_labels, temperature)
+    else:
+        terms = functional.cross_entropy(distillation_logits.float(), teacher_labels, reduction="none")
+    distillation = terms.mean() if confidence is None else (confidence / confidence.mean() * terms).mean()
     return (1.0 - alpha) * truth + alpha * distillation
+
+
+def soft_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(q || softmax(logits / T)) of each sample, q_i proportional to p_i^(1/T).
+
+    Args:
+        logits: `(B, C)` float.
+        teacher: `(B, C)` float32 in [0, 1], p, the teacher's distributions at temperature 1; their sum does not matter.
+        temperature: T, above 0. As p is a softmax of logits, q is the softmax of those logits divided by T.
+
+    Returns:
+        `(B,)` float32. T^2 keeps the gradient's size as T grows.
+
+    Source: arXiv:1503.02531 §2.
+    Differs: the divergence in place of the cross-entropy, which is larger by q's entropy and has the same gradient.
+    """
+    # A probability of 0 has the logarithm -inf, which softmax turns into 0 again, and kl_div takes 0 log 0 for 0.
+    targets = (teacher.log() / temperature).softmax(dim=1)
+    student = (logits.float() / temperature).log_softmax(dim=1)
+    return temperature**2 * functional.kl_div(student, targets, reduction="none").sum(dim=1)
+
+
+def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
+    """Return the distributions that a teacher's most probable classes leave: the rest is spread over the others.
+
+    Args:
+        classes: `(B, K)` int64 in [0, C), distinct in each row.
+        probabilities: `(B, K)` float16 or float32 in [0, 1], of those classes among all C.
+        num_classes: C.
+
+    Returns:
+        `(B, C)` float32, each row with the sum 1. The mass that the K classes leave, 1 minus their sum, is shared
+        evenly by the C - K others. With K = C it is the teacher's own distribution, as rounded.
+
+    Source: arXiv:2112.01528 §3.2, "marginal smoothing".
+    Differs: rows are normalised, because rounded probabilities may sum to a little more than 1.
+    """
+    kept = probabilities.float()
+    num_others = num_classes - kept.shape[1]
+    rest = (1.0 - kept.sum(dim=1, keepdim=True)).clamp(min=0.0) / max(num_others, 1)
+    full = rest.expand(-1, num_classes).scatter(1, classes, kept)
+    return full / full.sum(dim=1, keepdim=True)
 
 
 def undistilled_loss(

@@ -14,6 +14,7 @@ from typing import Any
 SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 PRECISIONS = ("auto", "fp32", "bf16")
+MAX_VIEWS = 100_000
 
 
 def _number(low: float, high: float, default: Any = dataclasses.MISSING) -> Any:
@@ -69,7 +70,7 @@ class ViewRecipe:
     """
 
     seed: int = _number(0, 2**31 - 1, 0)
-    count: int = _number(1, 100_000)
+    count: int = _number(1, MAX_VIEWS)
     crop: int = _number(0, 256, 0)
     flip: bool = False
     rotation: float = _number(0.0, 180.0, 0.0)
@@ -173,10 +174,12 @@ class LabelRecipe:
     Attributes:
         batch_size: Images a forward pass.
         precision: As FitRecipe.precision.
+        topk: Classes kept of each sample with their probabilities, for soft distillation; 0 keeps the argmax alone.
     """
 
     batch_size: int = _number(1, 1_000_000, 512)
     precision: str = _choice(PRECISIONS, "auto")
+    topk: int = _number(0, 65535, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,16 @@ import click
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError
+from pipeline.recipes import MAX_VIEWS
 from stages.options import (
     STOP,
     device_option,
     json_option,
     open_console,
     open_context,
+    parse_keep,
     parse_settings,
+    parse_views,
     recipe_option,
     require_exists,
     split_names,
@@ -117,12 +120,23 @@ def select(recipe: str | None, teachers: str | None) -> None:
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="A checkpoint; the selected teacher where left out.")
 @click.option("--fresh", is_flag=True, help="Label every view again.")
-def label(recipe: str | None, device: str | None, view_recipe: str, teacher: Path | None, fresh: bool) -> None:
+@click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; the recipe's if left out.")
+@click.option("--views", metavar="A:B", help="Label the views A to B - 1 alone; :B and A: leave out 0 and the last.")
+def label(
+    recipe: str | None,
+    device: str | None,
+    view_recipe: str,
+    teacher: Path | None,
+    fresh: bool,
+    keep: str | None,
+    views: str | None,
+) -> None:
     """Label every view of the training set with a teacher."""
     from stages.label import label as run
 
+    topk, part = parse_keep(keep), parse_views(views)
     context = open_context(recipe, device)
-    run(context, view_recipe, teacher=teacher, fresh=fresh)
+    run(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part)
     context.end()
 
 
@@ -197,15 +211,19 @@ def verify(
 
     require_exists(file)
     context = open_context(recipe, device)
-    differences, allowed = run(context, file, teacher=teacher, num_samples=sample, margin=margin)
-    failed = [difference for difference in differences if difference.margin > allowed]
-    for difference in differences:
+    replay, allowed = run(context, file, teacher=teacher, num_samples=sample, margin=margin)
+    failed = [difference for difference in replay.differences if difference.margin > allowed]
+    for difference in replay.differences:
         context.say(
             f"view {difference.view}, sample {difference.sample}: cached {difference.cached}, now "
             f"{difference.replayed}, logit margin {difference.margin:.4g}"
             + ("" if difference.margin > allowed else " (near tie, allowed)")
         )
-    context.say(f"{file}: {sample} labels replayed, {len(differences)} differ, {len(failed)} by more than {allowed:g}")
+    context.say(
+        f"{file}: {sample} labels replayed, {len(replay.differences)} differ, {len(failed)} by more than {allowed:g}"
+    )
+    if replay.probability_error is not None:
+        context.say(f"{file}: probabilities differ by at most {replay.probability_error:.2g}")
     if failed:
         raise PipelineError(f"{file}: {len(failed)} labels are not the teacher's; run `pipeline label --fresh`")
 
@@ -223,6 +241,9 @@ def verify(
     help="none and online are controls; they go to data/runs.",
 )
 @click.option("--teacher", type=click.Path(path_type=Path), help="The checkpoint that --labels online asks.")
+@click.option("--soft", type=float, metavar="T", help="Learn from the teacher's probabilities at temperature T.")
+@click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
+@click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Train on the first views only.")
 def distill(
     student: str,
     recipe: str | None,
@@ -232,6 +253,9 @@ def distill(
     settings: tuple[str, ...],
     labels: str,
     teacher: Path | None,
+    soft: float | None,
+    confidence: bool,
+    num_views: int | None,
 ) -> None:
     """Train a student against the cached labels."""
     context = open_context(recipe, device)
@@ -242,6 +266,9 @@ def distill(
         student,
         labels=labels,
         teacher=teacher,
+        soft=soft,
+        confidence=confidence,
+        num_views=num_views,
         settings=parse_settings(settings),
         seed=seed,
         fresh=fresh,

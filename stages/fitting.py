@@ -52,6 +52,8 @@ class Run:
         teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
         is_distilled: Whether it also learns from that teacher's labels.
         num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
+        soft: Temperature of soft distillation; None for hard labels and without a teacher.
+        confidence: Whether the teacher's confidence weighs the samples.
         keep_last: Whether the last epoch's weights are kept beside the best's.
     """
 
@@ -66,6 +68,8 @@ class Run:
     teacher: Mapping[str, Any] | None = None
     is_distilled: bool = False
     num_views: int | None = None
+    soft: float | None = None
+    confidence: bool = False
     keep_last: bool = False
 
     @property
@@ -235,6 +239,8 @@ def _metrics(
         "lr": run.recipe.lr,
         "precision": precision,
         "views": run.num_views,
+        "soft": run.soft,
+        "confidence": run.confidence,
         "seed": run.seed,
         "num_train": len(dataset.train),
         "num_test": len(dataset.test),
@@ -253,7 +259,7 @@ def _write(run: Run, result: FitResult, last: Mapping[str, Tensor] | None, metri
     """Write the outputs, metrics.json last, so that a directory that has it is whole."""
     (run.out / "metrics.json").unlink(missing_ok=True)
     meta = {**run.description, "fingerprint": run.fingerprint, "training": dataclasses.asdict(run.recipe)}
-    meta |= {"seed": run.seed, "teacher": metrics["teacher"], "warnings": result.warnings}
+    meta |= {key: metrics[key] for key in ("seed", "teacher", "views", "soft", "confidence", "warnings")}
     save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
     if last is not None:
         save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})

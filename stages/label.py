@@ -17,10 +17,11 @@ from pipeline.label_parts import LabelParts, seal
 from pipeline.labelling import (
     OTHER_MARGIN,
     SAME_MARGIN,
-    Difference,
+    Replay,
     Teacher,
     check_canaries,
     label_view,
+    label_view_topk,
     make_canaries,
     replay,
 )
@@ -32,6 +33,7 @@ from pipeline.storage import lock
 from pipeline.views import Views
 from stages.context import Context
 from stages.fitting import make_views, to_device
+from stages.label_plan import ViewSlice, asked_topk, kept_name, reusable_cache, slices, topk_beside, wanted_views
 from stages.models import load_model
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -68,24 +70,30 @@ def label(
     *,
     teacher: Path | None = None,
     fresh: bool = False,
+    keep: int | None = None,
+    part: ViewSlice | None = None,
 ) -> Path:
     """Label the views of a view recipe that are not labelled yet, and seal them into one file.
 
-    Under torchrun rank r of W labels views r, r + W, ...; rank 0 waits for the others and seals.
+    Under torchrun rank r of W labels the views v with v mod W = r; rank 0 waits for the others and seals.
 
     Args:
         context: The command's setting.
         view_recipe: Which view recipe.
         teacher: A checkpoint; None takes the selected teacher.
         fresh: Whether to leave existing labels aside.
+        keep: Classes to keep of each sample with their probabilities, K, 0 for the argmax alone; None takes the
+            recipe's. A sealed file that keeps more goes on keeping it.
+        part: A slice of the views to label. They are sealed once no view before them is missing, together with the
+            finished ones that follow; until then they stay parts.
 
     Returns:
-        The sealed file.
+        The sealed file; it is not there yet where a slice left views before it to other runs.
 
     Raises:
-        UsageError: There is no such view recipe.
-        DataError: There is no teacher; or views are to be added to labels that another precision, device or version
-            made.
+        UsageError: There is no such view recipe, no such slice, or fewer classes than are to be kept.
+        DataError: There is no teacher; the sealed file keeps less than is asked for; or views are to be added to
+            labels that another precision, device or version made.
     """
     recipe, paths = context.recipe, context.paths
     if view_recipe not in recipe.views:
@@ -93,30 +101,37 @@ def label(
     if teacher is None and not paths.winner.exists():
         raise DataError(f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`")
     ranks, path, work = current_ranks(), paths.labels(view_recipe), paths.work("labels", view_recipe)
-    if fresh and ranks.world_size > 1:
-        raise UsageError(
-            f"--fresh: not under torchrun, whose ranks would delete each other's work; delete {path} first"
-        )
+    wanted = wanted_views(recipe, view_recipe, part)
+    if fresh and (ranks.world_size > 1 or part is not None):
+        why = "under torchrun, whose ranks would" if part is None else "with --views, whose slices would"
+        raise UsageError(f"--fresh: not {why} delete each other's work; delete {path} first")
     with lock(work.with_name(f"{view_recipe}-{ranks.rank}.lock")):
         dataset = context.dataset()
+        topk = asked_topk(recipe, keep, dataset.num_classes)
         model, checkpoint = load_teacher(context, dataset, teacher or paths.winner)
-        parts = _parts(context, dataset, view_recipe, model, checkpoint, work)
-        count = recipe.views[view_recipe].count
-        if fresh:
-            parts.delete()
-        if path.exists() and not fresh and _belongs(context, path, parts):
-            cache = LabelCache.open(path)
-            if cache.num_views >= count:
+        identity = identity_of(dataset, recipe.views[view_recipe])
+        cache = None if fresh else reusable_cache(context, path, identity, checkpoint.sha256)
+        if cache is not None:
+            topk = topk_beside(context, path, cache, topk, keep)
+            if cache.num_views >= wanted.stop:
                 context.say(f"{path}: up to date, {cache.num_views} views; --fresh labels them again")
                 return path
+        parts = LabelParts(work, identity=identity, provenance=_provenance(context, model, checkpoint, topk))
+        if fresh:
+            parts.delete()
+        if cache is not None:
             parts.adopt(cache)
         views = make_views(context, dataset, view_recipe)
-        _label_missing(context, model, views, parts, count)
+        _label_missing(context, model, views, parts, wanted)
         if ranks.is_main:
-            _wait_for_others(parts, count)
+            _wait_for_others(parts, wanted)
+            count = wanted.stop if part is None else _end_of_finished(parts, wanted.stop)
+            if part is not None and (missing := parts.missing(count)):
+                context.say(f"{path}: not sealed yet, the views {slices(missing)} are missing; label them with --views")
+                return path
             clean = label_clean(context, dataset, model)
             seal(path, parts=parts, count=count, clean=clean, canaries=make_canaries(views, count))
-            context.say(f"{path}: {count} views of {len(dataset.train)} images, sealed")
+            context.say(f"{path}: {count} views of {len(dataset.train)} images, {kept_name(topk)}, sealed")
             context.changed(f"label@{view_recipe}")
     return path
 
@@ -130,17 +145,6 @@ def label_clean(context: Context, dataset: Dataset, teacher: Teacher) -> dict[st
     }
 
 
-def _belongs(context: Context, path: Path, parts: LabelParts) -> bool:
-    """Whether a label file is of this data, view recipe and teacher; one that is not will be replaced."""
-    teacher = {"checkpoint_sha256": parts.provenance["checkpoint_sha256"]}
-    try:
-        LabelCache.open(path, expected_identity=parts.identity, expected_provenance=teacher)
-    except DataError as error:
-        context.say(f"labelling every view again: {error}")
-        return False
-    return True
-
-
 def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
     """Return the identity of the labels of a data set's training views."""
     return make_identity(
@@ -152,11 +156,8 @@ def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
     )
 
 
-def _parts(
-    context: Context, dataset: Dataset, view_recipe: str, teacher: Teacher, checkpoint: Checkpoint, work: Path
-) -> LabelParts:
-    identity = identity_of(dataset, context.recipe.views[view_recipe])
-    provenance = make_provenance(
+def _provenance(context: Context, teacher: Teacher, checkpoint: Checkpoint, topk: int) -> dict[str, Any]:
+    return make_provenance(
         teacher=str(checkpoint.meta["model"]),
         checkpoint_sha256=checkpoint.sha256,
         mean=teacher.mean,
@@ -164,14 +165,18 @@ def _parts(
         precision=teacher.precision,
         device=context.device.type,
         versions=versions(),
+        topk=topk,
     )
-    return LabelParts(work, identity=identity, provenance=provenance)
 
 
-def _label_missing(context: Context, teacher: Teacher, views: Views, parts: LabelParts, count: int) -> None:
+def _label_missing(context: Context, teacher: Teacher, views: Views, parts: LabelParts, wanted: range) -> None:
     """Label this rank's share of the missing views, telling how far it is."""
     ranks = current_ranks()
-    mine = [view for view in parts.missing(count) if view % ranks.world_size == ranks.rank]
+    missing = parts.missing(wanted.stop, wanted.start)
+    mine = [view for view in missing if view % ranks.world_size == ranks.rank]
+    if num_invalid := parts.num_invalid(mine):
+        what = "are damaged, or of another teacher, precision, device, version or --keep"
+        context.say(f"{parts.directory}: {num_invalid} finished views {what}; labelling them again")
     began = said = time.monotonic()
     console = context.console
     with progress_bar(console) as bar:
@@ -179,7 +184,10 @@ def _label_missing(context: Context, teacher: Teacher, views: Views, parts: Labe
         task = bar.add_task("labelling views", total=len(mine))
         for done, view in enumerate(mine, start=1):
             with context.stop.deferred():
-                parts.write(view, label_view(teacher, views, view))
+                topk = parts.topk
+                parts.write(
+                    view, label_view_topk(teacher, views, view, topk) if topk else label_view(teacher, views, view)
+                )
             bar.advance(task)
             now = time.monotonic()
             if bar.disable and (done == len(mine) or now - said > SECONDS_BETWEEN_LINES):
@@ -189,10 +197,18 @@ def _label_missing(context: Context, teacher: Teacher, views: Views, parts: Labe
                 said = now
 
 
-def _wait_for_others(parts: LabelParts, count: int) -> None:
+def _wait_for_others(parts: LabelParts, wanted: range) -> None:
     """Wait until the other ranks' views are there; where one of them fails, torchrun ends the whole group."""
-    while parts.missing(count) and current_ranks().world_size > 1:
+    waiting = list(wanted) if current_ranks().world_size > 1 else []
+    while waiting := [view for view in waiting if parts.read(view) is None]:
         time.sleep(0.5)
+
+
+def _end_of_finished(parts: LabelParts, stop: int) -> int:
+    """Return the first view from `stop` on that is not finished: other slices may have got ahead."""
+    while parts.read(stop) is not None:
+        stop += 1
+    return stop
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -209,6 +225,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "num_samples": cache.num_samples,
         "num_classes": cache.num_classes,
         "dtype": str(cache.labels.dtype),
+        "topk": cache.topk,
         "fingerprint": cache.fingerprint,
         "clean": {split: len(rows) for split, rows in cache.clean.items()},
         "identity": cache.identity,
@@ -223,7 +240,7 @@ def verify(
     teacher: Path | None = None,
     num_samples: int = 1000,
     margin: float | None = None,
-) -> tuple[list[Difference], float]:
+) -> tuple[Replay, float]:
     """Replay the teacher on some cached labels.
 
     Args:
@@ -235,7 +252,7 @@ def verify(
             device and precision, else OTHER_MARGIN.
 
     Returns:
-        All differences, and the margin that was applied.
+        The differences, and the margin that was applied.
 
     Raises:
         DataError: The file is not valid or belongs to other data, views or another teacher.
@@ -261,4 +278,4 @@ def verify(
     total = cache.num_views * cache.num_samples
     chosen = np.random.default_rng(0).choice(total, size=min(num_samples, total), replace=False)
     pairs = [divmod(int(index), cache.num_samples) for index in chosen]
-    return list(replay(cache, model, views, pairs)), margin
+    return replay(cache, model, views, pairs), margin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,26 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
             raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
         pairs[key] = value
     return pairs
+
+
+def parse_keep(text: str | None) -> int | None:
+    """Read `argmax` as 0 and `topk=K` as K."""
+    if text is None or text == "argmax":
+        return None if text is None else 0
+    topk = re.fullmatch(r"topk=([1-9][0-9]{0,4})", text)
+    if topk is None:
+        raise UsageError(f"--keep {text}: write argmax or topk=K, as topk=5")
+    return int(topk[1])
+
+
+def parse_views(text: str | None) -> tuple[int, int | None] | None:
+    """Read `A:B`, `:B` or `A:` as the first view and the one behind the last, None where it is left out."""
+    if text is None:
+        return None
+    bounds = re.fullmatch(r"([0-9]{0,6}):([0-9]{0,6})", text)
+    if bounds is None or text == ":":
+        raise UsageError(f"--views {text}: write A:B for the views A to B - 1, as 0:300; or :B, or A:")
+    return int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
 
 
 def require_exists(path: Path) -> None:

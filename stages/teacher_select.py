@@ -13,6 +13,7 @@ from pipeline.reporting import Table, number
 from pipeline.storage import read_json
 from stages.context import Context
 from stages.label import label
+from stages.label_plan import kept_name
 from stages.paths import Paths
 from stages.prepare import prepare
 from stages.report import conditions
@@ -95,8 +96,12 @@ def plan(context: Context, teachers: Sequence[str] | None = None, optimizers: Se
     lines.append(f"select by {context.recipe.select.by}")
     lines += [f"optimiser {optimizer}: the winner" for optimizer in optimizers]
     for view_recipe in context.params.view_recipes:
-        fits = not stale and _labels_fit(context.paths, view_recipe)
-        why = "extend if views are missing" if fits else "label every view, unless the same teacher wins"
+        cache, topk = None if stale else _fitting_labels(context.paths, view_recipe), context.recipe.label.topk
+        why = "label every view, unless the same teacher wins"
+        if cache is not None:
+            why = "extend if views are missing"
+        if cache is not None and cache.topk < topk:
+            why = f"refused: they keep {kept_name(cache.topk)}, not {kept_name(topk)}; run `pipeline label --fresh`"
         lines.append(f"label {view_recipe}: {context.recipe.views[view_recipe].count} views, {why}")
     return lines
 
@@ -126,14 +131,13 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
     )
 
 
-def _labels_fit(paths: Paths, view_recipe: str) -> bool:
-    """Whether a label file is there, whole, and made by the selected teacher."""
+def _fitting_labels(paths: Paths, view_recipe: str) -> LabelCache | None:
+    """Open the label file if it is there, whole, and made by the selected teacher."""
     path: Path = paths.labels(view_recipe)
     winner = read_meta(paths.winner)
     if not path.exists() or winner is None:
-        return False
+        return None
     try:
-        LabelCache.open(path, expected_provenance={"checkpoint_sha256": winner["sha256"]})
+        return LabelCache.open(path, expected_provenance={"checkpoint_sha256": winner["sha256"]})
     except DataError:
-        return False
-    return True
+        return None

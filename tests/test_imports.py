@@ -13,7 +13,17 @@ LAYERS = (
     {"errors", "recipes", "params", "storage", "runtime", "stopping", "paper"},
     {"datasets", "image_folders", "sources"},
     {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "views"},
-    {"losses", "metrics", "seals", "label_identity", "label_file", "label_parts", "labels", "checkpoints"},
+    {
+        "losses",
+        "metrics",
+        "seals",
+        "label_identity",
+        "view_labels",
+        "label_file",
+        "label_parts",
+        "labels",
+        "checkpoints",
+    },
     {"batches", "optimization", "labelling", "training", "reporting"},
 )
 LEAVES = {"teachers", "counting", "students"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import NumericalError
-from pipeline.labelling import Teacher, check_canaries, label_view, make_canaries, replay
+from pipeline.labelling import Replay, Teacher, check_canaries, label_view, make_canaries, replay
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
 from pipeline.views import Views
@@ -76,10 +76,10 @@ def test_a_replay_names_view_sample_labels_and_margin() -> None:
     teacher, views = make_teacher(), make_views()
     cache = make_cache(teacher, views)
     everything = [(view, sample) for view in range(3) for sample in range(NUM_SAMPLES)]
-    assert list(replay(cache, teacher, views, everything)) == []
+    assert replay(cache, teacher, views, everything) == Replay([], None)
     labels = np.array(cache.labels)
     labels[1, 5] = (labels[1, 5] + 1) % NUM_CLASSES
-    [difference] = replay(dataclasses.replace(cache, labels=labels), teacher, views, everything)
+    [difference] = replay(dataclasses.replace(cache, labels=labels), teacher, views, everything).differences
     assert (difference.view, difference.sample, difference.cached) == (1, 5, labels[1, 5])
     assert difference.replayed == cache.labels[1, 5]
     images = (views.batch(1, torch.tensor([5])).images.float() / 255 - 0.5) / 0.2

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pipeline.errors import DataError, StorageError
 from pipeline.label_identity import canonical_json, label_dtype, to_labels
 from pipeline.label_parts import LabelParts, seal
-from pipeline.labels import Canary, LabelCache, fingerprint, make_identity, make_provenance
+from pipeline.labels import SCHEMA_VERSION, Canary, LabelCache, fingerprint, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
 from pipeline.seals import SEAL_SIZE, make_seal
 
@@ -176,7 +176,7 @@ def test_any_hdf5_tool_reads_the_documented_layout(tmp_path, sealed):
 
 def test_the_user_block_is_the_documented_seal(sealed):
     content = sealed[512:]
-    block = struct.pack("<8sIQ32s", b"\x93TITNLC\n", 1, len(content), hashlib.sha256(content).digest())
+    block = struct.pack("<8sIQ32s", b"\x93TITNLC\n", 2, len(content), hashlib.sha256(content).digest())
     assert sealed[:512] == block + bytes(512 - len(block))
     assert content.startswith(b"\x89HDF\r\n\x1a\n")
 
@@ -239,6 +239,7 @@ def test_sealing_with_a_view_missing_is_refused_and_writes_nothing(tmp_path):
         ("precision", "bf16"),
         ("device", "cuda"),
         ("versions", {"torch": "2.7.0", "numpy": "1.26.0"}),
+        ("compiled", True),
     ],
 )
 def test_labels_of_two_teachers_never_meet(tmp_path, field, changed):
@@ -513,8 +514,8 @@ def test_the_seal_is_checked_before_hdf5_parses_anything(tmp_path, sealed, monke
 
 def test_a_file_of_another_schema_version_says_so(tmp_path, sealed):
     path = tmp_path / "labels.h5"
-    path.write_bytes(make_seal(memoryview(sealed)[SEAL_SIZE:], 2) + sealed[SEAL_SIZE:])
-    with pytest.raises(DataError, match="schema version is 2, this release reads 1"):
+    path.write_bytes(make_seal(memoryview(sealed)[SEAL_SIZE:], 1) + sealed[SEAL_SIZE:])
+    with pytest.raises(DataError, match="schema version is 1, this release reads 2"):
         LabelCache.open(path)
 
 
@@ -839,7 +840,7 @@ def canaries_are_no_list(file):
 
 
 def reseal(data):
-    return make_seal(memoryview(data)[SEAL_SIZE:], 1) + data[SEAL_SIZE:]
+    return make_seal(memoryview(data)[SEAL_SIZE:], SCHEMA_VERSION) + data[SEAL_SIZE:]
 
 
 def forge(data, change):

@@ -1,0 +1,208 @@
+"""What a student learns from its teacher, and where that comes from: the cache, the teacher itself, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.batches import TeacherLabels
+from pipeline.checkpoints import read_meta
+from pipeline.datasets import Dataset
+from pipeline.errors import DataError, UsageError
+from pipeline.labelling import cached_labels, check_canaries, online_labels
+from pipeline.labels import LabelCache
+from pipeline.recipes import Recipe, StudentRecipe
+from pipeline.students import STUDENTS
+from pipeline.views import Views
+from stages.context import Context
+from stages.label import identity_of, label_clean, load_teacher
+from stages.label_plan import kept_name
+from stages.paths import Paths
+
+TEMPERATURES = (0.01, 1000.0)
+USUAL_TOPK = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How a run differs from the recipe in what it learns from the teacher; by default in nothing.
+
+    Attributes:
+        labels: `cached`; `none` trains both heads on the ground truth, `online` asks the teacher at every step.
+        teacher: The checkpoint that `online` asks.
+        soft: Temperature of soft distillation; None learns from the argmax.
+        confidence: Whether the teacher's probability of its label weighs each sample's distillation term.
+        num_views: Views that the epochs cycle through, always the first ones; None takes the recipe's number.
+    """
+
+    labels: str = "cached"
+    teacher: Path | None = None
+    soft: float | None = None
+    confidence: bool = False
+    num_views: int | None = None
+
+    def check(self, name: str, recipe: StudentRecipe) -> None:
+        """Refuse what cannot be, before any data is looked for.
+
+        Raises:
+            UsageError: Options that do not go together, or not with this student.
+        """
+        if (self.labels == "online") != (self.teacher is not None):
+            raise UsageError(f"--labels {self.labels}: --teacher CHECKPOINT belongs to --labels online, and only to it")
+        low, high = TEMPERATURES
+        if self.soft is not None and not low <= self.soft <= high:
+            raise UsageError(f"--soft {self.soft:g}: not a temperature in {low:g} to {high:g}; usual are 1 to 4")
+        for option in self._needing_probabilities:
+            if self.labels == "none":
+                raise UsageError(f"{option}: --labels none has no teacher; leave one of them out")
+            if not STUDENTS[recipe.model].has_distillation_head:
+                able = [each for each, student in STUDENTS.items() if student.has_distillation_head]
+                raise UsageError(
+                    f"{option}: student {name} ({recipe.model}) has no distillation head; choose from {', '.join(able)}"
+                )
+
+    def differences(self, count: int) -> dict[str, str]:
+        """Name what differs from the recipe, whose number of views is `count`, for the run's directory."""
+        found = {}
+        if self.labels != "cached":
+            found["labels"] = self.labels
+        if self.soft is not None:
+            found["soft"] = str(self.soft).removesuffix(".0")
+        if self.confidence:
+            found["confidence"] = "on"
+        if self.num_views not in (None, count):
+            found["num_views"] = str(self.num_views)
+        return found
+
+    def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, view_recipe: str) -> None:
+        """Refuse a cache that holds less than this run needs.
+
+        Raises:
+            DataError: Too few views, or no probabilities.
+        """
+        command = "pipeline label" + ("" if view_recipe == "default" else f" --view-recipe {view_recipe}")
+        count = recipe.views[view_recipe].count
+        if self.num_views is not None and cache.num_views < self.num_views:
+            raise DataError(
+                f"{path}: {cache.num_views} views, --views asks for {self.num_views}; "
+                f"run `{command} --views :{self.num_views}`"
+            )
+        if self.num_views is None and cache.num_views < count:
+            raise DataError(
+                f"{path}: {cache.num_views} views, the recipe asks for {count} "
+                f"(recipes.{recipe.name}.views.{view_recipe}.count); run `{command}`, or train on fewer with --views"
+            )
+        for option in self._needing_probabilities:
+            if cache.topk == 0:
+                topk = min(USUAL_TOPK, cache.num_classes)
+                raise DataError(
+                    f"{path}: keeps {kept_name(cache.topk)}, {option} needs the teacher's probabilities; "
+                    f"run `{command} --keep {kept_name(topk)} --fresh`"
+                )
+
+    @property
+    def _needing_probabilities(self) -> tuple[str, ...]:
+        """The options given that need more than labels."""
+        soft = () if self.soft is None else (f"--soft {self.soft:g}",)
+        return (*soft, "--confidence") if self.confidence else soft
+
+
+class TeacherSource:
+    """Where a student's teacher labels come from.
+
+    Attributes:
+        is_distilled: Whether the student learns from them.
+        cache: The label cache, where there is one.
+        clean: The teacher's labels of the clean splits by name; empty without a teacher.
+        teacher: Its name, SHA-256 and top-1, or None.
+        digest: Its SHA-256, or None.
+
+    Raises:
+        DataError: The cache or the teacher is missing, damaged, belongs to something else or holds too little.
+    """
+
+    def __init__(self, context: Context, dataset: Dataset, recipe: StudentRecipe, distillation: Distillation) -> None:
+        self.is_distilled = STUDENTS[recipe.model].has_distillation_head and distillation.labels != "none"
+        self.cache: LabelCache | None = None
+        self.clean: Mapping[str, np.ndarray[Any, Any]] = {}
+        self.teacher: Mapping[str, Any] | None = None
+        self.digest: str | None = None
+        self._distillation = distillation
+        self._online: TeacherLabels | None = None
+        if distillation.labels == "online":
+            self._ask(context, dataset)
+        elif self.is_distilled or context.paths.labels(recipe.views).exists():
+            self._open(context, dataset, recipe)
+
+    def teacher_labels(self, device: torch.device) -> TeacherLabels | None:
+        """Return what gives each batch its teacher labels."""
+        if not self.is_distilled:
+            return None
+        soft, confidence = self._distillation.soft is not None, self._distillation.confidence
+        return self._online or (
+            cached_labels(self.cache, device, soft=soft, confidence=confidence) if self.cache else None
+        )
+
+    def check(self, views: Views) -> None:
+        """Check that the views are still those that were labelled.
+
+        Raises:
+            DataError: A canary's pixels differ.
+        """
+        view = check_canaries(self.cache, views) if self.cache else None
+        if view is not None:
+            raise DataError(
+                f"view {view}: its pixels are not those that were labelled (another version of this project or of "
+                "its libraries made them); run `pipeline label --fresh`"
+            )
+
+    def _open(self, context: Context, dataset: Dataset, recipe: StudentRecipe) -> None:
+        """Open the cache, checking that it belongs to the data, the views and the teacher at hand."""
+        paths, name = context.paths, recipe.views
+        path = paths.labels(name)
+        if not path.exists():
+            raise DataError(
+                f"{path}: no cached labels; run `pipeline teacher-select --recipe {context.recipe.name}`, or "
+                f"`pipeline label --view-recipe {name}` where a teacher is selected"
+            )
+        self.cache = open_labels(paths, context.recipe, dataset, name)
+        self._distillation.check_cache(self.cache, path, context.recipe, name)
+        self.clean = self.cache.clean
+        provenance = self.cache.provenance
+        self.digest = str(provenance["checkpoint_sha256"])
+        split = dataset.evaluation[0]
+        truth = dataset.splits[split].labels
+        self.teacher = {
+            "name": provenance["teacher"],
+            "sha256": self.digest,
+            "top1": 100.0 * float(np.mean(self.clean[split] == truth)),
+        }
+
+    def _ask(self, context: Context, dataset: Dataset) -> None:
+        """Load the teacher that is asked at every step."""
+        distillation = self._distillation
+        assert distillation.teacher is not None
+        teacher, checkpoint = load_teacher(context, dataset, distillation.teacher)
+        self._online = online_labels(teacher, soft=distillation.soft is not None, confidence=distillation.confidence)
+        self.digest = checkpoint.sha256
+        self.clean = label_clean(context, dataset, teacher)
+        split, part = dataset.evaluation
+        top1 = 100.0 * float(np.mean(self.clean[split] == part.labels))
+        self.teacher = {"name": checkpoint.meta["model"], "sha256": self.digest, "top1": top1}
+
+
+def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str) -> LabelCache:
+    """Open a recipe's label cache.
+
+    Raises:
+        DataError: It is not valid, belongs to other data or views, or to another teacher than the selected one.
+    """
+    identity = identity_of(dataset, recipe.views[view_recipe])
+    winner = read_meta(paths.winner)
+    provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}
+    return LabelCache.open(paths.labels(view_recipe), expected_identity=identity, expected_provenance=provenance)

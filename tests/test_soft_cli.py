@@ -1,0 +1,278 @@
+"""What is kept beside the labels, views labelled in slices, and students that learn from it, through the commands.
+
+The first test runs the real command line; the others run the same commands in this process, which is quicker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pipeline.errors import PipelineError
+from pipeline.labels import LabelCache
+from stages.cli import cli
+from tests.project import Project
+
+FILE = "data/smoke/labels/default.h5"
+
+
+def run(project: Project, *arguments: str, code: int = 0) -> str:
+    """Run a command in this process, check its exit code, and return what it printed, or its error."""
+    with contextlib.chdir(project.path):
+        result = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    error = result.exception
+    if error is None:
+        found, text = 0, result.output
+    elif isinstance(error, PipelineError | click.ClickException):
+        found, text = 2 if isinstance(error, click.ClickException) else error.exit_code, str(error)
+        assert "\n" not in text
+    else:
+        raise error
+    assert found == code, f"exit {found}, expected {code}\n{result.output}\n{text}"
+    return text
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with a selected teacher and nothing labelled."""
+    project = Project.create(tmp_path_factory.mktemp("taught"))
+    run(project, "prepare")
+    run(project, "teacher", "squeezenet1_1")
+    run(project, "select", "--teachers", "squeezenet1_1")
+    return project
+
+
+@pytest.fixture
+def project(taught: Project, tmp_path: Path) -> Project:
+    shutil.copytree(taught.path, tmp_path / "project")
+    return Project(tmp_path / "project")
+
+
+def kept(project: Project) -> LabelCache:
+    return LabelCache.open(project.path / FILE)
+
+
+def labelled(project: Project, *arguments: str) -> bytes:
+    """Label every view at once, starting over, and return the file."""
+    run(project, "label", "--fresh", *arguments)
+    return (project.path / FILE).read_bytes()
+
+
+def metrics(directory: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
+    return result
+
+
+def test_from_kept_classes_to_a_soft_student_on_the_real_command_line(project: Project) -> None:
+    assert "topk=3, sealed" in project.run("label", "--keep", "topk=3")
+    assert json.loads(project.run("labels", "inspect", FILE, "--json"))["topk"] == 3
+    out = project.run("labels", "verify", FILE, "--sample", "300")
+    assert "0 differ" in out and "probabilities differ by at most" in out
+    project.run("distill", "--student", "deit", "--soft", "2", "--confidence", "--views", "1")
+    found = metrics(project.path / "data/runs/smoke/deit-soft-2-confidence-on-num_views-1")
+    assert (found["soft"], found["confidence"], found["views"], found["distilled"]) == (2.0, True, 1, True)
+    assert found["best"]["top1"] > 10
+    assert not (project.data / "students").exists()
+
+
+# What is kept
+
+
+def test_a_file_that_keeps_less_than_is_asked_is_refused_with_the_way_out(project: Project) -> None:
+    run(project, "label")
+    before = (project.path / FILE).read_bytes()
+    out = run(project, "label", "--keep", "topk=3", code=3)
+    for word in (FILE, "keeps argmax", "--keep asks for topk=3", "pipeline label --keep topk=3 --fresh"):
+        assert word in out
+    project.edit("label: {batch_size: 256", "label: {topk: 4, batch_size: 256")
+    out = run(project, "label", code=3)
+    assert "recipes.smoke.label.topk asks for topk=4" in out and "`pipeline label --fresh`" in out
+    dry = run(project, "teacher-select", "--teachers", "squeezenet1_1", "--dry-run")
+    assert "refused: they keep argmax, not topk=4" in dry
+    assert (project.path / FILE).read_bytes() == before
+    run(project, "label", "--fresh")
+    assert kept(project).topk == 4
+    out = run(project, "label", "--keep", "topk=5", code=3)
+    assert "keeps topk=4" in out
+
+
+def test_what_is_kept_is_never_dropped_and_extends_to_the_bytes_of_a_file_made_at_once(project: Project) -> None:
+    whole = labelled(project, "--keep", "topk=3")
+    for asked in ([], ["--keep", "argmax"], ["--keep", "topk=2"]):
+        assert "up to date" in run(project, "label", *asked)
+    project.edit("count: 2", "count: 4")
+    out = run(project, "label")
+    assert "keeps topk=3 and goes on with it; argmax was asked for" in out and "labelled 2/2 views" in out
+    extended = (project.path / FILE).read_bytes()
+    assert extended != whole and extended == labelled(project, "--keep", "topk=3")
+
+
+def test_the_labels_are_the_same_whatever_is_kept_beside_them(project: Project) -> None:
+    run(project, "label")
+    plain = kept(project)
+    run(project, "label", "--keep", "topk=10", "--fresh")
+    full = kept(project)
+    assert np.array_equal(plain.labels, full.labels) and full.probabilities is not None
+    assert np.allclose(full.probabilities.astype(np.float32).sum(axis=2), 1, atol=2e-3)
+
+
+# Slices
+
+
+def test_slices_in_any_order_give_the_bytes_of_one_run(project: Project) -> None:
+    project.edit("count: 2", "count: 5")
+    whole = labelled(project, "--keep", "topk=2")
+    (project.path / FILE).unlink()
+    keep = ("--keep", "topk=2")
+    out = run(project, "label", "--views", "3:", *keep)
+    assert "labelled 2/2 views" in out and f"{FILE}: not sealed yet, the views 0:3 are missing" in out
+    assert not (project.path / FILE).exists()
+    run(project, "label", "--views", "1:2")  # without --keep
+    out = run(project, "label", "--views", ":2", *keep)
+    assert "1 finished views are damaged, or of another" in out and "labelled 2/2 views" in out
+    assert kept(project).num_views == 2
+    out = run(project, "label", "--views", "2:4", *keep)  # 3 is there already, and so is 4 behind it
+    assert "labelled 1/1 views" in out and "5 views" in out
+    assert (project.path / FILE).read_bytes() == whole
+    assert "up to date" in run(project, "label", "--views", "1:5", *keep)
+    rest = [path for path in (project.path / "data/work").rglob("*.part")]
+    assert rest == []
+
+
+def test_slices_go_beyond_the_recipes_count_and_a_gap_is_named(project: Project) -> None:
+    run(project, "label")
+    before = (project.path / FILE).read_bytes()
+    out = run(project, "label", "--views", "5:6")
+    assert "not sealed yet, the views 2:5 are missing" in out
+    assert "the views 2:5, 6:8 are missing" in run(project, "label", "--views", "8:9")
+    assert (project.path / FILE).read_bytes() == before
+    assert "up to date, 2 views" in run(project, "label")
+    run(project, "label", "--views", "2:5")
+    assert kept(project).num_views == 6
+    extended = (project.path / FILE).read_bytes()
+    project.edit("count: 2", "count: 6")
+    assert extended == labelled(project)
+
+
+def test_the_ranks_of_a_group_share_a_slice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.edit("count: 2", "count: 6")
+    whole = labelled(project, "--keep", "topk=2")
+    (project.path / FILE).unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for views in ("0:3", "3:6"):
+        for rank in ("1", "0"):  # rank 0 waits for the other's views
+            monkeypatch.setenv("RANK", rank)
+            run(project, "label", "--views", views, "--keep", "topk=2")
+            if rank == "1":
+                names = {path.name for path in (project.path / "data/work/smoke/labels/default").glob("*.part")}
+                assert names == {"0:3": {"000001.part"}, "3:6": {"000003.part", "000005.part"}}[views]
+    assert (project.path / FILE).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--views", "5"), ["--views 5", "A:B"]),
+        (("--views", ":"), ["--views :", "A:B"]),
+        (("--views", "a:b"), ["--views a:b"]),
+        (("--views", "-1:2"), ["--views -1:2"]),
+        (("--views", "3:3"), ["from 3 to 3", "A < B"]),
+        (("--views", "4:2"), ["from 4 to 2"]),
+        (("--views", ":0"), ["from 0 to 0"]),
+        (("--views", "2:"), ["from 2 to 2", "recipes.smoke.views.default.count"]),
+        (("--views", "0:100001"), ["100001", "100000"]),
+        (("--views", "0:1", "--fresh"), ["--fresh", "--views", FILE]),
+        (("--keep", "five"), ["--keep five", "topk=5"]),
+        (("--keep", "topk=0"), ["--keep topk=0", "argmax"]),
+        (("--keep", "topk=11"), ["--keep", "topk=11", "10 classes"]),
+    ],
+)
+def test_a_wrong_slice_or_number_of_classes_is_named(
+    taught: Project, arguments: tuple[str, ...], words: list[str]
+) -> None:
+    out = run(taught, "label", *arguments, code=2)
+    for word in words:
+        assert word in out
+
+
+# Students
+
+
+def test_students_learn_from_what_is_kept_and_say_so(project: Project) -> None:
+    run(project, "label", "--keep", "topk=10")
+    deit = ("distill", "--student", "deit")
+    for options in ([], ["--soft", "1"], ["--soft", "0.5"], ["--confidence"], ["--soft", "1", "--confidence"]):
+        run(project, *deit, *options)
+    online = ("--labels", "online", "--teacher", "data/smoke/teacher")
+    run(project, *deit, "--soft", "1", *online)
+    runs = project.path / "data/runs/smoke"
+    assert {path.name for path in runs.iterdir()} == {
+        "deit-soft-1", "deit-soft-0.5", "deit-confidence-on", "deit-soft-1-confidence-on", "deit-labels-online-soft-1",
+    }  # fmt: skip
+    found = {path.name: metrics(path) for path in (*runs.iterdir(), project.data / "students/deit")}
+    said = {name: (each["soft"], each["confidence"]) for name, each in found.items()}
+    assert said["deit"] == (None, False) and said["deit-soft-1-confidence-on"] == (1.0, True)
+    assert said["deit-soft-0.5"] == (0.5, False) and said["deit-confidence-on"] == (None, True)
+    scores = [json.dumps(each["last"]) for name, each in found.items() if "online" not in name]
+    assert len(set(scores)) == len(scores), "each learns something else"
+    cached, online_run = found["deit-soft-1"]["last"], found["deit-labels-online-soft-1"]["last"]
+    assert cached["top1"] == pytest.approx(online_run["top1"], abs=3.0), "all classes are kept: only rounding differs"
+    described = json.loads((runs / "deit-soft-0.5/best.json").read_text())
+    assert (described["soft"], described["confidence"], described["views"]) == (0.5, False, 2)
+    assert "up to date" in run(project, *deit, "--soft", "1")
+    run(project, "label", "--keep", "topk=2", "--fresh")
+    assert "up to date" not in run(project, *deit, "--soft", "1"), "another K is another run"
+    assert "up to date" in run(project, *deit), "hard labels are the same"
+
+
+def test_a_student_can_train_on_fewer_views_than_the_recipes(project: Project) -> None:
+    project.edit("count: 2", "count: 4")
+    run(project, "label", "--views", ":2")
+    out = run(project, "distill", "--student", "deit", code=3)
+    assert "2 views, the recipe asks for 4" in out and "--views" in out
+    out = run(project, "distill", "--student", "deit", "--views", "3", code=3)
+    for word in ("2 views", "--views asks for 3", "pipeline label --views :3"):
+        assert word in out
+    run(project, "distill", "--student", "deit", "--views", "2")
+    run(project, "distill", "--student", "deit", "--views", "1")
+    runs = project.path / "data/runs/smoke"
+    assert [metrics(runs / f"deit-num_views-{count}")["views"] for count in (1, 2)] == [1, 2]
+    run(project, "label", "--views", "2:4")
+    run(project, "distill", "--student", "deit", "--views", "4")
+    assert metrics(project.data / "students/deit")["views"] == 4, "the recipe's own number is the recipe's own run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("vit", "--soft", "2"), ["--soft 2", "vit", "no distillation head", "deit"]),
+        (("vit", "--confidence"), ["--confidence", "vit", "no distillation head"]),
+        (("deit", "--soft", "2", "--labels", "none"), ["--soft 2", "--labels none"]),
+        (("deit", "--confidence", "--labels", "none"), ["--confidence", "--labels none"]),
+        (("deit", "--soft", "0"), ["--soft 0", "0.01 to 1000"]),
+        (("deit", "--soft", "-1"), ["--soft -1"]),
+        (("deit", "--soft", "nan"), ["--soft nan"]),
+        (("deit", "--soft", "inf"), ["--soft inf"]),
+        (("deit", "--views", "0"), ["0 is not in the range"]),
+    ],
+)
+def test_what_a_student_cannot_learn_is_refused(taught: Project, arguments: tuple[str, ...], words: list[str]) -> None:
+    out = run(taught, "distill", "--student", *arguments, code=2)
+    for word in words:
+        assert word in out
+
+
+def test_a_cache_without_probabilities_names_the_way_out(project: Project) -> None:
+    run(project, "label")
+    for options in (["--soft", "2"], ["--confidence"]):
+        out = run(project, "distill", "--student", "deit", *options, code=3)
+        for word in (FILE, "keeps argmax", " ".join(options), "pipeline label --keep topk=5 --fresh"):
+            assert word in out
