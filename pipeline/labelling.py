@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.errors import NumericalError
+from pipeline.errors import NumericalError, UsageError
 from pipeline.labels import Canary, LabelCache
 from pipeline.runtime import autocast
 from pipeline.views import Views, normalize
@@ -32,6 +33,7 @@ class Teacher:
         std: As mean.
         precision: `fp32` or `bf16`.
         batch_size: Images a forward pass.
+        compiled: Whether the model went through torch.compile, see `compile_teacher`.
     """
 
     model: nn.Module
@@ -39,40 +41,92 @@ class Teacher:
     std: tuple[float, float, float]
     precision: str
     batch_size: int
+    compiled: bool = False
 
-    @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """Return `(B, K)` float32 logits of normalised images `(B, 3, H, W)`.
 
         Raises:
             NumericalError: A logit is not finite; argmax would still return a valid label.
         """
-        with autocast(images.device, self.precision):
-            logits: Tensor = self.model(images).float()
-        if not torch.isfinite(logits).all():
-            raise NumericalError("labelling: a logit of the teacher is not finite; train the teacher again")
+        logits = self._forward(images)
+        _require_finite(torch.isfinite(logits))
         return logits
 
     def label(self, images: Tensor) -> NDArray[np.int64]:
-        """Return the argmax labels `(N,)` of uint8 images `(N, 3, H, W)`."""
-        rows = [
-            self.logits(normalize(part, self.mean, self.std)).argmax(1) for part in torch.split(images, self.batch_size)
-        ]
+        """Return the argmax labels `(N,)` of uint8 images `(N, 3, H, W)`.
+
+        Raises:
+            NumericalError: A logit is not finite.
+        """
+        return self.label_batches(torch.split(images, self.batch_size))
+
+    def label_batches(self, batches: Iterable[Tensor]) -> NDArray[np.int64]:
+        """Return the argmax labels `(N,)` of batches of uint8 images `(B, 3, H, W)`.
+
+        Labels and the verdict on the logits leave the device once, after the last batch.
+
+        Raises:
+            NumericalError: A logit is not finite.
+        """
+        rows, finite = [], []
+        for images in batches:
+            logits = self._forward(normalize(images, self.mean, self.std))
+            rows.append(logits.argmax(1))
+            finite.append(torch.isfinite(logits).all())
+        _require_finite(torch.stack(finite))
         return torch.cat(rows).cpu().numpy()
+
+    @torch.inference_mode()
+    def _forward(self, images: Tensor) -> Tensor:
+        with autocast(images.device, self.precision):
+            logits: Tensor = self.model(images)
+        return logits.float()
+
+
+def _require_finite(finite: Tensor) -> None:
+    if not finite.all():
+        raise NumericalError("labelling: a logit of the teacher is not finite; train the teacher again")
+
+
+def compile_teacher(teacher: Teacher, image_size: int) -> Teacher:
+    """Return a teacher whose model torch.compile has fused, and which therefore rounds differently.
+
+    One program serves every batch size above 1: were there one for each, the program that a batch runs through, and
+    with it the rounding, could depend on what was labelled before.
+
+    Args:
+        teacher: A teacher that is not compiled.
+        image_size: Side of the images, pixels.
+
+    Raises:
+        UsageError: torch.compile does not work here.
+    """
+    model = torch.compile(teacher.model, dynamic=True)
+    assert isinstance(model, nn.Module)
+    compiled = dataclasses.replace(teacher, model=model, compiled=True)
+    device = next(teacher.model.parameters()).device
+    try:
+        compiled.logits(torch.zeros(2, 3, image_size, image_size, device=device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"label.compile: true: torch.compile fails here ({reason}); set it to false or install a C++ compiler"
+        ) from error
+    return compiled
 
 
 def label_view(teacher: Teacher, views: Views, view: int) -> NDArray[np.int64]:
     """Return the teacher's labels of a whole view, `(N,)` int64 in [0, K).
 
+    Batches start anew with each view, so that their composition depends on the batch size alone and not on which view
+    a run was stopped at or which rank labels it.
+
     Raises:
         NumericalError: A logit is not finite.
     """
-    rows = []
-    for start in range(0, views.num_samples, teacher.batch_size):
-        indices = torch.arange(start, min(start + teacher.batch_size, views.num_samples))
-        images = normalize(views.batch(view, indices).images, teacher.mean, teacher.std)
-        rows.append(teacher.logits(images).argmax(1))
-    return torch.cat(rows).cpu().numpy()
+    indices = torch.split(torch.arange(views.num_samples), teacher.batch_size)
+    return teacher.label_batches(views.batch(view, part).images for part in indices)
 
 
 def online_labels(teacher: Teacher) -> Callable[[int, Tensor, Tensor], Tensor]:

@@ -173,10 +173,13 @@ class LabelRecipe:
     Attributes:
         batch_size: Images a forward pass.
         precision: As FitRecipe.precision.
+        compile: Whether torch.compile prepares the teacher. Needs a C++ compiler, takes from seconds to a minute in
+            every process that labels, and rounds differently.
     """
 
     batch_size: int = _number(1, 1_000_000, 512)
     precision: str = _choice(PRECISIONS, "auto")
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

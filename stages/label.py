@@ -20,6 +20,7 @@ from pipeline.labelling import (
     Difference,
     Teacher,
     check_canaries,
+    compile_teacher,
     label_view,
     make_canaries,
     replay,
@@ -38,12 +39,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teacher, Checkpoint]:
-    """Load a teacher for a data set.
+    """Load a teacher for a data set, folded for labelling.
 
     Raises:
-        UsageError: The path does not exist.
+        UsageError: The path does not exist; or torch.compile was asked for and fails.
         DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
     """
+    from pipeline.folding import fold
+
     device = context.device
     model, checkpoint = load_model(path, device, kind="teacher")
     for key, expected in (
@@ -58,8 +61,9 @@ def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teache
             )
     settings = context.recipe.label
     precision = resolve_precision(settings.precision, device)
-    model.to(memory_format=torch.channels_last)
-    return Teacher(model, dataset.mean, dataset.std, precision, settings.batch_size), checkpoint
+    folded = fold(model, dataset.image_size).to(memory_format=torch.channels_last)
+    ready = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
+    return compile_teacher(ready, dataset.image_size) if settings.compile else ready, checkpoint
 
 
 def label(
