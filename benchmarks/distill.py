@@ -29,10 +29,11 @@ from benchmarks.measure import (
 )
 from benchmarks.synthetic import images_and_labels
 from pipeline.batches import TeacherLabels
-from pipeline.labelling import cached_labels, label_view, online_labels
+from pipeline.labelling import label_view
 from pipeline.labels import LabelCache
 from pipeline.runtime import keep_freed_memory, resolve_precision
 from pipeline.students import STUDENTS
+from pipeline.teacher_answers import cached_labels, online_labels
 from pipeline.teachers import TEACHERS
 from pipeline.views import Views
 

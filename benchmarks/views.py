@@ -24,9 +24,9 @@ from benchmarks.measure import Report, Row, begin, compare, interleave, option_p
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD, images_and_labels
 from pipeline import autoaugment
 from pipeline.batches import epoch_order, split_batches
-from pipeline.labelling import cached_labels
 from pipeline.recipes import ViewRecipe
 from pipeline.runtime import keep_freed_memory
+from pipeline.teacher_answers import cached_labels
 from pipeline.views import Views, normalize
 
 GOAL = 10.0

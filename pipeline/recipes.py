@@ -175,11 +175,14 @@ class LabelRecipe:
         batch_size: Images a forward pass.
         precision: As FitRecipe.precision.
         topk: Classes kept of each sample with their probabilities, for soft distillation; 0 keeps the argmax alone.
+        compile: Whether torch.compile prepares the teacher. Needs a C++ compiler, takes from seconds to a minute in
+            every process that labels, and rounds differently.
     """
 
     batch_size: int = _number(1, 1_000_000, 512)
     precision: str = _choice(PRECISIONS, "auto")
     topk: int = _number(0, 65535, 0)
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

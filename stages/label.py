@@ -13,20 +13,12 @@ from numpy.typing import NDArray
 from pipeline.checkpoints import Checkpoint
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
+from pipeline.folding import fold
 from pipeline.label_parts import LabelParts, seal
-from pipeline.labelling import (
-    OTHER_MARGIN,
-    SAME_MARGIN,
-    Replay,
-    Teacher,
-    check_canaries,
-    label_view,
-    label_view_topk,
-    make_canaries,
-    replay,
-)
+from pipeline.labelling import Teacher, compile_teacher, label_view
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
+from pipeline.replay import OTHER_MARGIN, SAME_MARGIN, Replay, check_canaries, make_canaries, replay
 from pipeline.reporting import progress_bar
 from pipeline.runtime import current_ranks, resolve_precision, versions
 from pipeline.storage import lock
@@ -40,10 +32,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teacher, Checkpoint]:
-    """Load a teacher for a data set.
+    """Load a teacher for a data set, folded for labelling.
 
     Raises:
-        UsageError: The path does not exist.
+        UsageError: The path does not exist; or torch.compile was asked for and fails.
         DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
     """
     device = context.device
@@ -60,8 +52,9 @@ def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teache
             )
     settings = context.recipe.label
     precision = resolve_precision(settings.precision, device)
-    model.to(memory_format=torch.channels_last)
-    return Teacher(model, dataset.mean, dataset.std, precision, settings.batch_size), checkpoint
+    folded = fold(model, dataset.image_size).to(memory_format=torch.channels_last)
+    ready = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
+    return compile_teacher(ready, dataset.image_size) if settings.compile else ready, checkpoint
 
 
 def label(
@@ -166,6 +159,7 @@ def _provenance(context: Context, teacher: Teacher, checkpoint: Checkpoint, topk
         device=context.device.type,
         versions=versions(),
         topk=topk,
+        compiled=teacher.compiled,
     )
 
 
@@ -184,10 +178,7 @@ def _label_missing(context: Context, teacher: Teacher, views: Views, parts: Labe
         task = bar.add_task("labelling views", total=len(mine))
         for done, view in enumerate(mine, start=1):
             with context.stop.deferred():
-                topk = parts.topk
-                parts.write(
-                    view, label_view_topk(teacher, views, view, topk) if topk else label_view(teacher, views, view)
-                )
+                parts.write(view, label_view(teacher, views, view, parts.topk))
             bar.advance(task)
             now = time.monotonic()
             if bar.disable and (done == len(mine) or now - said > SECONDS_BETWEEN_LINES):
@@ -273,7 +264,8 @@ def verify(
     if changed is not None:
         raise DataError(f"{path}: the pixels of view {changed} are not those that were labelled; label again")
     if margin is None:
-        same = (model.precision, context.device.type) == (recorded["precision"], recorded["device"])
+        now = (model.precision, context.device.type, model.compiled)
+        same = now == (recorded["precision"], recorded["device"], recorded["compiled"])
         margin = SAME_MARGIN if same else OTHER_MARGIN
     total = cache.num_views * cache.num_samples
     chosen = np.random.default_rng(0).choice(total, size=min(num_samples, total), replace=False)

@@ -14,10 +14,11 @@ from pipeline.batches import TeacherLabels
 from pipeline.checkpoints import read_meta
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.labelling import cached_labels, check_canaries, online_labels
 from pipeline.labels import LabelCache
 from pipeline.recipes import Recipe, StudentRecipe
+from pipeline.replay import check_canaries
 from pipeline.students import STUDENTS
+from pipeline.teacher_answers import cached_labels, online_labels
 from pipeline.views import Views
 from stages.context import Context
 from stages.label import identity_of, label_clean, load_teacher

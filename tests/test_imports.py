@@ -24,9 +24,9 @@ LAYERS = (
         "labels",
         "checkpoints",
     },
-    {"batches", "optimization", "labelling", "training", "reporting"},
+    {"batches", "optimization", "labelling", "replay", "teacher_answers", "training", "reporting"},
 )
-LEAVES = {"teachers", "counting", "students"}
+LEAVES = {"teachers", "folding", "counting", "students"}
 HOMES = {
     "click": {"stages/cli.py", "stages/options.py"},
     "h5py": {"pipeline/datasets.py", "pipeline/label_file.py"},
@@ -35,7 +35,7 @@ HOMES = {
     "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
-    "torchvision": {"pipeline/runtime.py", "pipeline/sources.py", "pipeline/teachers.py"},
+    "torchvision": {"pipeline/folding.py", "pipeline/runtime.py", "pipeline/sources.py", "pipeline/teachers.py"},
 }
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")])
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import NumericalError
-from pipeline.labelling import Replay, Teacher, check_canaries, label_view, make_canaries, replay
+from pipeline.labelling import Teacher, label_view
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
+from pipeline.replay import Replay, check_canaries, make_canaries, replay
 from pipeline.views import Views
 
 RECIPE = ViewRecipe(count=3, crop=1, flip=True, autoaugment="cifar10", mixing="cutmix")
@@ -40,7 +41,7 @@ def make_cache(teacher: Teacher, views: Views) -> LabelCache:
         teacher="t", checkpoint_sha256="0" * 64, mean=teacher.mean, std=teacher.std, precision="fp32", device="cpu",
         versions={},
     )  # fmt: skip
-    rows = np.stack([label_view(teacher, views, view) for view in range(3)]).astype(np.uint8)
+    rows = np.stack([label_view(teacher, views, view).labels for view in range(3)]).astype(np.uint8)
     canaries = tuple(make_canaries(views, 3))
     return LabelCache(labels=rows, clean={}, canaries=canaries, identity=identity, provenance=provenance)
 
@@ -48,7 +49,9 @@ def make_cache(teacher: Teacher, views: Views) -> LabelCache:
 @pytest.mark.parametrize("batch_size", [1, 7, 40, 100])
 def test_labels_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     views = make_views()
-    assert np.array_equal(label_view(make_teacher(), views, 1), label_view(make_teacher(batch_size), views, 1))
+    assert np.array_equal(
+        label_view(make_teacher(), views, 1).labels, label_view(make_teacher(batch_size), views, 1).labels
+    )
 
 
 def test_a_label_is_the_argmax_on_the_mixed_view_itself() -> None:
@@ -56,7 +59,7 @@ def test_a_label_is_the_argmax_on_the_mixed_view_itself() -> None:
     batch = views.batch(2, torch.arange(NUM_SAMPLES))
     images = (batch.images.float() / 255 - 0.5) / 0.2
     expected = teacher.model(images).argmax(1)
-    assert np.array_equal(label_view(teacher, views, 2), expected.numpy())
+    assert np.array_equal(label_view(teacher, views, 2).labels, expected.numpy())
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

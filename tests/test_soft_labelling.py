@@ -10,17 +10,11 @@ import pytest
 import torch
 
 from pipeline.batches import TrainingData
-from pipeline.labelling import (
-    cached_labels,
-    label_view,
-    label_view_topk,
-    make_canaries,
-    online_labels,
-    replay,
-    top_classes,
-)
+from pipeline.labelling import label_view, top_classes
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.losses import marginal_smoothing, soft_divergence
+from pipeline.replay import make_canaries, replay
+from pipeline.teacher_answers import cached_labels, online_labels
 from pipeline.view_labels import ViewLabels
 from tests.test_labelling import NUM_CLASSES, NUM_SAMPLES, RECIPE, make_teacher, make_views
 
@@ -37,7 +31,7 @@ def make_cache(topk: int) -> LabelCache:
         teacher="t", checkpoint_sha256="0" * 64, mean=teacher.mean, std=teacher.std, precision="fp32", device="cpu",
         versions={}, topk=topk,
     )  # fmt: skip
-    kept = [label_view_topk(teacher, views, view, topk) for view in range(3)]
+    kept = [label_view(teacher, views, view, topk) for view in range(3)]
     stored = [each.stored(num_samples=NUM_SAMPLES, num_classes=NUM_CLASSES, topk=topk) for each in kept]
     labels, classes, probabilities = (
         np.stack(arrays) for arrays in zip(*(each.arrays for each in stored), strict=True)
@@ -51,19 +45,19 @@ def make_cache(topk: int) -> LabelCache:
 @pytest.mark.parametrize("topk", [1, 3, NUM_CLASSES])
 def test_the_top_k_are_the_most_probable_classes_and_their_softmax(topk: int) -> None:
     teacher, views = make_teacher(), make_views()
-    kept = label_view_topk(teacher, views, 2, topk)
+    kept = label_view(teacher, views, 2, topk)
     images = (views.batch(2, torch.arange(NUM_SAMPLES)).images.float() / 255 - 0.5) / 0.2
     shares, order = teacher.model(images).softmax(1).detach().sort(1, descending=True)
     assert kept.classes is not None and kept.probabilities is not None
     assert np.array_equal(kept.classes, order[:, :topk].numpy())
     assert np.array_equal(kept.probabilities, shares[:, :topk].half().numpy())
-    assert np.array_equal(kept.labels, label_view(teacher, views, 2)) and kept.labels.dtype == np.int64
+    assert np.array_equal(kept.labels, label_view(teacher, views, 2).labels) and kept.labels.dtype == np.int64
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_the_top_k_does_not_depend_on_the_batch_size(batch_size: int) -> None:
     views = make_views()
-    first, second = (label_view_topk(make_teacher(size), views, 1, 2) for size in (16, batch_size))
+    first, second = (label_view(make_teacher(size), views, 1, 2) for size in (16, batch_size))
     assert first.classes is not None and np.array_equal(first.classes, second.classes)
     assert first.probabilities is not None and second.probabilities is not None
     assert np.allclose(first.probabilities, second.probabilities, rtol=2**-10)
@@ -87,7 +81,7 @@ def test_a_class_number_above_int16_survives_the_transfer() -> None:
             logits[:, 65534], logits[:, 40000] = 9.0, 8.0
             return logits
 
-    kept = label_view_topk(dataclasses.replace(make_teacher(), model=Wide()), make_views(), 0, 2)
+    kept = label_view(dataclasses.replace(make_teacher(), model=Wide()), make_views(), 0, 2)
     assert kept.classes is not None and (kept.classes == [65534, 40000]).all()
     kept.stored(num_samples=NUM_SAMPLES, num_classes=65535, topk=2)
 

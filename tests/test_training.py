@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from pipeline.batches import Batch, EvaluationData, TeacherLabels, TrainingData, epoch_order, split_batches
 from pipeline.checkpoints import RunState
 from pipeline.errors import Interrupted, NumericalError
-from pipeline.labelling import Teacher, cached_labels, label_view, online_labels
+from pipeline.labelling import Teacher, label_view
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy
 from pipeline.recipes import FitRecipe, ViewRecipe
 from pipeline.stopping import StopSignal
 from pipeline.students import build_student
+from pipeline.teacher_answers import cached_labels, online_labels
 from pipeline.training import Fit, FitResult, evaluate
 from pipeline.views import Views
 
@@ -311,7 +312,7 @@ def test_cached_and_online_labels_give_the_same_loss_at_every_step(tmp_path: Pat
         device="cpu",
         versions={},
     )
-    rows = np.stack([label_view(teacher, views, view) for view in range(VIEW_RECIPE.count)]).astype(np.uint8)
+    rows = np.stack([label_view(teacher, views, view).labels for view in range(VIEW_RECIPE.count)]).astype(np.uint8)
     cache = LabelCache(labels=rows, clean={}, canaries=(), identity=identity, provenance=provenance)
     assert len(np.unique(rows)) > 1
 
