@@ -114,7 +114,8 @@ def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int)
 
     Returns:
         `(B, C)` float32, each row with the sum 1. The mass that the K classes leave, 1 minus their sum, is shared
-        evenly by the C - K others. With K = C it is the teacher's own distribution, as rounded.
+        evenly by the C - K others. With K = C it is the teacher's own distribution, as rounded. A float16 above 0.9998
+        is 1: what such a teacher leaves to the others is lost, also to high temperatures.
 
     Source: arXiv:2112.01528 §3.2, "marginal smoothing".
     Differs: rows are normalised, because rounded probabilities may sum to a little more than 1.
