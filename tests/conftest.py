@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests import label_samples
+
 # Machines differ and are shared: how long an example takes is no property of the code under test.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -17,3 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a sealed label cache of four views."""
+    directory = tmp_path_factory.mktemp("sealed")
+    label_samples.label(directory / "parts", directory / "labels.h5", 4)
+    return (directory / "labels.h5").read_bytes()
