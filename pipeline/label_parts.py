@@ -25,7 +25,7 @@ from pipeline.storage import read_if_exists, remove_leftovers, write_atomic
 
 # SHA-256 of the identity, of the provenance, view index, SHA-256 of the labels; the labels follow.
 _HEADER = struct.Struct("<32s32sQ32s")
-_NAME = re.compile(r"\.?\d{6,}\.part(\.[0-9a-f]+\.tmp)?")
+_NAME = re.compile(r"\.?(\d{6,})\.part(\.[0-9a-f]+\.tmp)?")
 
 
 class LabelParts:
@@ -131,10 +131,13 @@ class LabelParts:
         """
         return [view for view in range(count) if self.read(view) is None]
 
-    def delete(self) -> None:
-        """Delete all parts, whoever wrote them, and what killed writers left.
+    def delete(self, count: int | None = None) -> None:
+        """Delete parts, whoever wrote them, and what killed writers left.
 
         Only for the holder of the run's lock.
+
+        Args:
+            count: Only those of views below; None deletes all.
 
         Raises:
             StorageError: The file system refuses.
@@ -143,7 +146,8 @@ class LabelParts:
             if not self.directory.is_dir():
                 return
             for entry in self.directory.iterdir():
-                if _NAME.fullmatch(entry.name):
+                name = _NAME.fullmatch(entry.name)
+                if name and (count is None or int(name[1]) < count):
                     entry.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete the parts in {self.directory}: {error.strerror}") from error

@@ -28,10 +28,11 @@ from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
 from pipeline.reporting import progress_bar
 from pipeline.runtime import current_ranks, resolve_precision, versions
-from pipeline.storage import lock
+from pipeline.storage import lock, remove_leftovers
 from pipeline.views import Views
 from stages.context import Context
 from stages.fitting import make_views, to_device
+from stages.label_ranks import label_for_others, lock_of, ranks_at_work
 from stages.models import load_model
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -71,7 +72,9 @@ def label(
 ) -> Path:
     """Label the views of a view recipe that are not labelled yet, and seal them into one file.
 
-    Under torchrun rank r of W labels views r, r + W, ...; rank 0 waits for the others and seals.
+    Under torchrun, or wherever RANK and WORLD_SIZE are set, rank r of W labels views r, r + W, ... Rank 0 then labels
+    what ranks that are not at work have left, waits for those that are, and seals. So it ends whatever becomes of the
+    others, and whoever is killed, any number of ranks goes on to the same file.
 
     Args:
         context: The command's setting.
@@ -97,23 +100,31 @@ def label(
         raise UsageError(
             f"--fresh: not under torchrun, whose ranks would delete each other's work; delete {path} first"
         )
-    with lock(work.with_name(f"{view_recipe}-{ranks.rank}.lock")):
+    with lock(lock_of(work, ranks.rank)):
         dataset = context.dataset()
         model, checkpoint = load_teacher(context, dataset, teacher or paths.winner)
         parts = _parts(context, dataset, view_recipe, model, checkpoint, work)
         count = recipe.views[view_recipe].count
         if fresh:
             parts.delete()
+        # Listed before the file is looked at: rank 0 deletes the parts only after the file is there.
+        missing = parts.missing(count)
         if path.exists() and not fresh and _belongs(context, path, parts):
             cache = LabelCache.open(path)
             if cache.num_views >= count:
+                _clean_up(path, parts, cache)
                 context.say(f"{path}: up to date, {cache.num_views} views; --fresh labels them again")
                 return path
             parts.adopt(cache)
         views = make_views(context, dataset, view_recipe)
-        _label_missing(context, model, views, parts, count)
+        _label_share(context, model, views, parts, [view for view in missing if view >= parts.num_sealed])
         if ranks.is_main:
-            _wait_for_others(parts, count)
+            label_for_others(
+                context.say,
+                work,
+                missing=lambda: parts.missing(count),
+                label=lambda view: _label_view(context, model, views, parts, view),
+            )
             clean = label_clean(context, dataset, model)
             seal(path, parts=parts, count=count, clean=clean, canaries=make_canaries(views, count))
             context.say(f"{path}: {count} views of {len(dataset.train)} images, sealed")
@@ -168,18 +179,24 @@ def _parts(
     return LabelParts(work, identity=identity, provenance=provenance)
 
 
-def _label_missing(context: Context, teacher: Teacher, views: Views, parts: LabelParts, count: int) -> None:
+def _clean_up(path: Path, parts: LabelParts, cache: LabelCache) -> None:
+    """Delete what a run left that was killed between sealing the file and deleting the parts."""
+    if current_ranks().is_main and not ranks_at_work(parts.directory):
+        remove_leftovers(path)
+        parts.delete(cache.num_views)
+
+
+def _label_share(context: Context, teacher: Teacher, views: Views, parts: LabelParts, missing: list[int]) -> None:
     """Label this rank's share of the missing views, telling how far it is."""
     ranks = current_ranks()
-    mine = [view for view in parts.missing(count) if view % ranks.world_size == ranks.rank]
+    mine = [view for view in missing if view % ranks.world_size == ranks.rank]
     began = said = time.monotonic()
     console = context.console
     with progress_bar(console) as bar:
         bar.disable = not (console.is_terminal and ranks.is_main)
         task = bar.add_task("labelling views", total=len(mine))
         for done, view in enumerate(mine, start=1):
-            with context.stop.deferred():
-                parts.write(view, label_view(teacher, views, view))
+            _label_view(context, teacher, views, parts, view)
             bar.advance(task)
             now = time.monotonic()
             if bar.disable and (done == len(mine) or now - said > SECONDS_BETWEEN_LINES):
@@ -189,10 +206,10 @@ def _label_missing(context: Context, teacher: Teacher, views: Views, parts: Labe
                 said = now
 
 
-def _wait_for_others(parts: LabelParts, count: int) -> None:
-    """Wait until the other ranks' views are there; where one of them fails, torchrun ends the whole group."""
-    while parts.missing(count) and current_ranks().world_size > 1:
-        time.sleep(0.5)
+def _label_view(context: Context, teacher: Teacher, views: Views, parts: LabelParts, view: int) -> None:
+    """Label a view whole, or not at all."""
+    with context.stop.deferred():
+        parts.write(view, label_view(teacher, views, view))
 
 
 def inspect(path: Path) -> dict[str, Any]:
