@@ -23,9 +23,11 @@ from pipeline.label_identity import fingerprint, label_dtype, require_equal, to_
 from pipeline.labels import RELABEL, Canary, LabelCache
 from pipeline.storage import read_if_exists, remove_leftovers, write_atomic
 
-# SHA-256 of the identity, of the provenance, view index, SHA-256 of the labels; the labels follow.
-_HEADER = struct.Struct("<32s32sQ32s")
-_NAME = re.compile(r"\.?(\d{6,})\.part(\.[0-9a-f]+\.tmp)?")
+# SHA-256 of the identity, of the provenance, view index; then SHA-256 of these and of the labels, which follow. Without
+# these in it a digest and its labels could stand behind another view's index.
+_OWNER = struct.Struct("<32s32sQ")
+_HEADER_SIZE = _OWNER.size + 32
+_NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp")
 
 
 class LabelParts:
@@ -109,10 +111,10 @@ class LabelParts:
         data = read_if_exists(self._path(view))
         if data is None:
             return None
-        content = data[_HEADER.size :]
+        content = data[_HEADER_SIZE:]
         if len(content) != self._num_samples * self._dtype.itemsize:
             return None
-        if data[: _HEADER.size] != self._header(view, content):
+        if data[:_HEADER_SIZE] != self._header(view, content):
             return None
         row = np.frombuffer(content, self._dtype)
         return row if int(row.max()) < self._num_classes else None
@@ -131,13 +133,13 @@ class LabelParts:
         """
         return [view for view in range(count) if self.read(view) is None]
 
-    def delete(self, count: int | None = None) -> None:
+    def delete(self, *, below: int | None = None) -> None:
         """Delete parts, whoever wrote them, and what killed writers left.
 
         Only for the holder of the run's lock.
 
         Args:
-            count: Only those of views below; None deletes all.
+            below: Keep the valid parts of this view and of later ones.
 
         Raises:
             StorageError: The file system refuses.
@@ -147,7 +149,10 @@ class LabelParts:
                 return
             for entry in self.directory.iterdir():
                 name = _NAME.fullmatch(entry.name)
-                if name and (count is None or int(name[1]) < count):
+                if name is None:
+                    continue
+                kept = below is not None and name[1] is not None and int(name[1]) >= below
+                if not (kept and self.read(int(name[1])) is not None):
                     entry.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete the parts in {self.directory}: {error.strerror}") from error
@@ -158,7 +163,8 @@ class LabelParts:
         return self.directory / f"{view:06d}.part"
 
     def _header(self, view: int, content: bytes) -> bytes:
-        return _HEADER.pack(*self._owner, view, hashlib.sha256(content).digest())
+        owner = _OWNER.pack(*self._owner, view)
+        return owner + hashlib.sha256(owner + content).digest()
 
 
 def seal(

@@ -183,7 +183,7 @@ def _clean_up(path: Path, parts: LabelParts, cache: LabelCache) -> None:
     """Delete what a run left that was killed between sealing the file and deleting the parts."""
     if current_ranks().is_main and not ranks_at_work(parts.directory):
         remove_leftovers(path)
-        parts.delete(cache.num_views)
+        parts.delete(below=cache.num_views)
 
 
 def _label_share(context: Context, teacher: Teacher, views: Views, parts: LabelParts, missing: list[int]) -> None:

@@ -230,6 +230,16 @@ def test_deleting_takes_parts_and_leftovers_of_killed_writers_and_nothing_else(t
     parts.delete()
 
 
+def test_parts_of_later_views_can_be_kept_where_they_are_valid(tmp_path):
+    parts = parts_in(tmp_path)
+    for view in range(4):
+        parts.write(view, row_of(view))
+    (tmp_path / "000003.part").write_bytes(b"damaged")
+    (tmp_path / ".000002.part.0123456789abcdef.tmp").write_bytes(b"half")
+    parts.delete(below=2)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["000002.part"]
+
+
 def test_sealing_removes_what_a_killed_sealing_left(tmp_path):
     (tmp_path / ".labels.h5.0123456789abcdef.tmp").write_bytes(b"half")
     label(tmp_path / "parts", tmp_path / "labels.h5", 1)
