@@ -34,6 +34,7 @@ from pipeline.seals import SEAL_SIZE, check_seal, make_seal
 # Signature and version, sizes of offsets and lengths, flags, addresses of base, extension and end of file.
 _SUPERBLOCK = struct.Struct("<9s3BQQQ")
 _SIGNATURE = b"\x89HDF\r\n\x1a\n\x02"
+_NOWHERE = 2**64 - 1
 _LABEL_DTYPES = (np.dtype("u1"), np.dtype("<u2"))
 
 
@@ -113,9 +114,12 @@ def decode(data: bytes) -> Contents:
     check_seal(data, SCHEMA_VERSION)
     if len(data) < SEAL_SIZE + _SUPERBLOCK.size:
         raise ValueError("it holds no HDF5 file")
-    signature, *_, end = _SUPERBLOCK.unpack_from(data, SEAL_SIZE)
+    signature, *_, base, extension, end = _SUPERBLOCK.unpack_from(data, SEAL_SIZE)
     if signature != _SIGNATURE or end != len(data):
         raise ValueError(f"it holds no HDF5 file that ends after {len(data)} bytes")
+    # An extension can name drivers, a cache image or shared messages, which HDF5 acts upon when it opens the file.
+    if base != SEAL_SIZE or extension != _NOWHERE:
+        raise ValueError("its HDF5 superblock is not that of a label cache")
     with h5py.File(io.BytesIO(data), "r") as file:
         if file.userblock_size != SEAL_SIZE:
             raise ValueError(f"its user block has {file.userblock_size} bytes")
@@ -123,6 +127,7 @@ def decode(data: bytes) -> Contents:
         _require_members(file["identity"], set(), set(IDENTITY_FIELDS))
         _require_members(file["provenance"], set(), set(PROVENANCE_FIELDS))
         _require_members(file["clean"], None, set())
+        _require_room(file["clean"], len(data))
         contents = Contents(
             labels=_read_array(file, "labels", _LABEL_DTYPES, len(data), chunked=True),
             clean={split: _read_array(file["clean"], split, _LABEL_DTYPES, len(data)) for split in file["clean"]},
@@ -149,6 +154,13 @@ def _require_members(group: Any, links: set[str] | None, attributes: set[str]) -
             raise ValueError(f"{name!a} is a link")
         if h5py.h5o.get_info(group.id, name.encode()).rc != 1:
             raise ValueError(f"{name!a} has a second name")
+
+
+def _require_room(clean: h5py.Group, file_size: int) -> None:
+    """Refuse splits that share their bytes: a small file could claim any number of large ones."""
+    claimed = sum(dataset.id.get_storage_size() for dataset in clean.values() if isinstance(dataset, h5py.Dataset))
+    if claimed >= file_size:
+        raise ValueError(f"the clean splits claim {claimed} bytes")
 
 
 def _read_json(group: h5py.Group, key: str) -> Any:

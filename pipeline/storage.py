@@ -102,11 +102,12 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read_if_exists(path: Path) -> bytes | None:
-    """Read a whole file that may be missing.
+def read_if_exists(path: Path, num_bytes: int = -1) -> bytes | None:
+    """Read a file that may be missing.
 
     Args:
         path: The file.
+        num_bytes: Read no more than its first; -1 reads it whole.
 
     Returns:
         Its content, or None where there is no such file.
@@ -115,7 +116,8 @@ def read_if_exists(path: Path) -> bytes | None:
         StorageError: It is there and cannot be read.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(num_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:

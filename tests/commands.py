@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fault_injection import Disk, Fault
-from tests.project import environment
+from tests.project import Project, environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.commands_loaded"])
@@ -104,6 +104,15 @@ class Command:
 def run(folder: Path, *arguments: str, **options: Any) -> Ended:
     """Run a command to its end."""
     return Command(folder, *arguments, **options).finish()
+
+
+def teach(path: Path) -> Project:
+    """Make a project with prepared data and a selected teacher."""
+    project = Project.create(path)
+    for command in (("prepare",), ("teacher", "squeezenet1_1"), ("select", "--teachers", "squeezenet1_1")):
+        ended = run(project.path, *command)
+        assert ended.code == 0, ended.err
+    return project
 
 
 def _run(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import label_samples
-from tests.commands import run
+from tests.commands import teach
 from tests.project import Project
 
 # Machines differ and are shared: how long an example takes is no property of the code under test.
@@ -24,18 +24,18 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session")
-def sealed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def sealed_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """The bytes of a sealed label cache of four views, and of another."""
+    return label_samples.sealed_pair(tmp_path_factory.mktemp("sealed"))
+
+
+@pytest.fixture(scope="session")
+def sealed(sealed_pair: tuple[bytes, bytes]) -> bytes:
     """The bytes of a sealed label cache of four views."""
-    directory = tmp_path_factory.mktemp("sealed")
-    label_samples.label(directory / "parts", directory / "labels.h5", 4)
-    return (directory / "labels.h5").read_bytes()
+    return sealed_pair[0]
 
 
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with prepared data and a selected teacher, and no labels. Tests that change anything copy it."""
-    project = Project.create(tmp_path_factory.mktemp("taught") / "project")
-    for command in (("prepare",), ("teacher", "squeezenet1_1"), ("select", "--teachers", "squeezenet1_1")):
-        ended = run(project.path, *command)
-        assert ended.code == 0, ended.err
-    return project
+    return teach(tmp_path_factory.mktemp("taught") / "project")

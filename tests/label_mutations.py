@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import random
 import struct
+from pathlib import Path
 
+from pipeline.errors import DataError
+from pipeline.labels import LabelCache
 from pipeline.seals import SEAL_SIZE
-from tests.label_samples import flip, reseal
+from tests.hostile_reader import HostileReader
+from tests.label_samples import flip, parts_in, reseal, row_of
+from tests.tally import Tally
 
 # Structures of HDF5's format that end with a checksum of their own.
 _SIGNATURES = (b"OHDR", b"OCHK", b"BTHD", b"BTIN", b"BTLF", b"FRHP", b"FHDB", b"FHIB", b"FAHD", b"FADB")
@@ -65,10 +70,62 @@ def forge(data: bytes, other: bytes, rng: random.Random) -> bytes:
         at = rng.randrange(start, max(start + 1, end - 4 - width))
         number = rng.choice(_NUMBERS) if rng.random() < 0.7 else rng.getrandbits(64)
         changed[at : at + width] = (number & (2 ** (8 * width) - 1)).to_bytes(width, "little")
+    return reseal(with_checksums(bytes(changed), spans))
+
+
+def with_checksums(data: bytes, spans: list[tuple[int, int]]) -> bytes:
+    """Compute the checksums of HDF5's structures again."""
+    changed = bytearray(data)
     for start, end in spans:
-        if changed[start : start + 4] != b"TREE":
-            changed[end - 4 : end] = lookup3(bytes(changed[start : end - 4])).to_bytes(4, "little")
-    return reseal(bytes(changed))
+        if data[start : start + 4] != b"TREE":
+            changed[end - 4 : end] = lookup3(data[start : end - 4]).to_bytes(4, "little")
+    return bytes(changed)
+
+
+def damage_files(path: Path, data: bytes, other: bytes, count: int, rng: random.Random) -> Tally:
+    """Open damaged copies of a sealed file: each must be refused, and no label of it seen."""
+    tally = Tally()
+    for number in range(count):
+        path.write_bytes(damage(data, other, rng))
+        try:
+            LabelCache.open(path)
+        except DataError:
+            tally.counts["found"] += 1
+        else:
+            tally.note(f"mutation {number}", ["accepted"])
+    tally.counts["mutations"] = count
+    return tally
+
+
+def damage_parts(folder: Path, count: int, rng: random.Random) -> Tally:
+    """Read damaged parts: each must count as missing, and leave the others as they are."""
+    tally, parts = Tally(), parts_in(folder)
+    for view in range(3):
+        parts.write(view, row_of(view))
+    files = [folder / f"{view:06d}.part" for view in range(3)]
+    whole = [file.read_bytes() for file in files]
+    for number in range(count):
+        view = rng.randrange(3)
+        files[view].write_bytes(damage(whole[view], whole[view - 1], rng))
+        missing = parts.missing(3)
+        tally.counts["found"] += missing == [view]
+        tally.note(f"mutation {number}", [] if missing == [view] else ["accepted"])
+        files[view].write_bytes(whole[view])
+    tally.counts["mutations"] = count
+    return tally
+
+
+def read_forged(data: bytes, other: bytes, count: int, rng: random.Random) -> Tally:
+    """Read forged files: each must be refused, or give exactly the labels and digests that it holds."""
+    tally, reader = Tally(), HostileReader()
+    for number in range(count):
+        verdict = reader.read(forge(data, other, rng))
+        kind = verdict.partition(":")[0]
+        tally.counts[kind] += 1
+        tally.note(f"forgery {number}", [] if kind in ("accepted", "refused") else [verdict])
+    reader.close()
+    tally.counts["forgeries"] = count
+    return tally
 
 
 def checksummed(data: bytes) -> list[tuple[int, int]]:

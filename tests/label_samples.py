@@ -58,6 +58,16 @@ def label(directory, path, count, *, adopt=False, parts=None):
     return seal(path, parts=parts, count=count, clean=clean_of(), canaries=CANARIES)
 
 
+def sealed_pair(directory):
+    """The bytes of a sealed file of four views, and of one of another data set and other labels."""
+    label(directory / "parts", directory / "one.h5", 4)
+    other = parts_in(directory / "parts", identity_of(dataset_sha256="d" * 64))
+    for view in range(4):
+        other.write(view, (row_of(view) + 1) % NUM_CLASSES)
+    seal(directory / "other.h5", parts=other, count=4, clean=clean_of(), canaries=CANARIES)
+    return (directory / "one.h5").read_bytes(), (directory / "other.h5").read_bytes()
+
+
 def clean_of():
     return {"val": row_of(1000, 5), "test": row_of(1001, 11)}
 
