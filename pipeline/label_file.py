@@ -38,6 +38,7 @@ from pipeline.view_labels import PROBABILITY_DTYPE, ViewLabels
 # Signature and version, sizes of offsets and lengths, flags, addresses of base, extension and end of file.
 _SUPERBLOCK = struct.Struct("<9s3BQQQ")
 _SIGNATURE = b"\x89HDF\r\n\x1a\n\x02"
+_NOWHERE = 2**64 - 1
 _LABEL_DTYPES = (np.dtype("u1"), np.dtype("<u2"))
 
 
@@ -85,7 +86,7 @@ def encode(contents: Contents) -> bytes:
     with h5py.File(buffer, "w", userblock_size=SEAL_SIZE, libver=("v108", "v108")) as file:
         file.attrs["canaries"] = np.bytes_(canonical_json(list(contents.canaries)))
         for name, fields in (("identity", contents.identity), ("provenance", contents.provenance)):
-            group = file.create_group(name)
+            group = _create_group(file, name)
             for key in sorted(fields):
                 group.attrs[key] = np.bytes_(canonical_json(fields[key]))
         _write_views(file, "labels", contents.labels)
@@ -101,6 +102,14 @@ def encode(contents: Contents) -> bytes:
     buffer.seek(0)
     buffer.write(seal)
     return buffer.getvalue()
+
+
+def _create_group(file: h5py.File, name: str) -> h5py.Group:
+    """Create a group whose attributes all lie in its header; beyond 8 HDF5 would build a heap and a tree for them."""
+    properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    properties.set_attr_phase_change(len(PROVENANCE_FIELDS), 0)
+    properties.set_obj_track_times(False)
+    return h5py.Group(h5py.h5g.create(file.id, name.encode(), gcpl=properties))
 
 
 def _write_views(group: h5py.Group, name: str, array: NDArray[Any]) -> None:
@@ -141,9 +150,12 @@ def decode(data: bytes) -> Contents:
     check_seal(data, SCHEMA_VERSION)
     if len(data) < SEAL_SIZE + _SUPERBLOCK.size:
         raise ValueError("it holds no HDF5 file")
-    signature, *_, end = _SUPERBLOCK.unpack_from(data, SEAL_SIZE)
+    signature, *_, base, extension, end = _SUPERBLOCK.unpack_from(data, SEAL_SIZE)
     if signature != _SIGNATURE or end != len(data):
         raise ValueError(f"it holds no HDF5 file that ends after {len(data)} bytes")
+    # An extension can name drivers, a cache image or shared messages, which HDF5 acts upon when it opens the file.
+    if base != SEAL_SIZE or extension != _NOWHERE:
+        raise ValueError("its HDF5 superblock is not that of a label cache")
     with h5py.File(io.BytesIO(data), "r") as file:
         if file.userblock_size != SEAL_SIZE:
             raise ValueError(f"its user block has {file.userblock_size} bytes")
@@ -155,6 +167,7 @@ def decode(data: bytes) -> Contents:
         _require_members(file["clean"], None, set())
         if keeps_topk:
             _require_members(file["topk"], {"classes", "probabilities"}, set())
+        _require_room(file["clean"], len(data))
         contents = Contents(
             labels=_read_array(file, "labels", _LABEL_DTYPES, len(data), chunked=True),
             clean={split: _read_array(file["clean"], split, _LABEL_DTYPES, len(data)) for split in file["clean"]},
@@ -189,6 +202,13 @@ def _require_members(group: Any, links: set[str] | None, attributes: set[str]) -
             raise ValueError(f"{name!a} is a link")
         if h5py.h5o.get_info(group.id, name.encode()).rc != 1:
             raise ValueError(f"{name!a} has a second name")
+
+
+def _require_room(clean: h5py.Group, file_size: int) -> None:
+    """Refuse splits that share their bytes: a small file could claim any number of large ones."""
+    claimed = sum(dataset.id.get_storage_size() for dataset in clean.values() if isinstance(dataset, h5py.Dataset))
+    if claimed >= file_size:
+        raise ValueError(f"the clean splits claim {claimed} bytes")
 
 
 def _read_json(group: h5py.Group, key: str) -> Any:

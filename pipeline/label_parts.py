@@ -24,9 +24,10 @@ from pipeline.labels import RELABEL, Canary, LabelCache
 from pipeline.storage import read_if_exists, remove_leftovers, write_atomic
 from pipeline.view_labels import ViewLabels
 
-# SHA-256 of the identity, of the provenance, view index, SHA-256 of the answers; the answers follow
-# (ViewLabels.to_bytes).
-_HEADER = struct.Struct("<32s32sQ32s")
+# SHA-256 of the identity, of the provenance, view index; then SHA-256 of these and of the answers, which follow
+# (ViewLabels.to_bytes). Without these in it a digest and its answers could stand behind another view's index.
+_OWNER = struct.Struct("<32s32sQ")
+_HEADER_SIZE = _OWNER.size + 32
 _NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp")
 
 
@@ -132,8 +133,8 @@ class LabelParts:
         data = read_if_exists(self._path(view))
         if data is None:
             return None
-        content = data[_HEADER.size :]
-        if data[: _HEADER.size] != self._header(view, content):
+        content = data[_HEADER_SIZE:]
+        if data[:_HEADER_SIZE] != self._header(view, content):
             return None
         try:
             answers = ViewLabels.from_bytes(content, **self._sizes)
@@ -166,7 +167,7 @@ class LabelParts:
         return sum(self._path(view).exists() and self.answers(view) is None for view in views)
 
     def delete(self, *, below: int | None = None) -> None:
-        """Delete all parts, whoever wrote them, and what killed writers left.
+        """Delete parts, whoever wrote them, and what killed writers left.
 
         Only for the holder of the run's lock.
 
@@ -195,7 +196,8 @@ class LabelParts:
         return self.directory / f"{view:06d}.part"
 
     def _header(self, view: int, content: bytes) -> bytes:
-        return _HEADER.pack(*self._owner, view, hashlib.sha256(content).digest())
+        owner = _OWNER.pack(*self._owner, view)
+        return owner + hashlib.sha256(owner + content).digest()
 
 
 def seal(

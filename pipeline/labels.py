@@ -19,7 +19,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.label_file import Contents, decode, encode
 from pipeline.label_identity import (
     SCHEMA_VERSION,
@@ -32,7 +32,8 @@ from pipeline.label_identity import (
     make_provenance,
     require_equal,
 )
-from pipeline.storage import read_if_exists
+from pipeline.seals import SEAL_SIZE, check_beginning
+from pipeline.storage import read_bytes, read_if_exists
 from pipeline.view_labels import PROBABILITY_DTYPE, ViewLabels
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
 
 RELABEL = "label again with `pipeline label --fresh`"
 _SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]*")
+# Every student's run begins with rendering them: some dozens, milliseconds.
+MAX_CANARY_SAMPLES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,9 @@ class LabelCache:
         for split in self.clean:
             if not _SPLIT.fullmatch(split):
                 raise ValueError(f"split {split!a} is not a name")
+        num_rendered = sum(1 + len(canary.samples) for canary in self.canaries)
+        if num_rendered > MAX_CANARY_SAMPLES:
+            raise ValueError(f"its canaries are of more than {MAX_CANARY_SAMPLES} samples")
         for canary in self.canaries:
             canary.check(self.num_views, self.num_samples)
 
@@ -204,11 +210,15 @@ class LabelCache:
                 message names each differing field, the file's value and the expected one.
             StorageError: The file cannot be read.
         """
-        data = read_if_exists(path)
-        if data is None:
+        beginning = read_if_exists(path, SEAL_SIZE)
+        if beginning is None:
             raise DataError(f"{path} does not exist; make it with `pipeline teacher-select`")
         try:
-            cache = cls.from_bytes(data)
+            # A large file of another kind is refused before it is read.
+            check_beginning(beginning, SCHEMA_VERSION)
+            cache = cls.from_bytes(read_bytes(path))
+        except StorageError:
+            raise
         except Exception as error:  # a hostile file can make HDF5 raise anything
             reason = " ".join(str(error if isinstance(error, ValueError) else repr(error)).split())
             raise DataError(f"{path} is not a valid label cache: {reason}; {RELABEL}") from error

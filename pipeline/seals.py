@@ -30,6 +30,25 @@ def make_seal(content: memoryview, version: int) -> bytes:
     return _LAYOUT.pack(MAGIC, version, len(content), digest).ljust(SEAL_SIZE, b"\0")
 
 
+def check_beginning(data: bytes, version: int) -> None:
+    """Refuse what cannot be a sealed file, by its first bytes.
+
+    Args:
+        data: The first SEAL_SIZE bytes, or more.
+        version: The schema version that the caller reads.
+
+    Raises:
+        ValueError: What is wrong, to follow the name of the file.
+    """
+    if len(data) < SEAL_SIZE:
+        raise ValueError(f"it has {len(data)} bytes, less than a seal")
+    magic, found_version, *_ = _LAYOUT.unpack_from(data)
+    if magic != MAGIC:
+        raise ValueError("it does not begin with the seal of a label cache")
+    if found_version != version:
+        raise ValueError(f"its schema version is {found_version}, this release reads {version}")
+
+
 def check_seal(data: bytes, version: int) -> None:
     """Refuse a file of which any byte is not as sealed.
 
@@ -40,13 +59,8 @@ def check_seal(data: bytes, version: int) -> None:
     Raises:
         ValueError: What is wrong, to follow the name of the file.
     """
-    if len(data) < SEAL_SIZE:
-        raise ValueError(f"it has {len(data)} bytes, less than a seal")
-    magic, found_version, length, _ = _LAYOUT.unpack_from(data)
-    if magic != MAGIC:
-        raise ValueError("it does not begin with the seal of a label cache")
-    if found_version != version:
-        raise ValueError(f"its schema version is {found_version}, this release reads {version}")
+    check_beginning(data, version)
+    *_, length, _ = _LAYOUT.unpack_from(data)
     content = memoryview(data)[SEAL_SIZE:]
     if length != len(content):
         raise ValueError(f"it holds {len(content)} bytes behind the seal, sealed were {length}")

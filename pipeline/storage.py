@@ -14,11 +14,15 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, StorageError
+
+LOCK_ATTEMPTS = 4
+SECONDS_BETWEEN_ATTEMPTS = 0.05
 
 
 def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
@@ -98,11 +102,12 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read_if_exists(path: Path) -> bytes | None:
-    """Read a whole file that may be missing.
+def read_if_exists(path: Path, num_bytes: int = -1) -> bytes | None:
+    """Read a file that may be missing.
 
     Args:
         path: The file.
+        num_bytes: Read no more than its first; -1 reads it whole.
 
     Returns:
         Its content, or None where there is no such file.
@@ -111,7 +116,8 @@ def read_if_exists(path: Path) -> bytes | None:
         StorageError: It is there and cannot be read.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(num_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -208,10 +214,47 @@ def lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Tell whether a run holds a lock, leaving it free where none does.
+
+    Args:
+        path: The lock file, as given to `lock`.
+
+    Returns:
+        False also where there is no such file.
+
+    Raises:
+        StorageError: The file system refuses.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {_reason(error)}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise StorageError(f"cannot lock {path}: {_reason(error)}") from error
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _acquire(descriptor: int, path: Path) -> None:
     """Lock an open file and write its holder into it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for attempt in reversed(range(LOCK_ATTEMPTS)):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # `is_locked` holds it for an instant.
+                if not attempt:
+                    raise
+                time.sleep(SECONDS_BETWEEN_ATTEMPTS)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     except BlockingIOError as error:

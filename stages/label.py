@@ -21,11 +21,12 @@ from pipeline.recipes import ViewRecipe
 from pipeline.replay import OTHER_MARGIN, SAME_MARGIN, Replay, check_canaries, make_canaries, replay
 from pipeline.reporting import progress_bar
 from pipeline.runtime import current_ranks, resolve_precision, versions
-from pipeline.storage import lock
+from pipeline.storage import lock, remove_leftovers
 from pipeline.views import Views
 from stages.context import Context
 from stages.fitting import make_views, to_device
 from stages.label_plan import ViewSlice, asked_topk, kept_name, reusable_cache, slices, topk_beside, wanted_views
+from stages.label_ranks import label_for_others, lock_of, ranks_at_work
 from stages.models import load_model
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -68,7 +69,9 @@ def label(
 ) -> Path:
     """Label the views of a view recipe that are not labelled yet, and seal them into one file.
 
-    Under torchrun rank r of W labels the views v with v mod W = r; rank 0 waits for the others and seals.
+    Under torchrun, or wherever RANK and WORLD_SIZE are set, rank r of W labels the views v with v mod W = r. Rank 0
+    then labels what ranks that are not at work have left, waits for those that are, and seals. So it ends whatever
+    becomes of the others, and whoever is killed, any number of ranks goes on to the same file.
 
     Args:
         context: The command's setting.
@@ -98,29 +101,40 @@ def label(
     if fresh and (ranks.world_size > 1 or part is not None):
         why = "under torchrun, whose ranks would" if part is None else "with --views, whose slices would"
         raise UsageError(f"--fresh: not {why} delete each other's work; delete {path} first")
-    with lock(work.with_name(f"{view_recipe}-{ranks.rank}.lock")):
+    with lock(lock_of(work, ranks.rank)):
         dataset = context.dataset()
         topk = asked_topk(recipe, keep, dataset.num_classes)
         model, checkpoint = load_teacher(context, dataset, teacher or paths.winner)
         identity = identity_of(dataset, recipe.views[view_recipe])
+        seen = _inode(path)
         cache = None if fresh else reusable_cache(context, path, identity, checkpoint.sha256)
         if cache is not None:
             topk = topk_beside(context, path, cache, topk, keep)
-            if cache.num_views >= wanted.stop:
-                context.say(f"{path}: up to date, {cache.num_views} views; --fresh labels them again")
-                return path
         parts = LabelParts(work, identity=identity, provenance=_provenance(context, model, checkpoint, topk))
         if fresh:
             parts.delete()
+        missing = parts.missing(wanted.stop, wanted.start)
+        # Rank 0 deletes the parts only once the file is there, so what they no longer hold has been sealed meanwhile.
+        if not fresh and _inode(path) != seen:
+            cache = reusable_cache(context, path, identity, checkpoint.sha256)
         if cache is not None:
+            if cache.num_views >= wanted.stop:
+                _clean_up(path, parts, cache)
+                context.say(f"{path}: up to date, {cache.num_views} views; --fresh labels them again")
+                return path
             parts.adopt(cache)
         views = make_views(context, dataset, view_recipe)
-        _label_missing(context, model, views, parts, wanted)
+        _label_share(context, model, views, parts, [view for view in missing if view >= parts.num_sealed])
         if ranks.is_main:
-            _wait_for_others(parts, wanted)
+            label_for_others(
+                context.say,
+                work,
+                missing=lambda: parts.missing(wanted.stop, wanted.start),
+                label=lambda view: _label_view(context, model, views, parts, view),
+            )
             count = wanted.stop if part is None else _end_of_finished(parts, wanted.stop)
-            if part is not None and (missing := parts.missing(count)):
-                context.say(f"{path}: not sealed yet, the views {slices(missing)} are missing; label them with --views")
+            if part is not None and (gaps := parts.missing(count)):
+                context.say(f"{path}: not sealed yet, the views {slices(gaps)} are missing; label them with --views")
                 return path
             clean = label_clean(context, dataset, model)
             seal(path, parts=parts, count=count, clean=clean, canaries=make_canaries(views, count))
@@ -163,10 +177,21 @@ def _provenance(context: Context, teacher: Teacher, checkpoint: Checkpoint, topk
     )
 
 
-def _label_missing(context: Context, teacher: Teacher, views: Views, parts: LabelParts, wanted: range) -> None:
+def _inode(path: Path) -> int | None:
+    """Tell a file from the one that replaces it; None where there is none."""
+    return path.stat().st_ino if path.exists() else None
+
+
+def _clean_up(path: Path, parts: LabelParts, cache: LabelCache) -> None:
+    """Delete what a run left that was killed between sealing the file and deleting the parts."""
+    if current_ranks().is_main and not ranks_at_work(parts.directory):
+        remove_leftovers(path)
+        parts.delete(below=cache.num_views)
+
+
+def _label_share(context: Context, teacher: Teacher, views: Views, parts: LabelParts, missing: list[int]) -> None:
     """Label this rank's share of the missing views, telling how far it is."""
     ranks = current_ranks()
-    missing = parts.missing(wanted.stop, wanted.start)
     mine = [view for view in missing if view % ranks.world_size == ranks.rank]
     if num_invalid := parts.num_invalid(mine):
         what = "are damaged, or of another teacher, precision, device, version or --keep"
@@ -177,8 +202,7 @@ def _label_missing(context: Context, teacher: Teacher, views: Views, parts: Labe
         bar.disable = not (console.is_terminal and ranks.is_main)
         task = bar.add_task("labelling views", total=len(mine))
         for done, view in enumerate(mine, start=1):
-            with context.stop.deferred():
-                parts.write(view, label_view(teacher, views, view, parts.topk))
+            _label_view(context, teacher, views, parts, view)
             bar.advance(task)
             now = time.monotonic()
             if bar.disable and (done == len(mine) or now - said > SECONDS_BETWEEN_LINES):
@@ -188,11 +212,10 @@ def _label_missing(context: Context, teacher: Teacher, views: Views, parts: Labe
                 said = now
 
 
-def _wait_for_others(parts: LabelParts, wanted: range) -> None:
-    """Wait until the other ranks' views are there; where one of them fails, torchrun ends the whole group."""
-    waiting = list(wanted) if current_ranks().world_size > 1 else []
-    while waiting := [view for view in waiting if parts.read(view) is None]:
-        time.sleep(0.5)
+def _label_view(context: Context, teacher: Teacher, views: Views, parts: LabelParts, view: int) -> None:
+    """Label a view whole, or not at all."""
+    with context.stop.deferred():
+        parts.write(view, label_view(teacher, views, view, parts.topk))
 
 
 def _end_of_finished(parts: LabelParts, stop: int) -> int:

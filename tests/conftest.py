@@ -6,6 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+from tests import label_samples
+from tests.commands import teach
+from tests.project import Project
+
 # Machines differ and are shared: how long an example takes is no property of the code under test.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -17,3 +21,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sealed_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """The bytes of a sealed label cache of four views, and of another."""
+    return label_samples.sealed_pair(tmp_path_factory.mktemp("sealed"))
+
+
+@pytest.fixture(scope="session")
+def sealed(sealed_pair: tuple[bytes, bytes]) -> bytes:
+    """The bytes of a sealed label cache of four views."""
+    return sealed_pair[0]
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with prepared data and a selected teacher, and no labels. Tests that change anything copy it."""
+    return teach(tmp_path_factory.mktemp("taught") / "project")

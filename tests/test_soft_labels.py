@@ -18,12 +18,11 @@ from pipeline.label_identity import label_dtype
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labels import Canary, LabelCache
 from pipeline.view_labels import ViewLabels, sum_tolerance
-from tests.test_labels import (
+from tests.label_samples import (
     CANARIES,
     NUM_CLASSES,
     NUM_SAMPLES,
     clean_of,
-    count_calls,
     flip,
     identity_of,
     provenance_of,
@@ -211,6 +210,28 @@ def test_sealing_keeps_the_finished_parts_of_later_views_and_no_others(tmp_path)
     again = parts_in(tmp_path / "parts")
     again.adopt(LabelCache.open(tmp_path / "labels.h5"))
     assert again.missing(5) == [2, 4] and again.missing(4, 3) == []
+
+
+def count_calls(monkeypatch, at=None, failure=None):
+    """Count the system calls that write; let the one numbered `at` raise `failure`."""
+    calls = []
+
+    def wrap(name):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            if len(calls) - 1 == at:
+                if name == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                raise failure
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("write", "fsync", "replace"):
+        monkeypatch.setattr(os, name, wrap(name))
+    return calls
 
 
 def test_whichever_system_call_fails_nothing_is_lost_and_running_again_finishes(tmp_path, sealed):

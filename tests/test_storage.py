@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,12 +11,14 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import (
+    is_locked,
     lock,
     read_bytes,
     read_json,
@@ -248,6 +251,32 @@ def test_a_lock_holds_between_processes_and_dies_with_its_holder(tmp_path):
     end_holder(holder)
     with lock(path):
         assert f"pid {os.getpid()} " in path.read_text()
+
+
+def test_asking_for_a_lock_tells_whether_it_is_held_and_takes_none(tmp_path):
+    path = tmp_path / "lock"
+    assert not is_locked(path) and not path.exists()
+    with lock(path):
+        assert is_locked(path)
+    assert not is_locked(path)
+    holder = start_holder(path)
+    assert is_locked(path)
+    os.kill(holder.pid, signal.SIGKILL)
+    end_holder(holder)
+    assert not is_locked(path)
+    with pytest.raises(StorageError, match="cannot read"):
+        is_locked(path / "lock")
+
+
+def test_whoever_asks_for_a_lock_at_that_moment_does_not_keep_a_run_from_it(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    path.touch()
+    asking = os.open(path, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(asking, fcntl.LOCK_UN))
+    with lock(path):
+        assert is_locked(path)
+    os.close(asking)
 
 
 def test_a_lock_is_released_when_its_block_fails(tmp_path):
