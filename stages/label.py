@@ -14,9 +14,10 @@ from pipeline.checkpoints import Checkpoint
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.folding import fold
+from pipeline.label_identity import require_equal
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labelling import Teacher, compile_teacher, label_view
-from pipeline.labels import LabelCache, make_identity, make_provenance
+from pipeline.labels import RELABEL, LabelCache, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
 from pipeline.replay import OTHER_MARGIN, SAME_MARGIN, Replay, check_canaries, make_canaries, replay
 from pipeline.reporting import progress_bar
@@ -274,7 +275,8 @@ def verify(
     cache, dataset = LabelCache.open(path), context.dataset()
     names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:
-        raise DataError(f"{path}: belongs to other data or to none of recipe {context.recipe.name}'s view recipes")
+        own = context.recipe.views.get(path.stem, context.recipe.views["default"])
+        require_equal(str(path), cache.identity, identity_of(dataset, own), RELABEL)
     model, checkpoint = load_teacher(context, dataset, teacher or context.paths.winner)
     recorded = cache.provenance
     if checkpoint.sha256 != recorded["checkpoint_sha256"]:

@@ -14,7 +14,8 @@ from pipeline.batches import TeacherLabels
 from pipeline.checkpoints import read_meta
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.labels import LabelCache
+from pipeline.label_identity import require_equal
+from pipeline.labels import RELABEL, LabelCache
 from pipeline.recipes import Recipe, StudentRecipe
 from pipeline.replay import check_canaries
 from pipeline.students import STUDENTS
@@ -201,9 +202,14 @@ def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str
     """Open a recipe's label cache.
 
     Raises:
-        DataError: It is not valid, belongs to other data or views, or to another teacher than the selected one.
+        DataError: It is not valid, belongs to other data or views, or to another teacher than the selected one, or
+            labels other evaluation images.
     """
-    identity = identity_of(dataset, recipe.views[view_recipe])
+    identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe)
     winner = read_meta(paths.winner)
     provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}
-    return LabelCache.open(paths.labels(view_recipe), expected_identity=identity, expected_provenance=provenance)
+    cache = LabelCache.open(path, expected_identity=identity, expected_provenance=provenance)
+    found = {split: len(labels) for split, labels in cache.clean.items()}
+    expected = {split: len(part) for split, part in dataset.splits.items() if split != "train"}
+    require_equal(f"{path}", {"clean": found}, {"clean": expected}, RELABEL)
+    return cache

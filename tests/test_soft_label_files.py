@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline.labels import LabelCache
+from tests.forgery import forge
 from tests.label_mutations import damage
-from tests.label_samples import NUM_SAMPLES, check_damaged, forge, sealed_pair
+from tests.label_samples import NUM_SAMPLES, check_damaged, sealed_pair
 from tests.test_soft_labels import TOPK, changed, label
 
 
