@@ -29,7 +29,7 @@ from pipeline import augmentation, draws, mixing
 from pipeline.recipes import ViewRecipe
 
 # Samples made at once. On the CPU what an operation touches should fit the cache; a GPU wants few, large launches.
-CPU_CHUNK = 1024
+CPU_CHUNK = 2048
 GPU_CHUNK = 16384
 # A larger view is not kept: its batches make their images when asked, and partners a second time.
 MAX_PREPARED_BYTES = 2**31
