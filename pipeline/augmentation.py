@@ -1,7 +1,6 @@
 """A view recipe's operations up to mixing, from draws to pixels, for whole uint8 batches.
 
-Operations run in the order of the recipe's fields. Crop, flip, rotation, affine and the moves with which a policy
-begins are one gather.
+Operations run in the order of the recipe's fields. Crop, flip, rotation and affine are one gather.
 
 Source: arXiv:2502.16762 §3.4.
 """
@@ -67,13 +66,12 @@ def augment(images: Tensor, own: Draws, recipe: ViewRecipe) -> Tensor:
     """
     height, width = images.shape[-2:]
     maps = _index_maps(own, recipe, height, width, images.device)
-    jitters = recipe.brightness or recipe.contrast
-    if maps is not None and (jitters or recipe.autoaugment == "none"):
-        images, maps = geometry.gather(images, maps), None
-    if jitters:
+    if maps is not None:
+        images = geometry.gather(images, maps)
+    if recipe.brightness or recipe.contrast:
         images = _jitter(images, own, recipe)
     if recipe.autoaugment == "cifar10":
-        images = autoaugment.apply(images, own["autoaugment"], maps)
+        images = autoaugment.apply(images, own["autoaugment"])
     return images
 
 

@@ -70,15 +70,13 @@ OPERATIONS = (*GEOMETRIC_OPERATIONS, *COLOUR_OPERATIONS)
 NO_OPERATION = -1
 
 
-def apply(images: Tensor, uniform: NDArray[np.float64], maps: Tensor | None = None) -> Tensor:
+def apply(images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
     """Apply one sub-policy, drawn per image.
 
     Args:
         images: `(B, 3, H, W)` uint8.
         uniform: `(B, 5)` float64 in [0, 1): the sub-policy, whether its first and second operation are
             applied, and whether their magnitudes are negative (below 1/2).
-        maps: `(B, H, W)` int64 index maps by which the images are still to be moved before the policy, so
-            that they and the policy's own leading moves cost one gather; overwritten.
 
     Returns:
         `(B, 3, H, W)` uint8.
@@ -93,9 +91,6 @@ def apply(images: Tensor, uniform: NDArray[np.float64], maps: Tensor | None = No
     operations = np.where(applied, policy.operations[sub_policies], NO_OPERATION)
     negative = (uniform[:, 3:] < 0.5).astype(np.int64)
     magnitudes = np.take_along_axis(policy.magnitudes[sub_policies], negative[..., None], axis=2)[..., 0]
-    leads = _leading_moves(operations)
-    images = _move(images, leads, magnitudes, maps)
-    operations[leads] = NO_OPERATION
     order = np.arange(len(images))
     for place in range(2):
         resorted = np.argsort(operations[order, place], kind="stable")
@@ -142,39 +137,13 @@ def magnitude(operation: str, magnitude_bin: int | None, height: int, width: int
     return float(np.float32(float(end) - step * (NUM_BINS - 1 - magnitude_bin)))
 
 
-def _leading_moves(operations: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which operations `(B, 2)` are geometric and follow no colour operation."""
-    leads = (operations >= 0) & (operations < len(GEOMETRIC_OPERATIONS))
-    leads[:, 1] &= leads[:, 0] | (operations[:, 0] == NO_OPERATION)
-    return leads
-
-
-def _move(images: Tensor, leads: NDArray[np.bool_], magnitudes: NDArray[np.float64], maps: Tensor | None) -> Tensor:
-    """Gather images once by their pending `maps` (which this changes) and their leading moves."""
-    height, width = images.shape[-2:]
-    if maps is None and leads.any():
-        identity = torch.arange(1, height * width + 1, device=images.device)
-        maps = identity.reshape(1, height, width).repeat(len(images), 1, 1)
-    if maps is None:
-        return images
-    own = _geometric_maps(height, width, images.device)
-    for place in range(2):
-        moved = np.flatnonzero(leads[:, place])
-        if len(moved):
-            chosen = torch.from_numpy(moved).to(images.device)
-            rows = torch.from_numpy(_map_rows(magnitudes[moved, place])).to(images.device)
-            composed = geometry.compose(maps.index_select(0, chosen), own.index_select(0, rows))
-            maps.index_copy_(0, chosen, composed)
-    return geometry.gather(images, maps)
-
-
 def _apply_sorted(images: Tensor, operations: NDArray[np.int64], magnitudes: NDArray[np.float64]) -> None:
     """Apply to each image its own operation, in place; `operations` ascends."""
     bounds = np.searchsorted(operations, np.arange(len(OPERATIONS) + 1))
     geometric = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)])
     if geometric.start < geometric.stop:
         # Index maps carry the magnitude, so that all geometric operations are one group.
-        rows = torch.from_numpy(_map_rows(magnitudes[geometric])).to(images.device)
+        rows = torch.from_numpy(magnitudes[geometric].astype(np.int64)).to(images.device)
         maps = _geometric_maps(*images.shape[-2:], images.device).index_select(0, rows)
         images[geometric] = geometry.gather(images[geometric], maps)
     for number, name in enumerate(OPERATIONS[len(GEOMETRIC_OPERATIONS) :], start=len(GEOMETRIC_OPERATIONS)):
@@ -182,11 +151,6 @@ def _apply_sorted(images: Tensor, operations: NDArray[np.int64], magnitudes: NDA
         if group.start < group.stop:
             values = torch.from_numpy(magnitudes[group]).to(images.device)
             images[group] = COLOUR_OPERATIONS[name](images[group], values)
-
-
-def _map_rows(magnitudes: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Rows of the index maps of geometric operations, which stand where others have their magnitude."""
-    return magnitudes.astype(np.int64)
 
 
 def _take(images: Tensor, order: NDArray[np.int64]) -> Tensor:

@@ -92,14 +92,13 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
     Source: `PIL.ImageEnhance.Sharpness`; its 3 x 3 kernel (centre 5, else 1) over 13 leaves the border as it
         is.
     """
-    levels = images.to(torch.int16)
+    levels = images.float()
     rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
     weighted = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * levels[:, :, 1:-1, 1:-1]
-    # Rounding half up in integers is exact: sums over 13 come no closer than 1/26 to a tie. Multiplying by
-    # ceil(2^18 / 26) is exact floor division by 26 up to 2 * 13 * 255 + 13, and vectorises where division does not.
-    smooth = levels
-    smooth[:, :, 1:-1, 1:-1] = (2 * weighted.int() + 13) * 10083 >> 18
-    return blend(smooth, images, factors)
+    smooth = levels.clone()
+    # Sums over 13 come no closer than 1/26 to a tie, so that rounding in float32 is exact.
+    smooth[:, :, 1:-1, 1:-1] = (weighted * (1 / 13) + 0.5).floor_()
+    return blend(smooth, levels, factors)
 
 
 def posterize(images: Tensor, num_bits: Tensor) -> Tensor:
@@ -183,12 +182,14 @@ def equalize(images: Tensor) -> Tensor:
     counts = histograms(images)
     highest = images.amax(dim=(2, 3)).long()[..., None]
     num_below = counts.sum(dim=2, keepdim=True) - counts.gather(2, highest)
-    step = torch.div(num_below, 255, rounding_mode="floor")
+    # In integers: a GPU divides by a number by multiplying with its reciprocal, which may fall short of a whole.
+    step = torch.div(num_below.int(), 255, rounding_mode="floor")
     before = counts.cumsum(dim=2) - counts
-    # The floor of a quotient rounded to float64 is that of integers below 2^26, and needs no slow integer division.
-    equalized = (before + (step >> 1)).double().div_(step.clamp(min=1)).clamp_(max=255)
-    identity = torch.arange(NUM_LEVELS, device=images.device)
-    return apply_tables(images, torch.where(step > 0, equalized.to(torch.uint8), identity.to(torch.uint8)))
+    # Floors of float32 quotients are those of the integers: a quotient below 256 that is none is at least 1 / step from
+    # the next, and step is below 2^16.
+    equalized = ((before + (step >> 1)) / step.clamp(min=1)).clamp_(max=255).to(torch.uint8)
+    identity = torch.arange(NUM_LEVELS, device=images.device, dtype=torch.uint8)
+    return apply_tables(images, torch.where(step > 0, equalized, identity))
 
 
 def luminance(images: Tensor) -> Tensor:
@@ -213,11 +214,11 @@ def histograms(images: Tensor) -> Tensor:
         images: `(B, 3, H, W)` uint8.
 
     Returns:
-        `(B, 3, 256)` int64.
+        `(B, 3, 256)` float32, whole numbers: exact, in whatever order they are added, below 2^24 pixels.
     """
     levels = images.flatten(2).long()
-    counts = torch.zeros(*levels.shape[:2], NUM_LEVELS, dtype=torch.int64, device=images.device)
-    return counts.scatter_add_(2, levels, torch.ones((), dtype=torch.int64, device=images.device).expand_as(levels))
+    counts = torch.zeros(*levels.shape[:2], NUM_LEVELS, device=images.device)
+    return counts.scatter_add_(2, levels, torch.ones((), device=images.device).expand_as(levels))
 
 
 def apply_tables(images: Tensor, tables: Tensor) -> Tensor:

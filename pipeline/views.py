@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pipeline import augmentation, draws, mixing
 from pipeline.recipes import ViewRecipe
+from pipeline.threads import for_each
 
 # Samples made at once. On the CPU what an operation touches should fit the cache; a GPU wants few, large launches.
 CPU_CHUNK = 2048
@@ -224,12 +225,19 @@ class Views:
         """Make samples of a view without mixing, `(B, 3, H, W)` uint8."""
         device = self.images.device
         made = torch.empty((len(samples), *self.images.shape[1:]), dtype=torch.uint8, device=device)
+
+        def render(part: slice) -> None:
+            own = {name: values[samples[part]] for name, values in opened.uniform.items()}
+            images = self.images.index_select(0, torch.from_numpy(samples[part]).to(device))
+            made[part] = augmentation.augment(images, own, self.recipe)
+
         size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
-        for start in range(0, len(samples), size):
-            chunk = samples[start : start + size]
-            own = {name: values[chunk] for name, values in opened.uniform.items()}
-            images = self.images.index_select(0, torch.from_numpy(chunk).to(device))
-            made[start : start + size] = augmentation.augment(images, own, self.recipe)
+        parts = [slice(start, start + size) for start in range(0, len(samples), size)]
+        if device.type == "cpu":
+            for_each(parts, render)
+        else:
+            for part in parts:
+                render(part)
         return made
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports modules of its own layer or of those before it.
 LAYERS = (
-    {"errors", "recipes", "params", "storage", "runtime", "stopping", "paper"},
+    {"errors", "recipes", "params", "storage", "runtime", "stopping", "threads", "paper"},
     {"datasets", "image_folders", "sources"},
     {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "views"},
     {
