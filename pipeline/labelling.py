@@ -89,8 +89,9 @@ class Teacher:
 def compile_teacher(teacher: Teacher, image_size: int) -> Teacher:
     """Return a teacher whose model torch.compile has fused, and which therefore rounds differently.
 
-    One program serves every batch size above 1: were there one for each, the program that a batch runs through, and
-    with it the rounding, could depend on what was labelled before.
+    Batches are of symbolic size from the start, so that the program a batch runs through depends on its size alone.
+    By default PyTorch would compile for the first size and again, for all sizes, when a second one comes: the rounding
+    would depend on what was labelled before.
 
     Args:
         teacher: A teacher that is not compiled.

@@ -51,6 +51,9 @@ def test_every_teacher_folds_to_one_of_fewer_norms_and_the_same_logits(name: str
     folded = fold(model, 32)
     assert len(norms(folded)) == REMAINING_NORMS.get(name, 0)
     single = logits(folded, images())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = logits(folded, images())
+    assert not torch.equal(mixed, mixed.bfloat16().double()), "logits are rounded to bf16"
     expected = logits(model.double(), images())
     assert relative_error(single, expected) < 1e-4
     assert relative_error(logits(fold(model, 32), images()), expected) < 1e-10
