@@ -14,8 +14,9 @@ from pipeline.batches import Batch, TeacherLabels, TrainingData
 from pipeline.checkpoints import read_meta
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
+from pipeline.label_identity import require_equal
 from pipeline.labelling import cached_labels, check_canaries, online_labels
-from pipeline.labels import LabelCache
+from pipeline.labels import RELABEL, LabelCache
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistilled_loss
 from pipeline.params import override
 from pipeline.recipes import Recipe, StudentRecipe
@@ -214,12 +215,17 @@ def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str
     """Open a recipe's label cache.
 
     Raises:
-        DataError: It is not valid, belongs to other data or views, or to another teacher than the selected one.
+        DataError: It is not valid, belongs to other data or views, or to another teacher than the selected one, or
+            labels other evaluation images.
     """
-    identity = identity_of(dataset, recipe.views[view_recipe])
+    identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe)
     winner = read_meta(paths.winner)
     provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}
-    return LabelCache.open(paths.labels(view_recipe), expected_identity=identity, expected_provenance=provenance)
+    cache = LabelCache.open(path, expected_identity=identity, expected_provenance=provenance)
+    found = {split: len(labels) for split, labels in cache.clean.items()}
+    expected = {split: len(part) for split, part in dataset.splits.items() if split != "train"}
+    require_equal(f"{path}", {"clean": found}, {"clean": expected}, RELABEL)
+    return cache
 
 
 def student_objective(recipe: StudentRecipe, *, distilled: bool) -> Objective:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.checkpoints import Checkpoint
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
+from pipeline.label_identity import require_equal
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labelling import (
     OTHER_MARGIN,
@@ -24,7 +25,7 @@ from pipeline.labelling import (
     make_canaries,
     replay,
 )
-from pipeline.labels import LabelCache, make_identity, make_provenance
+from pipeline.labels import RELABEL, LabelCache, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
 from pipeline.reporting import progress_bar
 from pipeline.runtime import current_ranks, resolve_precision, versions
@@ -260,7 +261,8 @@ def verify(
     cache, dataset = LabelCache.open(path), context.dataset()
     names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:
-        raise DataError(f"{path}: belongs to other data or to none of recipe {context.recipe.name}'s view recipes")
+        own = context.recipe.views.get(path.stem, context.recipe.views["default"])
+        require_equal(str(path), cache.identity, identity_of(dataset, own), RELABEL)
     model, checkpoint = load_teacher(context, dataset, teacher or context.paths.winner)
     recorded = cache.provenance
     if checkpoint.sha256 != recorded["checkpoint_sha256"]:
