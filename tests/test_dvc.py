@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.labels import LabelCache
+from tests.commands import run
 from tests.project import ROOT, Project, environment
 
 pytest.importorskip("dvc", reason="comes with the extra dvc")
@@ -179,3 +184,77 @@ def test_a_clone_pulls_labels_and_data_from_a_remote_and_distils(checkout: Check
     shutil.rmtree(clone.data)
     clone.dvc("pull")
     assert clone.repro() == set()
+
+
+def start_labelling(checkout: Checkout) -> subprocess.Popen[bytes]:
+    """Let DVC label 20 views, and return it when some of them are finished."""
+    checkout.edit("count: 2", "count: 20")
+    path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
+    process = subprocess.Popen(
+        [DVC, "repro", "label@default"],
+        cwd=checkout.path,
+        env=environment(PATH=path, PYTHONPATH="", GIT_CONFIG_GLOBAL="/dev/null"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while len(parts_of(checkout)) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    return process
+
+
+def parts_of(checkout: Checkout) -> dict[str, tuple[int, int]]:
+    """The finished parts, each with what changes when it is written again."""
+    found = {}
+    for file in (checkout.path / "data/work/smoke/labels/default").glob("*.part"):
+        status = file.stat()
+        found[file.name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def test_a_killed_repro_keeps_its_parts_and_the_next_one_goes_on(checkout: Checkout) -> None:
+    file = checkout.data / "labels/default.h5"
+    former = file.read_bytes()
+    process = start_labelling(checkout)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(parts_of(checkout))
+    assert 3 <= finished < 18 and file.read_bytes() == former
+    left = 20 - 2 - finished
+    assert f"labelled {left}/{left} views" in checkout.dvc("repro", "label@default")
+    resumed = file.read_bytes()
+    ended = run(checkout.path, "label", "--fresh")
+    assert ended.code == 0 and "labelled 20/20 views" in ended.out
+    assert file.read_bytes() == resumed
+
+
+@pytest.mark.slow
+def test_labelling_that_outlives_its_dvc_is_not_disturbed_by_another(checkout: Checkout) -> None:
+    process = start_labelling(checkout)
+    process.kill()
+    process.wait()
+    with pytest.raises(AssertionError, match="held by another run"):
+        checkout.dvc("repro", "label@default")
+    until = time.monotonic() + 120
+    while parts_of(checkout):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert "up to date, 20 views" in checkout.dvc("repro", "label@default")
+
+
+def test_labels_that_rotted_in_dvcs_cache_reach_no_student(checkout: Checkout) -> None:
+    file = checkout.data / "labels/default.h5"
+    digest = hashlib.md5(file.read_bytes()).hexdigest()
+    cached = checkout.path / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+    rotten = bytearray(cached.read_bytes())
+    rotten[-100] ^= 1
+    cached.chmod(0o644)
+    cached.write_bytes(rotten)
+    cached.chmod(0o444)
+    file.unlink()
+    checkout.dvc("checkout", "label@default")
+    assert file.read_bytes() == rotten, "DVC trusts what it has made read-only"
+    with pytest.raises(AssertionError, match=r"labels/default\.h5 is not a valid label cache: .*SHA-256 differs"):
+        checkout.dvc("repro", "--single-item", "--force", "student@titn")
