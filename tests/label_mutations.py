@@ -54,7 +54,7 @@ def damage(data: bytes, other: bytes, rng: random.Random) -> bytes:
     return damaged if damaged not in (data, other) else damage(data, other, rng)
 
 
-def forge(data: bytes, other: bytes, rng: random.Random) -> bytes:
+def forge_at_random(data: bytes, other: bytes, rng: random.Random) -> bytes:
     """Change what HDF5 reads so that every checksum is right, and seal it again.
 
     Half of the forgeries change numbers within HDF5's own structures, which no random damage reaches because each
@@ -119,7 +119,7 @@ def read_forged(data: bytes, other: bytes, count: int, rng: random.Random) -> Ta
     """Read forged files: each must be refused, or give exactly the labels and digests that it holds."""
     tally, reader = Tally(), HostileReader()
     for number in range(count):
-        verdict = reader.read(forge(data, other, rng))
+        verdict = reader.read(forge_at_random(data, other, rng))
         kind = verdict.partition(":")[0]
         tally.counts[kind] += 1
         tally.note(f"forgery {number}", [] if kind in ("accepted", "refused") else [verdict])
