@@ -65,12 +65,13 @@ class Disk:
             if path is None:
                 return real(*args, **kwargs)
             number = len(self.calls)
-            self.calls.append((name, path))
-            self._strike(name, number, real, args, "before")
+            noted = "opendir" if name == "open" and args[1] & os.O_DIRECTORY else name
+            self.calls.append((noted, path))
+            self._strike(noted, number, real, args, "before")
             try:
                 result = real(*args, **kwargs)
             finally:
-                self._strike(name, number, real, args, "after")
+                self._strike(noted, number, real, args, "after")
             if name == "open":
                 self._descriptors[result] = path
             elif name == "close":

@@ -9,16 +9,18 @@ import random
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.label_parts import LabelParts
 from pipeline.labels import LabelCache
 from pipeline.params import load_params
 from tests.commands import HUNG, Command, Ended, run
 from tests.fault_injection import CHANGING, FILLING, Fault, limit_file_size
+from tests.label_mutations import damage
 from tests.project import Project
+from tests.tally import Tally
 
 LABEL = ("label", "--device", "cpu")
 # May fail without harm: a directory that is there already, an empty one that stays, and a free lock that goes on naming
@@ -85,6 +87,14 @@ class Labelling:
         num_sealed = LabelCache.open(self.file).num_views if self.file.exists() else 0
         return {*range(num_sealed), *self.parts()}
 
+    @property
+    def seals_at(self) -> int:
+        """The call with which sealing begins, every view being finished."""
+        return self.calls.index(("mkdir", "smoke/labels"))
+
+    def part(self, view: int) -> Path:
+        return self.work / f"default/{view:06d}.part"
+
     def leftovers(self) -> list[Path]:
         """Files beside the sealed one and the locks."""
         files = [file for folder in (self.work, self.file.parent) for file in folder.rglob("*") if file.is_file()]
@@ -105,27 +115,6 @@ class Labelling:
             yield f"leftovers: {self.leftovers()}"
 
 
-@dataclasses.dataclass
-class Tally:
-    """What was done, and what went wrong.
-
-    Attributes:
-        counts: What was done, by name.
-        wrong: What went wrong, each in a line that begins with its kind.
-    """
-
-    counts: Counter[str] = dataclasses.field(default_factory=Counter)
-    wrong: list[str] = dataclasses.field(default_factory=list)
-
-    def note(self, what: str, wrong: Iterator[str]) -> None:
-        self.wrong += [f"{each} ({what})" for each in wrong]
-
-    def summary(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        kinds = Counter(each.partition(":")[0].split(" ")[0] for each in self.wrong)
-        return {**self.counts, "wrong": dict(kinds), "examples": self.wrong[:5]}
-
-
 def kill_at_random(labelling: Labelling, num_kills: int, rng: random.Random, launch: Callable[[], Running]) -> Tally:
     """Kill labelling at random moments; run it again, to be killed again or to the end."""
     tally = Tally()
@@ -141,7 +130,7 @@ def kill_at_random(labelling: Labelling, num_kills: int, rng: random.Random, lau
         sealed = labelling.file.exists()
         if not sealed:
             changed = [view for view, status in before.items() if after.get(view) != status]
-            tally.note(f"views {changed}", iter(["lost: labelled again"] if changed else []))
+            tally.note(f"views {changed}", ["lost: labelled again"] if changed else [])
         if sealed or rng.random() < 0.5 or tally.counts["kills"] == num_kills:
             tally.note("after a kill", labelling.check(after, labelling.run()))
             tally.counts["files"] += 1
@@ -157,16 +146,16 @@ def wait(labelling: Labelling, command: Running, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 1.2 * labelling.seconds / labelling.num_views))
 
 
-def kill_at_calls(labelling: Labelling, former: bytes | None, calls: list[tuple[int, str]]) -> Tally:
+def kill_at_calls(labelling: Labelling, former: bytes | None, calls: Sequence[tuple[int, str]]) -> Tally:
     """Kill labelling at chosen calls, (number, when), each time beginning with a former file or none."""
     tally = Tally()
     for at, when in calls:
         labelling.reset(former)
         ended = labelling.run(fault=Fault(at, when))
         what = f"killed {when} call {at}"
-        tally.note(what, iter([] if ended.code == -signal.SIGKILL else [f"alive: exit {ended.code}"]))
+        tally.note(what, [] if ended.code == -signal.SIGKILL else [f"alive: exit {ended.code}"])
         if labelling.file.exists() and labelling.file.read_bytes() not in (former, labelling.whole):
-            tally.note(what, iter(["torn"]))
+            tally.note(what, ["torn"])
         tally.note(what, labelling.check(labelling.finished(), labelling.run()))
         tally.counts["kills"] += 1
     return tally
@@ -191,20 +180,21 @@ def failures(calls: tuple[tuple[str, str], ...]) -> list[Fault]:
     return once + stays
 
 
-def fail_at_calls(labelling: Labelling, former: bytes | None, faults: list[Fault]) -> Tally:
+def fail_at_calls(labelling: Labelling, former: bytes | None, faults: Sequence[Fault]) -> Tally:
     """Let the disk fail at chosen calls: one line, exit 4, nothing lost, and the next run finishes."""
     tally = Tally()
     for fault in faults:
         labelling.reset(former)
         ended = labelling.run(fault=fault)
-        what = f"{errno.errorcode[fault.number or 0]} at call {fault.at}, {labelling.calls[fault.at]}, {fault.calls}"
-        tally.note(what, _check_failure(labelling, former, ended, harmless=ended.calls[fault.at][0] in HARMLESS))
+        name, path = ended.calls[fault.at]
+        what = f"{errno.errorcode[fault.number or 0]} at call {fault.at}, {name} {path}, {fault.calls}"
+        tally.note(what, _check_failure(labelling, former, ended, harmless=name in HARMLESS))
         tally.note(what, labelling.check(labelling.finished(), labelling.run()))
         tally.counts["faults"] += 1
     return tally
 
 
-def limit_files(labelling: Labelling, limits: list[int]) -> Tally:
+def limit_files(labelling: Labelling, limits: Sequence[int]) -> Tally:
     """Let files end at chosen sizes, the kernel itself refusing more."""
     tally = Tally()
     for limit in limits:
@@ -244,7 +234,7 @@ def kill_ranks(labelling: Labelling, resume_with: Sequence[int], rng: random.Ran
         overlap = rng.random() < 0.5
         if not overlap:
             ended = group[survivor].finish()
-            tally.note(what, iter([f"failed: exit {ended.code}, {ended.err}"] if ended.code else []))
+            tally.note(what, [f"failed: exit {ended.code}, {ended.err}"] if ended.code else [])
         finished = labelling.finished()
         resumed = [rank.finish() for rank in start_ranks(labelling, world_size)]
         if overlap:
@@ -263,3 +253,36 @@ def kill_ranks(labelling: Labelling, resume_with: Sequence[int], rng: random.Ran
 def start_ranks(labelling: Labelling, world_size: int) -> list[Command]:
     """Start a group of ranks, as torchrun would but for ending them together."""
     return [labelling.start(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0") for rank in range(world_size)]
+
+
+def damage_under_way(labelling: Labelling, count: int, rng: random.Random) -> Tally:
+    """Damage, exchange or replace finished parts; exactly those views must be labelled again."""
+    tally = Tally()
+    labelling.reset()
+    labelling.run(fault=Fault(labelling.seals_at))
+    honest = {view: labelling.part(view).read_bytes() for view in range(labelling.num_views)}
+    cache = LabelCache.from_bytes(labelling.whole)
+    stale = []
+    for changes in ({"identity": {**cache.identity, "dataset_sha256": "d" * 64}}, {"provenance": _stale(cache)}):
+        owner = {"identity": cache.identity, "provenance": cache.provenance, **changes}
+        LabelParts(labelling.work / "default", **owner).write(0, cache.labels[0])
+        stale.append(labelling.part(0).read_bytes())
+    for number in range(count):
+        labelling.reset()
+        (labelling.work / "default").mkdir(parents=True)
+        chosen = set(rng.sample(range(labelling.num_views), rng.randrange(1, labelling.num_views)))
+        for view, data in honest.items():
+            other = honest[(view + 1) % labelling.num_views]
+            kinds = [damage(data, other, rng), other, *stale, b""]
+            labelling.part(view).write_bytes(rng.choice(kinds) if view in chosen else data)
+        ended = labelling.run()
+        again = [] if ended.views == chosen else [f"found: {ended.views} of {chosen}"]
+        tally.note(f"run {number}", [*again, *labelling.check(set(honest) - chosen, ended)])
+        tally.counts["parts"] += len(chosen)
+        tally.counts["found"] += len(ended.views & chosen)
+    tally.counts["files"] = count
+    return tally
+
+
+def _stale(cache: LabelCache) -> dict[str, Any]:
+    return {**cache.provenance, "checkpoint_sha256": "e" * 64}

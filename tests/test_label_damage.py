@@ -11,26 +11,15 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.labels import SCHEMA_VERSION, LabelCache
 from pipeline.seals import SEAL_SIZE, make_seal
+from tests.label_campaign import NUM_DAMAGED, NUM_FORGED
+from tests.label_mutations import damage_files, damage_parts, read_forged
 from tests.label_samples import check_damaged, flip, parts_in, row_of
 
 
-def damage(data, rng):
-    """Flip, cut, grow, zero, repeat or exchange some bytes."""
-    start, length = rng.randrange(len(data)), rng.randrange(1, 600)
-    other = rng.randrange(len(data))
-    return rng.choice(
-        [
-            lambda: flip(data, start, rng.randrange(8)),
-            lambda: flip(data, start, rng.randrange(8)),
-            lambda: data[:start],
-            lambda: data[start:],
-            lambda: data + rng.randbytes(length),
-            lambda: data[:start] + rng.randbytes(length) + data[start:],
-            lambda: data[:start] + bytes(length) + data[start + length :],
-            lambda: data[:start] + data[start + length :],
-            lambda: data[:start] + data[other : other + length] + data[start + length :],
-        ]
-    )()
+@pytest.fixture(params=["argmax"])
+def whole(request, sealed_pair):
+    """A sealed file, and another from which pieces may come."""
+    return {"argmax": sealed_pair}[request.param]
 
 
 def test_every_byte_of_the_seal_is_fixed(tmp_path, sealed):
@@ -38,13 +27,24 @@ def test_every_byte_of_the_seal_is_fixed(tmp_path, sealed):
         check_damaged(tmp_path / "labels.h5", flip(sealed, index, index % 8))
 
 
-@pytest.mark.parametrize("trials", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_random_damage_is_refused(tmp_path, sealed, trials):
-    rng = random.Random(trials)
-    for _ in range(trials):
-        damaged = damage(sealed, rng)
-        if damaged != sealed:
-            check_damaged(tmp_path / "labels.h5", damaged)
+@pytest.mark.parametrize("trials", [500, pytest.param(NUM_DAMAGED, marks=pytest.mark.slow)])
+def test_random_damage_is_refused(tmp_path, whole, trials):
+    tally = damage_files(tmp_path / "labels.h5", *whole, trials, random.Random(trials))
+    assert tally.wrong == [] and tally.counts["found"] == trials
+
+
+@pytest.mark.parametrize("trials", [300, pytest.param(NUM_FORGED, marks=pytest.mark.slow)])
+def test_a_forged_file_is_refused_or_gives_the_labels_that_it_holds(whole, trials):
+    """Neither hangs, nor ends the interpreter, nor needs memory for what it claims."""
+    tally = read_forged(*whole, trials, random.Random(trials))
+    assert tally.wrong == [] and tally.counts["accepted"] + tally.counts["refused"] == trials
+    assert tally.counts["accepted"] > trials // 20 and tally.counts["refused"] > trials // 2
+
+
+@pytest.mark.parametrize("trials", [200, pytest.param(NUM_DAMAGED, marks=pytest.mark.slow)])
+def test_a_randomly_damaged_part_counts_as_missing(tmp_path, trials):
+    tally = damage_parts(tmp_path, trials, random.Random(trials))
+    assert tally.wrong == [] and tally.counts["found"] == trials
 
 
 def test_the_seal_is_checked_before_hdf5_parses_anything(tmp_path, sealed, monkeypatch):

@@ -85,7 +85,7 @@ def test_ranks_whose_parts_are_of_no_use_keep_nobody_waiting(labelling: Labellin
 
 def test_a_rank_that_comes_while_rank_0_seals_labels_nothing_again(labelling: Labelling) -> None:
     labelling.reset()
-    assert labelling.run(fault=Fault(seals_at(labelling))).code < 0
+    assert labelling.run(fault=Fault(labelling.seals_at)).code < 0
     assert len(labelling.parts()) == 6 and not labelling.file.exists()
     sealing = labelling.start(**rank_variables(0, 2), before=seal_when_rank_1_has_begun)
     late = labelling.start(**rank_variables(1, 2), before=begin_when_rank_0_seals)
@@ -106,11 +106,6 @@ def test_a_second_writer_is_refused_and_the_first_is_unharmed(labelling: Labelli
         assert len(ended.err.splitlines()) == 1 and "held by another run (pid " in ended.err
     assert first.is_alive()
     assert list(labelling.check((), first.finish())) == []
-
-
-def seals_at(labelling: Labelling) -> int:
-    """The call with which sealing begins."""
-    return labelling.calls.index(("mkdir", "smoke/labels"))
 
 
 # What is done to a command before it begins, in its own process
