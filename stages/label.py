@@ -123,7 +123,8 @@ def label(
             label_for_others(
                 context.say,
                 work,
-                missing=lambda: parts.missing(count),
+                range(count),
+                is_finished=lambda view: parts.read(view) is not None,
                 label=lambda view: _label_view(context, model, views, parts, view),
             )
             clean = label_clean(context, dataset, model)
