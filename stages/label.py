@@ -130,7 +130,8 @@ def label(
             label_for_others(
                 context.say,
                 work,
-                missing=lambda: parts.missing(wanted.stop, wanted.start),
+                wanted,
+                is_finished=lambda view: parts.read(view) is not None,
                 label=lambda view: _label_view(context, model, views, parts, view),
             )
             count = wanted.stop if part is None else _end_of_finished(parts, wanted.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.runtime import current_ranks
@@ -33,8 +33,9 @@ def ranks_at_work(work: Path) -> set[int]:
 def label_for_others(
     say: Callable[[str], None],
     work: Path,
+    views: Iterable[int],
     *,
-    missing: Callable[[], list[int]],
+    is_finished: Callable[[int], bool],
     label: Callable[[int], None],
 ) -> None:
     """Return when every view is labelled and no other rank is at work, labelling what nobody else does.
@@ -46,15 +47,16 @@ def label_for_others(
     Args:
         say: Prints a line.
         work: The directory of the parts.
-        missing: Lists the views that have no valid part.
+        views: The views wanted.
+        is_finished: Whether a view is labelled.
         label: Labels a view.
     """
-    said, taken = time.monotonic(), 0
+    left, said, taken = list(views), time.monotonic(), 0
     while True:
         # Looked at before the parts: a rank that ends in between has written its views.
         busy = ranks_at_work(work)
-        views = missing()
-        abandoned = [view for view in views if view % current_ranks().world_size not in busy]
+        left = [view for view in left if not is_finished(view)]
+        abandoned = [view for view in left if view % current_ranks().world_size not in busy]
         if abandoned:
             label(abandoned[0])
             taken += 1
@@ -63,7 +65,7 @@ def label_for_others(
         else:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            say(f"{len(views)} views to go; ranks at work besides this one: {sorted(busy) or 'none'}")
+            say(f"{len(left)} views to go; ranks at work besides this one: {sorted(busy) or 'none'}")
             said = time.monotonic()
     if taken:
         say(f"labelled {taken} views of ranks that were not at work")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SPARE_BYTES = 128 * 2**20
-SECONDS_UNTIL_HUNG = 20.0
+SECONDS_UNTIL_HUNG = 20
 _LENGTH = struct.Struct("<Q")
 
 
@@ -38,7 +38,7 @@ class HostileReader:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(_LENGTH.pack(len(data)) + data)
         process.stdin.flush()
-        if not select.select([process.stdout], [], [], SECONDS_UNTIL_HUNG)[0]:
+        if not any(select.select([process.stdout], [], [], 1.0)[0] for _ in range(SECONDS_UNTIL_HUNG)):
             self.close()
             return "hung"
         line = process.stdout.readline()
