@@ -8,7 +8,7 @@ Two foldings, both exact but for rounding:
   values 49 times, and the first linear layer's 25,088 columns can be added up to 512.
 
 Under autocast the last layer keeps the precision of its weights: rounded to the 8 significant bits of bf16, the two
-largest logits are equal on 1 to 3 % of the views (see `pipeline.labelling`).
+largest logits are equal on 1 to 4 % of the views (see `pipeline.labelling`).
 
 Models are folded for inference alone. A batch norm that trains normalises by the statistics of its batch. The
 VGG's sum S of 49 columns W_j could be trained in their place by SGD: each W_j gets the gradient G of S, so that

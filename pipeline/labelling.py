@@ -1,4 +1,18 @@
-"""Running a teacher over views."""
+"""Running a teacher over views.
+
+A label is the argmax of logits that rounding moves a little. So it is a function of view, checkpoint, precision, kind
+of device and whether the model is compiled, all of which the label cache records; and of batch size, threads, memory
+layout and folding only where two logits nearly tie. Measured on CIFAR-100's training images with weak teachers
+(MobileNetV3 and ResNet-50, 14 and 11 % top-1), 8,192 views each, two CPU cores:
+
+- fp32: no label changed with batch size (7, 64), threads, layout or folding; logits moved by at most 0.00085.
+- bf16 against fp32: MobileNetV3 changed 97 and 118 labels (crop and flip; with AutoAugment and CutMix), ResNet-50 26.
+  All but 3 of these had a margin below 0.25; the largest was 3.1.
+- bf16 throughout, as torchvision builds the model, tied its two largest logits exactly on 1 to 4 % of the views, since
+  they have 8 significant bits; therefore `pipeline.folding` leaves the last layer in fp32, after which none tied.
+
+Batches never cross views, so that no label can hang on where a run was stopped or which rank made it.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from pipeline.views import Views, normalize
 
 NUM_CANARY_SAMPLES = 16
 # Largest logit margin by which a replayed label may differ. On the recorded kind of device and precision only the
-# order of additions can differ (batch size, threads); elsewhere whole products are rounded differently.
-SAME_MARGIN = 1e-3
+# order of additions can differ (batch size, threads); elsewhere whole products are rounded differently. Neither is a
+# proven bound: see pipeline.labelling for what was measured.
+SAME_MARGIN = 5e-3
 OTHER_MARGIN = 0.25
 
 
