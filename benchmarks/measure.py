@@ -219,7 +219,9 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "options": {
-            name: value if isinstance(value, int | None) else str(value) for name, value in vars(options).items()
+            name: value if isinstance(value, int | None) else str(value)
+            for name, value in vars(options).items()
+            if name != "json"
         },
     }
     return Report(title, where)
