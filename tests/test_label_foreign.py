@@ -143,11 +143,11 @@ def change_one_pixel() -> None:
     """Let the random crop change one bit of the first pixel of each image."""
     from pipeline import geometry
 
-    real = geometry.crop_flip
+    real = geometry.gather
 
     def changed(*args):
         images = real(*args).clone()
         images[:, 0, 0, 0] ^= 1
         return images
 
-    geometry.crop_flip = changed
+    geometry.gather = changed
