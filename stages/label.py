@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +108,8 @@ def label(
         topk = asked_topk(recipe, keep, dataset.num_classes)
         model, checkpoint = load_teacher(context, dataset, teacher or paths.winner)
         identity = identity_of(dataset, recipe.views[view_recipe])
-        seen = _inode(path)
-        cache = None if fresh else reusable_cache(context, path, identity, checkpoint.sha256)
-        if cache is not None:
-            topk = topk_beside(context, path, cache, topk, keep)
-        parts = LabelParts(work, identity=identity, provenance=_provenance(context, model, checkpoint, topk))
-        if fresh:
-            parts.delete()
-        missing = parts.missing(wanted.stop, wanted.start)
-        # Rank 0 deletes the parts only once the file is there, so what they no longer hold has been sealed meanwhile.
-        if not fresh and _inode(path) != seen:
-            cache = reusable_cache(context, path, identity, checkpoint.sha256)
+        provenance = _provenance(context, model, checkpoint, topk)
+        parts, missing, cache = _begin(context, view_recipe, identity, provenance, wanted, fresh=fresh, keep=keep)
         if cache is not None:
             if cache.num_views >= wanted.stop:
                 _clean_up(path, parts, cache)
@@ -140,9 +132,35 @@ def label(
                 return path
             clean = label_clean(context, dataset, model)
             seal(path, parts=parts, count=count, clean=clean, canaries=make_canaries(views, count))
-            context.say(f"{path}: {count} views of {len(dataset.train)} images, {kept_name(topk)}, sealed")
+            context.say(f"{path}: {count} views of {len(dataset.train)} images, {kept_name(parts.topk)}, sealed")
             context.changed(f"label@{view_recipe}")
     return path
+
+
+def _begin(
+    context: Context,
+    view_recipe: str,
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    wanted: range,
+    *,
+    fresh: bool,
+    keep: int | None,
+) -> tuple[LabelParts, list[int], LabelCache | None]:
+    """Return the parts, the wanted views that have none, and the sealed file to go on from."""
+    path, work = context.paths.labels(view_recipe), context.paths.work("labels", view_recipe)
+    teacher, seen = provenance["checkpoint_sha256"], _inode(path)
+    cache = None if fresh else reusable_cache(context, path, identity, teacher)
+    if cache is not None:
+        provenance = {**provenance, "topk": topk_beside(context, path, cache, provenance["topk"], keep)}
+    parts = LabelParts(work, identity=identity, provenance=provenance)
+    if fresh:
+        parts.delete()
+    missing = parts.missing(wanted.stop, wanted.start)
+    # Rank 0 deletes the parts only once the file is there, so what they no longer hold has been sealed meanwhile.
+    if not fresh and _inode(path) != seen:
+        cache = reusable_cache(context, path, identity, teacher)
+    return parts, missing, cache
 
 
 def label_clean(context: Context, dataset: Dataset, teacher: Teacher) -> dict[str, NDArray[np.int64]]:

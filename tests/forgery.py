@@ -10,17 +10,22 @@ import pytest
 from tests.label_mutations import checksummed, with_checksums
 from tests.label_samples import reseal
 
-HOSTILE = []
+
+def registry():
+    """Return a list of forgeries, and what registers a change that a forger makes with what must be found wrong."""
+    forgeries = []
+
+    def hostile(reason):
+        def register(change):
+            forgeries.append(pytest.param(change, reason, id=change.__name__))
+            return change
+
+        return register
+
+    return forgeries, hostile
 
 
-def hostile(reason):
-    """Register a change that a forger makes before sealing the file again, and what must be found wrong."""
-
-    def register(change):
-        HOSTILE.append(pytest.param(change, reason, id=change.__name__))
-        return change
-
-    return register
+HOSTILE, hostile = registry()
 
 
 def forge(data, change):

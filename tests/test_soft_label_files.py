@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.labels import LabelCache
-from tests.forgery import forge
+from tests.forgery import forge, registry
 from tests.label_mutations import damage
 from tests.label_samples import NUM_SAMPLES, check_damaged, sealed_pair
 from tests.test_soft_labels import TOPK, changed, label
@@ -33,17 +33,7 @@ def test_random_damage_is_refused(tmp_path, sealed, trials):
         check_damaged(tmp_path / "labels.h5", damage(sealed, other, rng))
 
 
-HOSTILE = []
-
-
-def hostile(reason):
-    """Register a change that a forger makes before sealing the file again, and what must be found wrong."""
-
-    def register(change):
-        HOSTILE.append(pytest.param(change, reason, id=change.__name__))
-        return change
-
-    return register
+HOSTILE, hostile = registry()
 
 
 def replace(file, name, data=None, **options):
