@@ -1,8 +1,9 @@
 """Parameters, the paper's GMACs and true FLOPs of a model.
 
 MACs and FLOPs come from one evaluation-mode forward of a single image of zeros on the model's own device; a
-model built under `torch.device("meta")` is counted without any arithmetic. Count the plain model: fused or
-compiled ones may bypass the modules that are counted.
+model built under `torch.device("meta")` is counted without any arithmetic. What is counted is the plain formulation: a
+model that leaves out or fuses anything has an attribute `plain`, which is set meanwhile. Don't count compiled models,
+which may bypass the modules that are counted.
 """
 
 from __future__ import annotations
@@ -117,17 +118,23 @@ def _forward_one_image(model: nn.Module, image_size: int) -> None:
     """Run one image of zeros through the model in evaluation mode."""
     weight = next(model.parameters())
     image = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
-    with _evaluating(model), torch.no_grad():
+    with _plainly_evaluating(model), torch.no_grad():
         model(image)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode and every module of it back afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+def _plainly_evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode and its plain formulation, and every module of it back afterwards."""
+    former = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in ("training", "plain")
+        if hasattr(module, name)
+    ]
+    for module, name, _ in former:
+        setattr(module, name, name == "plain")
     try:
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for module, name, value in former:
+            setattr(module, name, value)

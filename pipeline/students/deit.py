@@ -49,8 +49,8 @@ class DeiT(Student):
         self.class_token = learned(1, width)
         self.distillation_token = learned(1, width)
         self.positions = learned(1 + self.embedding.num_patches + 1, width)
-        self.blocks = nn.Sequential(
-            *(EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.class_head = nn.Linear(width, num_classes)
@@ -69,5 +69,8 @@ class DeiT(Student):
         class_token = self.class_token.expand(len(images), -1, -1)
         distillation_token = self.distillation_token.expand(len(images), -1, -1)
         tokens = torch.cat([class_token, self.embedding(images), distillation_token], dim=1) + self.positions
-        tokens = self.norm(self.blocks(tokens))
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        tokens = self.norm(last(tokens, self.head_tokens(tokens.shape[1])))
         return self.class_head(tokens[:, 0]), self.distillation_head(tokens[:, -1])

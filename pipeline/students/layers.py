@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import UsageError
 
+ALL = slice(None)
+
 
 class Student(nn.Module):
     """What every student tells about itself.
@@ -21,10 +23,24 @@ class Student(nn.Module):
     Attributes:
         has_distillation_head: Whether `forward` returns (class logits, distillation logits) or class logits.
         has_pixels: Whether the constructor takes `pixel_size`, `pixel_width` and `pixel_heads`.
+        plain: Whether `forward` calls every module on every token, as the paper's formulas do and as costs are counted.
+            Otherwise the last block leaves out the tokens that no head reads, which changes no logit, and the inner
+            blocks are computed as `pipeline.students.use_inner_block` has set.
     """
 
     has_distillation_head: ClassVar[bool]
     has_pixels: ClassVar[bool]
+    plain: bool = False
+
+    def head_tokens(self, num_tokens: int) -> slice:
+        """Say which tokens of the last block are wanted: all, or the class token and the last, if there are two heads.
+
+        Args:
+            num_tokens: T, special tokens included.
+        """
+        if self.plain:
+            return slice(None)
+        return slice(None, None, num_tokens - 1) if self.has_distillation_head else slice(1)
 
 
 def divide(whole_name: str, whole: int, part_name: str, part: int) -> int:
@@ -97,6 +113,11 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
     Source: arXiv:1706.03762 Eq. 1.
     """
+    if queries.device.type == "cpu":
+        # PyTorch's fused attention is slower on a CPU where sequences are short, and several times so in bfloat16.
+        scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+        mixed: Tensor = scores.softmax(dim=-1) @ values
+        return mixed
     return F.scaled_dot_product_attention(queries, keys, values)
 
 
@@ -123,18 +144,27 @@ class Attention(nn.Module):
         self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
         self.projection = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Let every token of a sequence attend to all of that sequence.
+    def forward(self, tokens: Tensor, wanted: slice = ALL) -> Tensor:
+        """Let tokens of a sequence attend to all of that sequence.
 
         Args:
             tokens: `(N, T, D)` float.
+            wanted: Which tokens attend, W of them.
 
         Returns:
-            `(N, T, D)` float.
+            `(N, W, D)` float.
         """
-        queries, keys, values = rearrange(
-            self.queries_keys_values(tokens), "n t (three h d) -> three n h t d", three=3, h=self.num_heads
-        ).unbind(0)
+        if wanted == ALL:
+            queries, keys, values = rearrange(
+                self.queries_keys_values(tokens), "n t (three h d) -> three n h t d", three=3, h=self.num_heads
+            ).unbind(0)
+        else:
+            weight = self.queries_keys_values.weight
+            width = weight.shape[1]
+            queries = rearrange(F.linear(tokens[:, wanted], weight[:width]), "n t (h d) -> n h t d", h=self.num_heads)
+            keys, values = rearrange(
+                F.linear(tokens, weight[width:]), "n t (two h d) -> two n h t d", two=2, h=self.num_heads
+            ).unbind(0)
         mixed = rearrange(attend(queries, keys, values), "n h t d -> n t (h d)")
         projected: Tensor = self.projection(mixed)
         return projected
@@ -161,16 +191,17 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, wanted: slice = ALL) -> Tensor:
         """Apply the block.
 
         Args:
             tokens: `(N, T, D)` float.
+            wanted: Which tokens are returned, W of them; all of them are attended to.
 
         Returns:
-            `(N, T, D)` float.
+            `(N, W, D)` float.
         """
-        tokens = tokens + self.attention(self.attention_norm(tokens))
+        tokens = tokens[:, wanted] + self.attention(self.attention_norm(tokens), wanted)
         tokens = tokens + self.mlp(self.mlp_norm(tokens))
         return tokens
 

@@ -85,6 +85,8 @@ class TITN(Student):
         """
         pixels = self.embedding(images)
         patches = (self.patch_tokens + self.patch_positions).expand(len(images), -1, -1)
-        for block in self.blocks:
-            pixels, patches = block(pixels, patches)
+        *blocks, last = self.blocks
+        for block in blocks:
+            pixels, patches = block(pixels, patches, plain=self.plain)
+        _, patches = last(pixels, patches, self.head_tokens(patches.shape[1]), plain=self.plain)
         return self.class_head(patches[:, 0]), self.distillation_head(patches[:, -1])

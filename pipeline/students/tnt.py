@@ -6,13 +6,16 @@ K classes.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pipeline.students.layers import EncoderBlock, Student, divide, initialise, learned
+from pipeline.students.inner_blocks import InnerBlock, InnerWeights
+from pipeline.students.layers import ALL, EncoderBlock, Student, divide, initialise, learned
 
 
 class PixelEmbedding(nn.Module):
@@ -86,11 +89,16 @@ class NestedBlock(nn.Module):
         num_behind: Tokens after the patches that stand for none: 1 with a distillation token, 0 without. The
             class token in front is always there.
 
+    Attributes:
+        fused: What computes the inner block and the LayerNorm behind it in their modules' place; None for nothing.
+
     Raises:
         UsageError: Where a number of heads does not divide its width.
 
     Source: arXiv:2502.16762 §3.2; arXiv:2103.00112 §2.
     """
+
+    fused: InnerBlock | None = None
 
     def __init__(
         self,
@@ -109,23 +117,58 @@ class NestedBlock(nn.Module):
         self.pixel_norm = nn.LayerNorm(pixel_width)
         self.pixels_to_patch = nn.Linear(num_pixels * pixel_width, width)
         self.outer = EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        self.num_pixels = num_pixels
         self.num_behind = num_behind
 
-    def forward(self, pixels: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, patches: Tensor, wanted: slice = ALL, *, plain: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Apply the block.
 
         Args:
             pixels: `(B * P, M, c)` float.
             patches: `(B, 1 + P + num_behind, D)` float, class token first.
+            wanted: Which patch tokens are returned, W of them.
+            plain: Whether the modules compute the inner block even where it is fused.
 
         Returns:
-            Pixels and patches of the same shapes.
+            Pixels `(B * P, M, c)` and patches `(B, W, D)`.
         """
-        pixels = self.inner(pixels)
-        flat = rearrange(self.pixel_norm(pixels), "(b p) m c -> b p (m c)", b=len(patches))
+        pixels, normed = self._refine(pixels, plain)
+        flat = rearrange(normed, "(b p) m c -> b p (m c)", b=len(patches))
         residual = F.pad(self.pixels_to_patch(flat), (0, 0, 1, self.num_behind))
-        patches = self.outer(patches + residual)
+        patches = self.outer(patches + residual, wanted)
         return pixels, patches
+
+    def _refine(self, pixels: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
+        """Return the refined pixels and their LayerNorm, `(B * P, M, c)` each."""
+        if self.fused is not None and not plain:
+            return self.fused(pixels, inner_weights(self.inner, self.pixel_norm), self.inner.attention.num_heads)
+        # On a CPU bfloat16 gains nothing here: the tokens are too narrow for its matrix units.
+        with torch.autocast(pixels.device.type, enabled=False) if pixels.device.type == "cpu" else nullcontext():
+            pixels = self.inner(pixels)
+            return pixels, self.pixel_norm(pixels)
+
+
+def inner_weights(block: EncoderBlock, norm: nn.LayerNorm) -> InnerWeights:
+    """Return the parameters of an inner block and of the LayerNorm behind it."""
+    attention, (into, _, out) = block.attention, block.mlp
+    assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
+    return InnerWeights(
+        block.attention_norm.weight,
+        block.attention_norm.bias,
+        attention.queries_keys_values.weight,
+        attention.projection.weight,
+        attention.projection.bias,
+        block.mlp_norm.weight,
+        block.mlp_norm.bias,
+        into.weight,
+        into.bias,
+        out.weight,
+        out.bias,
+        norm.weight,
+        norm.bias,
+    )
 
 
 class TNT(Student):
@@ -203,7 +246,9 @@ class TNT(Student):
         """
         pixels = self.embedding(images)
         patches = (self.patch_tokens + self.patch_positions).expand(len(images), -1, -1)
-        for block in self.blocks:
-            pixels, patches = block(pixels, patches)
+        *blocks, last = self.blocks
+        for block in blocks:
+            pixels, patches = block(pixels, patches, plain=self.plain)
+        _, patches = last(pixels, patches, self.head_tokens(patches.shape[1]), plain=self.plain)
         class_logits: Tensor = self.class_head(patches[:, 0])
         return class_logits

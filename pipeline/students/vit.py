@@ -47,8 +47,8 @@ class ViT(Student):
         self.embedding = PatchEmbedding(image_size=image_size, patch_size=patch_size, width=width)
         self.class_token = learned(1, width)
         self.positions = learned(1 + self.embedding.num_patches, width)
-        self.blocks = nn.Sequential(
-            *(EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.class_head = nn.Linear(width, num_classes)
@@ -65,6 +65,9 @@ class ViT(Student):
         """
         class_token = self.class_token.expand(len(images), -1, -1)
         tokens = torch.cat([class_token, self.embedding(images)], dim=1) + self.positions
-        tokens = self.norm(self.blocks(tokens))
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        tokens = self.norm(last(tokens, self.head_tokens(tokens.shape[1])))
         class_logits: Tensor = self.class_head(tokens[:, 0])
         return class_logits
