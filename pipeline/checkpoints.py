@@ -6,10 +6,14 @@ mixed up with another run's is refused.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.storage import read_bytes, read_json, write_atomic, write_json
 
 
@@ -112,9 +116,14 @@ def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
 class RunState:
     """The resumable state of a run under way: the two newest checkpoints, outside DVC's outs.
 
+    Digesting, writing and flushing a state takes longer than a copy of it, so a thread does it while the run goes on.
+
     Args:
         directory: Of this run alone.
         fingerprint: Of everything that decides the run's result; a state with another one is never resumed.
+
+    Attributes:
+        seconds: How long the last write took; None before the first.
     """
 
     _SLOTS = ("state-a", "state-b")
@@ -123,6 +132,9 @@ class RunState:
         self._directory = directory
         self._fingerprint = fingerprint
         self._serial = 0
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
+        self._writing: Future[None] | None = None
+        self.seconds: float | None = None
 
     def load(self) -> Checkpoint | None:
         """Return the newest state that is whole and of this run; None where there is none."""
@@ -141,23 +153,46 @@ class RunState:
         return newest
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Write over the older of the two states.
+        """Copy a state, and begin to write it over the older of the two.
+
+        Args:
+            tensors: On any device; they may change as soon as this returns.
+            meta: Plain JSON values, likewise.
 
         Raises:
-            StorageError: The state cannot be written; the newer one is unharmed.
+            StorageError: The state before this one could not be written; the one before that is unharmed.
         """
+        self.wait()
         self._serial += 1
-        slot = self._SLOTS[self._serial % 2]
-        meta = {**meta, "fingerprint": self._fingerprint, "serial": self._serial}
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        meta = copy.deepcopy({**meta, "fingerprint": self._fingerprint, "serial": self._serial})
+        self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta)
+
+    def wait(self) -> None:
+        """Return when the state saved last is safe.
+
+        Raises:
+            StorageError: It cannot be written; the one before is unharmed.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, slot: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        began = time.monotonic()
         save_checkpoint(self._directory, slot, tensors, meta)
+        self.seconds = time.monotonic() - began
 
     def keep(self, tensors: Mapping[str, Tensor]) -> Path:
         """Write the weights of a run that failed as `last-good.safetensors`, and return its path."""
+        self.wait()
         save_checkpoint(self._directory, "last-good", tensors, {"fingerprint": self._fingerprint})
         return self._directory / "last-good.safetensors"
 
     def delete(self) -> None:
         """Remove the run's directory."""
+        with contextlib.suppress(StorageError):
+            self.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

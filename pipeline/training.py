@@ -221,6 +221,7 @@ class Fit:
             if saving:
                 self.save()
             if stopping:
+                self.state.wait()
                 raise self.stop.error(
                     f"stopped in epoch {self.epoch + 1} of {self.recipe.epochs} after step {self.step}; "
                     "run the same command again to go on"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.checkpoints import RunState, fingerprint, load_checkpoint, load_weights, save_checkpoint
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.storage import write_atomic
 
 TENSORS = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -76,6 +78,7 @@ def test_the_newest_state_of_the_same_run_is_resumed(tmp_path: Path) -> None:
     assert state.load() is None
     for step in range(5):
         state.save({"step": torch.tensor(step)}, {"step": step})
+    state.wait()
     again = RunState(tmp_path / "run", fingerprint(seed=1)).load()
     assert again is not None
     assert again.meta["step"] == 4
@@ -86,6 +89,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
     state = RunState(tmp_path, "f")
     for step in range(3):
         state.save({"step": torch.tensor(step)}, {"step": step})
+    state.wait()
     newest = max(tmp_path.glob("*.json"), key=lambda file: json.loads(file.read_text())["serial"])
     newest.with_suffix(".safetensors").write_bytes(b"cut")
     reopened = RunState(tmp_path, "f")
@@ -93,13 +97,58 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
     assert older is not None
     assert older.meta["step"] == 1
     reopened.save({"step": torch.tensor(9)}, {"step": 9})
+    reopened.wait()
     newest_again = RunState(tmp_path, "f").load()
     assert newest_again is not None
     assert newest_again.meta["step"] == 9
 
 
+def test_a_run_may_go_on_while_its_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def write(path: Path, data: bytes) -> None:
+        began.set()
+        assert may_end.wait(30)
+        write_atomic(path, data)
+
+    monkeypatch.setattr("pipeline.checkpoints.write_atomic", write)
+    state, weights, curve = RunState(tmp_path, "f"), torch.ones(3), [1]
+    state.save({"weights": weights}, {"curve": curve})
+    assert began.wait(30)
+    weights.zero_()
+    curve.append(2)
+    may_end.set()
+    state.wait()
+    saved = RunState(tmp_path, "f").load()
+    assert saved is not None
+    assert torch.equal(saved.tensors["weights"], torch.ones(3)) and saved.meta["curve"] == [1]
+
+
+def test_a_state_that_cannot_be_written_is_told_at_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = RunState(tmp_path, "f")
+    state.save({"step": torch.tensor(0)}, {})
+    state.wait()
+
+    def fail(path: Path, data: bytes) -> None:
+        raise StorageError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.checkpoints.write_atomic", fail)
+        state.save({"step": torch.tensor(1)}, {})
+        with pytest.raises(StorageError, match="disk full"):
+            state.wait()
+    state.save({"step": torch.tensor(2)}, {})
+    state.wait()
+    saved = RunState(tmp_path, "f").load()
+    assert saved is not None and saved.tensors["step"] == 2
+
+
 def test_another_runs_state_is_never_resumed(tmp_path: Path) -> None:
-    RunState(tmp_path, fingerprint(seed=1)).save({}, {})
+    state = RunState(tmp_path, fingerprint(seed=1))
+    state.save({}, {})
+    state.wait()
     assert RunState(tmp_path, fingerprint(seed=2)).load() is None
 
 
