@@ -92,7 +92,7 @@ def train_epoch(fit: Fit) -> None:
     """Train through all samples once, on the next view, without evaluating or saving."""
     fit.saved_at = math.inf
     fit.train_epoch()
-    fit.epoch, fit.step = fit.epoch + 1, 0
+    fit.progress.epoch, fit.progress.step = fit.progress.epoch + 1, 0
 
 
 def seal_random_labels(path: Path, *, num_views: int, num_samples: int) -> LabelCache:

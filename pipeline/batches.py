@@ -27,6 +27,7 @@ class Batch:
         teacher_labels: `(B,)` int64, y_t, or `(B, C)` float32, the teacher's distributions; None where the model
             learns without a teacher.
         confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
+        mean_confidence: Its mean over all samples of the step, a float32 scalar, or None with it.
     """
 
     images: Tensor
@@ -35,6 +36,22 @@ class Batch:
     lam: Tensor
     teacher_labels: Tensor | None
     confidence: Tensor | None = None
+    mean_confidence: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.labels)
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Cut the batch into parts of `size` samples, the last of what is left; None leaves it whole."""
+        if size is None or size >= len(self):
+            return [self]
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        columns = {name: value for name, value in values.items() if value is not None and value.ndim}
+        return [
+            dataclasses.replace(self, **{name: value[start : start + size] for name, value in columns.items()})
+            for start in range(0, len(self), size)
+        ]
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,10 @@ class TrainingData:
         if self.teacher_labels is None:
             return batch
         answer = self.teacher_labels(view, indices, images)
-        return dataclasses.replace(batch, teacher_labels=answer.labels, confidence=answer.confidence)
+        mean = None if answer.confidence is None else answer.confidence.mean()
+        return dataclasses.replace(
+            batch, teacher_labels=answer.labels, confidence=answer.confidence, mean_confidence=mean
+        )
 
 
 @dataclass(frozen=True)

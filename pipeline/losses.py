@@ -50,6 +50,7 @@ def hybrid_loss(
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
     confidence: Tensor | None = None,
+    mean_confidence: Tensor | None = None,
 ) -> Tensor:
     """Return (1 - alpha) CM(p_cls; y1, y2, lambda) + alpha D(p_dist, y_t).
 
@@ -68,6 +69,7 @@ def hybrid_loss(
         temperature: T, of distributions only.
         confidence: `(B,)` float32, weights of the samples in D, which their mean over the batch then divides, so that
             alpha keeps its meaning; None weighs all the same.
+        mean_confidence: That mean, a float32 scalar, where these samples are a part of the batch.
 
     Returns:
         A float32 scalar.
@@ -80,7 +82,9 @@ def hybrid_loss(
         terms = soft_divergence(distillation_logits, teacher_labels, temperature)
     else:
         terms = functional.cross_entropy(distillation_logits.float(), teacher_labels, reduction="none")
-    distillation = terms.mean() if confidence is None else (confidence / confidence.mean() * terms).mean()
+    if confidence is not None:
+        terms = confidence / (confidence.mean() if mean_confidence is None else mean_confidence) * terms
+    distillation = terms.mean()
     return (1.0 - alpha) * truth + alpha * distillation
 
 

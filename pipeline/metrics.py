@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.distributed import Group
 from pipeline.losses import Outputs, probabilities
 
 
@@ -57,11 +58,11 @@ class Meter:
 
     def __post_init__(self) -> None:
         self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
-        self._top5 = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._agreed = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._top5, self._agreed, self._class_hits, self._distillation_hits = (
+            torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(4)
+        )
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._heads: list[Tensor] = []
-        self._has_teacher = False
+        self._has_teacher = self._has_two_heads = False
 
     def add(self, outputs: Outputs, labels: Tensor, teacher_labels: Tensor | None = None) -> None:
         """Count a batch.
@@ -71,11 +72,11 @@ class Meter:
             labels: `(B,)` int64 targets.
             teacher_labels: `(B,)` int64, the teacher's labels of the same clean images.
         """
-        heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        if not self._heads:
-            self._heads = [torch.zeros_like(self._top5) for _ in heads]
-        for total, head in zip(self._heads, heads, strict=True):
-            total += (head.argmax(dim=1) == labels).sum()
+        class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+        self._class_hits += (class_logits.argmax(dim=1) == labels).sum()
+        if distillation_logits is not None:
+            self._has_two_heads = True
+            self._distillation_hits += (distillation_logits.argmax(dim=1) == labels).sum()
         likely = probabilities(outputs)
         predicted = likely.argmax(dim=1)
         cells = labels * self.num_classes + predicted
@@ -86,6 +87,12 @@ class Meter:
         if teacher_labels is not None:
             self._has_teacher = True
             self._agreed += (predicted == teacher_labels).sum()
+
+    def reduce(self, group: Group) -> None:
+        """Add up what all ranks have counted, each its share of the split."""
+        known = torch.tensor([self._has_teacher, self._has_two_heads], dtype=torch.int64, device=self.device)
+        self._has_teacher, self._has_two_heads = (value > 0 for value in group.max_(known).tolist())
+        group.sum_(self.confusion, self._top5, self._agreed, self._class_hits, self._distillation_hits, self._loss)
 
     def scores(self) -> Scores:
         """Return the scores of everything counted so far."""
@@ -103,8 +110,8 @@ class Meter:
             f1=f1,
             loss=float(self._loss) / total,
             agreement=percent(self._agreed) if self._has_teacher else None,
-            class_top1=percent(self._heads[0]),
-            distillation_top1=percent(self._heads[1]) if len(self._heads) > 1 else None,
+            class_top1=percent(self._class_hits),
+            distillation_top1=percent(self._distillation_hits) if self._has_two_heads else None,
         )
 
 

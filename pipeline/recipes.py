@@ -142,6 +142,8 @@ class StudentRecipe(FitRecipe):
         num_heads: Heads of the outer attention.
         pixel_width: Width c of the inner tokens (tnt and titn).
         pixel_heads: Heads of the inner attention (tnt and titn).
+        micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
+            0 chooses: 128 on a CPU, all elsewhere.
     """
 
     model: str
@@ -154,6 +156,7 @@ class StudentRecipe(FitRecipe):
     num_heads: int = _number(1, 256, 3)
     pixel_width: int = _number(1, 1024, 12)
     pixel_heads: int = _number(1, 256, 2)
+    micro_batch: int = _number(0, 1_000_000, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,15 +58,22 @@ def resolve_device(name: str | None = None) -> torch.device:
     """Return the device to run on.
 
     Args:
-        name: `cpu`, `cuda`, `cuda:1`, `mps`; None takes this rank's GPU where there is one, else the CPU.
+        name: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one, else the CPU. Among several ranks a
+            GPU without a number is the rank's own.
 
     Raises:
         UsageError: The device is not known or not there.
     """
-    if name is None:
-        return torch.device("cuda", current_ranks().local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    ranks = current_ranks()
+    if torch.cuda.is_available() and (name is None or (name == "cuda" and ranks.world_size > 1)):
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"LOCAL_RANK={ranks.local_rank}: there are {torch.cuda.device_count()} GPUs here; start torchrun with "
+                "--nproc-per-node of at most that, or give --device cpu"
+            )
+        return torch.device("cuda", ranks.local_rank)
     try:
-        device = torch.device(name)
+        device = torch.device(name or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(f"--device {name}: not available here; leave it out, or use cpu") from None

@@ -3,27 +3,33 @@
 `Fit` runs epochs of `train_step` over `TrainingData`, evaluates after each, keeps the best epoch's weights and
 saves a resumable state at most once a minute. A run that was stopped and started again ends with the same weights
 and curve as one that was not: views and order are pure functions of the epoch, and the generators' states are saved.
+
+Under torchrun every rank runs the same loop on its share of every batch. What decides how it goes on (a stop, a save, a
+loss that is not finite, scores) is agreed on first, so that all take the same steps; rank 0 alone writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
-from pipeline.checkpoints import Checkpoint, RunState
-from pipeline.errors import NumericalError
+from pipeline.checkpoints import RunState
+from pipeline.distributed import ALONE, Group, accumulating, has_batch_norm, parallel
+from pipeline.errors import Interrupted, NumericalError
 from pipeline.losses import Outputs
 from pipeline.metrics import Meter, Scores
 from pipeline.optimization import build_optimizer, learning_rate
 from pipeline.recipes import FitRecipe
+from pipeline.resuming import FitResult, Progress, load_progress, save_progress
 from pipeline.runtime import autocast
 from pipeline.stopping import StopSignal
 from pipeline.views import normalize
@@ -38,25 +44,6 @@ EVALUATION_BATCH = 1000
 
 
 Objective = Callable[[Outputs, Batch], Tensor]
-
-
-@dataclass
-class FitResult:
-    """What `Fit.run` returns.
-
-    Attributes:
-        curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
-        best: Weights of the best epoch, the earliest of equals, on the CPU.
-        best_epoch: Its number, from 1.
-        warnings: What went wrong without ending the run.
-        at_chance: Whether the run ended without having learned anything.
-    """
-
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_epoch: int = 0
-    warnings: list[str] = field(default_factory=list)
-    at_chance: bool = False
 
 
 class Watcher(Protocol):
@@ -83,35 +70,59 @@ def train_step(
     *,
     clip: float,
     precision: str,
+    micro_batch: int | None = None,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Do one step: forward, loss, backward, clip, update.
 
     Args:
         model: In training mode.
-        batch: On the model's device.
-        objective: Maps outputs and batch to the loss.
+        batch: On the model's device; this rank's share, which may be empty.
+        objective: Maps outputs and batch to the mean loss of its samples.
         optimizer: Over the model's parameters.
         clip: Largest gradient norm; 0 leaves gradients alone.
         precision: `fp32` or `bf16`.
+        micro_batch: Samples that go through the model at once; their gradients add up to those of the batch. None
+            takes all. Not for models with batch norm.
+        weight: Size of the batch over the mean size of all ranks' batches, so that the mean over the ranks of loss
+            and gradients is that over all samples.
 
     Returns:
-        The loss, a float32 scalar, and whether loss and gradient norm are finite, a boolean scalar; both stay on
-        the device.
+        The loss times `weight`, a float32 scalar, and whether loss and gradient norm are finite, a boolean scalar;
+        both stay on the device.
     """
-    with autocast(batch.images.device, precision):
-        outputs = model(batch.images)
-    loss = objective(outputs, batch)
     optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
+    total = torch.zeros((), device=batch.images.device)
+    parts = batch.split(micro_batch)
+    for part in parts:
+        with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
+            with autocast(batch.images.device, precision):
+                outputs = model(part.images)
+            loss = _weighed(objective, outputs, part, weight * len(part) / max(1, len(batch)))
+            torch.autograd.backward(loss)
+        total += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
     optimizer.step()
-    loss = loss.detach()
-    return loss, torch.isfinite(loss) & torch.isfinite(norm)
+    return total, torch.isfinite(total) & torch.isfinite(norm)
+
+
+def _weighed(objective: Objective, outputs: Outputs, batch: Batch, weight: float) -> Tensor:
+    """Return the loss times its weight; of no samples it is 0, with a gradient of 0 for every parameter."""
+    if len(batch):
+        return objective(outputs, batch) * weight
+    heads = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.stack([head.float().sum() for head in heads]).sum()
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32") -> Scores:
+def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32", group: Group = ALONE) -> Scores:
     """Score a model on clean images; it is left in evaluation mode.
+
+    Args:
+        model: On the device of the data, with the same weights on every rank.
+        data: The whole split.
+        precision: `fp32` or `bf16`.
+        group: The ranks that share the images; all return the scores of the whole.
 
     Raises:
         NumericalError: A logit is not finite.
@@ -119,16 +130,18 @@ def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32")
     model.eval()
     device = data.images.device
     meter = Meter(data.num_classes, device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    for start in range(0, len(data.images), EVALUATION_BATCH):
-        part = slice(start, start + EVALUATION_BATCH)
+    broken = torch.zeros((), dtype=torch.int64, device=device)
+    share = group.share(len(data.images))
+    for start in range(share.start, share.stop, EVALUATION_BATCH):
+        part = slice(start, min(start + EVALUATION_BATCH, share.stop))
         with autocast(device, precision):
             outputs = model(normalize(data.images[part], data.mean, data.std))
         for head in outputs if isinstance(outputs, tuple) else (outputs,):
-            finite &= torch.isfinite(head).all()
+            broken += (~torch.isfinite(head)).any()
         meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
-    if not finite:
+    if group.max_(broken):
         raise NumericalError("evaluation: a logit is not finite; lower lr, or set clip to 1.0")
+    meter.reduce(group)
     return meter.scores()
 
 
@@ -148,6 +161,8 @@ class Fit:
         watcher: Is told of every step and epoch.
         stop: Asked after every step.
         metric: The score that decides the best epoch, higher is better.
+        micro_batch: As for `train_step`.
+        group: The ranks that train it together; each has all of the data, and the same seed.
     """
 
     model: nn.Module
@@ -161,14 +176,17 @@ class Fit:
     watcher: Watcher
     stop: StopSignal
     metric: str = "top1"
+    micro_batch: int | None = None
+    group: Group = ALONE
 
     def __post_init__(self) -> None:
+        self.parallel = parallel(self.model, self.group)
         self.optimizer = build_optimizer(self.model.parameters(), self.recipe)
         self.device = self.evaluation.images.device
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
-        self.result = FitResult()
-        self.epoch = self.step = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        # Batch norm cannot train on one sample.
+        self.least = 2 if has_batch_norm(self.model) else 1
+        self.progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
         self.saved_at = time.monotonic()
         weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         self.save_seconds = 4 * weights / ASSUMED_BYTES_PER_SECOND
@@ -181,156 +199,136 @@ class Fit:
                 to try; the best epoch so far is kept beside the state.
             Interrupted: A signal came; the state has been saved.
         """
+        if not self.group.is_main:
+            # Else all ranks would drop the same units out.
+            torch.manual_seed(self.seed + (self.group.rank << 32))
         with self.stop.deferred():
-            self.resume()
-            self.watcher.started(self.recipe.epochs, len(self.batches), self.epoch, self.step)
-            while self.epoch < self.recipe.epochs:
+            load_progress(self.state, self.progress, self.model, self.optimizer, self.group)
+            progress = self.progress
+            self.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
+            while progress.epoch < self.recipe.epochs:
                 self.train_epoch()
                 self.end_epoch()
-        return self.result
+        return progress.result
 
     def train_epoch(self) -> None:
         """Train from the current step to the end of the epoch."""
-        self.model.train()
-        order = epoch_order(self.seed, self.epoch, self.data.views.num_samples).to(self.device)
+        self.parallel.train()
+        progress, ranks = self.progress, self.group.world_size
+        order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples).to(self.device)
         check_every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
         finite: list[Tensor] = []
-        for part in self.batches[self.step :]:
-            lr = self._learning_rate(self.step)
+        for part in self.batches[progress.step :]:
+            lr = self._learning_rate(progress.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            batch = self.data.batch(self.epoch, order[part])
+            batch, size = self._share(order[part]), part.stop - part.start
             loss, is_finite = train_step(
-                self.model,
+                self.parallel,
                 batch,
                 self.objective,
                 self.optimizer,
                 clip=self.recipe.clip,
                 precision=self.precision,
+                micro_batch=self.micro_batch,
+                weight=len(batch) * ranks / size,
             )
-            self.loss_sum += loss.double() * len(batch.labels)
-            self.step += 1
+            progress.loss_sum += loss.double() * (size / ranks)
+            progress.step += 1
             self.watcher.stepped()
             finite.append(is_finite)
-            stopping = self.stop.received is not None
-            pause = max(SECONDS_BETWEEN_SAVES, self.save_seconds / SAVING_SHARE)
-            saving = stopping or time.monotonic() - self.saved_at > pause
-            if saving or len(finite) == check_every or self.step == len(self.batches):
-                self._check_finite(finite, lr)
+            wishes = (self.stop.received or 0, int(self._save_is_due()))
+            due = len(finite) == check_every or progress.step == len(self.batches)
+            if due or (self.group.is_alone and any(wishes)):
+                self._check(finite, lr, *wishes)
                 finite = []
-            if saving:
-                self.save()
-            if stopping:
-                self.state.wait()
-                raise self.stop.error(
-                    f"stopped in epoch {self.epoch + 1} of {self.recipe.epochs} after step {self.step}; "
-                    "run the same command again to go on"
-                )
 
     def end_epoch(self) -> None:
         """Evaluate, extend the curve, keep the best weights."""
-        scores = evaluate(self.model, self.evaluation, precision=self.precision)
-        train_loss = float(self.loss_sum) / self.data.views.num_samples
+        progress, result = self.progress, self.progress.result
+        self.group.broadcast_(self.model.buffers())
+        scores = evaluate(self.model, self.evaluation, precision=self.precision, group=self.group)
+        self.group.sum_(progress.loss_sum)
         row = {
-            "epoch": self.epoch + 1,
+            "epoch": progress.epoch + 1,
             "lr": self._learning_rate(len(self.batches) - 1),
-            "train_loss": train_loss,
+            "train_loss": float(progress.loss_sum) / self.data.views.num_samples,
             **dataclasses.asdict(scores),
         }
-        best = max((past[self.metric] for past in self.result.curve), default=-math.inf)
-        self.result.curve.append(row)
+        best = max((past[self.metric] for past in result.curve), default=-math.inf)
+        result.curve.append(row)
         if row[self.metric] > best:
-            self.result.best_epoch = self.epoch + 1
-            self.result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            result.best_epoch = progress.epoch + 1
+            if self.group.is_main:
+                result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         self.watcher.epoch_ended(row)
         self._warn_at_chance(row)
-        self.epoch, self.step = self.epoch + 1, 0
-        self.loss_sum.zero_()
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum.zero_()
 
     def save(self) -> None:
         """Write the resumable state."""
         began = time.monotonic()
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.result.best.items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
-        tensors["loss_sum"] = self.loss_sum
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        result = self.result
-        meta = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "curve": result.curve,
-            "best_epoch": result.best_epoch,
-        }
-        self.state.save(tensors, {**meta, "warnings": result.warnings, "at_chance": result.at_chance})
+        save_progress(self.state, self.progress, self.model, self.optimizer, self.group)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - began
 
-    def resume(self) -> None:
-        """Go on from the saved state, if there is one."""
-        saved = self.state.load()
-        if saved is None:
-            return
-        self.model.load_state_dict(_part(saved, "model."))
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {}
-        parameters = list(self.model.parameters())
-        for name, tensor in _part(saved, "optimizer.").items():
-            index, key = name.split(".", 1)
-            parameter = parameters[int(index)]
-            if tensor.shape == parameter.shape:
-                # A fused update goes through memory in order: moments must lie there as their weights do.
-                tensor = torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)
-            optimizer["state"].setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict(optimizer)
-        self.loss_sum.copy_(saved.tensors["loss_sum"])
-        torch.set_rng_state(saved.tensors["rng.cpu"])
-        if "rng.cuda" in saved.tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved.tensors["rng.cuda"], self.device)
-        meta = saved.meta
-        self.epoch, self.step = meta["epoch"], meta["step"]
-        self.result = FitResult(
-            list(meta["curve"]),
-            _part(saved, "best."),
-            meta["best_epoch"],
-            list(meta["warnings"]),
-            meta["at_chance"],
-        )
+    def _share(self, indices: Tensor) -> Batch:
+        """Return this rank's share of the step on `indices`, `(N,)` int64."""
+        own = self.group.share(len(indices), least=self.least)
+        batch = self.data.batch(self.progress.epoch, indices[own])
+        if batch.confidence is None or self.group.is_alone:
+            return batch
+        total = batch.confidence.sum()
+        self.group.sum_(total)
+        return dataclasses.replace(batch, mean_confidence=total / len(indices))
+
+    def _save_is_due(self) -> bool:
+        """Tell whether it is time to save; rank 0's clock decides."""
+        pause = max(SECONDS_BETWEEN_SAVES, self.save_seconds / SAVING_SHARE)
+        return self.group.is_main and time.monotonic() - self.saved_at > pause
+
+    def _check(self, finite: list[Tensor], lr: float, stop: int, save: int) -> None:
+        """Agree with the other ranks on the last steps' losses, on stopping and on saving, and act on it."""
+        wishes = torch.tensor([stop, save], device=self.device)
+        stop, save, *broken = self.group.max_(torch.cat([wishes, (~torch.stack(finite)).long()])).tolist()
+        if any(broken):
+            self._fail(self.progress.step - len(broken) + broken.index(1) + 1, lr)
+        if stop or save:
+            self.save()
+        if stop:
+            self.state.wait()
+            raise Interrupted(
+                f"stopped in epoch {self.progress.epoch + 1} of {self.recipe.epochs} after step {self.progress.step}; "
+                "run the same command again to go on",
+                stop,
+            )
+
+    def _fail(self, step: int, lr: float) -> NoReturn:
+        """Stop at a step that was not finite, keeping the best epoch so far."""
+        result = self.progress.result
+        where = f"epoch {self.progress.epoch + 1}, step {step}, lr {lr:.3g}"
+        kept = "no epoch was finished before"
+        if result.best_epoch:
+            path = self.group.on_main(lambda: str(self.state.keep(result.best)))
+            kept = f"the best epoch so far ({result.best_epoch}) is kept in {path}"
+        raise NumericalError(f"{where}: the loss or its gradient is not finite; lower lr or set clip to 1.0; {kept}")
 
     def _learning_rate(self, step: int) -> float:
         """Return the learning rate of a step of this epoch."""
-        return learning_rate(self.recipe, self.epoch * len(self.batches) + step, len(self.batches))
-
-    def _check_finite(self, finite: list[Tensor], lr: float) -> None:
-        """Stop at the first of the last steps that was not finite, keeping the best epoch so far."""
-        flags = torch.stack(finite).tolist()
-        if all(flags):
-            return
-        step = self.step - len(flags) + flags.index(False) + 1
-        where = f"epoch {self.epoch + 1}, step {step}, lr {lr:.3g}"
-        kept = "no epoch was finished before"
-        if self.result.best:
-            kept = f"the best epoch so far ({self.result.best_epoch}) is kept in {self.state.keep(self.result.best)}"
-        raise NumericalError(f"{where}: the loss or its gradient is not finite; lower lr or set clip to 1.0; {kept}")
+        return learning_rate(self.recipe, self.progress.epoch * len(self.batches) + step, len(self.batches))
 
     def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
         """Warn of an epoch after warm-up whose loss has not left that of guessing, ln K; recorded while it lasts."""
+        result = self.progress.result
         chance = 100.0 / self.evaluation.num_classes
         stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and row["top1"] < 1.5 * chance
-        self.result.at_chance = stuck and self.epoch + 1 > self.recipe.warmup_epochs
-        if not self.result.at_chance:
-            self.result.warnings.clear()
-        elif not self.result.warnings:
+        result.at_chance = stuck and row["epoch"] > self.recipe.warmup_epochs
+        if not result.at_chance:
+            result.warnings.clear()
+        elif not result.warnings:
             figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %"
             advice = "if it stays there, lower lr, add warmup_epochs, or set clip to 1.0"
             message = f"epoch {row['epoch']} is still at chance ({figures}); {advice}"
-            self.result.warnings.append(message)
+            result.warnings.append(message)
             self.watcher.warned(message)
-
-
-def _part(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.datasets import Dataset
+    from pipeline.distributed import Group
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Context:
     stop: StopSignal
     device_name: str | None = None
     _changed: list[str] = field(default_factory=list)
+    _group: Group | None = None
 
     @property
     def paths(self) -> Paths:
@@ -54,6 +58,26 @@ class Context:
         from pipeline.runtime import resolve_device
 
         return resolve_device(self.device_name)
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[Group]:
+        """Join torchrun's group for as long as the outermost such block lasts; without torchrun this process is alone.
+
+        Raises:
+            UsageError: The device or the environment allows no group.
+            PipelineError: Another rank has ended.
+        """
+        from pipeline.distributed import join
+
+        if self._group is not None:
+            yield self._group
+            return
+        with join(self.device) as group:
+            self._group = group
+            try:
+                yield group
+            finally:
+                self._group = None
 
     def say(self, message: str) -> None:
         """Print one line, unwrapped and without markup."""

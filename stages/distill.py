@@ -18,9 +18,11 @@ from pipeline.recipes import Recipe, StudentRecipe
 from pipeline.students import STUDENTS, build_student
 from pipeline.training import Objective
 from stages.context import Context
-from stages.fitting import Run, carry_out, make_views, place, refuse_several_ranks
+from stages.fitting import Run, carry_out, make_views, place, up_to_date
 from stages.models import describe, student_arguments
 from stages.teacher_labels import Distillation, TeacherSource
+
+CPU_MICRO_BATCH = 128
 
 
 def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> StudentRecipe:
@@ -74,31 +76,39 @@ def distill(
         UsageError: A name or option that does not exist, or options that do not go together.
         DataError: Prepared data or labels are missing, do not belong together, or hold less than is asked for.
     """
-    refuse_several_ranks()
     recipe = student_recipe(context.recipe, name, settings or {})
     distillation = Distillation(labels=labels, teacher=teacher, soft=soft, confidence=confidence, num_views=num_views)
     distillation.check(name, recipe)
-    device, dataset = context.device, context.dataset()
-    source = TeacherSource(context, dataset, recipe, distillation)
-    run = _plan(context, dataset, name, recipe, source, distillation, settings=settings or {}, seed=seed)
-    if run.is_current() and not fresh:
-        context.say(f"{name}: up to date ({run.out}); --fresh trains it again")
-        return run.out
-    views = make_views(context, dataset, recipe.views)
-    source.check(views)
-    torch.manual_seed(seed)
-    model = build_student(recipe.model, **run.description["arguments"]).to(device)
-    carry_out(
-        context,
-        run,
-        model=model,
-        dataset=dataset,
-        data=TrainingData(views, dataset.mean, dataset.std, run.num_views, source.teacher_labels(device)),
-        clean=source.clean,
-        objective=student_objective(recipe, distilled=source.is_distilled, soft=soft),
-        fresh=fresh,
-    )
+    with context.joined() as group:
+        device, dataset = context.device, context.dataset()
+        source = TeacherSource(context, dataset, recipe, distillation)
+        run = _plan(context, dataset, name, recipe, source, distillation, settings=settings or {}, seed=seed)
+        if up_to_date(context, run, group, fresh=fresh):
+            return run.out
+        views = make_views(context, dataset, recipe.views)
+        source.check(views)
+        torch.manual_seed(seed)
+        model = build_student(recipe.model, **run.description["arguments"]).to(device)
+        carry_out(
+            context,
+            run,
+            group,
+            model=model,
+            dataset=dataset,
+            data=TrainingData(views, dataset.mean, dataset.std, run.num_views, source.teacher_labels(device)),
+            clean=source.clean,
+            objective=student_objective(recipe, distilled=source.is_distilled, soft=soft),
+            micro_batch=micro_batch_on(device, recipe),
+            fresh=fresh,
+        )
     return run.out
+
+
+def micro_batch_on(device: torch.device, recipe: StudentRecipe) -> int | None:
+    """Return the samples that go through a student at once on a device; None is all of a batch."""
+    if recipe.micro_batch:
+        return recipe.micro_batch
+    return CPU_MICRO_BATCH if device.type == "cpu" else None
 
 
 def _plan(
@@ -168,6 +178,7 @@ def student_objective(recipe: StudentRecipe, *, distilled: bool, soft: float | N
             label_smoothing=smoothing,
             temperature=1.0 if soft is None else soft,
             confidence=batch.confidence,
+            mean_confidence=batch.mean_confidence,
         )
 
     return objective

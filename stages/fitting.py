@@ -7,6 +7,7 @@ because of them.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -24,12 +25,13 @@ import pipeline
 from pipeline.batches import EvaluationData, TrainingData
 from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
 from pipeline.datasets import Dataset, Split
-from pipeline.errors import UsageError
+from pipeline.distributed import Group, has_batch_norm
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
-from pipeline.runtime import current_ranks, environment, keep_freed_memory, resolve_precision
+from pipeline.resuming import FitResult
+from pipeline.runtime import environment, keep_freed_memory, resolve_precision
 from pipeline.storage import lock, write_atomic, write_json
-from pipeline.training import Fit, FitResult, Objective, evaluate
+from pipeline.training import Fit, Objective, evaluate
 from pipeline.views import Views
 from stages.context import Context
 from stages.models import costs
@@ -129,23 +131,18 @@ def evaluation_data(
     )
 
 
-def refuse_several_ranks() -> None:
-    """Refuse to train under torchrun.
-
-    Raises:
-        UsageError: WORLD_SIZE is above 1.
-    """
-    world_size = current_ranks().world_size
-    if world_size > 1:
-        raise UsageError(
-            f"WORLD_SIZE={world_size}: training runs on one process; start it without torchrun "
-            "(`pipeline label` does share its views among torchrun's ranks)"
-        )
+def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
+    """Tell whether there is nothing to do, and say so; rank 0 looks, since it also writes."""
+    current = not fresh and group.on_main(run.is_current)
+    if current:
+        context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
+    return current
 
 
 def carry_out(
     context: Context,
     run: Run,
+    group: Group,
     *,
     model: nn.Module,
     dataset: Dataset,
@@ -153,6 +150,7 @@ def carry_out(
     clean: Mapping[str, np.ndarray[Any, Any]],
     objective: Objective,
     metric: str = "top1",
+    micro_batch: int | None = None,
     fresh: bool = False,
 ) -> None:
     """Train a model and write its outputs, or go on where a former run stopped.
@@ -160,22 +158,30 @@ def carry_out(
     Args:
         context: The command's setting.
         run: What to train.
+        group: The ranks that train it together; rank 0 holds the lock and writes.
         model: Initialised, on the device.
         dataset: Its evaluation split decides the best epoch; the test split is scored once, at the end.
         data: Training batches on the device.
         clean: The teacher's labels of the clean splits by name; empty without a teacher.
         objective: The loss.
         metric: The score that decides the best epoch.
+        micro_batch: As for pipeline.training.train_step.
         fresh: Whether to leave a saved state aside.
     """
     device = context.device
     precision = resolve_precision(run.recipe.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    with lock(run.work.with_name(f"{run.work.name}.lock")):
-        state = RunState(run.work, run.fingerprint)
-        if fresh:
-            state.delete()
+    state = RunState(run.work, run.fingerprint)
+    with contextlib.ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(lock(run.work.with_name(f"{run.work.name}.lock")))
+            if fresh:
+                state.delete()
+
+        group.on_main(begin)
+        _say_ranks(context, run, group, model)
         split_name, split = dataset.evaluation
         evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
         began = time.monotonic()
@@ -192,32 +198,52 @@ def carry_out(
                 watcher=watcher,
                 stop=context.stop,
                 metric=metric,
+                micro_batch=micro_batch,
+                group=group,
             ).run()
-            _finish(context, run, model, dataset, clean, result, precision)
-            where = {**environment(device), "seconds": round(time.monotonic() - began, 1)}
-            write_json(run.out / "run.json", where)
-            state.delete()
+            last, scores = _score_best(context, run, group, model, dataset, clean, result, precision)
+
+            def end() -> None:
+                _write(run, result, last, _metrics(run, dataset, result, scores, precision))
+                seconds = round(time.monotonic() - began, 1)
+                write_json(run.out / "run.json", {**environment(device), "ranks": group.world_size, "seconds": seconds})
+                state.delete()
+
+            group.on_main(end)
     if run.stage is not None:
         context.changed(run.stage)
 
 
-def _finish(
+def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> None:
+    """Say how several ranks share the work, and what that changes."""
+    if group.is_alone:
+        return
+    line = f"{run.name}: {group.world_size} ranks ({group.backend}) share each batch of {run.recipe.batch_size}"
+    if has_batch_norm(model):
+        alike = "all of it" if group.backend == "nccl" else "each rank's own share of it, kept from rank 0's"
+        line += f"; batch norm's statistics are those of {alike}"
+    context.say(line)
+
+
+def _score_best(
     context: Context,
     run: Run,
+    group: Group,
     model: nn.Module,
     dataset: Dataset,
     clean: Mapping[str, np.ndarray[Any, Any]],
     result: FitResult,
     precision: str,
-) -> None:
-    """Score the best epoch on the test split and write the outputs; `model` holds the last epoch's weights."""
+) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    """Return the last epoch's weights, which `model` holds, where they are kept, and the best one's test scores."""
     last = None
-    if run.keep_last:
-        last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(result.best)
+    if group.is_main:
+        if run.keep_last:
+            last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(result.best)
+    group.broadcast_(model.state_dict().values())
     test = evaluation_data(dataset, dataset.test, context.device, clean.get("test"))
-    scores = dataclasses.asdict(evaluate(model, test, precision=precision))
-    _write(run, result, last, _metrics(run, dataset, result, scores, precision))
+    return last, dataclasses.asdict(evaluate(model, test, precision=precision, group=group))
 
 
 def _metrics(

@@ -102,7 +102,7 @@ def conditions(metrics: list[dict[str, Any]], directories: Iterable[Path]) -> st
         "Best epoch by "
         + _all(f"{each['evaluated_on']} accuracy" for each in metrics)
         + (", as in the paper" if _is_test(metrics) else "; all but best and last top-1 are on test"),
-        "device " + _all(run["device"] for run in runs),
+        "device " + _all(_device(run) for run in runs),
         "precision " + _all(each["precision"] for each in metrics),
         "epochs " + _all(each["epochs"] for each in metrics),
         "effective batch " + _all(each["batch_size"] for each in metrics),
@@ -118,6 +118,12 @@ def conditions(metrics: list[dict[str, Any]], directories: Iterable[Path]) -> st
     ]
     warnings = [f"{each['name']}: {warning}" for each in metrics for warning in each["warnings"]]
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
+
+
+def _device(run: dict[str, Any]) -> str:
+    """Return a run's device, with the number of ranks where there were several."""
+    ranks = run.get("ranks", 1)  # not in the run.json of former versions
+    return run["device"] if ranks == 1 else f"{ranks} x {run['device']}"
 
 
 def _is_test(metrics: list[dict[str, Any]]) -> bool:

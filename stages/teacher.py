@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline.batches import Batch, TrainingData
 from pipeline.errors import UsageError
@@ -17,7 +18,7 @@ from pipeline.storage import sha256_file
 from pipeline.teachers import build_teacher
 from pipeline.training import Objective
 from stages.context import Context
-from stages.fitting import Run, carry_out, make_views, place, refuse_several_ranks
+from stages.fitting import Run, carry_out, make_views, place, up_to_date
 from stages.models import describe
 
 
@@ -52,29 +53,34 @@ def train_teacher(
     Returns:
         The directory of the outputs.
     """
-    refuse_several_ranks()
-    device = context.device
-    run = plan_teacher(context, name, settings=settings, seed=seed)
-    if run.is_current() and not fresh:
-        context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
-        return run.out
-    dataset = context.dataset()
-    views = make_views(context, dataset, "default", key="teacher")
-    assert isinstance(run.recipe, TeacherRecipe)
-    torch.manual_seed(seed)
-    model = build_teacher(name, weights=run.recipe.weights, **run.description["arguments"])
-    model.to(device).to(memory_format=torch.channels_last)
-    carry_out(
-        context,
-        run,
-        model=model,
-        dataset=dataset,
-        data=TrainingData(views, dataset.mean, dataset.std),
-        clean={},
-        objective=teacher_objective(run.recipe.label_smoothing),
-        metric=context.recipe.select.by,
-        fresh=fresh,
-    )
+    with context.joined() as group:
+        device = context.device
+        run = plan_teacher(context, name, settings=settings, seed=seed)
+        if up_to_date(context, run, group, fresh=fresh):
+            return run.out
+        dataset = context.dataset()
+        views = make_views(context, dataset, "default", key="teacher")
+        recipe = run.recipe
+        assert isinstance(recipe, TeacherRecipe)
+
+        def build() -> nn.Module:
+            torch.manual_seed(seed)
+            return build_teacher(name, weights=recipe.weights, **run.description["arguments"])
+
+        model = group.main_first(build)
+        model.to(device).to(memory_format=torch.channels_last)
+        carry_out(
+            context,
+            run,
+            group,
+            model=model,
+            dataset=dataset,
+            data=TrainingData(views, dataset.mean, dataset.std),
+            clean={},
+            objective=teacher_objective(recipe.label_smoothing),
+            metric=context.recipe.select.by,
+            fresh=fresh,
+        )
     return run.out
 
 

@@ -10,6 +10,7 @@ from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.labels import LabelCache
 from pipeline.recipes import OPTIMIZERS
 from pipeline.reporting import Table, number
+from pipeline.runtime import current_ranks
 from pipeline.storage import read_json
 from stages.context import Context
 from stages.label import label
@@ -34,6 +35,8 @@ def teacher_select(
 ) -> list[Table]:
     """Prepare, train every candidate, select, label.
 
+    Under torchrun all ranks train each candidate together; rank 0 prepares and selects, while the others wait.
+
     Args:
         context: The command's setting.
         teachers: Names of the candidates; None takes `teachers` of params.yaml.
@@ -44,21 +47,33 @@ def teacher_select(
         Table 2, and Figure 5's table where optimisers are given.
     """
     names = check_names(context, teachers, optimizers)
-    if not context.paths.dataset.exists():
-        prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw)
-        context.changed("prepare")
-        context.say(f"{context.paths.dataset}: prepared")
-    for name in names:
-        train_teacher(context, name, fresh=fresh)
-    comparison = select(context, names)
-    note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
-    tables = [teachers_table(context.recipe, comparison, note)]
-    context.say(f"selected {comparison['winner']} by {comparison['by']}")
-    if optimizers:
-        tables.append(sweep(context, comparison["winner"], optimizers, fresh=fresh))
+    if fresh and current_ranks().world_size > 1:
+        raise UsageError(
+            "--fresh: not under torchrun, whose ranks would delete each other's labels; delete "
+            f"{context.paths.labels('default').parent} first, and train with `teacher NAME --fresh`"
+        )
+    with context.joined() as group:
+        group.on_main(lambda: _prepare(context))
+        for name in names:
+            train_teacher(context, name, fresh=fresh)
+        comparison = group.on_main(lambda: select(context, names))
+        note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
+        tables = [teachers_table(context.recipe, comparison, note)]
+        context.say(f"selected {comparison['winner']} by {comparison['by']}")
+        if optimizers:
+            tables.append(sweep(context, comparison["winner"], optimizers, fresh=fresh))
     for view_recipe in context.params.view_recipes:
         label(context, view_recipe, fresh=fresh)
     return tables
+
+
+def _prepare(context: Context) -> None:
+    """Prepare the data unless it is there."""
+    if context.paths.dataset.exists():
+        return
+    prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw)
+    context.changed("prepare")
+    context.say(f"{context.paths.dataset}: prepared")
 
 
 def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports modules of its own layer or of those before it.
 LAYERS = (
-    {"errors", "recipes", "params", "storage", "runtime", "stopping", "threads", "paper"},
+    {"errors", "recipes", "params", "storage", "runtime", "distributed", "stopping", "threads", "paper"},
     {"datasets", "image_folders", "sources"},
     {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "views"},
     {
@@ -24,7 +24,7 @@ LAYERS = (
         "labels",
         "checkpoints",
     },
-    {"batches", "optimization", "labelling", "replay", "teacher_answers", "training", "reporting"},
+    {"batches", "optimization", "labelling", "replay", "teacher_answers", "resuming", "training", "reporting"},
 )
 LEAVES = {"teachers", "folding", "counting", "students"}
 HOMES = {
