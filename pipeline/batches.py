@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.draws import uniforms
-from pipeline.views import Views, normalize
+from pipeline.streaming import HostImages, in_batches
+from pipeline.views import ViewBatch, Views, normalize
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,30 @@ class TrainingData:
 
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """Render the samples `indices`, `(B,)` int64, of the epoch's view."""
-        view = epoch if self.num_views is None else epoch % self.num_views
+        view = self._view(epoch)
         self.views.prepare(view)
-        rendered = self.views.batch(view, indices)
+        return self._answered(view, indices, self.views.batch(view, indices))
+
+    def batches(self, epoch: int, parts: Sequence[Tensor]) -> Generator[Batch, None, None]:
+        """Render batches of the epoch's view; where images stream, the next ones are read meanwhile.
+
+        Args:
+            epoch: From 0.
+            parts: The samples of each batch, `(B,)` int64; best on the CPU.
+
+        Yields:
+            The batches in order, each as `batch` makes it. Closing the iterator ends the thread that reads.
+        """
+        view = self._view(epoch)
+        with contextlib.closing(self.views.batches(view, parts)) as batches:
+            for indices, rendered in zip(parts, batches, strict=True):
+                yield self._answered(view, indices, rendered)
+
+    def _view(self, epoch: int) -> int:
+        return epoch if self.num_views is None else epoch % self.num_views
+
+    def _answered(self, view: int, indices: Tensor, rendered: ViewBatch) -> Batch:
+        """Normalise a batch and add the teacher's answer."""
         images = normalize(rendered.images, self.mean, self.std)
         batch = Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, None)
         if self.teacher_labels is None:
@@ -90,20 +113,26 @@ class EvaluationData:
     """A split of clean images.
 
     Attributes:
-        images: `(N, 3, H, W)` uint8.
-        labels: `(N,)` int64.
+        images: `(N, 3, H, W)` uint8, on the device or on the host for it.
+        labels: `(N,)` int64, on the device.
         mean: Of each channel, pixels in [0, 1].
         std: Of each channel.
         num_classes: K.
         teacher_labels: `(N,)` int64, the teacher's labels of the same images, or None.
     """
 
-    images: Tensor
+    images: Tensor | HostImages
     labels: Tensor
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_classes: int
     teacher_labels: Tensor | None = None
+
+    def batches(self, batch_size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield positions and uint8 images `(B, 3, H, W)` in order."""
+        starts = itertools.count(0, batch_size)
+        for start, images in zip(starts, in_batches(self.images, batch_size), strict=False):
+            yield slice(start, start + len(images)), images
 
 
 def split_batches(num_samples: int, batch_size: int) -> list[slice]:

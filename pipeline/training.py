@@ -120,10 +120,9 @@ def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32")
     device = data.images.device
     meter = Meter(data.num_classes, device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for start in range(0, len(data.images), EVALUATION_BATCH):
-        part = slice(start, start + EVALUATION_BATCH)
+    for part, images in data.batches(EVALUATION_BATCH):
         with autocast(device, precision):
-            outputs = model(normalize(data.images[part], data.mean, data.std))
+            outputs = model(normalize(images, data.mean, data.std))
         for head in outputs if isinstance(outputs, tuple) else (outputs,):
             finite &= torch.isfinite(head).all()
         meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
@@ -192,14 +191,13 @@ class Fit:
     def train_epoch(self) -> None:
         """Train from the current step to the end of the epoch."""
         self.model.train()
-        order = epoch_order(self.seed, self.epoch, self.data.views.num_samples).to(self.device)
+        order = epoch_order(self.seed, self.epoch, self.data.views.num_samples)
         check_every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
         finite: list[Tensor] = []
-        for part in self.batches[self.step :]:
+        for batch in self.data.batches(self.epoch, [order[part] for part in self.batches[self.step :]]):
             lr = self._learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            batch = self.data.batch(self.epoch, order[part])
             loss, is_finite = train_step(
                 self.model,
                 batch,
