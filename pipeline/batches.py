@@ -53,7 +53,7 @@ class TeacherAnswer:
 
 
 TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
-"""Maps (view, indices `(B,)`, normalised images `(B, 3, H, W)`) to the teacher's answer."""
+"""Maps (view, indices `(B,)` on the device, normalised images `(B, 3, H, W)`) to the teacher's answer."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TrainingData:
         """Render the samples `indices`, `(B,)` int64, of the epoch's view."""
         view = self._view(epoch)
         self.views.prepare(view)
-        return self._answered(view, indices, self.views.batch(view, indices))
+        return self._answered(view, self.views.batch(view, indices))
 
     def batches(self, epoch: int, parts: Sequence[Tensor]) -> Generator[Batch, None, None]:
         """Render batches of the epoch's view; where images stream, the next ones are read meanwhile.
@@ -92,19 +92,19 @@ class TrainingData:
         """
         view = self._view(epoch)
         with contextlib.closing(self.views.batches(view, parts)) as batches:
-            for indices, rendered in zip(parts, batches, strict=True):
-                yield self._answered(view, indices, rendered)
+            for rendered in batches:
+                yield self._answered(view, rendered)
 
     def _view(self, epoch: int) -> int:
         return epoch if self.num_views is None else epoch % self.num_views
 
-    def _answered(self, view: int, indices: Tensor, rendered: ViewBatch) -> Batch:
+    def _answered(self, view: int, rendered: ViewBatch) -> Batch:
         """Normalise a batch and add the teacher's answer."""
         images = normalize(rendered.images, self.mean, self.std)
         batch = Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, None)
         if self.teacher_labels is None:
             return batch
-        answer = self.teacher_labels(view, indices, images)
+        answer = self.teacher_labels(view, rendered.indices, images)
         return dataclasses.replace(batch, teacher_labels=answer.labels, confidence=answer.confidence)
 
 

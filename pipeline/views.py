@@ -47,12 +47,14 @@ class ViewBatch:
     """Some samples of one view.
 
     Attributes:
+        indices: `(B,)` int64, which.
         images: `(B, 3, H, W)` uint8, mixed.
         labels: `(B,)` int64, y1: the labels of the first images.
         partner_labels: `(B,)` int64, y2: the labels of the partners; equal to `labels` without mixing.
         lam: `(B,)` float32 in [0, 1], lambda: the share of the first image; 1 without mixing.
     """
 
+    indices: Tensor
     images: Tensor
     labels: Tensor
     partner_labels: Tensor
@@ -187,12 +189,13 @@ class Views:
         opened = self._open(view)
         # Moved at once, because each move can wait for the device.
         every, sizes = self._checked(torch.cat(list(parts))), [len(part) for part in parts]
-        on_device = every.to(self.device).split(sizes)
+        on_device = torch.split(every.to(self.device), sizes)
         if isinstance(self.images, Tensor):
             for part, samples in zip(parts, on_device, strict=True):
                 yield self._make(opened, samples, self._read(opened, part))
             return
-        with contextlib.closing(prefetch(every.cpu().split(sizes), lambda part: self._read(opened, part))) as read:
+        on_host = torch.split(every.cpu(), sizes)
+        with contextlib.closing(prefetch(on_host, lambda part: self._read(opened, part))) as read:
             for samples, raw in zip(on_device, read, strict=True):
                 yield self._make(opened, samples, raw)
 
@@ -273,10 +276,11 @@ class Views:
         labels, mix = self.labels.index_select(0, samples), opened.mix
         images = self._unmixed(opened, samples, read[:1])
         if mix is None:
-            return ViewBatch(images, labels, labels, torch.ones(len(samples), device=self.device))
+            return ViewBatch(samples, images, labels, labels, torch.ones(len(samples), device=self.device))
         partners = mix.partners.index_select(0, samples)
         operation = mixing.cutmix if self.recipe.mixing == "cutmix" else mixing.mixup
         return ViewBatch(
+            samples,
             operation(images, self._unmixed(opened, partners, read[1:]), mix.amounts.index_select(0, samples)),
             labels,
             self.labels.index_select(0, partners),
