@@ -21,6 +21,7 @@ from pipeline.params import load_params
 from pipeline.recipes import Recipe
 from pipeline.runtime import resolve_precision
 from pipeline.stopping import StopSignal
+from pipeline.streaming import in_batches
 from pipeline.students import STUDENTS, build_student
 from pipeline.training import Fit
 from pipeline.views import Views
@@ -77,7 +78,7 @@ def make_fit(
     return Fit(
         model=model.to(device),
         data=TrainingData(views, MEAN, STD, num_views, teacher_labels),
-        evaluation=EvaluationData(views.images[:1], views.labels[:1], MEAN, STD, NUM_CLASSES),
+        evaluation=EvaluationData(next(in_batches(views.images, 1)), views.labels[:1], MEAN, STD, NUM_CLASSES),
         objective=student_objective(own, distilled=distilled),
         recipe=own,
         precision=resolve_precision(own.precision, device),

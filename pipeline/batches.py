@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.draws import uniforms
-from pipeline.views import Views, normalize
+from pipeline.streaming import HostImages, in_batches
+from pipeline.views import ViewBatch, Views, normalize
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class TeacherAnswer:
 
 
 TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
-"""Maps (view, indices `(B,)`, normalised images `(B, 3, H, W)`) to the teacher's answer."""
+"""Maps (view, indices `(B,)` on the device, normalised images `(B, 3, H, W)`) to the teacher's answer."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,35 @@ class TrainingData:
 
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """Render the samples `indices`, `(B,)` int64, of the epoch's view."""
-        view = epoch if self.num_views is None else epoch % self.num_views
+        view = self._view(epoch)
         self.views.prepare(view)
-        rendered = self.views.batch(view, indices)
+        return self._answered(view, self.views.batch(view, indices))
+
+    def batches(self, epoch: int, parts: Sequence[Tensor]) -> Generator[Batch, None, None]:
+        """Render batches of the epoch's view; where images stream, the next ones are read meanwhile.
+
+        Args:
+            epoch: From 0.
+            parts: The samples of each batch, `(B,)` int64; best on the CPU.
+
+        Yields:
+            The batches in order, each as `batch` makes it. Closing the iterator ends the thread that reads.
+        """
+        view = self._view(epoch)
+        with contextlib.closing(self.views.batches(view, parts)) as batches:
+            for rendered in batches:
+                yield self._answered(view, rendered)
+
+    def _view(self, epoch: int) -> int:
+        return epoch if self.num_views is None else epoch % self.num_views
+
+    def _answered(self, view: int, rendered: ViewBatch) -> Batch:
+        """Normalise a batch and add the teacher's answer."""
         images = normalize(rendered.images, self.mean, self.std)
         batch = Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, None)
         if self.teacher_labels is None:
             return batch
-        answer = self.teacher_labels(view, indices, images)
+        answer = self.teacher_labels(view, rendered.indices, images)
         mean = None if answer.confidence is None else answer.confidence.mean()
         return dataclasses.replace(
             batch, teacher_labels=answer.labels, confidence=answer.confidence, mean_confidence=mean
@@ -110,20 +133,27 @@ class EvaluationData:
     """A split of clean images.
 
     Attributes:
-        images: `(N, 3, H, W)` uint8.
-        labels: `(N,)` int64.
+        images: `(N, 3, H, W)` uint8, on the device or on the host for it.
+        labels: `(N,)` int64, on the device.
         mean: Of each channel, pixels in [0, 1].
         std: Of each channel.
         num_classes: K.
         teacher_labels: `(N,)` int64, the teacher's labels of the same images, or None.
     """
 
-    images: Tensor
+    images: Tensor | HostImages
     labels: Tensor
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_classes: int
     teacher_labels: Tensor | None = None
+
+    def batches(self, batch_size: int, share: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Yield positions and uint8 images `(B, 3, H, W)` of a share of the split, in order."""
+        start = share.start
+        for images in in_batches(self.images, batch_size, share):
+            yield slice(start, start + len(images)), images
+            start += len(images)
 
 
 def split_batches(num_samples: int, batch_size: int) -> list[slice]:

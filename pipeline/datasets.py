@@ -1,31 +1,25 @@
-"""Data sets: uint8 images, labels, class names and splits, held in memory and in one HDF5 file.
+"""Data sets: uint8 images, labels, class names and splits, held in memory or in the file that they are read from.
 
-The HDF5 file holds, for each split `train`, `val` (where there is one) and `test`, a group with `images`
-(N, H, W, 3) uint8 and `labels` (N,) int64, both contiguous and uncompressed; beside them `class_names`, and
-the attributes `schema`, `source` and `sha256`. The SHA-256 is of the content, not of the file; label caches
-and checkpoints refer to the data set by it.
+The SHA-256 of a data set is of its content, not of its file; label caches and checkpoints refer to it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError, StorageError
+from pipeline.dataset_file import SCHEMA, Content, read_content, write_content
+from pipeline.errors import DataError
+from pipeline.image_arrays import Images, chunks, select
 from pipeline.recipes import DatasetRecipe
-from pipeline.storage import write_atomic
 
-SCHEMA = "titn-dataset/1"
 Channels = tuple[float, float, float]  # red, green, blue
 
 
@@ -34,11 +28,11 @@ class Split:
     """One split.
 
     Attributes:
-        images: `(N, H, W, 3)` uint8 RGB.
+        images: `(N, H, W, 3)` uint8 RGB; an array, or what is read from a file when asked for.
         labels: `(N,)` int64, each in [0, K).
     """
 
-    images: NDArray[np.uint8]
+    images: Images
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -46,7 +40,7 @@ class Split:
 
     def take(self, indices: NDArray[np.int64]) -> Split:
         """Return the samples at `indices`, an `(n,)` int64 array, in its order."""
-        return Split(self.images[indices], self.labels[indices])
+        return Split(select(self.images, indices), self.labels[indices])
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +97,13 @@ class Dataset:
     @cached_property
     def _statistics(self) -> tuple[Channels, Channels]:
         """Mean and standard deviation by channel, from sums of integers: exact in any order of addition."""
-        images = self.train.images
         sums = np.zeros((2, 3), np.int64)
-        for start in range(0, len(images), 1024):
-            pixels = images[start : start + 1024].astype(np.uint16)  # holds 255 squared
+        for images in chunks(self.train.images):
+            pixels = images.astype(np.uint16)  # holds 255 squared
             # Summing over samples first keeps NumPy's inner loop long: eight times as fast as all at once.
             for row, values in zip(sums, (pixels, pixels * pixels), strict=True):
                 row += values.sum(axis=0, dtype=np.int64).sum(axis=(0, 1))
-        count = images.size // 3
+        count = self.train.images.nbytes // 3
         red, green, blue = (
             (total / (count * 255), math.sqrt(count * squares - total**2) / (count * 255) or 1.0)
             for total, squares in sums.T.tolist()
@@ -126,74 +119,33 @@ class Dataset:
         Raises:
             StorageError: The file cannot be written.
         """
-        buffer = io.BytesIO()
-        with h5py.File(buffer, "w", libver=("earliest", "v110")) as file:
-            # Strings of fixed length: where the heap of others is damaged HDF5 can search it for ever.
-            file.attrs["schema"] = np.bytes_(SCHEMA)
-            file.attrs["source"] = np.bytes_(self.source)
-            file.attrs["sha256"] = np.bytes_(self.sha256)
-            encoded = [name.encode() for name in self.class_names]
-            dtype = h5py.string_dtype("utf-8", max(map(len, encoded)))
-            file["class_names"] = np.array(encoded, dtype)
-            for name, split in self.splits.items():
-                file[f"{name}/images"] = split.images
-                file[f"{name}/labels"] = split.labels.astype("<i8")
-        write_atomic(path, buffer.getbuffer())
+        splits = {name: (split.images, split.labels) for name, split in self.splits.items()}
+        write_content(path, Content(self.source, self.class_names, splits, self.sha256))
 
     @classmethod
-    def load(cls, path: Path) -> Dataset:
+    def load(cls, path: Path, max_bytes: int | None = None) -> Dataset:
         """Read a data set that `save` wrote, and verify its SHA-256.
 
         Args:
             path: The HDF5 file.
+            max_bytes: If its images are more, they stay in the file, as read-only memory maps; None reads any number.
 
         Returns:
-            The data set, wholly in memory.
+            The data set; labels are in memory in any case.
 
         Raises:
             DataError: There is no such file, it is not a data set, or its content has another SHA-256.
             StorageError: The file cannot be read.
         """
-        try:
-            with h5py.File(path, "r") as file:
-                dataset = cls._read(file, path.stat().st_size)
-                stated = file.attrs["sha256"].decode()
-        except FileNotFoundError:
-            raise DataError(f"{path}: no prepared data set there; `pipeline prepare` makes it") from None
-        except PermissionError as error:
-            raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
-        except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            message = f"{path}: not a prepared data set ({reason}); run `pipeline prepare` again"
-            raise DataError(message) from error
-        if dataset.sha256 != stated:
+        content = read_content(path, max_bytes)
+        splits = {name: Split(*arrays) for name, arrays in content.splits.items()}
+        dataset = _make(content.source, content.class_names, splits["train"], splits.get("val"), splits["test"])
+        if dataset.sha256 != content.sha256:
             raise DataError(
-                f"{path}: damaged: the SHA-256 of its content is {dataset.sha256}, not {stated} as recorded; "
+                f"{path}: damaged: the SHA-256 of its content is {dataset.sha256}, not {content.sha256} as recorded; "
                 "run `pipeline prepare` again"
             )
         return dataset
-
-    @classmethod
-    def _read(cls, file: h5py.File, file_size: int) -> Dataset:
-        """Read all but the recorded SHA-256; the one in the result is computed."""
-        if file.attrs["schema"].decode() != SCHEMA:
-            raise ValueError(f"schema {file.attrs['schema']!r}, expected {SCHEMA!r}")
-        encoded = _read_array(file["class_names"], 1, "|S", file_size)
-        class_names = tuple(name.decode() for name in encoded.tolist())
-        splits = {}
-        for name in ("train", "val", "test"):
-            if name == "val" and name not in file:
-                continue
-            images = _read_array(file[f"{name}/images"], 4, "|u1", file_size)
-            labels = _read_array(file[f"{name}/labels"], 1, "<i8", file_size)
-            num_samples, height, width, num_channels = images.shape
-            if height != width or num_channels != 3 or len(labels) != num_samples or num_samples == 0:
-                raise ValueError(f"{name}: images of shape {images.shape}, labels of shape {labels.shape}")
-            if labels.min() < 0 or labels.max() >= len(class_names):
-                raise ValueError(f"{name}: labels outside 0 to {len(class_names) - 1}")
-            splits[name] = Split(images, labels)
-        source = file.attrs["source"].decode()
-        return _make(source, class_names, splits["train"], splits.get("val"), splits["test"])
 
 
 def stratified_split(
@@ -293,16 +245,7 @@ def _content_sha256(class_names: tuple[str, ...], splits: dict[str, Split]) -> s
     }
     digest = hashlib.sha256(json.dumps(header, separators=(",", ":"), sort_keys=True).encode())
     for split in splits.values():
-        digest.update(np.ascontiguousarray(split.images).data)
+        for images in chunks(split.images):
+            digest.update(images.data)
         digest.update(np.ascontiguousarray(split.labels, "<i8").data)
     return digest.hexdigest()
-
-
-def _read_array(dataset: Any, ndim: int, dtype: str, file_size: int) -> NDArray[Any]:
-    """Read an HDF5 dataset whole, after checking what it says of itself."""
-    # A size that the file cannot hold would otherwise be allocated before HDF5 notices.
-    is_expected = dataset.ndim == ndim and dataset.dtype.str.startswith(dtype)
-    if not is_expected or dataset.nbytes > file_size:
-        raise ValueError(f"{dataset.name}: {dataset.dtype} of shape {dataset.shape}")
-    array: NDArray[Any] = dataset[()]
-    return array

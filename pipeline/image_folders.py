@@ -11,11 +11,13 @@ Whatever else is not an image that can be decoded is a bad file: reported by nam
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.datasets import Split
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.image_arrays import Images, Spill, SpilledImages
 
 # Pillow reads many more, some of them by starting other programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
@@ -40,6 +43,7 @@ MAX_PIXELS = 64_000_000
 IGNORED_NAMES = ("thumbs.db", "desktop.ini")
 IGNORED_SUFFIXES = (".txt", ".md")
 NUM_NAMED = 3
+READ_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
 
 
 def read_folder(
-    folder: Path, image_size: int, *, skip_bad: bool
+    folder: Path, image_size: int, *, skip_bad: bool, spill: Spill | None = None
 ) -> tuple[tuple[str, ...], Split, Split | None, list[BadFile]]:
     """Read an image folder.
 
@@ -132,6 +136,7 @@ def read_folder(
         folder: Holds `train/<class>/<image>` and perhaps `test/<class>/<image>`.
         image_size: Side of the result's images, pixels.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
+        spill: Where the images of a split go that are too many for RAM; None keeps any number there.
 
     Returns:
         Class names (those of `train`, ascending by bytes), train, test or None where there is no `test`, and
@@ -141,7 +146,7 @@ def read_folder(
         UsageError: There is no such folder.
         DataError: It has no `train`, a class of `test` is not in `train`, a class has no image, a class name
             is not UTF-8, or there are bad files.
-        StorageError: A folder cannot be listed.
+        StorageError: A folder cannot be listed, or images cannot be spilled.
     """
     if not folder.is_dir():
         raise UsageError(f"--from {printable(folder)}: no such folder; it must hold train/<class>/<image>")
@@ -154,7 +159,7 @@ def read_folder(
         if name not in class_names:
             path = printable(folder / "test" / name)
             raise DataError(f"{path}: a class that `train` does not have; rename or remove it")
-    splits = {name: _read_split(folder, each, class_names, image_size, bad) for name, each in listed.items()}
+    splits = {name: _read_split(folder, each, class_names, image_size, bad, spill) for name, each in listed.items()}
     if bad and not skip_bad:
         named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
         more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
@@ -230,22 +235,43 @@ def _read_split(
     class_names: tuple[str, ...],
     image_size: int,
     bad: list[BadFile],
+    spill: Spill | None,
 ) -> Split:
     """Read the images of a split, in order; append to `bad` those that cannot be read."""
     paths = [path for class_paths in classes.values() for path in class_paths]
-    labels = np.array([class_names.index(name) for name in classes for _ in classes[name]], np.int64)
-    images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
-    is_good = np.ones(len(paths), bool)
+    labels = np.array([class_names.index(name) for name in classes], np.int64)
+    labels = np.repeat(labels, [len(class_paths) for class_paths in classes.values()])
+    shape = (len(paths), image_size, image_size, 3)
+    if spill is None or math.prod(shape) <= spill.max_bytes:
+        images: Images = np.empty(shape, np.uint8)
+        found = _decode(folder, paths, image_size, images)
+    else:
+        with SpilledImages(spill.folder, shape) as spilled:
+            found = _decode(folder, paths, image_size, spilled)
+            images = spilled.read()
+    bad += found.values()
+    split = Split(images, labels)
+    return split if not found else split.take(np.setdiff1d(np.arange(len(paths)), list(found)))
+
+
+def _decode(folder: Path, paths: list[Path], image_size: int, images: Any) -> dict[int, BadFile]:
+    """Read each image into its row of `images`; return those that cannot be read, by row."""
+    bad: dict[int, BadFile] = {}
 
     def read(index: int) -> BadFile | None:
         try:
-            images[index] = read_image(paths[index], image_size)
+            image = read_image(paths[index], image_size)
         except DataError as error:
-            is_good[index] = False
             return _bad_file(folder, paths[index], str(error))
+        images[index] = image
         return None
 
     # Decoding releases the interpreter's lock. What Pillow only warns of (damaged metadata) does no harm.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        bad += [problem for problem in pool.map(read, range(len(paths))) if problem]
-    return Split(images, labels) if is_good.all() else Split(images[is_good], labels[is_good])
+        # In blocks: the pool makes a record of a kilobyte for each image that it is to read.
+        for start in range(0, len(paths), READ_AT_ONCE):
+            block = range(start, min(start + READ_AT_ONCE, len(paths)))
+            for index, problem in zip(block, pool.map(read, block), strict=True):
+                if problem is not None:
+                    bad[index] = problem
+    return bad

@@ -16,6 +16,7 @@ Batches never cross views, so that no label can hang on where a run was stopped 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import NumericalError, UsageError
 from pipeline.runtime import autocast
+from pipeline.streaming import HostImages, in_batches
 from pipeline.view_labels import ViewLabels
 from pipeline.views import Views, normalize
 
@@ -62,13 +64,13 @@ class Teacher:
         _require_finite(torch.isfinite(logits))
         return logits
 
-    def label(self, images: Tensor) -> NDArray[np.int64]:
-        """Return the argmax labels `(N,)` of uint8 images `(N, 3, H, W)`.
+    def label(self, images: Tensor | HostImages) -> NDArray[np.int64]:
+        """Return the argmax labels `(N,)` of uint8 images `(N, 3, H, W)`, on the device or on the host for it.
 
         Raises:
             NumericalError: A logit is not finite.
         """
-        return self.answers(torch.split(images, self.batch_size)).labels
+        return self.answers(in_batches(images, self.batch_size)).labels
 
     def answers(self, batches: Iterable[Tensor], topk: int = 0) -> ViewLabels:
         """Answer to batches of images.
@@ -143,9 +145,9 @@ def label_view(teacher: Teacher, views: Views, view: int, topk: int = 0) -> View
     Raises:
         NumericalError: A logit is not finite.
     """
-    views.prepare(view)
-    indices = torch.split(torch.arange(views.num_samples, device=views.images.device), teacher.batch_size)
-    return teacher.answers((views.batch(view, part).images for part in indices), topk)
+    parts = torch.split(torch.arange(views.num_samples), teacher.batch_size)
+    with contextlib.closing(views.batches(view, parts)) as batches:
+        return teacher.answers((batch.images for batch in batches), topk)
 
 
 def top_classes(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ import torch
 
 from pipeline.errors import UsageError
 
+RESIDENT_VARIABLE = "TITN_MAX_RESIDENT_BYTES"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -94,6 +96,36 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if device.type == "cpu":
         return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
     return "fp32"
+
+
+def resident_limit(device: torch.device) -> int:
+    """Return how many bytes of images may be kept in a device's memory; more of them stream to it.
+
+    A quarter, because a prepared view needs the images' size again, and model and activations the rest: of a GPU's
+    memory that is free now, else of the machine's (or control group's) RAM. The environment variable in
+    RESIDENT_VARIABLE overrides both; it changes where images lie and no result.
+
+    Args:
+        device: The device; the CPU also stands for images read into RAM.
+
+    Raises:
+        UsageError: The variable is not a whole number.
+    """
+    text = os.environ.get(RESIDENT_VARIABLE)
+    if text is not None:
+        if not (text.isascii() and text.isdecimal()):
+            raise UsageError(f"{RESIDENT_VARIABLE}={text}: not a whole number of bytes; correct it or unset it")
+        return int(text)
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _ram()
+    return memory // 4
+
+
+def _ram() -> int:
+    """Bytes of RAM that this process may use."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 def keep_freed_memory() -> None:

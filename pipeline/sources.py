@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.datasets import Dataset, Split, assemble
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.image_arrays import Spill
 from pipeline.image_folders import BadFile, read_folder, to_rgb
 from pipeline.recipes import Recipe
 from pipeline.storage import sha256_file, write_atomic
@@ -33,7 +34,13 @@ MNIST_SHA256 = {
 
 
 def read_source(
-    recipe: Recipe, *, raw: Path, folder: Path | None = None, download: bool = False, skip_bad: bool = False
+    recipe: Recipe,
+    *,
+    raw: Path,
+    folder: Path | None = None,
+    download: bool = False,
+    skip_bad: bool = False,
+    spill: Spill | None = None,
 ) -> tuple[Dataset, list[BadFile]]:
     """Read what a recipe's `dataset` describes.
 
@@ -43,6 +50,7 @@ def read_source(
         folder: An image folder to read instead of the source's own files; the source keeps its name.
         download: Download to `raw` what is not there.
         skip_bad: Leave an image folder's bad files out instead of refusing it.
+        spill: Where the images of a folder go that are too many for RAM; None keeps any number there.
 
     Returns:
         The data set, and the bad files left out.
@@ -56,7 +64,7 @@ def read_source(
     test: Split | None
     bad: list[BadFile] = []
     if folder is not None:
-        class_names, train, test, bad = read_folder(folder, image_size, skip_bad=skip_bad)
+        class_names, train, test, bad = read_folder(folder, image_size, skip_bad=skip_bad, spill=spill)
     elif source == "folder":
         raise UsageError(
             f"recipe {recipe.name}: its source is `folder`; say which with "

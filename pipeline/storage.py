@@ -25,7 +25,8 @@ LOCK_ATTEMPTS = 4
 SECONDS_BETWEEN_ATTEMPTS = 0.05
 
 
-def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[int]:
     """Write a file so that it is seen either whole or not at all, also after a power cut.
 
     Missing parent directories are made. A link at `path` is replaced, never followed. A killed process may
@@ -33,7 +34,10 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
 
     Args:
         path: Destination.
-        data: The whole content.
+
+    Yields:
+        The descriptor of an empty file beside it, for reading and writing, which takes its place when the block is
+        left without an error.
 
     Raises:
         StorageError: The disk is full, rights are missing, or the device failed. What stood at `path` is
@@ -44,11 +48,9 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
     try:
         _make_directory(path.parent)
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                view = memoryview(data).cast("B")
-                while view:
-                    view = view[os.write(descriptor, view) :]
+                yield descriptor
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -62,13 +64,29 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
         raise StorageError(f"cannot write {path}: {_reason(error)}; free space or rights, then run again") from error
 
 
+def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file whole or not at all, as `replacing` does.
+
+    Args:
+        path: Destination.
+        data: The whole content.
+
+    Raises:
+        StorageError: As of `replacing`.
+    """
+    with replacing(path) as descriptor:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove the hidden siblings that killed writers of `path` left behind.
 
     Only for a caller that holds the run's lock: the sibling of a writer still at work is removed too.
 
     Args:
-        path: The destination of the writes, as given to `write_atomic`.
+        path: The destination of the writes.
 
     Raises:
         StorageError: Listing or removing failed.

@@ -131,11 +131,9 @@ def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32",
     device = data.images.device
     meter = Meter(data.num_classes, device)
     broken = torch.zeros((), dtype=torch.int64, device=device)
-    share = group.share(len(data.images))
-    for start in range(share.start, share.stop, EVALUATION_BATCH):
-        part = slice(start, min(start + EVALUATION_BATCH, share.stop))
+    for part, images in data.batches(EVALUATION_BATCH, group.share(len(data.labels))):
         with autocast(device, precision):
-            outputs = model(normalize(data.images[part], data.mean, data.std))
+            outputs = model(normalize(images, data.mean, data.std))
         for head in outputs if isinstance(outputs, tuple) else (outputs,):
             broken += (~torch.isfinite(head)).any()
         meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
@@ -215,14 +213,15 @@ class Fit:
         """Train from the current step to the end of the epoch."""
         self.parallel.train()
         progress, ranks = self.progress, self.group.world_size
-        order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples).to(self.device)
+        order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples)
         check_every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
         finite: list[Tensor] = []
-        for part in self.batches[progress.step :]:
+        sizes, shares = self._shares(order)
+        for size, own in zip(sizes, self.data.batches(progress.epoch, shares), strict=True):
             lr = self._learning_rate(progress.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            batch, size = self._share(order[part]), part.stop - part.start
+            batch = self._with_mean_of_all(own, size)
             loss, is_finite = train_step(
                 self.parallel,
                 batch,
@@ -273,15 +272,19 @@ class Fit:
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - began
 
-    def _share(self, indices: Tensor) -> Batch:
-        """Return this rank's share of the step on `indices`, `(N,)` int64."""
-        own = self.group.share(len(indices), least=self.least)
-        batch = self.data.batch(self.progress.epoch, indices[own])
+    def _shares(self, order: Tensor) -> tuple[list[int], list[Tensor]]:
+        """Return the sizes of the batches to come of all ranks together, and this rank's samples of each."""
+        batches = [order[part] for part in self.batches[self.progress.step :]]
+        shares = [batch[self.group.share(len(batch), least=self.least)] for batch in batches]
+        return [len(batch) for batch in batches], shares
+
+    def _with_mean_of_all(self, batch: Batch, size: int) -> Batch:
+        """Return a batch whose mean confidence is that of all ranks' `size` samples."""
         if batch.confidence is None or self.group.is_alone:
             return batch
         total = batch.confidence.sum()
         self.group.sum_(total)
-        return dataclasses.replace(batch, mean_confidence=total / len(indices))
+        return dataclasses.replace(batch, mean_confidence=total / size)
 
     def _save_is_due(self) -> bool:
         """Tell whether it is time to save; rank 0's clock decides."""

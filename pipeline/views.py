@@ -10,13 +10,17 @@ of a permutation that belongs to the view, b samples could be made from b + 1 im
 train in that order whatever their seed, and a sample alone could not be told from its neighbours. Instead a view
 about to be used whole is made once ahead (`Views.prepare`), every image once, and each batch only mixes; the price
 is the memory of one view.
+
+Images that do not fit the device stay on the host (`pipeline.streaming.HostImages`): each batch's own and its
+partners' are gathered there, moved, and made into the view on the device, with the same pixels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import augmentation, draws, mixing
+from pipeline.prefetch import prefetch
 from pipeline.recipes import ViewRecipe
+from pipeline.streaming import HostImages
 from pipeline.threads import for_each
 
 # Samples made at once. On the CPU what an operation touches should fit the cache; a GPU wants few, large launches.
@@ -41,12 +47,14 @@ class ViewBatch:
     """Some samples of one view.
 
     Attributes:
+        indices: `(B,)` int64, which.
         images: `(B, 3, H, W)` uint8, mixed.
         labels: `(B,)` int64, y1: the labels of the first images.
         partner_labels: `(B,)` int64, y2: the labels of the partners; equal to `labels` without mixing.
         lam: `(B,)` float32 in [0, 1], lambda: the share of the first image; 1 without mixing.
     """
 
+    indices: Tensor
     images: Tensor
     labels: Tensor
     partner_labels: Tensor
@@ -55,14 +63,16 @@ class ViewBatch:
 
 @dataclass(frozen=True)
 class _Mix:
-    """How the samples of a view mix, on the device of the images.
+    """How the samples of a view mix, on the device of the views.
 
     Attributes:
-        partners: `(N,)` int64.
+        rows: `(N,)` int64, the partners, on the host.
+        partners: `(N,)` int64, the same on the device.
         amounts: What `mixing.cutmix` or `mixing.mixup` takes: boxes or shares.
         lam: `(N,)` float32.
     """
 
+    rows: NDArray[np.int64]
     partners: Tensor
     amounts: Tensor
     lam: Tensor
@@ -85,11 +95,24 @@ class _View:
     images: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Raw:
+    """Images of which a view is to be made.
+
+    Attributes:
+        rows: `(B,)` int64, which; on the host.
+        images: `(B, H, W, 3)` uint8, read on the host; None where they are on the device.
+    """
+
+    rows: NDArray[np.int64]
+    images: Tensor | None
+
+
 class Views:
     """All views of one set of images.
 
     Args:
-        images: `(N, 3, H, W)` uint8; its device is where views are made.
+        images: `(N, 3, H, W)` uint8, on the device where views are made or on the host for it.
         labels: `(N,)` int64.
         recipe: The operations; they run in the order of its fields.
         key: Whose draws: "" for the labelled views that students train on, "teacher" for a teacher's
@@ -98,11 +121,14 @@ class Views:
     Source: arXiv:2502.16762 §3.4.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, recipe: ViewRecipe, *, key: str = "") -> None:
-        assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
-        assert images.ndim == 4 and images.shape[1] == 3, f"images are {tuple(images.shape)}, not (N, 3, H, W)"
-        assert labels.shape == images.shape[:1], f"{len(images)} images have {tuple(labels.shape)} labels"
+    def __init__(self, images: Tensor | HostImages, labels: Tensor, recipe: ViewRecipe, *, key: str = "") -> None:
+        if isinstance(images, Tensor):
+            assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
+        shape = tuple(images.shape)
+        assert len(shape) == 4 and shape[1] == 3, f"images are {shape}, not (N, 3, H, W)"
+        assert labels.shape == shape[:1], f"{len(images)} images have {tuple(labels.shape)} labels"
         self.images = images
+        self.device = images.device
         self.labels = labels.to(images.device)
         self.recipe = recipe
         self.key = key
@@ -120,43 +146,58 @@ class Views:
     def prepare(self, view: int) -> None:
         """Make all images of a view ahead, up to mixing; those of another view are dropped.
 
-        Batches of that view then only mix, and are the same. A view of more than MAX_PREPARED_BYTES is not kept.
+        Batches of that view then only mix, and are the same. A view of more than MAX_PREPARED_BYTES is not kept, nor
+        one of images on the host, for which the device had no room.
 
         Args:
             view: View index, at least 0.
         """
         opened = self._open(view)
-        if opened.images is None and self.images.nbytes <= MAX_PREPARED_BYTES:
-            opened.images = self._render(opened, np.arange(self.num_samples))
+        if opened.images is None and isinstance(self.images, Tensor) and self.images.nbytes <= MAX_PREPARED_BYTES:
+            opened.images = self._render(opened, _Raw(np.arange(self.num_samples), None))
 
     def batch(self, view: int, indices: Tensor | NDArray[np.int64]) -> ViewBatch:
         """Make some samples of one view.
-
-        Nothing waits for a GPU where the view is prepared and `indices` are there.
 
         Args:
             view: View index, at least 0; there is a view at every index, also beyond the labelled ones.
             indices: `(B,)` int64 in [0, N), in any order.
 
         Returns:
-            The samples in the order of `indices`, on the device of the images.
+            The samples in the order of `indices`, on the device.
         """
         opened = self._open(view)
-        samples = torch.as_tensor(indices)
-        if samples.device.type == "cpu":
-            assert ((samples >= 0) & (samples < self.num_samples)).all(), "unknown sample"
-        samples = samples.to(self.images.device)
-        images, labels = self._unmixed(opened, samples), self.labels.index_select(0, samples)
-        if opened.mix is None:
-            return ViewBatch(images, labels, labels, torch.ones(len(samples), device=images.device))
-        partners = opened.mix.partners.index_select(0, samples)
-        mix = mixing.cutmix if self.recipe.mixing == "cutmix" else mixing.mixup
-        return ViewBatch(
-            mix(images, self._unmixed(opened, partners), opened.mix.amounts.index_select(0, samples)),
-            labels,
-            self.labels.index_select(0, partners),
-            opened.mix.lam.index_select(0, samples),
-        )
+        samples = self._checked(torch.as_tensor(indices))
+        return self._make(opened, samples.to(self.device), self._read(opened, samples))
+
+    def batches(self, view: int, parts: Sequence[Tensor]) -> Generator[ViewBatch, None, None]:
+        """Make batches of a view that is used whole, or nearly.
+
+        Where images are on the host, those of the next batch are read while the caller works on the last; the thread
+        that does ends with the iterator. Nothing waits for a GPU where the view is prepared.
+
+        Args:
+            view: As of `batch`.
+            parts: The indices of each batch, `(B,)` int64 in [0, N); best on the CPU.
+
+        Yields:
+            The batches in order, each as `batch` makes it.
+        """
+        if not parts:
+            return
+        self.prepare(view)
+        opened = self._open(view)
+        # Moved at once, because each move can wait for the device.
+        every, sizes = self._checked(torch.cat(list(parts))), [len(part) for part in parts]
+        on_device = torch.split(every.to(self.device), sizes)
+        if isinstance(self.images, Tensor):
+            for part, samples in zip(parts, on_device, strict=True):
+                yield self._make(opened, samples, self._read(opened, part))
+            return
+        on_host = torch.split(every.cpu(), sizes)
+        with contextlib.closing(prefetch(on_host, lambda part: self._read(opened, part))) as read:
+            for samples, raw in zip(on_device, read, strict=True):
+                yield self._make(opened, samples, raw)
 
     def digest(self, view: int) -> bytes:
         """Hash the pixels of a whole view.
@@ -190,6 +231,12 @@ class Views:
             sha256.update(images.cpu().contiguous().numpy().data)
         return sha256.digest()
 
+    def _checked(self, samples: Tensor) -> Tensor:
+        """Return indices that are known to exist; a GPU is not waited for to ask."""
+        if samples.device.type == "cpu":
+            assert ((samples >= 0) & (samples < self.num_samples)).all(), "unknown sample"
+        return samples
+
     def _open(self, view: int) -> _View:
         """Draw a view for all samples, unless it is the one that was drawn last."""
         assert view >= 0, f"view {view} is negative"
@@ -213,26 +260,55 @@ class Views:
         else:
             shares = mixing.mixup_shares(lambda_uniform)
             drawn = partners, shares, mixing.mixup_lambda(shares)
-        return _Mix(*(torch.from_numpy(values).to(self.images.device) for values in drawn))
+        return _Mix(partners, *(torch.from_numpy(values).to(self.device) for values in drawn))
 
-    def _unmixed(self, opened: _View, samples: Tensor) -> Tensor:
+    def _read(self, opened: _View, samples: Tensor) -> list[_Raw]:
+        """Read what a batch is made of, `(B,)` samples' own images and their partners'; any thread may."""
+        if opened.images is not None:
+            return []
+        own = samples.cpu().numpy()
+        read = self.images.read if isinstance(self.images, HostImages) else None
+        wanted = [own] if opened.mix is None else [own, opened.mix.rows[own]]
+        return [_Raw(rows, read and read(rows)) for rows in wanted]
+
+    def _make(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> ViewBatch:
+        """Make a batch of `(B,)` samples, on the device, from what was read of them."""
+        labels, mix = self.labels.index_select(0, samples), opened.mix
+        images = self._unmixed(opened, samples, read[:1])
+        if mix is None:
+            return ViewBatch(samples, images, labels, labels, torch.ones(len(samples), device=self.device))
+        partners = mix.partners.index_select(0, samples)
+        operation = mixing.cutmix if self.recipe.mixing == "cutmix" else mixing.mixup
+        return ViewBatch(
+            samples,
+            operation(images, self._unmixed(opened, partners, read[1:]), mix.amounts.index_select(0, samples)),
+            labels,
+            self.labels.index_select(0, partners),
+            mix.lam.index_select(0, samples),
+        )
+
+    def _unmixed(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> Tensor:
         """Samples of a view without mixing, `(B, 3, H, W)` uint8: prepared ones, or made now."""
         if opened.images is not None:
             return opened.images.index_select(0, samples)
-        return self._render(opened, samples.cpu().numpy())
+        return self._render(opened, read[0])
 
-    def _render(self, opened: _View, samples: NDArray[np.int64]) -> Tensor:
+    def _render(self, opened: _View, raw: _Raw) -> Tensor:
         """Make samples of a view without mixing, `(B, 3, H, W)` uint8."""
-        device = self.images.device
-        made = torch.empty((len(samples), *self.images.shape[1:]), dtype=torch.uint8, device=device)
+        rows, device = raw.rows, self.device
+        made = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, device=device)
 
         def render(part: slice) -> None:
-            own = {name: values[samples[part]] for name, values in opened.uniform.items()}
-            images = self.images.index_select(0, torch.from_numpy(samples[part]).to(device))
+            own = {name: values[rows[part]] for name, values in opened.uniform.items()}
+            if isinstance(self.images, Tensor):
+                images = self.images.index_select(0, torch.from_numpy(rows[part]).to(device))
+            else:
+                assert raw.images is not None
+                images = self.images.place(raw.images[part])
             made[part] = augmentation.augment(images, own, self.recipe)
 
         size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
-        parts = [slice(start, start + size) for start in range(0, len(samples), size)]
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
         if device.type == "cpu":
             for_each(parts, render)
         else:

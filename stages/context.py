@@ -88,12 +88,15 @@ class Context:
         self.console.print(table.to_rich(self.console.width))
 
     def dataset(self) -> Dataset:
-        """Load the prepared data set.
+        """Load the prepared data set; too many images for RAM stay in their file.
 
         Raises:
             DataError: It is not there, or not valid.
         """
+        import torch
+
         from pipeline.datasets import Dataset
+        from pipeline.runtime import resident_limit
 
         if not all((self.paths.prepared / name).is_file() for name in ("dataset.h5", "summary.json")):
             raise DataError(
@@ -106,7 +109,7 @@ class Context:
                     f"{self.paths.dataset}: prepared with {key} {prepared.get(key)}, but recipe {self.recipe.name} "
                     f"asks for {wanted}; run `pipeline prepare --recipe {self.recipe.name}` again"
                 )
-        return Dataset.load(self.paths.dataset)
+        return Dataset.load(self.paths.dataset, resident_limit(torch.device("cpu")))
 
     def changed(self, stage: str) -> None:
         """Note that an output of a DVC stage was replaced."""

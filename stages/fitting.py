@@ -29,8 +29,9 @@ from pipeline.distributed import Group, has_batch_norm
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
 from pipeline.resuming import FitResult
-from pipeline.runtime import environment, keep_freed_memory, resolve_precision
+from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit, resolve_precision
 from pipeline.storage import lock, write_atomic, write_json
+from pipeline.streaming import HostImages, place_images
 from pipeline.training import Fit, Objective, evaluate
 from pipeline.views import Views
 from stages.context import Context
@@ -105,24 +106,27 @@ def place(
     return paths.run(label), paths.work("runs", label), None
 
 
-def to_device(images: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Return `(N, H, W, 3)` uint8 images as a `(N, 3, H, W)` tensor on the device."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
-
-
 def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
-    """Return a view recipe's views of the training set, on the device; `key` as for pipeline.views.Views."""
-    images = to_device(dataset.train.images, context.device)
-    labels = torch.from_numpy(dataset.train.labels).to(context.device)
-    return Views(images, labels, context.recipe.views[view_recipe], key=key)
+    """Return a view recipe's views of the training set; `key` as for pipeline.views.Views.
+
+    The images are put on the device, unless they are too many for it: then they stream, which is said.
+    """
+    split, device = dataset.train, context.device
+    limit = resident_limit(device)
+    images = place_images(split.images, device, limit)
+    if isinstance(images, HostImages):
+        where = context.paths.dataset if isinstance(split.images, np.memmap) else "RAM"
+        size = f"{split.images.nbytes / 1e9:.3g} GB of training images, more than {limit / 1e9:.3g} GB"
+        context.say(f"{size}: they stream from {where} to {device} ({RESIDENT_VARIABLE} sets the limit in bytes)")
+    return Views(images, torch.from_numpy(split.labels), context.recipe.views[view_recipe], key=key)
 
 
 def evaluation_data(
     dataset: Dataset, split: Split, device: torch.device, teacher_labels: np.ndarray[Any, Any] | None = None
 ) -> EvaluationData:
-    """Put a split on the device."""
+    """Put a split on the device; too many images for it stream."""
     return EvaluationData(
-        images=to_device(split.images, device),
+        images=place_images(split.images, device, resident_limit(device)),
         labels=torch.from_numpy(split.labels).to(device),
         mean=dataset.mean,
         std=dataset.std,

@@ -22,11 +22,12 @@ from pipeline.labels import RELABEL, LabelCache, make_identity, make_provenance
 from pipeline.recipes import ViewRecipe
 from pipeline.replay import OTHER_MARGIN, SAME_MARGIN, Replay, check_canaries, make_canaries, replay
 from pipeline.reporting import progress_bar
-from pipeline.runtime import current_ranks, resolve_precision, versions
+from pipeline.runtime import current_ranks, resident_limit, resolve_precision, versions
 from pipeline.storage import lock, remove_leftovers
+from pipeline.streaming import place_images
 from pipeline.views import Views
 from stages.context import Context
-from stages.fitting import make_views, to_device
+from stages.fitting import make_views
 from stages.label_plan import ViewSlice, asked_topk, kept_name, reusable_cache, slices, topk_beside, wanted_views
 from stages.label_ranks import label_for_others, lock_of, ranks_at_work
 from stages.models import load_model
@@ -166,7 +167,7 @@ def _begin(
 def label_clean(context: Context, dataset: Dataset, teacher: Teacher) -> dict[str, NDArray[np.int64]]:
     """Return the teacher's labels of the unaugmented evaluation images, `(n,)` int64 by split."""
     return {
-        split: teacher.label(to_device(part.images, context.device))
+        split: teacher.label(place_images(part.images, context.device, resident_limit(context.device)))
         for split, part in dataset.splits.items()
         if split != "train"
     }

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline.datasets import Dataset
 from pipeline.errors import UsageError
+from pipeline.image_arrays import Spill
 from pipeline.image_folders import BadFile, printable
 from pipeline.recipes import Recipe
+from pipeline.runtime import resident_limit
 from pipeline.sources import read_source
-from pipeline.storage import write_json
+from pipeline.storage import lock, remove_leftovers, write_json
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ def prepare(
 ) -> Summary:
     """Read a recipe's data set, cut its splits, and write `dataset.h5` and `summary.json`.
 
+    A folder's images that are too many for RAM go to a file without a name in `out` first, and from there to
+    `dataset.h5`.
+
     Args:
         recipe: The recipe.
         out: Folder for the two files, made where missing; what stands there is replaced once all is read.
@@ -80,10 +86,13 @@ def prepare(
         raise UsageError(
             f"--from {printable(folder)} and --download: both say where images come from; give one of them"
         )
-    dataset, skipped = read_source(recipe, raw=raw, folder=folder, download=download, skip_bad=skip_bad)
+    spill = Spill(out, resident_limit(torch.device("cpu")))
+    dataset, skipped = read_source(recipe, raw=raw, folder=folder, download=download, skip_bad=skip_bad, spill=spill)
     summary = _summarize(recipe, dataset, skipped)
-    dataset.save(out / "dataset.h5")
-    write_json(out / "summary.json", dataclasses.asdict(summary))
+    with lock(out.with_name(f"{out.name}.lock")):
+        remove_leftovers(out / "dataset.h5")
+        dataset.save(out / "dataset.h5")
+        write_json(out / "summary.json", dataclasses.asdict(summary))
     return summary
 
 

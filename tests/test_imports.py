@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports modules of its own layer or of those before it.
 LAYERS = (
-    {"errors", "recipes", "params", "storage", "runtime", "distributed", "stopping", "threads", "paper"},
-    {"datasets", "image_folders", "sources"},
-    {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "views"},
+    {"errors", "recipes", "params", "storage", "runtime", "distributed", "stopping", "threads", "prefetch", "paper"},
+    {"image_arrays", "dataset_file", "datasets", "image_folders", "sources"},
+    {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "streaming", "views"},
     {
         "losses",
         "metrics",
@@ -29,7 +29,7 @@ LAYERS = (
 LEAVES = {"teachers", "folding", "counting", "students"}
 HOMES = {
     "click": {"stages/cli.py", "stages/options.py"},
-    "h5py": {"pipeline/datasets.py", "pipeline/label_file.py"},
+    "h5py": {"pipeline/dataset_file.py", "pipeline/label_file.py"},
     "yaml": {"pipeline/params.py"},
     "sklearn": {"pipeline/sources.py"},
     "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},

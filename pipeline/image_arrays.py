@@ -1,0 +1,152 @@
+"""Images as arrays that may be larger than RAM: memory maps, rows of them, and files without a name.
+
+What consumes images takes slices or rows of them, so that it need not know which of these it has.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import StorageError
+
+# What is digested, summed or copied at once: little enough for a cache, enough for a disk.
+CHUNK_BYTES = 2**22
+
+
+class Images(Protocol):
+    """Images `(N, H, W, 3)` uint8 RGB: an array, a memory map, or a Selection."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(N, H, W, 3)`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]:
+        """Return the images of a slice, or of an `(n,)` int64 array."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some images of others, in some order, read when they are asked for.
+
+    Attributes:
+        images: The others.
+        rows: `(N,)` int64, where each lies among them.
+    """
+
+    images: Images
+    rows: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(N, H, W, 3)`."""
+        return (len(self.rows), *self.images.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels."""
+        return self.images.nbytes // len(self.images) * len(self.rows)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.rows)
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]:
+        """Return the images of a slice, or of an `(n,)` int64 array."""
+        return self.images[self.rows[rows]]
+
+
+def select(images: Images, rows: NDArray[np.int64]) -> Images:
+    """Return the images at `rows`, `(n,)` int64, in their order: of an array a copy, else a Selection."""
+    if isinstance(images, Selection):
+        return Selection(images.images, images.rows[rows])
+    return Selection(images, rows) if isinstance(images, np.memmap) else images[rows]
+
+
+def chunks(images: Images) -> Iterator[NDArray[np.uint8]]:
+    """Yield all images in order, about CHUNK_BYTES at a time, each chunk contiguous."""
+    size = max(1, CHUNK_BYTES * len(images) // max(images.nbytes, 1))
+    for start in range(0, len(images), size):
+        yield np.ascontiguousarray(images[start : start + size])
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Where images go that are too many for RAM.
+
+    Attributes:
+        folder: Takes a file without a name, which the system removes with its last user, however that ends.
+        max_bytes: More than that go there.
+    """
+
+    folder: Path
+    max_bytes: int
+
+
+class SpilledImages:
+    """Images in a file without a name, written one by one in any order, from any thread, and then read.
+
+    Use it as a context; leaving it closes the file, which then exists as long as `read` is referred to.
+
+    Args:
+        folder: Where the file lies, made where missing.
+        shape: `(N, H, W, 3)`.
+
+    Raises:
+        StorageError: The file cannot be made.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._folder = folder
+        self._image_bytes = int(np.prod(shape[1:]))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+            os.ftruncate(self._file.fileno(), shape[0] * self._image_bytes)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> SpilledImages:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __setitem__(self, row: int, image: NDArray[np.uint8]) -> None:
+        """Write an image, `(H, W, 3)`.
+
+        Raises:
+            StorageError: The disk is full or failed.
+        """
+        view, at = np.ascontiguousarray(image).data.cast("B"), row * self._image_bytes
+        try:
+            while view:
+                written = os.pwrite(self._file.fileno(), view, at)
+                view, at = view[written:], at + written
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def read(self) -> NDArray[np.uint8]:
+        """Return a read-only memory map of all images, `(N, H, W, 3)`; what was not written is black."""
+        return np.memmap(self._file, np.uint8, "r", shape=self.shape)
+
+    def _failed(self, error: OSError) -> StorageError:
+        reason = error.strerror or str(error)
+        return StorageError(f"cannot write decoded images in {self._folder}: {reason}; free space or rights there")
