@@ -77,15 +77,15 @@ def train_step(
 
     Args:
         model: In training mode.
-        batch: On the model's device; this rank's share, which may be empty.
+        batch: On the model's device; this rank's share.
         objective: Maps outputs and batch to the mean loss of its samples.
         optimizer: Over the model's parameters.
         clip: Largest gradient norm; 0 leaves gradients alone.
         precision: `fp32` or `bf16`.
         micro_batch: Samples that go through the model at once; their gradients add up to those of the batch. None
             takes all. Not for models with batch norm.
-        weight: Size of the batch over the mean size of all ranks' batches, so that the mean over the ranks of loss
-            and gradients is that over all samples.
+        weight: Size of the share over the mean size of all ranks' shares, so that the mean over the ranks of loss and
+            gradients is that over all samples.
 
     Returns:
         The loss times `weight`, a float32 scalar, and whether loss and gradient norm are finite, a boolean scalar;
@@ -98,20 +98,12 @@ def train_step(
         with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
             with autocast(batch.images.device, precision):
                 outputs = model(part.images)
-            loss = _weighed(objective, outputs, part, weight * len(part) / max(1, len(batch)))
+            loss = objective(outputs, part) * (weight * len(part) / len(batch))
             torch.autograd.backward(loss)
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
     optimizer.step()
     return total, torch.isfinite(total) & torch.isfinite(norm)
-
-
-def _weighed(objective: Objective, outputs: Outputs, batch: Batch, weight: float) -> Tensor:
-    """Return the loss times its weight; of no samples it is 0, with a gradient of 0 for every parameter."""
-    if len(batch):
-        return objective(outputs, batch) * weight
-    heads = outputs if isinstance(outputs, tuple) else (outputs,)
-    return torch.stack([head.float().sum() for head in heads]).sum()
 
 
 @torch.inference_mode()
@@ -222,7 +214,7 @@ class Fit:
             lr = self._learning_rate(progress.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            batch, size = self._share(order[part]), part.stop - part.start
+            (batch, weight), size = self._share(order[part]), part.stop - part.start
             loss, is_finite = train_step(
                 self.parallel,
                 batch,
@@ -231,7 +223,7 @@ class Fit:
                 clip=self.recipe.clip,
                 precision=self.precision,
                 micro_batch=self.micro_batch,
-                weight=len(batch) * ranks / size,
+                weight=weight,
             )
             progress.loss_sum += loss.double() * (size / ranks)
             progress.step += 1
@@ -273,15 +265,18 @@ class Fit:
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - began
 
-    def _share(self, indices: Tensor) -> Batch:
-        """Return this rank's share of the step on `indices`, `(N,)` int64."""
-        own = self.group.share(len(indices), least=self.least)
-        batch = self.data.batch(self.progress.epoch, indices[own])
-        if batch.confidence is None or self.group.is_alone:
-            return batch
-        total = batch.confidence.sum()
-        self.group.sum_(total)
-        return dataclasses.replace(batch, mean_confidence=total / len(indices))
+    def _share(self, indices: Tensor) -> tuple[Batch, float]:
+        """Return this rank's share of the step on `indices`, `(N,)` int64, and its weight as for `train_step`."""
+        size = len(indices)
+        share = self.group.share(size, least=self.least)
+        count = share.stop - share.start
+        # A rank without a share takes part in the reduction all the same: the first samples again, without weight.
+        batch = self.data.batch(self.progress.epoch, indices[share if count else slice(self.least)])
+        if batch.confidence is not None and not self.group.is_alone:
+            total = batch.confidence.sum() * (count > 0)
+            self.group.sum_(total)
+            batch = dataclasses.replace(batch, mean_confidence=total / size)
+        return batch, count * self.group.world_size / size
 
     def _save_is_due(self) -> bool:
         """Tell whether it is time to save; rank 0's clock decides."""

@@ -219,9 +219,8 @@ def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> No
     if group.is_alone:
         return
     line = f"{run.name}: {group.world_size} ranks ({group.backend}) share each batch of {run.recipe.batch_size}"
-    if has_batch_norm(model):
-        alike = "all of it" if group.backend == "nccl" else "each rank's own share of it, kept from rank 0's"
-        line += f"; batch norm's statistics are those of {alike}"
+    if has_batch_norm(model) and group.backend == "gloo":
+        line += "; gloo cannot add up batch norm's statistics: each rank's are its own, and rank 0's are kept"
     context.say(line)
 
 
