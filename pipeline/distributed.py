@@ -226,7 +226,10 @@ def join(device: torch.device) -> Iterator[Group]:
             BACKENDS[device.type], store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
         )
         try:
-            yield Group(ranks, device, store)
+            group = Group(ranks, device, store)
+            yield group
+            # Where torchrun is not there to hold the store, it goes with rank 0.
+            group.sum_(torch.zeros((), device=device))
         finally:
             torch.distributed.destroy_process_group()
 
@@ -271,8 +274,8 @@ def has_batch_norm(model: nn.Module) -> bool:
 def parallel(model: nn.Module, group: Group) -> nn.Module:
     """Return what trains `model` on all ranks: its weights become rank 0's, gradients the mean over the ranks.
 
-    Batch norm takes its statistics over all ranks on GPUs, in place. Between CPUs gloo cannot: each rank's are those of
-    its own share, and the running ones, which evaluation uses, are rank 0's.
+    On GPUs batch norm takes its statistics over all ranks; its layers are replaced within `model`. Between CPUs gloo
+    cannot: each rank's are those of its own share, and the running ones, which evaluation uses, are rank 0's.
 
     Args:
         model: On the rank's device; it stays the one to evaluate and save.

@@ -14,6 +14,8 @@ from typing import Any
 SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 PRECISIONS = ("auto", "fp32", "bf16")
+STEPS = ("auto", "eager", "graph")
+INNER_BLOCKS = ("auto", "plain", "fused")
 MAX_VIEWS = 100_000
 
 
@@ -99,6 +101,8 @@ class FitRecipe:
         clip: Largest gradient norm; 0 leaves gradients alone.
         label_smoothing: Of the ground-truth targets.
         precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the device has matrix units for it.
+        step: `eager`; `graph`, replayed from a CUDA graph; or `auto`: graph on a CUDA device with one process.
+        compile: Whether torch.compile prepares the model. Needs a C++ compiler, takes minutes, and rounds differently.
     """
 
     epochs: int = _number(1, 100_000)
@@ -112,6 +116,8 @@ class FitRecipe:
     clip: float = _number(0.0, 1e6, 0.0)
     label_smoothing: float = _number(0.0, 0.99, 0.0)
     precision: str = _choice(PRECISIONS, "auto")
+    step: str = _choice(STEPS, "auto")
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,8 @@ class StudentRecipe(FitRecipe):
         num_heads: Heads of the outer attention.
         pixel_width: Width c of the inner tokens (tnt and titn).
         pixel_heads: Heads of the inner attention (tnt and titn).
+        inner_block: How inner blocks are computed (tnt and titn): `plain`, by PyTorch's own operations; `fused`, in
+            C++ on a CPU or Triton on CUDA; `auto`: fused where it is available.
         micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
             0 chooses: 128 on a CPU, all elsewhere.
     """
@@ -157,6 +165,7 @@ class StudentRecipe(FitRecipe):
     pixel_width: int = _number(1, 1024, 12)
     pixel_heads: int = _number(1, 256, 2)
     micro_batch: int = _number(0, 1_000_000, 0)
+    inner_block: str = _choice(INNER_BLOCKS, "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ Imports nothing slow, so that the handler stands before torch is loaded.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -18,10 +20,17 @@ class StopSignal:
 
     Outside `deferred` the exception is raised where the signal arrives. Inside, the signal is only noted, and the
     work that is going on asks for `received` between its steps. A second signal is raised at once in any case.
+
+    Attributes:
+        received: The signal that came first, or None.
+        patience: Seconds within which a second signal is still the first: where several processes work together, a
+            scheduler and torchrun may both pass on the same one.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.patience = 0.0
+        self._received_at = -math.inf
         self._deferred = False
 
     def install(self) -> None:
@@ -49,7 +58,10 @@ class StopSignal:
         return Interrupted(message, self.received or signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         again = self.received is not None
-        self.received = number
+        if again and now - self._received_at < self.patience:
+            return
+        self.received, self._received_at = number, now
         if again or not self._deferred:
             raise Interrupted(f"stopped by {signal.Signals(number).name}; run the same command again", number)

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
+from pipeline.captured_step import CapturedStep
 from pipeline.checkpoints import RunState
 from pipeline.distributed import ALONE, Group, accumulating, has_batch_norm, parallel
 from pipeline.errors import Interrupted, NumericalError
 from pipeline.losses import Outputs
 from pipeline.metrics import Meter, Scores
-from pipeline.optimization import build_optimizer, learning_rate
+from pipeline.optimization import build_optimizer, learning_rate, set_learning_rate
 from pipeline.recipes import FitRecipe
 from pipeline.resuming import FitResult, Progress, load_progress, save_progress
 from pipeline.runtime import autocast
@@ -35,12 +36,15 @@ from pipeline.stopping import StopSignal
 from pipeline.views import normalize
 
 SECONDS_BETWEEN_SAVES = 60.0
-# Saving takes at most a thirtieth of the time. A VGG with its best epoch and Adam's moments is 2 GB: at the rate
-# assumed before the first save is timed, a run of less than five minutes writes none.
+# Writing states takes at most a thirtieth of the time; the thread that does it needs a core. A VGG with its best epoch
+# and Adam's moments is 2 GB: at the rate assumed before the first save is timed, a run of less than five minutes writes
+# none.
 SAVING_SHARE = 1 / 30
 ASSUMED_BYTES_PER_SECOND = 2e8
 STEPS_BETWEEN_CHECKS = 50
-EVALUATION_BATCH = 1000
+# What an evaluation's batch touches should fit a CPU's cache; a GPU wants few, large launches.
+CPU_EVALUATION_BATCH = 256
+GPU_EVALUATION_BATCH = 4096
 
 
 Objective = Callable[[Outputs, Batch], Tensor]
@@ -77,15 +81,15 @@ def train_step(
 
     Args:
         model: In training mode.
-        batch: On the model's device; this rank's share, which may be empty.
+        batch: On the model's device; this rank's share.
         objective: Maps outputs and batch to the mean loss of its samples.
         optimizer: Over the model's parameters.
         clip: Largest gradient norm; 0 leaves gradients alone.
         precision: `fp32` or `bf16`.
         micro_batch: Samples that go through the model at once; their gradients add up to those of the batch. None
             takes all. Not for models with batch norm.
-        weight: Size of the batch over the mean size of all ranks' batches, so that the mean over the ranks of loss
-            and gradients is that over all samples.
+        weight: Size of the share over the mean size of all ranks' shares, so that the mean over the ranks of loss and
+            gradients is that over all samples.
 
     Returns:
         The loss times `weight`, a float32 scalar, and whether loss and gradient norm are finite, a boolean scalar;
@@ -98,20 +102,12 @@ def train_step(
         with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
             with autocast(batch.images.device, precision):
                 outputs = model(part.images)
-            loss = _weighed(objective, outputs, part, weight * len(part) / max(1, len(batch)))
+            loss = objective(outputs, part) * (weight * len(part) / len(batch))
             torch.autograd.backward(loss)
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
     optimizer.step()
     return total, torch.isfinite(total) & torch.isfinite(norm)
-
-
-def _weighed(objective: Objective, outputs: Outputs, batch: Batch, weight: float) -> Tensor:
-    """Return the loss times its weight; of no samples it is 0, with a gradient of 0 for every parameter."""
-    if len(batch):
-        return objective(outputs, batch) * weight
-    heads = outputs if isinstance(outputs, tuple) else (outputs,)
-    return torch.stack([head.float().sum() for head in heads]).sum()
 
 
 @torch.inference_mode()
@@ -131,7 +127,8 @@ def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32",
     device = data.images.device
     meter = Meter(data.num_classes, device)
     broken = torch.zeros((), dtype=torch.int64, device=device)
-    for part, images in data.batches(EVALUATION_BATCH, group.share(len(data.labels))):
+    batch_size = CPU_EVALUATION_BATCH if device.type == "cpu" else GPU_EVALUATION_BATCH
+    for part, images in data.batches(batch_size, group.share(len(data.labels))):
         with autocast(device, precision):
             outputs = model(normalize(images, data.mean, data.std))
         for head in outputs if isinstance(outputs, tuple) else (outputs,):
@@ -141,6 +138,21 @@ def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32",
         raise NumericalError("evaluation: a logit is not finite; lower lr, or set clip to 1.0")
     meter.reduce(group)
     return meter.scores()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A rank's part of a step.
+
+    Attributes:
+        indices: `(B,)` int64, the samples that go through its model.
+        count: How many of them count, B or none.
+        size: Samples of all ranks together.
+    """
+
+    indices: Tensor
+    count: int
+    size: int
 
 
 @dataclass(kw_only=True)
@@ -160,6 +172,7 @@ class Fit:
         stop: Asked after every step.
         metric: The score that decides the best epoch, higher is better.
         micro_batch: As for `train_step`.
+        captured: Whether steps are replayed from CUDA graphs; for one process on a CUDA device.
         group: The ranks that train it together; each has all of the data, and the same seed.
     """
 
@@ -175,19 +188,21 @@ class Fit:
     stop: StopSignal
     metric: str = "top1"
     micro_batch: int | None = None
+    captured: bool = False
     group: Group = ALONE
 
     def __post_init__(self) -> None:
         self.parallel = parallel(self.model, self.group)
-        self.optimizer = build_optimizer(self.model.parameters(), self.recipe)
+        self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=self.captured)
         self.device = self.evaluation.images.device
+        self.replay = CapturedStep(lambda batch: self._train_step(batch, 1.0), self.device) if self.captured else None
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1
         self.progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
         self.saved_at = time.monotonic()
         weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        self.save_seconds = 4 * weights / ASSUMED_BYTES_PER_SECOND
+        self.assumed_seconds = 4 * weights / ASSUMED_BYTES_PER_SECOND
 
     def run(self) -> FitResult:
         """Train to the last epoch.
@@ -216,23 +231,14 @@ class Fit:
         order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples)
         check_every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
         finite: list[Tensor] = []
-        sizes, shares = self._shares(order)
-        for size, own in zip(sizes, self.data.batches(progress.epoch, shares), strict=True):
+        shares = self._shares(order)
+        batches = self.data.batches(progress.epoch, [share.indices for share in shares])
+        for share, own in zip(shares, batches, strict=True):
             lr = self._learning_rate(progress.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            batch = self._with_mean_of_all(own, size)
-            loss, is_finite = train_step(
-                self.parallel,
-                batch,
-                self.objective,
-                self.optimizer,
-                clip=self.recipe.clip,
-                precision=self.precision,
-                micro_batch=self.micro_batch,
-                weight=len(batch) * ranks / size,
-            )
-            progress.loss_sum += loss.double() * (size / ranks)
+            set_learning_rate(self.optimizer, lr)
+            batch = self._with_mean_of_all(own, share)
+            loss, is_finite = self.train_step(batch, share.count * ranks / share.size)
+            progress.loss_sum += loss.double() * (share.size / ranks)
             progress.step += 1
             self.watcher.stepped()
             finite.append(is_finite)
@@ -267,28 +273,51 @@ class Fit:
 
     def save(self) -> None:
         """Write the resumable state."""
-        began = time.monotonic()
         save_progress(self.state, self.progress, self.model, self.optimizer, self.group)
         self.saved_at = time.monotonic()
-        self.save_seconds = self.saved_at - began
 
-    def _shares(self, order: Tensor) -> tuple[list[int], list[Tensor]]:
-        """Return the sizes of the batches to come of all ranks together, and this rank's samples of each."""
-        batches = [order[part] for part in self.batches[self.progress.step :]]
-        shares = [batch[self.group.share(len(batch), least=self.least)] for batch in batches]
-        return [len(batch) for batch in batches], shares
+    def train_step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+        """Do one step, as the function of this name, on this rank's share of a batch."""
+        if self.replay is not None:
+            assert weight == 1.0
+            return self.replay(batch)
+        return self._train_step(batch, weight)
 
-    def _with_mean_of_all(self, batch: Batch, size: int) -> Batch:
-        """Return a batch whose mean confidence is that of all ranks' `size` samples."""
+    def _train_step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+        return train_step(
+            self.parallel,
+            batch,
+            self.objective,
+            self.optimizer,
+            clip=self.recipe.clip,
+            precision=self.precision,
+            micro_batch=self.micro_batch,
+            weight=weight,
+        )
+
+    def _shares(self, order: Tensor) -> list[_Share]:
+        """Return this rank's samples of each step to come, from the epoch's order, `(N,)` int64."""
+        shares = []
+        for part in self.batches[self.progress.step :]:
+            batch = order[part]
+            own = self.group.share(len(batch), least=self.least)
+            count = own.stop - own.start
+            # A rank without a share takes part in the reduction all the same: the first samples again, without weight.
+            shares.append(_Share(batch[own if count else slice(self.least)], count, len(batch)))
+        return shares
+
+    def _with_mean_of_all(self, batch: Batch, share: _Share) -> Batch:
+        """Return a batch whose mean confidence is that of all ranks' samples."""
         if batch.confidence is None or self.group.is_alone:
             return batch
-        total = batch.confidence.sum()
+        total = batch.confidence.sum() * (share.count > 0)
         self.group.sum_(total)
-        return dataclasses.replace(batch, mean_confidence=total / size)
+        return dataclasses.replace(batch, mean_confidence=total / share.size)
 
     def _save_is_due(self) -> bool:
         """Tell whether it is time to save; rank 0's clock decides."""
-        pause = max(SECONDS_BETWEEN_SAVES, self.save_seconds / SAVING_SHARE)
+        seconds = self.assumed_seconds if self.state.seconds is None else self.state.seconds
+        pause = max(SECONDS_BETWEEN_SAVES, seconds / SAVING_SHARE)
         return self.group.is_main and time.monotonic() - self.saved_at > pause
 
     def _check(self, finite: list[Tensor], lr: float, stop: int, save: int) -> None:

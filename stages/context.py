@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pipeline.datasets import Dataset
     from pipeline.distributed import Group
 
+SECONDS_OF_ONE_SIGNAL = 5.0
+
 
 @dataclass
 class Context:
@@ -73,11 +75,11 @@ class Context:
             yield self._group
             return
         with join(self.device) as group:
-            self._group = group
+            self._group, self.stop.patience = group, 0.0 if group.is_alone else SECONDS_OF_ONE_SIGNAL
             try:
                 yield group
             finally:
-                self._group = None
+                self._group, self.stop.patience = None, 0.0
 
     def say(self, message: str) -> None:
         """Print one line, unwrapped and without markup."""

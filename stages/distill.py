@@ -15,9 +15,10 @@ from pipeline.errors import UsageError
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistilled_loss
 from pipeline.params import override
 from pipeline.recipes import Recipe, StudentRecipe
-from pipeline.students import STUDENTS, build_student
+from pipeline.students import STUDENTS, build_student, use_inner_block
 from pipeline.training import Objective
 from stages.context import Context
+from stages.execution import execution
 from stages.fitting import Run, carry_out, make_views, place, up_to_date
 from stages.models import describe, student_arguments
 from stages.teacher_labels import Distillation, TeacherSource
@@ -89,6 +90,7 @@ def distill(
         source.check(views)
         torch.manual_seed(seed)
         model = build_student(recipe.model, **run.description["arguments"]).to(device)
+        inner_block = use_inner_block(model, recipe.inner_block, device)
         carry_out(
             context,
             run,
@@ -98,7 +100,7 @@ def distill(
             data=TrainingData(views, dataset.mean, dataset.std, run.num_views, source.teacher_labels(device)),
             clean=source.clean,
             objective=student_objective(recipe, distilled=source.is_distilled, soft=soft),
-            micro_batch=micro_batch_on(device, recipe),
+            how=execution(recipe, device, group, micro_batch=micro_batch_on(device, recipe), inner_block=inner_block),
             fresh=fresh,
         )
     return run.out

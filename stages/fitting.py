@@ -29,12 +29,13 @@ from pipeline.distributed import Group, has_batch_norm
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
 from pipeline.resuming import FitResult
-from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit, resolve_precision
+from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.streaming import HostImages, place_images
 from pipeline.training import Fit, Objective, evaluate
 from pipeline.views import Views
 from stages.context import Context
+from stages.execution import Execution
 from stages.models import costs
 from stages.paths import Paths
 
@@ -153,8 +154,8 @@ def carry_out(
     data: TrainingData,
     clean: Mapping[str, np.ndarray[Any, Any]],
     objective: Objective,
+    how: Execution,
     metric: str = "top1",
-    micro_batch: int | None = None,
     fresh: bool = False,
 ) -> None:
     """Train a model and write its outputs, or go on where a former run stopped.
@@ -168,12 +169,11 @@ def carry_out(
         data: Training batches on the device.
         clean: The teacher's labels of the clean splits by name; empty without a teacher.
         objective: The loss.
+        how: How it is computed.
         metric: The score that decides the best epoch.
-        micro_batch: As for pipeline.training.train_step.
         fresh: Whether to leave a saved state aside.
     """
     device = context.device
-    precision = resolve_precision(run.recipe.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
     state = RunState(run.work, run.fingerprint)
@@ -185,7 +185,10 @@ def carry_out(
                 state.delete()
 
         group.on_main(begin)
+        context.say(f"{run.name}: {how.describe(device, run.recipe.batch_size)}")
         _say_ranks(context, run, group, model)
+        if how.compiled:
+            model.compile()
         split_name, split = dataset.evaluation
         evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
         began = time.monotonic()
@@ -196,21 +199,22 @@ def carry_out(
                 evaluation=evaluation,
                 objective=objective,
                 recipe=run.recipe,
-                precision=precision,
+                precision=how.precision,
                 seed=run.seed,
                 state=state,
                 watcher=watcher,
                 stop=context.stop,
                 metric=metric,
-                micro_batch=micro_batch,
+                micro_batch=how.micro_batch,
+                captured=how.step == "graph",
                 group=group,
             ).run()
-            last, scores = _score_best(context, run, group, model, dataset, clean, result, precision)
+            last, scores = _score_best(context, run, group, model, dataset, clean, result, how.precision)
 
             def end() -> None:
-                _write(run, result, last, _metrics(run, dataset, result, scores, precision))
-                seconds = round(time.monotonic() - began, 1)
-                write_json(run.out / "run.json", {**environment(device), "ranks": group.world_size, "seconds": seconds})
+                _write(run, result, last, _metrics(run, dataset, result, scores, how.precision))
+                where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
+                write_json(run.out / "run.json", {**where, "seconds": round(time.monotonic() - began, 1)})
                 state.delete()
 
             group.on_main(end)
@@ -223,9 +227,8 @@ def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> No
     if group.is_alone:
         return
     line = f"{run.name}: {group.world_size} ranks ({group.backend}) share each batch of {run.recipe.batch_size}"
-    if has_batch_norm(model):
-        alike = "all of it" if group.backend == "nccl" else "each rank's own share of it, kept from rank 0's"
-        line += f"; batch norm's statistics are those of {alike}"
+    if has_batch_norm(model) and group.backend == "gloo":
+        line += "; gloo cannot add up batch norm's statistics: each rank's are its own, and rank 0's are kept"
     context.say(line)
 
 

@@ -71,6 +71,8 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
         UsageError: The path does not exist.
         DataError: It holds no valid checkpoint, or one of the other kind.
     """
+    from pipeline.students import Student, use_inner_block
+
     checkpoint = load_checkpoint(path)
     if kind is not None and checkpoint.meta.get("kind") != kind:
         raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
@@ -78,6 +80,8 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
         model = build(dict(checkpoint.meta))
     model.to_empty(device="cpu")
     load_weights(model, checkpoint)
+    if isinstance(model, Student):
+        use_inner_block(model, "auto", device)
     return model.to(device).eval(), checkpoint
 
 

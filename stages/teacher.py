@@ -18,6 +18,7 @@ from pipeline.storage import sha256_file
 from pipeline.teachers import build_teacher
 from pipeline.training import Objective
 from stages.context import Context
+from stages.execution import execution
 from stages.fitting import Run, carry_out, make_views, place, up_to_date
 from stages.models import describe
 
@@ -78,6 +79,7 @@ def train_teacher(
             data=TrainingData(views, dataset.mean, dataset.std),
             clean={},
             objective=teacher_objective(recipe.label_smoothing),
+            how=execution(recipe, device, group),
             metric=context.recipe.select.by,
             fresh=fresh,
         )

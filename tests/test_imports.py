@@ -24,7 +24,17 @@ LAYERS = (
         "labels",
         "checkpoints",
     },
-    {"batches", "optimization", "labelling", "replay", "teacher_answers", "resuming", "training", "reporting"},
+    {
+        "batches",
+        "optimization",
+        "labelling",
+        "replay",
+        "teacher_answers",
+        "resuming",
+        "captured_step",
+        "training",
+        "reporting",
+    },
 )
 LEAVES = {"teachers", "folding", "counting", "students"}
 HOMES = {

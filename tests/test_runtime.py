@@ -72,6 +72,14 @@ def test_a_signal_is_noted_inside_and_raised_at_the_end() -> None:
     assert done == ["inner", "outer"]
 
 
+def test_a_signal_passed_on_twice_is_one_signal() -> None:
+    stop = StopSignal()
+    stop.patience = 60.0
+    with pytest.raises(Interrupted, match="finished is saved"), stop.deferred():
+        stop._handle(signal.SIGTERM, None)
+        stop._handle(signal.SIGTERM, None)
+
+
 def test_a_second_signal_is_raised_even_inside() -> None:
     stop = StopSignal()
     with pytest.raises(Interrupted), stop.deferred():

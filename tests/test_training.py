@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 from pipeline.batches import Batch, EvaluationData, TeacherLabels, TrainingData, epoch_order, split_batches
 from pipeline.checkpoints import RunState
+from pipeline.distributed import ALONE, Group
 from pipeline.errors import Interrupted, NumericalError
 from pipeline.labelling import Teacher, label_view
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy
 from pipeline.recipes import FitRecipe, ViewRecipe
+from pipeline.resuming import FitResult
 from pipeline.stopping import StopSignal
-from pipeline.students import build_student
+from pipeline.students import STUDENTS, build_student
 from pipeline.teacher_answers import cached_labels, online_labels
-from pipeline.training import Fit, FitResult, evaluate
-from pipeline.views import Views
+from pipeline.training import Fit, evaluate, train_step
+from pipeline.views import Views, normalize
 
 NUM_CLASSES, SIZE, NUM_TRAIN = 3, 8, 50
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -80,6 +82,16 @@ def objective(outputs: Outputs, batch: Batch) -> Tensor:
     return mixed_cross_entropy(outputs, batch.labels, batch.partner_labels, batch.lam)
 
 
+def weighing_objective(outputs: Outputs, batch: Batch) -> Tensor:
+    if not isinstance(outputs, tuple):
+        return objective(outputs, batch)
+    assert batch.teacher_labels is not None
+    return hybrid_loss(
+        outputs, batch.labels, batch.partner_labels, batch.lam, batch.teacher_labels,
+        confidence=batch.confidence, mean_confidence=batch.mean_confidence,
+    )  # fmt: skip
+
+
 def evaluation() -> EvaluationData:
     images, labels = images_and_labels(30, seed=1)
     return EvaluationData(images, labels, MEAN, STD, NUM_CLASSES)
@@ -92,6 +104,8 @@ def make_fit(
     watcher: Watcher | None = None,
     stop: StopSignal | None = None,
     teacher_labels: TeacherLabels | None = None,
+    group: Group = ALONE,
+    micro_batch: int | None = None,
     **settings: Any,
 ) -> Fit:
     recipe = FitRecipe(**{"epochs": 4, "batch_size": 16, "lr": 0.05, "optimizer": "sgd", "clip": 1.0, **settings})
@@ -107,6 +121,8 @@ def make_fit(
         state=RunState(directory, "fingerprint"),
         watcher=watcher or Watcher(),
         stop=stop or StopSignal(),
+        group=group,
+        micro_batch=micro_batch,
     )
 
 
@@ -175,6 +191,37 @@ def test_a_channels_last_model_is_resumed_with_its_moments_in_the_same_layout(tm
         run(tmp_path / "cut", model=model(), stop=stop, watcher=Watcher(stop, 6), optimizer="adamw", lr=0.01)
     _, resumed = run(tmp_path / "cut", model=model(), optimizer="adamw", lr=0.01)
     assert all(torch.equal(resumed[name], last[name]) for name in last)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_the_parts_of_a_batch_have_its_loss_gradients_and_weights(student: str, clip: float) -> None:
+    images, labels = images_and_labels(13, seed=5)
+    teacher_labels, confidence = labels.roll(1), torch.linspace(0.1, 0.9, 13)
+    batch = Batch(
+        normalize(images, MEAN, STD), labels, labels.roll(2), torch.linspace(0.2, 1.0, 13), teacher_labels,
+        confidence, confidence.mean(),
+    )  # fmt: skip
+
+    def step(micro_batch: int | None) -> tuple[Tensor, nn.Module]:
+        torch.manual_seed(0)
+        model = build_student(student, num_classes=NUM_CLASSES, image_size=SIZE, patch_size=4, width=12, depth=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings: dict[str, Any] = {"clip": clip, "precision": "fp32", "micro_batch": micro_batch}
+        loss, finite = train_step(model, batch, weighing_objective, optimizer, **settings)
+        assert finite
+        return loss, model
+
+    loss, model = step(None)
+    for micro_batch in (1, 5, 12, 13, 100):
+        exact = micro_batch >= 13
+        other_loss, other = step(micro_batch)
+        assert torch.equal(loss, other_loss) if exact else abs(loss - other_loss) < 1e-6
+        for parameter, others in zip(model.parameters(), other.parameters(), strict=True):
+            assert parameter.grad is not None and others.grad is not None
+            tolerance = 0.0 if exact else 1e-6
+            torch.testing.assert_close(others.grad, parameter.grad, rtol=0, atol=tolerance)
+            torch.testing.assert_close(others, parameter, rtol=0, atol=tolerance)
 
 
 def test_state_is_saved_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
