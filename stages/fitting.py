@@ -25,6 +25,7 @@ from pipeline.batches import EvaluationData, TrainingData
 from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.errors import UsageError
+from pipeline.image_arrays import MappedImages
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
 from pipeline.runtime import (
@@ -120,7 +121,7 @@ def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str
     limit = resident_limit(device)
     images = place_images(split.images, device, limit)
     if isinstance(images, HostImages) and current_ranks().is_main:
-        where = context.paths.dataset if isinstance(split.images, np.memmap) else "RAM"
+        where = context.paths.dataset if isinstance(split.images, MappedImages) else "RAM"
         size = f"{split.images.nbytes / 1e9:.3g} GB of training images, more than {limit / 1e9:.3g} GB"
         context.say(f"{size}: they stream from {where} to {device} ({RESIDENT_VARIABLE} sets the limit in bytes)")
     return Views(images, torch.from_numpy(split.labels), context.recipe.views[view_recipe], key=key)
