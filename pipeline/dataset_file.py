@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, StorageError
-from pipeline.image_arrays import Images, chunks
+from pipeline.image_arrays import Images, MappedImages, chunks
 from pipeline.storage import replacing
 
 SCHEMA = "titn-dataset/1"
@@ -128,12 +128,13 @@ def _check(dataset: Any, ndim: int, dtype: str, file_size: int) -> Any:
     return dataset
 
 
-def _map(dataset: Any, path: Path) -> NDArray[np.uint8]:
+def _map(dataset: Any, path: Path) -> MappedImages:
     """Map an HDF5 dataset into memory; whether these bytes are what was stored, their digest tells."""
     layout, offset = dataset.id.get_create_plist().get_layout(), dataset.id.get_offset()
     if layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None:
         raise ValueError(f"{dataset.name}: not stored in one piece, which is needed of images that do not fit in RAM")
-    return np.memmap(path, np.uint8, "r", offset=offset, shape=dataset.shape)
+    with path.open("rb") as file:
+        return MappedImages(file.fileno(), dataset.shape, offset)
 
 
 class _Sink:

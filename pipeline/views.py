@@ -35,9 +35,11 @@ from pipeline.recipes import ViewRecipe
 from pipeline.streaming import HostImages
 from pipeline.threads import for_each
 
-# Samples made at once. On the CPU what an operation touches should fit the cache; a GPU wants few, large launches.
+# Samples made at once, of 32 x 32 pixels; fewer of larger ones. On the CPU what an operation touches should fit the
+# cache; a GPU wants few, large launches.
 CPU_CHUNK = 2048
 GPU_CHUNK = 16384
+CHUNK_PIXELS = 32 * 32
 # A larger view is not kept: its batches make their images when asked, and partners a second time.
 MAX_PREPARED_BYTES = 2**31
 
@@ -307,7 +309,9 @@ class Views:
                 images = self.images.place(raw.images[part])
             made[part] = augmentation.augment(images, own, self.recipe)
 
-        size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+        num_pixels = self.images.shape[2] * self.images.shape[3]
+        chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+        size = max(1, chunk * CHUNK_PIXELS // max(num_pixels, CHUNK_PIXELS))
         parts = [slice(start, start + size) for start in range(0, len(rows), size)]
         if device.type == "cpu":
             for_each(parts, render)

@@ -48,6 +48,7 @@ class Context:
     device_name: str | None = None
     _changed: list[str] = field(default_factory=list)
     _group: Group | None = None
+    _loaded: tuple[tuple[int, ...], Dataset] | None = None
 
     @property
     def paths(self) -> Paths:
@@ -111,7 +112,12 @@ class Context:
                     f"{self.paths.dataset}: prepared with {key} {prepared.get(key)}, but recipe {self.recipe.name} "
                     f"asks for {wanted}; run `pipeline prepare --recipe {self.recipe.name}` again"
                 )
-        return Dataset.load(self.paths.dataset, resident_limit(torch.device("cpu")))
+        # Kept while the file is the same: a large one takes minutes to verify.
+        stat = self.paths.dataset.stat()
+        version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._loaded is None or self._loaded[0] != version:
+            self._loaded = (version, Dataset.load(self.paths.dataset, resident_limit(torch.device("cpu"))))
+        return self._loaded[1]
 
     def changed(self, stage: str) -> None:
         """Note that an output of a DVC stage was replaced."""

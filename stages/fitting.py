@@ -26,6 +26,7 @@ from pipeline.batches import EvaluationData, TrainingData
 from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.distributed import Group, has_batch_norm
+from pipeline.image_arrays import MappedImages
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
 from pipeline.resuming import FitResult
@@ -116,7 +117,7 @@ def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str
     limit = resident_limit(device)
     images = place_images(split.images, device, limit)
     if isinstance(images, HostImages):
-        where = context.paths.dataset if isinstance(split.images, np.memmap) else "RAM"
+        where = context.paths.dataset if isinstance(split.images, MappedImages) else "RAM"
         size = f"{split.images.nbytes / 1e9:.3g} GB of training images, more than {limit / 1e9:.3g} GB"
         context.say(f"{size}: they stream from {where} to {device} ({RESIDENT_VARIABLE} sets the limit in bytes)")
     return Views(images, torch.from_numpy(split.labels), context.recipe.views[view_recipe], key=key)

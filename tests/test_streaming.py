@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.batches import EvaluationData
 from pipeline.errors import Interrupted
+from pipeline.image_arrays import MappedImages
 from pipeline.labelling import label_view
 from pipeline.replay import make_canaries
 from pipeline.runtime import RESIDENT_VARIABLE
@@ -33,12 +34,13 @@ CPU = torch.device("cpu")
 
 
 def on_host(images: Tensor, device: torch.device = CPU, path: Path | None = None) -> HostImages:
-    """The same images, as an array of (N, H, W, 3), or as a read-only memory map of a file."""
+    """The same images, as an array of (N, H, W, 3), or in a mapped file."""
     array = images.permute(0, 2, 3, 1).contiguous().numpy()
-    if path is not None:
-        array.tofile(path)
-        array = np.memmap(path, np.uint8, "r", shape=array.shape)
-    return HostImages(array, device)
+    if path is None:
+        return HostImages(array, device)
+    path.write_bytes(b"something before them" + array.tobytes())
+    with path.open("rb") as file:
+        return HostImages(MappedImages(file.fileno(), array.shape, len(b"something before them")), device)
 
 
 def streamed(views: Views, **kwargs: Any) -> Views:
