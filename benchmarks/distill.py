@@ -135,7 +135,10 @@ def label_cost(name: str, options: argparse.Namespace) -> Row:
     precision = resolve_precision("auto", device)
     images, labels = (values.to(device) for values in images_and_labels(options.steps * batch_size))
     views = Views(images, labels, training.recipe().views["default"])
-    light, plain = built_teachers.folded(model, device, batch_size, precision), built_teachers.stock(model, device, batch_size)
+    light, plain = (
+        built_teachers.folded(model, device, batch_size, precision),
+        built_teachers.stock(model, device, batch_size),
+    )
     numbers = itertools.count()  # shared: whoever comes second must not find the draws of its view made
     contenders: dict[str, Callable[[], object]] = {
         "ours": lambda: label_view(light, views, next(numbers)),

@@ -93,7 +93,10 @@ def as_labels_are_made(name: str, views: Views, options: argparse.Namespace) -> 
     device, batch_size, model = options.device, options.batch_size, built_teachers.build(name)
     precision = resolve_precision("auto", device)
     numbers = itertools.count()  # shared: whoever comes second must not find the draws of its view made
-    ours, plain = built_teachers.folded(model, device, batch_size, precision), built_teachers.stock(model, device, batch_size)
+    ours, plain = (
+        built_teachers.folded(model, device, batch_size, precision),
+        built_teachers.stock(model, device, batch_size),
+    )
     contenders: dict[str, Callable[[], object]] = {
         "ours": lambda: label_view(ours, views, next(numbers)),
         "peer": lambda: label_view(plain, views, next(numbers)),
