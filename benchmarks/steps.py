@@ -49,6 +49,7 @@ def our_step(
         optimizer: Over the model's parameters.
         precision: `fp32` or `bf16`.
     """
+    # Where train_step takes micro-batches, the CPU's at batch 1024 are asked for here.
     return lambda: train_step(model, batch, objective, optimizer, clip=recipe.clip, precision=precision)
 
 
@@ -89,5 +90,22 @@ def forward_pass(model: nn.Module, batch: Batch, *, precision: str) -> Callable[
     def run() -> None:
         with torch.no_grad(), autocast(batch.images.device, precision):
             model(batch.images)
+
+    return run
+
+
+def at_rest(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Set the learning rate to 0: the work is the same, and one batch again and again leads no weights astray."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
+
+
+def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
+    """Return several steps in a row as one turn."""
+
+    def run() -> None:
+        for _ in range(times):
+            step()
 
     return run

@@ -153,7 +153,7 @@ def turn(
     if operation == FORWARD:
         return steps.forward_pass(model.eval(), batch, precision=precision)
     own = recipe(student, depth)
-    optimizer = build_optimizer(model.train().parameters(), own)
+    optimizer = steps.at_rest(build_optimizer(model.train().parameters(), own))
     if not contender.is_ours:
         return steps.plain_step(model, batch, optimizer=optimizer, precision=precision)
     objective = student_objective(own, distilled=STUDENTS[student].has_distillation_head)

@@ -15,7 +15,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import floor, peak_memory
 from benchmarks.measure import Report, Row, begin, compare, interleave, option_parser, positive, quartiles
-from benchmarks.steps import synthetic_batch
+from benchmarks.steps import repeated, synthetic_batch
 from benchmarks.student_contenders import EAGER, FORWARD, TRAINING, Contender, build, contenders, recipe, turn
 from pipeline.counting import num_parameters
 from pipeline.runtime import keep_freed_memory
@@ -141,7 +141,7 @@ def measure_seconds(
         except (MemoryError, torch.OutOfMemoryError, TorchDynamoException) as error:
             report.extra["left_out"][f"{who.name}, {operation} at batch {batch_size}"] = _first_line(error)
         else:
-            turns[who] = _repeated(step, options.steps)
+            turns[who] = repeated(step, options.steps)
     seconds = interleave({who.name: run for who, run in turns.items()}, rounds=options.rounds, device=options.device)
     torch._dynamo.reset()
     return {who: seconds[who.name] / options.steps for who in turns}
@@ -231,14 +231,6 @@ def _alone(what: str, values: NDArray[np.float64], unit: str, details: Mapping[s
         spread={"ours": quartiles(values)},
         details=details,
     )
-
-
-def _repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(times):
-            step()
-
-    return run
 
 
 def _sizes(text: str) -> list[int]:
