@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks import teachers, training
+from benchmarks import built_teachers, training
 from benchmarks.measure import (
     Report,
     Row,
@@ -90,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def student_epochs(name: str, cache: LabelCache, options: argparse.Namespace) -> dict[str, NDArray[np.float64]]:
     """Return the seconds of an epoch of EPOCH_IMAGES for each source of labels, `(rounds,)`, from a few steps."""
     device, batch_size, num_images = options.device, options.batch_size, cache.num_samples
-    model = teachers.build(options.teacher)
+    model = built_teachers.build(options.teacher)
     precision = resolve_precision("auto", device)
     sources: dict[str, TeacherLabels | None] = {
         CACHED: cached_labels(cache, device),
-        ONLINE_STOCK: online_labels(teachers.stock(model, device, batch_size)),
-        ONLINE_FOLDED: online_labels(teachers.folded(model, device, batch_size, precision)),
+        ONLINE_STOCK: online_labels(built_teachers.stock(model, device, batch_size)),
+        ONLINE_FOLDED: online_labels(built_teachers.folded(model, device, batch_size, precision)),
         UNDISTILLED: None,
     }
     images, labels = (values.to(device) for values in images_and_labels(num_images))
@@ -131,11 +131,14 @@ def epoch_rows(name: str, seconds: Mapping[str, NDArray[np.float64]], teacher: s
 
 def label_cost(name: str, options: argparse.Namespace) -> Row:
     """Compare what a label costs as labels are made, views included, and by the teacher as torchvision builds it."""
-    device, batch_size, model = options.device, options.batch_size, teachers.build(name)
+    device, batch_size, model = options.device, options.batch_size, built_teachers.build(name)
     precision = resolve_precision("auto", device)
     images, labels = (values.to(device) for values in images_and_labels(options.steps * batch_size))
     views = Views(images, labels, training.recipe().views["default"])
-    light, plain = teachers.folded(model, device, batch_size, precision), teachers.stock(model, device, batch_size)
+    light, plain = (
+        built_teachers.folded(model, device, batch_size, precision),
+        built_teachers.stock(model, device, batch_size),
+    )
     numbers = itertools.count()  # shared: whoever comes second must not find the draws of its view made
     contenders: dict[str, Callable[[], object]] = {
         "ours": lambda: label_view(light, views, next(numbers)),

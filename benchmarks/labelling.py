@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import teachers, training
+from benchmarks import built_teachers, training
 from benchmarks.measure import Row, begin, compare, interleave, option_parser, positive
 from benchmarks.synthetic import MEAN, STD, images_and_labels
 from pipeline.labelling import Teacher, label_view
@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def ways_of_labelling(views: Views, options: argparse.Namespace) -> list[Row]:
     """Compare what folding, bfloat16 and making the views each change for one teacher."""
-    device, batch_size, model = options.device, options.batch_size, teachers.build(options.teacher)
-    fast = teachers.folded(model, device, batch_size, "bf16")
-    light = teachers.folded(model, device, batch_size, "fp32")
+    device, batch_size, model = options.device, options.batch_size, built_teachers.build(options.teacher)
+    fast = built_teachers.folded(model, device, batch_size, "bf16")
+    light = built_teachers.folded(model, device, batch_size, "fp32")
     unfolded = _channels_last(model, device, batch_size, "bf16")
-    plain = teachers.stock(model, device, batch_size)
+    plain = built_teachers.stock(model, device, batch_size)
     batches = normalized_batches(views, batch_size)
     numbers = itertools.count()
     contenders: dict[str, Callable[[], object]] = {
@@ -90,10 +90,13 @@ def ways_of_labelling(views: Views, options: argparse.Namespace) -> list[Row]:
 
 def as_labels_are_made(name: str, views: Views, options: argparse.Namespace) -> Row:
     """Compare label_view with a teacher as labels are made and with the same teacher as torchvision builds it."""
-    device, batch_size, model = options.device, options.batch_size, teachers.build(name)
+    device, batch_size, model = options.device, options.batch_size, built_teachers.build(name)
     precision = resolve_precision("auto", device)
     numbers = itertools.count()  # shared: whoever comes second must not find the draws of its view made
-    ours, plain = teachers.folded(model, device, batch_size, precision), teachers.stock(model, device, batch_size)
+    ours, plain = (
+        built_teachers.folded(model, device, batch_size, precision),
+        built_teachers.stock(model, device, batch_size),
+    )
     contenders: dict[str, Callable[[], object]] = {
         "ours": lambda: label_view(ours, views, next(numbers)),
         "peer": lambda: label_view(plain, views, next(numbers)),

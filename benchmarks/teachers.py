@@ -1,49 +1,135 @@
-"""Teachers as torchvision builds them, and as labels are made with them."""
+"""Teachers beside the way torchvision's users commonly train them: `python -m benchmarks.teachers`."""
 
 from __future__ import annotations
 
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
+from rich.console import Console
 from torch import nn
 
-from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD, images_and_labels
-from pipeline.folding import fold
-from pipeline.labelling import Teacher
-from pipeline.teachers import build_teacher
-from pipeline.views import normalize
+from benchmarks import built_teachers, steps, training
+from benchmarks.measure import Row, begin, compare, interleave, option_parser, positive
+from pipeline.batches import Batch
+from pipeline.optimization import build_optimizer
+from pipeline.recipes import TeacherRecipe
+from pipeline.runtime import keep_freed_memory, resolve_precision
+from pipeline.teachers import TEACHERS
+from stages.teacher import teacher_objective
 
-NUM_CALIBRATION_IMAGES = 64
+QUICK = "squeezenet1_1"
 
 
-def build(name: str) -> nn.Module:
-    """Build a teacher with random weights and batch norms that have seen images, in evaluation mode, on the CPU.
+@dataclass(frozen=True)
+class Setting:
+    """A way of running a teacher without this project.
 
-    Without that, activations of the deeper ones die away to numbers so small that CPUs compute with them slowly.
-
-    Args:
-        name: A key of pipeline.teachers.TEACHERS.
+    Attributes:
+        precision: `fp32`, or `bf16` for bfloat16 autocast.
+        channels_last: Whether weights lie so; else NCHW, as torchvision builds them.
+        compiled: Whether torch.compile is used.
     """
-    torch.manual_seed(0)
-    model = build_teacher(name, num_classes=NUM_CLASSES, bn_momentum=1.0)
-    images, _ = images_and_labels(NUM_CALIBRATION_IMAGES)
-    with torch.no_grad():
-        model(normalize(images, MEAN, STD))
-    return model.eval()
+
+    precision: str
+    channels_last: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        layout = "channels_last" if self.channels_last else "NCHW"
+        return f"torchvision {self.precision} {layout} {'compiled' if self.compiled else 'eager'}"
 
 
-def stock(model: nn.Module, device: torch.device, batch_size: int) -> Teacher:
-    """Return a teacher that labels in float32 as torchvision built it."""
-    return Teacher(model.to(device), MEAN, STD, "fp32", batch_size)
+COMMON = Setting("fp32")
+EAGER = (COMMON, Setting("bf16"), Setting("bf16", channels_last=True))
+COMPILED = (Setting("fp32", compiled=True), Setting("bf16", channels_last=True, compiled=True))
 
 
-def folded(model: nn.Module, device: torch.device, batch_size: int, precision: str) -> Teacher:
-    """Return a teacher folded for 32x32 images, channels last.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = option_parser(__doc__, threads=2)
+    parser.add_argument("--batch-size", type=positive, help="default: 32 on a CPU, 1024 on a GPU, 32 with --quick")
+    parser.add_argument("--steps", type=positive, help="of a timed turn; default: 1 on a CPU, 5 on a GPU")
+    parser.add_argument("--teachers", help=f"separated by commas; default: all eight, {QUICK} with --quick")
+    parser.add_argument(
+        "--compile", action="store_true", help="compare with compiled models on a CPU, too; on a GPU it always is"
+    )
+    options = parser.parse_args(arguments)
+    chosen = options.teachers.split(",") if options.teachers else [QUICK] if options.quick else list(TEACHERS)
+    for name in chosen:
+        if name not in TEACHERS:
+            parser.error(f"--teachers {name}: is no teacher; choose from {', '.join(TEACHERS)}")
+    report = begin("Teachers", options, rounds=(3, 5, 7), batch_size=(32, 32, 1024), steps=(1, 1, 5))
+    if options.device.type == "cpu":
+        keep_freed_memory()  # as training does
+    compiled = options.compile or (options.device.type != "cpu" and not options.quick)
+    batch = steps.synthetic_batch(options.batch_size, options.device)
+    for name in chosen:
+        report.rows += teacher_rows(name, batch, [*EAGER, *(COMPILED if compiled else ())], options)
+    report.finish(Console(), options.json)
 
-    Args:
-        model: In evaluation mode; left as it is.
-        device: Where it labels.
-        batch_size: Images a forward pass.
-        precision: `fp32` or `bf16`.
-    """
-    light = fold(model, SIZE).to(device)
-    light.to(memory_format=torch.channels_last)
-    return Teacher(light, MEAN, STD, precision, batch_size)
+
+def teacher_rows(name: str, batch: Batch, settings: Sequence[Setting], options: argparse.Namespace) -> list[Row]:
+    """Compare training step and forward pass of one teacher with every setting."""
+    model, precision = built_teachers.build(name), resolve_precision("auto", options.device)
+    found = []
+    for operation in ("training step", "forward"):
+        turns = {"ours": our_turn(name, model, batch, operation, precision)}
+        turns |= {setting.name: plain_turn(name, model, batch, operation, setting) for setting in settings}
+        repeated = {who: steps.repeated(run, options.steps) for who, run in turns.items()}
+        seconds = interleave(repeated, rounds=options.rounds, device=options.device)
+        torch._dynamo.reset()
+        found += [
+            compare(
+                f"{name}, {operation} at batch {options.batch_size}",
+                1e3 * seconds["ours"] / options.steps,
+                1e3 * seconds[setting.name] / options.steps,
+                setting.name,
+                unit="ms",
+                higher_is_better=False,
+                ours_name=f"{precision} channels_last eager",
+            )
+            for setting in settings
+        ]
+    return found
+
+
+def our_turn(name: str, model: nn.Module, batch: Batch, operation: str, precision: str) -> Callable[[], object]:
+    """Return a training step or forward pass as `pipeline teacher` does it."""
+    own = _copy(model, batch, channels_last=True)
+    if operation == "forward":
+        return steps.forward_pass(own.eval(), batch, precision=precision)
+    recipe = _recipe(name)
+    optimizer = steps.at_rest(build_optimizer(own.train().parameters(), recipe))
+    objective = teacher_objective(recipe.label_smoothing)
+    return steps.our_step(own, batch, recipe=recipe, objective=objective, optimizer=optimizer, precision=precision)
+
+
+def plain_turn(name: str, model: nn.Module, batch: Batch, operation: str, setting: Setting) -> Callable[[], object]:
+    """Return the same in a setting of torchvision's users, with torch.optim.SGD as it is by default."""
+    own, recipe = _copy(model, batch, channels_last=setting.channels_last), _recipe(name)
+    if setting.compiled:
+        own.compile(dynamic=False)
+    if operation == "forward":
+        return steps.forward_pass(own.eval(), batch, precision=setting.precision)
+    optimizer = torch.optim.SGD(
+        own.train().parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    return steps.plain_step(own, batch, optimizer=steps.at_rest(optimizer), precision=setting.precision)
+
+
+def _copy(model: nn.Module, batch: Batch, *, channels_last: bool) -> nn.Module:
+    own = copy.deepcopy(model).to(batch.images.device)
+    return own.to(memory_format=torch.channels_last) if channels_last else own
+
+
+def _recipe(name: str) -> TeacherRecipe:
+    return training.recipe().teachers[name]
+
+
+if __name__ == "__main__":
+    main()

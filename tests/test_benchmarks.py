@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,40 +14,10 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from benchmarks import measure, synthetic, view_peers, views
 from pipeline import autoaugment
+from tests.benchmark_reports import rows, run
 from tests.pillow_reference import on_pil, sample_images
 
-ROW_KEYS = {"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}
 PEER_OF_THE_GOAL = "torchvision PIL, DataLoader 2 workers"
-
-
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(benchmark: Any, monkeypatch: pytest.MonkeyPatch, path: Path, *options: str, threads: int = 1) -> dict[str, Any]:
-    """Run a benchmark's command line and return its report, of whose form everything is checked."""
-    # It would hold for the rest of the tests, too.
-    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None, raising=False)
-    shared = ["--quick", "--json", str(path), "--device", "cpu", "--threads", str(threads), "--rounds", "1"]
-    benchmark.main([*shared, *options])
-    report: dict[str, Any] = json.loads(path.read_text())
-    environment = report["environment"]
-    assert environment["device_type"] == "cpu"
-    assert environment["threads"] == threads
-    assert {"device", "commit", "date", "versions", "cores", "load_average", "options"} <= set(environment)
-    assert report["rows"]
-    for row in report["rows"]:
-        assert set(row) >= ROW_KEYS
-        assert row["ours"] > 0 and row["peer"] > 0 and row["ratio"] > 0
-    return report
-
-
-def rows(report: dict[str, Any], what: str) -> dict[str, dict[str, Any]]:
-    """A report's rows of one measurement, by the peer's name."""
-    return {row["peer_name"]: row for row in report["rows"] if row["what"] == what}
 
 
 def test_contenders_take_turns_after_a_turn_that_is_not_timed() -> None:

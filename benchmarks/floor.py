@@ -1,0 +1,277 @@
+"""The least time that a student's step can take: its FLOPs and bytes, counted from the geometry, over a device's peaks.
+
+The arithmetic is in README.md. Letters: B batch, P patches, T tokens of a sequence, M pixel tokens of a patch, c pixel
+width, D width, K classes, r the MLP's ratio; s bytes of a float32, a bytes of an activation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.synthetic import NUM_CLASSES, SIZE
+from pipeline.counting import num_parameters
+from pipeline.recipes import StudentRecipe
+from pipeline.students import STUDENTS, build_student
+from stages.models import student_arguments
+
+CHANNELS, MLP_RATIO = 3, 4
+INNER, OUTER, ENDS, WEIGHTS = "inner", "outer", "ends", "weights"
+STREAM = 4
+ACTIVATION = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of all blocks together.
+
+    Attributes:
+        path: INNER, OUTER, ENDS (embedding and heads) or WEIGHTS.
+        fused_pass: Operations of the same path and name here make one pass over memory when fused.
+        name: For people.
+        flops: Of its matrix products; a multiply-accumulate is 2. Everything else is bound by memory and counts none.
+        bytes_apart: Read and written where every operation makes a pass of its own.
+        bytes_fused: Its part of what the fused pass reads and writes.
+    """
+
+    path: str
+    fused_pass: str
+    name: str
+    flops: float
+    bytes_apart: float
+    bytes_fused: float
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a device can do at best.
+
+    Attributes:
+        flops: Per second, by precision.
+        bandwidth: Bytes a second, read and written together.
+        source: Where the figures come from.
+    """
+
+    flops: dict[str, float]
+    bandwidth: float
+    source: str
+
+
+H200 = Peaks({"bf16": 989e12, "fp32": 67e12}, 4.8e12, "NVIDIA H200 SXM data sheet, dense, without TF32")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds at a device's peaks.
+
+    Attributes:
+        compute: All FLOPs.
+        apart: Every operation by itself, the longer of its FLOPs and its bytes.
+        fused: Every fused pass by itself, the longer of its FLOPs and its bytes: the floor.
+    """
+
+    compute: float
+    apart: float
+    fused: float
+
+
+def operations(recipe: StudentRecipe, *, batch_size: int, precision: str, training: bool) -> list[Operation]:
+    """Count what a student's training step or forward pass does.
+
+    Args:
+        recipe: The student's geometry.
+        batch_size: B.
+        precision: `fp32`, or `bf16` for autocast, which leaves sums and LayerNorms in float32.
+        training: Whether backward pass and update are counted too.
+    """
+    counted = _Counter(STREAM, ACTIVATION[precision], training)
+    student = STUDENTS[recipe.model]
+    patches = (SIZE // recipe.patch_size) ** 2
+    tokens = 1 + patches + student.has_distillation_head
+    outer = batch_size * tokens * recipe.width
+    image = batch_size * CHANNELS * SIZE**2
+    if student.has_pixels:
+        pixels = (recipe.patch_size // recipe.pixel_size) ** 2
+        inner = batch_size * patches * pixels * recipe.pixel_width
+        counted.embedding(image, inner, CHANNELS * recipe.pixel_size**2)
+        joined = batch_size * patches * recipe.width
+        for _ in range(recipe.depth):
+            counted.block(INNER, inner, recipe.pixel_width, pixels)
+            counted.join(inner, joined, outer, recipe.width)
+            counted.block(OUTER, outer, recipe.width, tokens)
+    else:
+        counted.embedding(image, batch_size * patches * recipe.width, CHANNELS * recipe.patch_size**2)
+        for _ in range(recipe.depth):
+            counted.block(OUTER, outer, recipe.width, tokens)
+    for _ in range(1 + student.has_distillation_head):
+        counted.head(batch_size, recipe.width)
+    with torch.device("meta"):
+        model = build_student(recipe.model, **student_arguments(recipe, num_classes=NUM_CLASSES, image_size=SIZE))
+    counted.weights(num_parameters(model))
+    return _merged(counted.found)
+
+
+class _Counter:
+    """Adds operations up; `stream`, `activation` and `cast` are s, a and what turning one into the other moves."""
+
+    def __init__(self, stream: int, activation: int, training: bool) -> None:
+        self.stream, self.activation, self.training = stream, activation, training
+        self.cast = 0 if stream == activation else stream + activation
+        self.found: list[Operation] = []
+
+    def add(self, path: str, elements: float, rows: Iterable[tuple[str, str, float, float, float]]) -> None:
+        """Add rows of (fused pass, name, FLOPs, bytes apart, bytes fused), each for one element of the token tensor.
+
+        Names that end in `'` belong to the backward pass.
+        """
+        for fused_pass, name, *figures in rows:
+            if self.training or not name.endswith("'"):
+                self.found.append(Operation(path, fused_pass, name, *(elements * figure for figure in figures)))
+
+    def block(self, path: str, elements: float, width: int, tokens: int) -> None:
+        """Add an encoder block; the inner one when fused makes one pass forward and one backward."""
+        s, a, cast, r = self.stream, self.activation, self.cast, MLP_RATIO
+        rows = [
+            ("qkv", "LayerNorm 1", 0, 2 * s + cast, s),
+            ("qkv", "queries, keys, values", 6 * width, 4 * a, 3 * a),
+            ("attention", "attention", 4 * tokens, 4 * a, 4 * a),
+            ("projection", "projection", 2 * width, 2 * a, a),
+            ("projection", "sum 1", 0, 2 * s + a, 2 * s),
+            ("hidden", "LayerNorm 2", 0, 2 * s + cast, s),
+            ("hidden", "into the MLP", 2 * r * width, (1 + r) * a, r * a),
+            ("output", "GELU", 0, 2 * r * a, 0),
+            ("output", "out of the MLP", 2 * r * width, (1 + r) * a, r * a),
+            ("output", "sum 2", 0, 2 * s + a, 2 * s),
+            ("output'", "sum 2'", 0, cast, s),
+            ("output'", "out of the MLP'", 4 * r * width, (3 + 2 * r) * a, 2 * r * a),
+            ("output'", "GELU'", 0, 3 * r * a, 0),
+            ("hidden'", "into the MLP'", 4 * r * width, (2 + 3 * r) * a, r * a + s),
+            ("hidden'", "LayerNorm 2'", 0, 5 * s + cast, 2 * s),
+            ("projection'", "sum 1'", 0, 3 * s + cast, s),
+            ("projection'", "projection'", 4 * width, 5 * a, 2 * a),
+            ("attention'", "attention'", 10 * tokens, 14 * a, 8 * a),
+            ("qkv'", "queries, keys, values'", 12 * width, 8 * a, 3 * a + s),
+            ("qkv'", "LayerNorm 1'", 0, 5 * s + cast, 2 * s),
+            ("qkv'", "sum 0'", 0, 3 * s, 0),
+        ]
+        if path == INNER:
+            crossing = {"LayerNorm 1": s, "sum 2": s, "sum 2'": 2 * s, "LayerNorm 1'": s}
+            whole = {False: "block", True: "block'"}
+            rows = [(whole[row[1].endswith("'")], *row[1:4], crossing.get(row[1], 0)) for row in rows]
+        self.add(path, elements, rows)
+
+    def join(self, inner: float, joined: float, outer: float, width: int) -> None:
+        """Add the LayerNorm of the pixels, their product to patches, and its sum with the patches."""
+        s, a, cast = self.stream, self.activation, self.cast
+        self.add(
+            INNER,
+            inner,
+            [
+                ("block", "LayerNorm of pixels", 0, 2 * s + cast, a),
+                ("block'", "LayerNorm of pixels'", 0, 8 * s + cast, a),
+            ],
+        )
+        share, padded = joined / inner, outer / inner
+        self.add(
+            OUTER,
+            inner,
+            [
+                ("join", "pixels to patch", 2 * width, a * (1 + share), a),
+                ("join", "sum of pixels", 0, a * (share + padded) + (2 * s + a) * padded, 2 * s * padded),
+                ("join'", "sum of pixels'", 0, cast * padded + 2 * a * share, s * share),
+                ("join'", "pixels to patch'", 4 * width, a * (2 + 3 * share), 2 * a),
+            ],
+        )
+
+    def embedding(self, image: float, tokens: float, inputs: int) -> None:
+        """Add the linear embedding of an image's parts; the image itself needs no gradient."""
+        s, a, cast = self.stream, self.activation, self.cast
+        share = image / tokens
+        rows = [
+            ("embed", "embedding", 2 * inputs, share * (2 * s + cast + a) + 2 * a + s, share * s + s),
+            ("embed'", "embedding'", 2 * inputs, share * a + cast + 2 * a + s, share * s + s),
+        ]
+        self.add(ENDS, tokens, rows)
+
+    def head(self, batch_size: int, width: int) -> None:
+        """Add LayerNorm and product of a head, on one token of each image."""
+        s, a, cast = self.stream, self.activation, self.cast
+        share = NUM_CLASSES / width
+        rows = [
+            ("head", "head", 2 * NUM_CLASSES, 2 * s + cast + a * (1 + share), s + a * share),
+            ("head'", "head'", 4 * NUM_CLASSES, 5 * s + cast + a * (2 + 3 * share), 2 * s + a * share),
+        ]
+        self.add(ENDS, batch_size * width, rows)
+
+    def weights(self, num_parameters: int) -> None:
+        """Add what happens to parameters: cast and read, read again, gradient, its norm, SGD with momentum."""
+        s, a, cast = self.stream, self.activation, self.cast
+        rows = [("weights", "weights", 0, cast + a, s), ("weights'", "weights'", 0, 2 * a + cast + 6 * s, 8 * s)]
+        self.add(WEIGHTS, num_parameters, rows)
+
+
+def floor(counted: Sequence[Operation], peaks: Peaks, precision: str) -> Floor:
+    """Return the seconds that counted operations take at a device's peaks."""
+    rate, bandwidth = peaks.flops[precision], peaks.bandwidth
+    passes: dict[tuple[str, str], list[Operation]] = {}
+    for operation in counted:
+        passes.setdefault((operation.path, operation.fused_pass), []).append(operation)
+    return Floor(
+        compute=sum(operation.flops for operation in counted) / rate,
+        apart=sum(max(operation.flops / rate, operation.bytes_apart / bandwidth) for operation in counted),
+        fused=sum(
+            max(sum(part.flops for part in parts) / rate, sum(part.bytes_fused for part in parts) / bandwidth)
+            for parts in passes.values()
+        ),
+    )
+
+
+def find_peaks(device: torch.device, *, side: int = 2048, copied_bytes: int = 2**30) -> Peaks:
+    """Return a device's peaks: of an H200 from its data sheet, of any other the best of a few measurements.
+
+    Args:
+        device: Which.
+        side: Of the square matrices that are multiplied.
+        copied_bytes: Size of the block that is copied.
+    """
+    if device.type == "cuda" and "H200" in torch.cuda.get_device_name(device):
+        return H200
+    flops = {}
+    for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+        matrix = torch.ones(side, side, device=device, dtype=dtype)
+        flops[precision] = 2 * side**3 / _best_seconds(matrix, matrix, product=True)
+    source, target = torch.ones(2, copied_bytes // 4, device=device).unbind()
+    bandwidth = 2 * copied_bytes / _best_seconds(target, source, product=False)
+    return Peaks(flops, bandwidth, f"measured: products of {side}x{side} matrices, a copy of {copied_bytes} bytes")
+
+
+def _best_seconds(target: torch.Tensor, source: torch.Tensor, *, product: bool, times: int = 5) -> float:
+    """Return the shortest time of a product of two matrices, or of a copy."""
+    best = float("inf")
+    for number in range(times + 1):
+        began = time.perf_counter()
+        _ = target @ source if product else target.copy_(source)
+        if target.is_cuda:
+            torch.cuda.synchronize(target.device)
+        if number:
+            best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _merged(found: Iterable[Operation]) -> list[Operation]:
+    """Add up the operations of the same name, in the order in which they first occur."""
+    by_name: dict[tuple[str, str, str], list[Operation]] = {}
+    for operation in found:
+        by_name.setdefault((operation.path, operation.fused_pass, operation.name), []).append(operation)
+    return [
+        Operation(
+            *key,
+            flops=sum(part.flops for part in parts),
+            bytes_apart=sum(part.bytes_apart for part in parts),
+            bytes_fused=sum(part.bytes_fused for part in parts),
+        )
+        for key, parts in by_name.items()
+    ]

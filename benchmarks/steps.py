@@ -1,0 +1,111 @@
+"""Training steps and forward passes to be timed, of any model, on one synthetic batch that stays on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.synthetic import MEAN, NUM_CLASSES, STD, images_and_labels
+from pipeline.batches import Batch
+from pipeline.recipes import FitRecipe
+from pipeline.runtime import autocast
+from pipeline.training import Objective, train_step
+from pipeline.views import normalize
+
+
+def synthetic_batch(size: int, device: torch.device) -> Batch:
+    """Make a batch as training sees one: mixed images, both labels, lambda, and a teacher's labels.
+
+    Args:
+        size: B.
+        device: Where it stays.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images, labels = images_and_labels(size)
+    partners, teacher = torch.randint(NUM_CLASSES, (2, size), generator=generator).to(device)
+    lam = torch.rand(size, generator=generator).to(device)
+    return Batch(normalize(images.to(device), MEAN, STD), labels.to(device), partners, lam, teacher)
+
+
+def our_step(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    recipe: FitRecipe,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+) -> Callable[[], object]:
+    """Return a training step as the pipeline does it: the recipe's loss, the gradient's norm, the check for numbers.
+
+    Args:
+        model: In training mode, on the batch's device.
+        batch: See synthetic_batch.
+        recipe: Holds clip.
+        objective: The loss.
+        optimizer: Over the model's parameters.
+        precision: `fp32` or `bf16`.
+    """
+    # Where train_step takes micro-batches, the CPU's at batch 1024 are asked for here.
+    return lambda: train_step(model, batch, objective, optimizer, clip=recipe.clip, precision=precision)
+
+
+def plain_step(
+    model: nn.Module, batch: Batch, *, optimizer: torch.optim.Optimizer, precision: str
+) -> Callable[[], object]:
+    """Return a training step as anybody would write it: cross-entropy of every head, backward, update.
+
+    Args:
+        model: In training mode, on the batch's device.
+        batch: See synthetic_batch; only images and labels are used.
+        optimizer: Over the model's parameters.
+        precision: `fp32` or `bf16`.
+    """
+
+    def step() -> None:
+        with autocast(batch.images.device, precision):
+            outputs = model(batch.images)
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        losses = [functional.cross_entropy(head.float(), batch.labels) for head in heads]
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+    return step
+
+
+def forward_pass(model: nn.Module, batch: Batch, *, precision: str) -> Callable[[], object]:
+    """Return a forward pass without gradients.
+
+    Args:
+        model: In evaluation mode, on the batch's device.
+        batch: See synthetic_batch.
+        precision: `fp32` or `bf16`.
+    """
+
+    def run() -> None:
+        with torch.no_grad(), autocast(batch.images.device, precision):
+            model(batch.images)
+
+    return run
+
+
+def at_rest(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Set the learning rate to 0: the work is the same, and one batch again and again leads no weights astray."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
+
+
+def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
+    """Return several steps in a row as one turn."""
+
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run

@@ -1,0 +1,165 @@
+"""Who takes part in `benchmarks.students`, by name and setting, and what each is timed at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import pipeline.students
+from benchmarks import steps, training
+from benchmarks.measure import Report
+from benchmarks.student_peers import PEERS
+from benchmarks.synthetic import NUM_CLASSES, SIZE
+from pipeline.batches import Batch
+from pipeline.errors import UsageError
+from pipeline.optimization import build_optimizer
+from pipeline.recipes import StudentRecipe
+from pipeline.students import STUDENTS, Student, build_student
+from stages.distill import student_objective
+from stages.models import student_arguments
+
+TRAINING, FORWARD = "training step", "forward"
+EAGER, COMPILED, GRAPHS = "eager", "compiled", "compiled with CUDA graphs"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model and how it is run; plain values, so that another process can build it too.
+
+    Attributes:
+        model: One of our students, or a key of PEERS.
+        precision: `fp32`, or `bf16` for bfloat16 autocast.
+        run_as: EAGER, COMPILED or GRAPHS.
+        inner_block: Of our TNT and TITN, `plain` or `fused`; None of all others.
+        inner_kind: What runs for it: `plain`, `c++`, `triton`.
+    """
+
+    model: str
+    precision: str
+    run_as: str = EAGER
+    inner_block: str | None = None
+    inner_kind: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Model and setting, for people."""
+        return " ".join(part for part in (self.model, self.inner_kind, self.precision, self.run_as) if part)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of this project's students."""
+        return self.model in STUDENTS
+
+
+def use_inner_block(student: nn.Module, request: str, device: torch.device) -> str:
+    """Choose how a student's inner blocks are computed, and return what runs.
+
+    Raises:
+        UsageError: `fused` is not available.
+    """
+    # Goes when pipeline.students has the function: then call it instead of this one.
+    choose: Callable[[nn.Module, str, torch.device], str] | None = getattr(pipeline.students, "use_inner_block", None)
+    if choose is not None:
+        return choose(student, request, device)
+    if request == "fused":
+        raise UsageError("inner block fused: there is none")
+    return "plain"
+
+
+def recipe(student: str, depth: int | None = None) -> StudentRecipe:
+    """Return a student's recipe of cifar100, with `depth` blocks where given."""
+    own = training.recipe().students[student]
+    return own if depth is None else dataclasses.replace(own, depth=depth)
+
+
+def contenders(
+    student: str, report: Report, device: torch.device, *, depth: int | None, compiled: bool
+) -> list[Contender]:
+    """Return a student's own settings and its peers', ours first.
+
+    Peers that are not installed, and a fused inner block that is not available, are named in the report.
+
+    Args:
+        student: A key of STUDENTS.
+        report: Receives what is missing.
+        device: Where they run.
+        depth: Blocks; None takes the recipe's.
+        compiled: Whether they are compiled too.
+    """
+    ways = [EAGER, *([COMPILED] if compiled else []), *([GRAPHS] if compiled and device.type == "cuda" else [])]
+    versions: list[dict[str, Any]] = [{"model": student}]
+    if STUDENTS[student].has_pixels:
+        kinds = inner_kinds(student, report, device, depth)
+        versions = [{"model": student, "inner_block": request, "inner_kind": kind} for request, kind in kinds.items()]
+    versions += [{"model": name} for name, peer in PEERS.items() if student in peer.beside and report.has(peer.package)]
+    return [
+        Contender(**version, precision=precision, run_as=way)
+        for version in versions
+        for way in ways
+        for precision in ("fp32", "bf16")
+    ]
+
+
+def inner_kinds(student: str, report: Report, device: torch.device, depth: int | None) -> dict[str, str]:
+    """Return what runs for each request of an inner block that is available."""
+    kinds = {}
+    for request in ("plain", "fused"):
+        try:
+            kinds[request] = use_inner_block(_student(student, depth).to(device), request, device)
+        except UsageError as error:
+            report.extra.setdefault("left_out", {})[f"{student} {request}"] = str(error)
+    return kinds
+
+
+def build(contender: Contender, device: torch.device, *, student: str, depth: int | None) -> nn.Module:
+    """Build a contender's model on the device, compiled where it says so.
+
+    Args:
+        contender: Who.
+        device: Where it runs.
+        student: Our student whose geometry a peer takes.
+        depth: Blocks; None takes the recipe's.
+    """
+    torch.manual_seed(0)
+    if contender.is_ours:
+        model: nn.Module = _student(contender.model, depth).to(device)
+        if contender.inner_block is not None:
+            use_inner_block(model, contender.inner_block, device)
+    else:
+        model = PEERS[contender.model].build(recipe(student, depth)).to(device)
+    if contender.run_as != EAGER:
+        model.compile(dynamic=False, mode="reduce-overhead" if contender.run_as == GRAPHS else None)
+    return model
+
+
+def turn(
+    contender: Contender, batch: Batch, operation: str, *, student: str, depth: int | None
+) -> Callable[[], object]:
+    """Return one turn of a contender.
+
+    Args:
+        contender: Who.
+        batch: See benchmarks.steps.synthetic_batch; its device is the contender's.
+        operation: TRAINING or FORWARD.
+        student: Our student whose geometry, optimiser and loss it takes.
+        depth: Blocks; None takes the recipe's.
+    """
+    model, precision = build(contender, batch.images.device, student=student, depth=depth), contender.precision
+    if operation == FORWARD:
+        return steps.forward_pass(model.eval(), batch, precision=precision)
+    own = recipe(student, depth)
+    optimizer = steps.at_rest(build_optimizer(model.train().parameters(), own))
+    if not contender.is_ours:
+        return steps.plain_step(model, batch, optimizer=optimizer, precision=precision)
+    objective = student_objective(own, distilled=STUDENTS[student].has_distillation_head)
+    return steps.our_step(model, batch, recipe=own, objective=objective, optimizer=optimizer, precision=precision)
+
+
+def _student(name: str, depth: int | None) -> Student:
+    arguments = student_arguments(recipe(name, depth), num_classes=NUM_CLASSES, image_size=SIZE)
+    return build_student(name, **arguments)
