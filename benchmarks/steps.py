@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from benchmarks.synthetic import MEAN, NUM_CLASSES, STD, images_and_labels
 from pipeline.batches import Batch
+from pipeline.captured_step import CapturedStep
 from pipeline.recipes import FitRecipe
 from pipeline.runtime import autocast
 from pipeline.training import Objective, train_step
@@ -38,6 +39,8 @@ def our_step(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     precision: str,
+    micro_batch: int | None = None,
+    captured: bool = False,
 ) -> Callable[[], object]:
     """Return a training step as the pipeline does it: the recipe's loss, the gradient's norm, the check for numbers.
 
@@ -48,9 +51,19 @@ def our_step(
         objective: The loss.
         optimizer: Over the model's parameters.
         precision: `fp32` or `bf16`.
+        micro_batch: As for pipeline.training.train_step.
+        captured: Whether it is replayed from a CUDA graph.
     """
-    # Where train_step takes micro-batches, the CPU's at batch 1024 are asked for here.
-    return lambda: train_step(model, batch, objective, optimizer, clip=recipe.clip, precision=precision)
+
+    def step(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return train_step(
+            model, batch, objective, optimizer, clip=recipe.clip, precision=precision, micro_batch=micro_batch
+        )
+
+    if not captured:
+        return lambda: step(batch)
+    replayed = CapturedStep(step, batch.images.device)
+    return lambda: replayed(batch)
 
 
 def plain_step(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import pipeline.students
 from benchmarks import steps, training
 from benchmarks.measure import Report
 from benchmarks.student_peers import PEERS
@@ -19,12 +18,12 @@ from pipeline.batches import Batch
 from pipeline.errors import UsageError
 from pipeline.optimization import build_optimizer
 from pipeline.recipes import StudentRecipe
-from pipeline.students import STUDENTS, Student, build_student
-from stages.distill import student_objective
+from pipeline.students import STUDENTS, Student, build_student, use_inner_block
+from stages.distill import micro_batch_on, student_objective
 from stages.models import student_arguments
 
 TRAINING, FORWARD = "training step", "forward"
-EAGER, COMPILED, GRAPHS = "eager", "compiled", "compiled with CUDA graphs"
+EAGER, COMPILED, GRAPHS, CAPTURED = "eager", "compiled", "compiled with CUDA graphs", "captured"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Contender:
     Attributes:
         model: One of our students, or a key of PEERS.
         precision: `fp32`, or `bf16` for bfloat16 autocast.
-        run_as: EAGER, COMPILED or GRAPHS.
+        run_as: EAGER, COMPILED or GRAPHS; ours on CUDA also CAPTURED, as training runs there.
         inner_block: Of our TNT and TITN, `plain` or `fused`; None of all others.
         inner_kind: What runs for it: `plain`, `c++`, `triton`.
     """
@@ -54,21 +53,6 @@ class Contender:
     def is_ours(self) -> bool:
         """Whether it is one of this project's students."""
         return self.model in STUDENTS
-
-
-def use_inner_block(student: nn.Module, request: str, device: torch.device) -> str:
-    """Choose how a student's inner blocks are computed, and return what runs.
-
-    Raises:
-        UsageError: `fused` is not available.
-    """
-    # Goes when pipeline.students has the function: then call it instead of this one.
-    choose: Callable[[nn.Module, str, torch.device], str] | None = getattr(pipeline.students, "use_inner_block", None)
-    if choose is not None:
-        return choose(student, request, device)
-    if request == "fused":
-        raise UsageError("inner block fused: there is none")
-    return "plain"
 
 
 def recipe(student: str, depth: int | None = None) -> StudentRecipe:
@@ -100,7 +84,7 @@ def contenders(
     return [
         Contender(**version, precision=precision, run_as=way)
         for version in versions
-        for way in ways
+        for way in [*ways, *([CAPTURED] if device.type == "cuda" and version["model"] in STUDENTS else [])]
         for precision in ("fp32", "bf16")
     ]
 
@@ -127,12 +111,13 @@ def build(contender: Contender, device: torch.device, *, student: str, depth: in
     """
     torch.manual_seed(0)
     if contender.is_ours:
-        model: nn.Module = _student(contender.model, depth).to(device)
+        own = _student(contender.model, depth).to(device)
         if contender.inner_block is not None:
-            use_inner_block(model, contender.inner_block, device)
+            use_inner_block(own, contender.inner_block, device)
+        model: nn.Module = own
     else:
         model = PEERS[contender.model].build(recipe(student, depth)).to(device)
-    if contender.run_as != EAGER:
+    if contender.run_as in (COMPILED, GRAPHS):
         model.compile(dynamic=False, mode="reduce-overhead" if contender.run_as == GRAPHS else None)
     return model
 
@@ -153,11 +138,20 @@ def turn(
     if operation == FORWARD:
         return steps.forward_pass(model.eval(), batch, precision=precision)
     own = recipe(student, depth)
-    optimizer = steps.at_rest(build_optimizer(model.train().parameters(), own))
+    captured = contender.run_as == CAPTURED
+    optimizer = steps.at_rest(build_optimizer(model.train().parameters(), own, captured=captured))
     if not contender.is_ours:
         return steps.plain_step(model, batch, optimizer=optimizer, precision=precision)
-    objective = student_objective(own, distilled=STUDENTS[student].has_distillation_head)
-    return steps.our_step(model, batch, recipe=own, objective=objective, optimizer=optimizer, precision=precision)
+    return steps.our_step(
+        model,
+        batch,
+        recipe=own,
+        objective=student_objective(own, distilled=STUDENTS[student].has_distillation_head),
+        optimizer=optimizer,
+        precision=precision,
+        micro_batch=micro_batch_on(batch.images.device, own),
+        captured=captured,
+    )
 
 
 def _student(name: str, depth: int | None) -> Student:

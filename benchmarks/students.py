@@ -16,7 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 from benchmarks import floor, peak_memory
 from benchmarks.measure import Report, Row, begin, compare, interleave, option_parser, positive, quartiles
 from benchmarks.steps import repeated, synthetic_batch
-from benchmarks.student_contenders import EAGER, FORWARD, TRAINING, Contender, build, contenders, recipe, turn
+from benchmarks.student_contenders import CAPTURED, EAGER, FORWARD, TRAINING, Contender, build, contenders, recipe, turn
 from pipeline.counting import num_parameters
 from pipeline.runtime import keep_freed_memory
 from pipeline.students import STUDENTS
@@ -25,7 +25,7 @@ GOAL, GOAL_BATCH = 1.5, 128
 MEMORY = "peak memory of a training step"
 # Students with the same peers are measured together.
 FAMILIES = (("titn", "tnt"), ("deit",), ("vit",))
-COMPILED_WARM_UPS = 3
+WARM_UPS = 4  # of what is compiled or captured
 
 Figures = Mapping[Contender, NDArray[np.float64]]
 
@@ -84,6 +84,8 @@ def compare_family(students: Sequence[str], report: Report, peaks: floor.Peaks, 
             if dataclasses.replace(who, run_as=who.run_as if device.type == "cuda" else EAGER) in memory
         }
         for operation in (TRAINING, FORWARD):
+            if operation == FORWARD:
+                running = {who: student for who, student in running.items() if who.run_as != CAPTURED}
             seconds = measure_seconds(running, operation, batch_size, report, options)
             floors = least_seconds(running, operation, batch_size, peaks, options)
             report.rows += rows(students, seconds, operation, batch_size, "ms", 1e3, floors, options)
@@ -136,7 +138,7 @@ def measure_seconds(
     for who, student in everyone.items():
         try:
             step = turn(who, batch, operation, student=student, depth=options.depth)
-            for _ in range(1 if who.run_as == EAGER else COMPILED_WARM_UPS):
+            for _ in range(1 if who.run_as == EAGER else WARM_UPS):
                 step()
         except (MemoryError, torch.OutOfMemoryError, TorchDynamoException) as error:
             report.extra["left_out"][f"{who.name}, {operation} at batch {batch_size}"] = _first_line(error)
@@ -169,9 +171,9 @@ def rows(
     floors: Mapping[Contender, float],
     options: argparse.Namespace,
 ) -> list[Row]:
-    """Compare each student's best eager setting with the best of all peers, and list every setting.
+    """Compare each student's best setting with the best of all peers, and list every setting.
 
-    The pipeline trains eagerly, so a compiled student is listed and never stands for ours; a peer may.
+    A compiled student is listed and never stands for ours, for the pipeline compiles only when asked to; a peer may.
 
     Args:
         students: Of one family.
@@ -202,10 +204,10 @@ def rows(
     at = f"{operation} at batch {batch_size}"
     for student in students:
         own = [who for who in figures if who.model == student]
-        eager = [who for who in own if who.run_as == EAGER]
-        if not eager:
+        trained_so = [who for who in own if who.run_as in (EAGER, CAPTURED)]
+        if not trained_so:
             continue  # left out, and told so
-        best = min(eager, key=lambda who: float(np.median(figures[who])))
+        best = min(trained_so, key=lambda who: float(np.median(figures[who])))
         if (student, operation, batch_size) == ("titn", TRAINING, GOAL_BATCH) and best_peer is not None:
             full_size = options.depth in (None, recipe(student).depth)
             add(f"titn {TRAINING} b{GOAL_BATCH}", best, best_peer, GOAL if full_size else None)

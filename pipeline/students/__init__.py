@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from pipeline.errors import UsageError
-from pipeline.students import inner_cpp
+from pipeline.students import inner_cpp, inner_triton
 from pipeline.students.deit import DeiT
 from pipeline.students.inner_blocks import InnerBlock
 from pipeline.students.layers import Student
 from pipeline.students.titn import TITN
-from pipeline.students.tnt import TNT, NestedBlock, inner_weights
+from pipeline.students.tnt import TNT, NestedBlock
 from pipeline.students.vit import ViT
 
 STUDENTS: dict[str, type[Student]] = {"vit": ViT, "deit": DeiT, "tnt": TNT, "titn": TITN}
 PIXEL_GEOMETRY = ("pixel_size", "pixel_width", "pixel_heads")
-FUSED = {"cpu": "c++"}
-"""Kind of device to the name of the fused inner block that it has."""
+FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
+"""Kind of device to its fused inner block: the name, and the module."""
 
 __all__ = ["STUDENTS", "TITN", "TNT", "DeiT", "Student", "ViT", "build_student", "use_inner_block"]
 
@@ -59,23 +61,24 @@ def use_inner_block(student: Student, request: str, device: torch.device) -> str
         UsageError: `fused` is asked for and not available.
     """
     blocks = [module for module in student.modules() if isinstance(module, NestedBlock)]
-    why_not, fused = _fused(blocks[0], device) if blocks else ("the student has no inner blocks", None)
+    why_not, fused = None, None
+    if request != "plain":
+        why_not, fused = _find_fused(blocks, device)
     if request == "fused" and why_not is not None:
         raise UsageError(f"inner_block: fused is not available here: {why_not}; use auto or plain")
     for block in blocks:
-        block.fused = fused if request != "plain" and why_not is None else None
+        block.fused = fused
     if not blocks:
         return "none"
-    if request == "plain":
-        return "plain"
-    return FUSED[device.type] if why_not is None else f"plain ({why_not})"
+    return FUSED[device.type][0] if fused else f"plain ({why_not})" if why_not else "plain"
 
 
-def _fused(block: NestedBlock, device: torch.device) -> tuple[str | None, InnerBlock | None]:
-    """Return why there is no fused inner block of this geometry for a device, or None and the block."""
+def _find_fused(blocks: Sequence[NestedBlock], device: torch.device) -> tuple[str | None, InnerBlock | None]:
+    """Return why there is no fused inner block, or None and the block."""
+    if not blocks:
+        return "the student has no inner blocks", None
     if device.type not in FUSED:
         return f"there is none for {device.type}", None
-    module = inner_cpp
-    hidden = len(inner_weights(block.inner, block.pixel_norm).hidden_bias)
-    geometry = (block.num_pixels, block.pixel_norm.normalized_shape[0], block.inner.attention.num_heads, hidden)
-    return module.why_not(*geometry), module.inner_block
+    _, module = FUSED[device.type]
+    why_not = module.why_not(*blocks[0].inner_geometry)
+    return why_not, None if why_not else module.inner_block

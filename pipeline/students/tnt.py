@@ -140,6 +140,13 @@ class NestedBlock(nn.Module):
         patches = self.outer(patches + residual, wanted)
         return pixels, patches
 
+    @property
+    def inner_geometry(self) -> tuple[int, int, int, int]:
+        """M, c, heads, and the hidden width of the MLP."""
+        weights = inner_weights(self.inner, self.pixel_norm)
+        hidden, width = weights.hidden_weight.shape
+        return self.num_pixels, width, self.inner.attention.num_heads, hidden
+
     def _refine(self, pixels: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         """Return the refined pixels and their LayerNorm, `(B * P, M, c)` each."""
         if self.fused is not None and not plain:
