@@ -222,12 +222,13 @@ def test_a_library_is_compiled_once_and_a_compiler_that_fails_is_told(
     assert compiled in (1, 2)
     monkeypatch.setattr(inner_cpp, "_library", inner_cpp._library.__wrapped__)
     titn = build_student("titn", num_classes=3)
-    assert use_inner_block(titn, "auto", CPU) == "c++"
-    assert calls.read_text().count(" -o ") == compiled
     [library] = (tmp_path / "cache" / "titn-pipeline").iterdir()
-    library.unlink()
+    whole = library.read_bytes()
     library.write_bytes(b"damaged")
     assert use_inner_block(titn, "auto", CPU).startswith(f"plain ({library}: ")
+    library.write_bytes(whole)
+    assert use_inner_block(titn, "auto", CPU) == "c++"
+    assert calls.read_text().count(" -o ") == compiled
     library.unlink()
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "it: error: broken" >&2\nexit 1\n')
     assert use_inner_block(titn, "auto", CPU) == f"plain ({compiler} fails: it: error: broken)"
