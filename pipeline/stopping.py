@@ -14,27 +14,30 @@ from types import FrameType
 
 from pipeline.errors import Interrupted
 
+SECONDS_OF_ONE_SIGNAL = 5.0
+
 
 class StopSignal:
     """Turns SIGINT and SIGTERM into `Interrupted`, raised at a point where state can be saved.
 
     Outside `deferred` the exception is raised where the signal arrives. Inside, the signal is only noted, and the
     work that is going on asks for `received` between its steps. A second signal is raised at once in any case.
-
-    Attributes:
-        received: The signal that came first, or None.
-        patience: Seconds within which a second signal is still the first: where several processes work together, a
-            scheduler and torchrun may both pass on the same one.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.patience = 0.0
         self._received_at = -math.inf
+        self._patience = 0.0
         self._deferred = False
 
-    def install(self) -> None:
-        """Take over SIGINT and SIGTERM; call in the main thread."""
+    def install(self, *, is_rank: bool = False) -> None:
+        """Take over SIGINT and SIGTERM; call in the main thread.
+
+        Args:
+            is_rank: Whether torchrun started this process. It passes on what a scheduler may already have sent to all
+                processes, so what comes within SECONDS_OF_ONE_SIGNAL is one signal.
+        """
+        self._patience = SECONDS_OF_ONE_SIGNAL if is_rank else 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -60,7 +63,7 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         again = self.received is not None
-        if again and now - self._received_at < self.patience:
+        if again and now - self._received_at < self._patience:
             return
         self.received, self._received_at = number, now
         if again or not self._deferred:

@@ -7,6 +7,7 @@ stand before anything slow.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -335,7 +336,7 @@ def models(classes: int, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
-    STOP.install()
+    STOP.install(is_rank="WORLD_SIZE" in os.environ)
     debug = "--debug" in sys.argv[1:]
     try:
         cli.main(standalone_mode=False)

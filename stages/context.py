@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from pipeline.datasets import Dataset
     from pipeline.distributed import Group
 
-SECONDS_OF_ONE_SIGNAL = 5.0
-
 
 @dataclass
 class Context:
@@ -76,11 +74,11 @@ class Context:
             yield self._group
             return
         with join(self.device) as group:
-            self._group, self.stop.patience = group, 0.0 if group.is_alone else SECONDS_OF_ONE_SIGNAL
+            self._group = group
             try:
                 yield group
             finally:
-                self._group, self.stop.patience = None, 0.0
+                self._group = None
 
     def say(self, message: str) -> None:
         """Print one line, unwrapped and without markup."""

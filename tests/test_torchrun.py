@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.commands import Command, run
 from tests.project import Project, environment
 from tests.ranks import Rendezvous
 
 EPOCHS = 4
+CPU = ("--device", "cpu")
 DISTILL = ("distill", "--student", "vit", "--set", f"epochs={EPOCHS}")
 OUT = Path(f"data/runs/smoke/vit-epochs-{EPOCHS}")
 SECONDS_UNTIL_ENDED = 60
@@ -70,7 +72,7 @@ def alone(taught: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with labels, and a student that one process trained."""
     path = tmp_path_factory.mktemp("torchrun") / "project"
     shutil.copytree(taught.path, path)
-    for command in (("label",), DISTILL):
+    for command in (("label", *CPU), (*DISTILL, *CPU)):
         ended = run(path, *command)
         assert ended.code == 0, ended.err
     return Project(path)
@@ -86,7 +88,7 @@ def project(alone: Project, tmp_path: Path) -> Project:
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_student_of_several_ranks_is_that_of_one_process(alone: Project, project: Project, world_size: int) -> None:
-    said = finish(project, world_size, *DISTILL)
+    said = finish(project, world_size, *DISTILL, *CPU)
     assert same_curve(curve(project), curve(alone))
     assert said.count(f"vit: epoch {EPOCHS}/{EPOCHS}") == 1, "rank 0 alone prints"
     assert f"{world_size} ranks (gloo) share each batch of 128" in said
@@ -127,12 +129,12 @@ def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on_to_the_same_result(
 ) -> None:
     rendezvous = Rendezvous()
     commands = [
-        Command(project.path, *DISTILL, before=stop_rank_1, **rendezvous.variables(rank, 2)) for rank in range(2)
+        Command(project.path, *DISTILL, *CPU, before=stop_rank_1, **rendezvous.variables(rank, 2)) for rank in range(2)
     ]
     stopped = [command.finish() for command in commands]
     assert [ended.code for ended in stopped] == [128 + signal.SIGTERM] * 2, stopped
     assert all(f"stopped in epoch 2 of {EPOCHS} after step 3" in ended.err for ended in stopped)
-    with torchrun(project, 2, *DISTILL) as process:
+    with torchrun(project, 2, *DISTILL, *CPU) as process:
         assert process.stdout is not None
         before = list(iter(process.stdout.readline, "vit: going on from epoch 2, step 3\n"))
         os.kill(ranks_of(process)[1], signal.SIGKILL)
@@ -141,7 +143,7 @@ def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on_to_the_same_result(
     assert process.returncode != 0 and time.monotonic() - died < SECONDS_UNTIL_ENDED, before
     assert "SIGKILL" in said, "torchrun names the cause"
     assert not (project.path / OUT).exists()
-    ended = run(project.path, *DISTILL)
+    ended = run(project.path, *DISTILL, *CPU)
     assert ended.code == 0 and "going on from epoch 2, step 3" in ended.out
     assert same_curve(curve(project), curve(alone))
 
@@ -152,19 +154,31 @@ def test_all_of_stage_one_ends_with_the_labels_of_one_process(project: Project) 
     whole = labels.read_bytes()
     for world_size in (2, 3):
         labels.unlink()
-        finish(project, world_size, "label")
+        finish(project, world_size, "label", *CPU)
         assert labels.read_bytes() == whole
     for name in ("labels", "teachers", "teacher", "prepared"):
         shutil.rmtree(project.data / name)
-    said = finish(project, 2, "teacher-select", "--teachers", "squeezenet1_1,mobilenet_v3_large")
+    select = ("teacher-select", "--teachers", "squeezenet1_1,mobilenet_v3_large", *CPU)
+    said = finish(project, 2, *select)
     assert "gloo cannot add up batch norm's statistics" in said
-    assert said.count("Table 2. Teachers on smoke") == 1 and "default.h5: 2 views" in said
+    assert said.count("Table 2. Teachers on smoke") == 1 and "default.h5: 2 views" in said and "device 2 x " in said
     made = labels.read_bytes()
     labels.unlink()
-    assert run(project.path, "label").code == 0 and labels.read_bytes() == made
-    assert "up to date" in finish(project, 2, "teacher-select", "--teachers", "squeezenet1_1,mobilenet_v3_large")
+    assert run(project.path, "label", *CPU).code == 0 and labels.read_bytes() == made
+    assert "up to date" in finish(project, 2, *select)
 
 
 def test_starting_over_under_torchrun_is_refused_before_anything_is_trained(project: Project) -> None:
     ended = run(project.path, "teacher-select", "--fresh", **Rendezvous().variables(0, 2))
     assert ended.code == 2 and ended.calls == () and "--fresh: not under torchrun" in ended.err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_the_student_of_one_process(alone: Project, project: Project) -> None:
+    said = finish(project, 2, *DISTILL)
+    assert "2 ranks (nccl) share each batch of 128" in said
+    for row, other in zip(curve(project), curve(alone), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), abs=1e-2)
+    said = finish(project, 2, "teacher", "mobilenet_v3_large")
+    assert "mobilenet_v3_large: epoch 2/2" in said and "gloo" not in said
