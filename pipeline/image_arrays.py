@@ -45,8 +45,7 @@ class MappedImages:
     """Images in a file, mapped into memory: the system reads what is touched, and forgets it when it needs the room.
 
     Left to itself it reads one image after another, each with what lies around it. Told of all that are wanted it
-    reads those alone, and many at once: measured on a cold virtual disk, 1024 random images of 64 x 64 pixels at 350
-    instead of 20 MB/s, 128 of 224 x 224 at 700 instead of 36.
+    reads those alone, and many at once, which is many times faster: see benchmarks/README.md, "streaming".
 
     Args:
         descriptor: Of the file; it may be closed afterwards.

@@ -50,7 +50,11 @@ class HostImages:
             `(B, H, W, 3)` uint8, pinned where the device is a GPU.
         """
         images = torch.from_numpy(self._images[rows])
-        return images.pin_memory() if self.device.type == "cuda" else images
+        if self.device.type != "cuda":
+            return images
+        # Each thread has a current GPU of its own, the first unless told.
+        with torch.cuda.device(self.device):
+            return images.pin_memory()
 
     def place(self, images: Tensor) -> Tensor:
         """Copy what `read` gathered to the device, as `(B, 3, H, W)`."""

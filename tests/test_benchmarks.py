@@ -170,6 +170,20 @@ def test_cached_labels_are_compared_with_online_ones_and_the_break_even_is_told(
     assert "it gains nothing" in " ".join(capsys.readouterr().out.split())
 
 
+def test_images_in_a_file_are_read_streamed_digested_and_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import streaming
+
+    report = run(streaming, monkeypatch, tmp_path / "streaming.json", "--megabytes", "1", "--folder", str(tmp_path))
+    assert [row["peer_name"] for row in report["rows"]] == [
+        *["numpy.memmap", "ours, resident"] * 2,
+        "hashlib on all of it at once",
+        *["decoding alone"] * 2,
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["streaming.json"]
+
+
 def test_the_break_even_solves_the_inequality() -> None:
     from benchmarks.distill import EPOCHS, break_even
 

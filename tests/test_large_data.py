@@ -15,14 +15,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from pipeline import image_arrays
 from pipeline.datasets import Dataset, Split
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.image_arrays import MappedImages, Selection, Spill, SpilledImages, chunks, select
 from pipeline.image_folders import read_folder
+from pipeline.params import load_params
 from pipeline.runtime import RESIDENT_VARIABLE, resident_limit
+from pipeline.stopping import StopSignal
+from stages.context import Context
 from stages.prepare import prepare
+from tests.project import Project
 from tests.test_datasets import make_dataset, make_split
 from tests.test_prepare import make_recipe
 
@@ -105,6 +110,23 @@ def test_loading_and_summing_take_little_memory(tmp_path: Path) -> None:
         dataset = Dataset.load(tmp_path / "dataset.h5", BYTES // 2)
         assert dataset.mean[0] > 0
     np.testing.assert_allclose(dataset.mean, train.images.reshape(-1, 3).mean(0) / 255, rtol=1e-12)
+
+
+def test_a_command_verifies_a_file_once_for_as_long_as_it_is_the_same(
+    taught: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(taught.path, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    params = load_params(Path("params.yaml"))
+    context = Context(params, params.select("smoke"), Console(), StopSignal())
+    dataset = context.dataset()
+    assert context.dataset() is dataset
+    dataset.save(context.paths.dataset)
+    assert context.dataset() is not dataset and context.dataset().sha256 == dataset.sha256
+    with context.paths.dataset.open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(DataError):
+        context.dataset()
 
 
 def test_a_changed_pixel_of_a_mapped_data_set_is_refused(saved: Path) -> None:
