@@ -15,17 +15,18 @@ from benchmarks.measure import ROOT
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD
 from pipeline.batches import EvaluationData, TeacherLabels, TrainingData
 from pipeline.checkpoints import RunState
+from pipeline.distributed import ALONE
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.params import load_params
 from pipeline.recipes import Recipe
-from pipeline.runtime import resolve_precision
 from pipeline.stopping import StopSignal
 from pipeline.streaming import in_batches
-from pipeline.students import STUDENTS, build_student
+from pipeline.students import STUDENTS, build_student, use_inner_block
 from pipeline.training import Fit
 from pipeline.views import Views
-from stages.distill import student_objective
+from stages.distill import micro_batch_on, student_objective
+from stages.execution import execution
 from stages.models import student_arguments
 
 
@@ -73,19 +74,23 @@ def make_fit(
     own = recipe().students[name]
     own = dataclasses.replace(own, batch_size=batch_size, depth=own.depth if depth is None else depth)
     device = views.images.device
-    model = build_student(own.model, **student_arguments(own, num_classes=NUM_CLASSES, image_size=SIZE))
+    model = build_student(own.model, **student_arguments(own, num_classes=NUM_CLASSES, image_size=SIZE)).to(device)
+    inner_block = use_inner_block(model, own.inner_block, device)
+    how = execution(own, device, ALONE, micro_batch=micro_batch_on(device, own), inner_block=inner_block)
     distilled = teacher_labels is not None and STUDENTS[own.model].has_distillation_head
     return Fit(
-        model=model.to(device),
+        model=model,
         data=TrainingData(views, MEAN, STD, num_views, teacher_labels),
         evaluation=EvaluationData(next(in_batches(views.images, 1)), views.labels[:1], MEAN, STD, NUM_CLASSES),
         objective=student_objective(own, distilled=distilled),
         recipe=own,
-        precision=resolve_precision(own.precision, device),
+        precision=how.precision,
         seed=0,
         state=RunState(Path("unused"), ""),
         watcher=Silence(),
         stop=StopSignal(),
+        micro_batch=how.micro_batch,
+        captured=how.step == "graph",
     )
 
 
