@@ -100,7 +100,8 @@ class FitRecipe:
         warmup_epochs: Linear warm-up from 0, in epochs, may be fractional.
         clip: Largest gradient norm; 0 leaves gradients alone.
         label_smoothing: Of the ground-truth targets.
-        precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the device has matrix units for it.
+        precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the device has units for it (CUDA from Ampere on,
+            AMX, AVX-512 BF16).
         step: `eager`; `graph`, replayed from a CUDA graph; or `auto`: graph on a CUDA device with one process.
         compile: Whether torch.compile prepares the model. Needs a C++ compiler, takes minutes, and rounds differently.
     """

@@ -83,7 +83,7 @@ def resolve_device(name: str | None = None) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn `auto` into `bf16` where the device has matrix units for it, else into `fp32`.
+    """Turn `auto` into `bf16` where the device has units for it, else into `fp32`.
 
     Args:
         precision: `auto`, `fp32` or `bf16`.
