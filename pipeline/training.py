@@ -105,7 +105,9 @@ def train_step(
             loss = objective(outputs, part) * (weight * len(part) / len(batch))
             torch.autograd.backward(loss)
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    if clip > 0:
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
     optimizer.step()
     return total, torch.isfinite(total) & torch.isfinite(norm)
 
@@ -195,7 +197,7 @@ class Fit:
         self.parallel = parallel(self.model, self.group)
         self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=self.captured)
         self.device = self.evaluation.images.device
-        self.replay = CapturedStep(lambda batch: self._train_step(batch, 1.0), self.device) if self.captured else None
+        self.replay = CapturedStep(self._eager_step, self.device) if self.captured else None
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1
@@ -237,7 +239,7 @@ class Fit:
             lr = self._learning_rate(progress.step)
             set_learning_rate(self.optimizer, lr)
             batch = self._with_mean_of_all(own, share)
-            loss, is_finite = self.train_step(batch, share.count * ranks / share.size)
+            loss, is_finite = self._step(batch, share.count * ranks / share.size)
             progress.loss_sum += loss.double() * (share.size / ranks)
             progress.step += 1
             self.watcher.stepped()
@@ -276,14 +278,14 @@ class Fit:
         save_progress(self.state, self.progress, self.model, self.optimizer, self.group)
         self.saved_at = time.monotonic()
 
-    def train_step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
-        """Do one step, as the function of this name, on this rank's share of a batch."""
+    def _step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+        """Do one step on this rank's share of a batch, as `train_step`."""
         if self.replay is not None:
-            assert weight == 1.0
+            assert weight == 1.0, "one process has all of a batch"
             return self.replay(batch)
-        return self._train_step(batch, weight)
+        return self._eager_step(batch, weight)
 
-    def _train_step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+    def _eager_step(self, batch: Batch, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         return train_step(
             self.parallel,
             batch,
