@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floor, steps
 from benchmarks.floor import INNER, OUTER, Operation, Peaks
 from benchmarks.student_contenders import FORWARD, TRAINING, Contender, recipe, turn
-from pipeline.students import STUDENTS
+from pipeline.students import STUDENTS, Student
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("operation", [TRAINING, FORWARD])
 @pytest.mark.parametrize("student", STUDENTS)
-def test_flops_are_those_that_pytorch_counts(student: str, operation: str) -> None:
+def test_flops_are_those_that_pytorch_counts(student: str, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.students.layers.attend", scaled_dot_product_attention)
+    monkeypatch.setattr(Student, "plain", True)
     run = turn(Contender(student, "fp32"), steps.synthetic_batch(2, CPU), operation, student=student, depth=2)
     with FlopCounterMode(display=False) as counter:
         run()
