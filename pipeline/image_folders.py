@@ -11,7 +11,6 @@ Whatever else is not an image that can be decoded is a bad file: reported by nam
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +135,7 @@ def read_folder(
         folder: Holds `train/<class>/<image>` and perhaps `test/<class>/<image>`.
         image_size: Side of the result's images, pixels.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
-        spill: Where the images of a split go that are too many for RAM; None keeps any number there.
+        spill: Where the images go if they are too many for RAM; None keeps any number there.
 
     Returns:
         Class names (those of `train`, ascending by bytes), train, test or None where there is no `test`, and
@@ -159,6 +158,9 @@ def read_folder(
         if name not in class_names:
             path = printable(folder / "test" / name)
             raise DataError(f"{path}: a class that `train` does not have; rename or remove it")
+    num_images = sum(len(paths) for classes in listed.values() for paths in classes.values())
+    if spill is not None and num_images * image_size * image_size * 3 <= spill.max_bytes:
+        spill = None
     splits = {name: _read_split(folder, each, class_names, image_size, bad, spill) for name, each in listed.items()}
     if bad and not skip_bad:
         named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
@@ -242,7 +244,7 @@ def _read_split(
     labels = np.array([class_names.index(name) for name in classes], np.int64)
     labels = np.repeat(labels, [len(class_paths) for class_paths in classes.values()])
     shape = (len(paths), image_size, image_size, 3)
-    if spill is None or math.prod(shape) <= spill.max_bytes:
+    if spill is None or not paths:
         images: Images = np.empty(shape, np.uint8)
         found = _decode(folder, paths, image_size, images)
     else:

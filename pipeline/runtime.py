@@ -103,22 +103,26 @@ def resident_limit(device: torch.device) -> int:
     """Return how many bytes of images may be kept in a device's memory; more of them stream to it.
 
     A quarter, because a prepared view needs the images' size again, and model and activations the rest: of a GPU's
-    memory that is free now, else of the machine's (or control group's) RAM. The environment variable in
-    RESIDENT_VARIABLE overrides both; it changes where images lie and no result.
+    memory that is free now, else of the machine's (or control group's) RAM, divided by torchrun's processes on this
+    machine. The environment variable in RESIDENT_VARIABLE overrides both; it changes where images lie and no result.
 
     Args:
         device: The device; the CPU also stands for images read into RAM.
 
     Raises:
-        UsageError: The variable is not a whole number.
+        UsageError: The variable, or torchrun's LOCAL_WORLD_SIZE, is not a whole number.
     """
     text = os.environ.get(RESIDENT_VARIABLE)
     if text is not None:
         if not (text.isascii() and text.isdecimal()):
             raise UsageError(f"{RESIDENT_VARIABLE}={text}: not a whole number of bytes; correct it or unset it")
         return int(text)
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _ram()
-    return memory // 4
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (processes.isascii() and processes.isdecimal() and int(processes) > 0):
+        raise UsageError(f"LOCAL_WORLD_SIZE={processes}: not a number of processes; unset it or start with torchrun")
+    return _ram() // (4 * int(processes))
 
 
 def _ram() -> int:

@@ -272,8 +272,15 @@ def test_spilled_images_outlive_their_folder_and_can_be_cut(tmp_path: Path) -> N
 
 def test_the_limit_is_a_share_of_ram_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RESIDENT_VARIABLE, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 2**20 < resident_limit(torch.device("cpu")) <= ram // 4
+    alone = resident_limit(torch.device("cpu"))
+    assert 2**20 < alone <= ram // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resident_limit(torch.device("cpu")) == alone // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(UsageError, match="LOCAL_WORLD_SIZE=0: not a number of processes"):
+        resident_limit(torch.device("cpu"))
     monkeypatch.setenv(RESIDENT_VARIABLE, "12345")
     assert resident_limit(torch.device("cpu")) == 12345
 
