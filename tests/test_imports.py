@@ -45,7 +45,11 @@ HOMES = {
     "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
-    "triton": {"pipeline/students/inner_triton_backward.py", "pipeline/students/inner_triton_forward.py"},
+    "triton": {
+        "pipeline/students/inner_triton.py",
+        "pipeline/students/inner_triton_backward.py",
+        "pipeline/students/inner_triton_forward.py",
+    },
     "torchvision": {"pipeline/folding.py", "pipeline/runtime.py", "pipeline/sources.py", "pipeline/teachers.py"},
 }
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")])

@@ -56,6 +56,16 @@ def test_it_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
     assert why_not.__wrapped__(16, 12, 2, 48) == "Triton is not installed"
 
 
+def test_it_says_that_the_gpu_is_another(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert why_not.__wrapped__(16, 12, 2, 48) == "PyTorch is built for ROCm, and the kernels for CUDA"
+
+
+def test_it_says_that_triton_is_too_old(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.4.1+git1234")
+    assert why_not.__wrapped__(16, 12, 2, 48) == "Triton 3.4.1+git1234 is older than 3.5"
+
+
 @pytest.mark.parametrize("num_pixels", [1, 4, 5, 16, 17, 49, 64])
 @pytest.mark.parametrize("width", [1, 6, 12, 15, 16, 31])
 def test_tiles_hold_whole_patches_and_a_column_of_ones(num_pixels: int, width: int) -> None:
@@ -70,6 +80,8 @@ def machine_code(triton: Any, kernel: Any, of: Geometry, file: Path) -> dict[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from pipeline.students.inner_triton_forward import constants
+
     pointers = {"weights", "targets"}
     signature: dict[str, Any] = {name: "*fp32" for name in kernel.arg_names} | {"num_patches": "i32", "of": "constexpr"}
     signature |= {name: InnerWeights(*["*fp32"] * 13) for name in pointers & signature.keys()}
@@ -79,7 +91,7 @@ def machine_code(triton: Any, kernel: Any, of: Geometry, file: Path) -> dict[str
     for index, name in enumerate(kernel.arg_names):
         places += [(index,)] if signature[name] == "*fp32" else []
         places += [(index, part) for part in range(13)] if name in pointers else []
-    source = ASTSource(kernel, signature, {"of": of}, {place: aligned for place in places})
+    source = ASTSource(kernel, signature, {"of": constants(of)}, {place: aligned for place in places})
     options = {"num_warps": of.num_warps, **inner_triton.OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     file.write_bytes(compiled.asm["cubin"])

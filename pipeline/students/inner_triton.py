@@ -28,6 +28,8 @@ from pipeline.students.inner_blocks import InnerWeights
 MAX_WIDTH = 31
 MAX_HIDDEN = 128
 MAX_PIXELS = 64
+# The oldest that the kernels have been compiled with; PyTorch 2.9 brings it.
+MIN_TRITON = (3, 5)
 # Warps that a multiprocessor of an H100 or H200 has registers for at once: more programs would only write more sums.
 FORWARD_WARPS = 16
 BACKWARD_WARPS = 8
@@ -73,6 +75,7 @@ class Geometry(NamedTuple):
         return self.rows // self.spacing
 
 
+@functools.cache
 def geometry(num_pixels: int, width: int, num_heads: int, hidden: int, precision: str) -> Geometry:
     """Choose how a geometry that `why_not` has nothing against is laid out in tiles."""
     spacing = _power_of_two(num_pixels)
@@ -106,6 +109,12 @@ def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | N
     """
     if find_spec("triton") is None:
         return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "PyTorch is built for ROCm, and the kernels for CUDA"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
     if num_pixels > MAX_PIXELS:
         return f"a patch has {num_pixels} pixel tokens, more than {MAX_PIXELS}"
     if width > MAX_WIDTH:
@@ -139,7 +148,7 @@ def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[
 
 @torch.library.custom_op("pipeline::inner_block", mutates_args=())
 def _inner_block(pixels: Tensor, weights: Sequence[Tensor], num_heads: int, precision: str) -> tuple[Tensor, Tensor]:
-    from pipeline.students.inner_triton_forward import forward_kernel
+    from pipeline.students.inner_triton_forward import constants, forward_kernel
 
     refined, normed = torch.empty_like(pixels), torch.empty_like(pixels)
     of = _geometry(pixels, weights, num_heads, precision)
@@ -147,7 +156,14 @@ def _inner_block(pixels: Tensor, weights: Sequence[Tensor], num_heads: int, prec
     if num_programs:
         with _on(pixels.device):
             forward_kernel[(num_programs,)](
-                pixels, refined, normed, _contiguous(weights), len(pixels), of, num_warps=of.num_warps, **OPTIONS
+                pixels,
+                refined,
+                normed,
+                _contiguous(weights),
+                len(pixels),
+                constants(of),
+                num_warps=of.num_warps,
+                **OPTIONS,
             )
     return refined, normed
 
@@ -163,6 +179,7 @@ def _inner_block_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of the pixels, and those of all parameters in one vector."""
     from pipeline.students.inner_triton_backward import backward_kernel
+    from pipeline.students.inner_triton_forward import constants
 
     pixels_gradient = torch.empty_like(pixels)
     of = _geometry(pixels, weights, num_heads, precision)
@@ -180,7 +197,7 @@ def _inner_block_backward(
                 InnerWeights(*torch.split(sums, sizes, dim=1)),
                 len(pixels),
                 sum(sizes),
-                of,
+                constants(of),
                 num_warps=of.num_warps,
                 **OPTIONS,
             )

@@ -10,11 +10,21 @@ tokens of a patch, c their width, T rows and C columns of a tile, H columns of a
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
+from pipeline.students.inner_triton import Geometry
+
 EPSILON = tl.constexpr(1e-5)
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@functools.cache
+def constants(of: Geometry) -> Geometry:
+    """Make every number of a geometry a constant of its own, as Triton 3.5 to 3.7 ask for."""
+    return of._make(tl.constexpr(value) for value in of)
 
 
 @triton.jit
