@@ -19,6 +19,8 @@ STUDENTS: dict[str, type[Student]] = {"vit": ViT, "deit": DeiT, "tnt": TNT, "tit
 PIXEL_GEOMETRY = ("pixel_size", "pixel_width", "pixel_heads")
 FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
 """Kind of device to its fused inner block: the name, and the module."""
+TENSOR_CORES = (8, 0)
+"""Least compute capability with the tf32 products that Triton's takes."""
 
 __all__ = ["STUDENTS", "TITN", "TNT", "DeiT", "Student", "ViT", "build_student", "use_inner_block"]
 
@@ -79,6 +81,8 @@ def _find_fused(blocks: Sequence[NestedBlock], device: torch.device) -> tuple[st
         return "the student has no inner blocks", None
     if device.type not in FUSED:
         return f"there is none for {device.type}", None
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < TENSOR_CORES:
+        return f"it needs a GPU of compute capability {TENSOR_CORES[0]}.{TENSOR_CORES[1]} or more", None
     _, module = FUSED[device.type]
     why_not = module.why_not(*blocks[0].inner_geometry)
     return why_not, None if why_not else module.inner_block
