@@ -13,7 +13,7 @@ from pipeline.batches import Batch
 from pipeline.captured_step import CapturedStep
 from pipeline.recipes import FitRecipe
 from pipeline.runtime import autocast
-from pipeline.training import Objective, train_step
+from pipeline.training_step import Objective, train_step
 from pipeline.views import normalize
 
 
@@ -51,7 +51,7 @@ def our_step(
         objective: The loss.
         optimizer: Over the model's parameters.
         precision: `fp32` or `bf16`.
-        micro_batch: As for pipeline.training.train_step.
+        micro_batch: As for pipeline.training_step.train_step.
         captured: Whether it is replayed from a CUDA graph.
     """
 

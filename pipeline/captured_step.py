@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.batches import Batch
 
 Step = Callable[[Batch], tuple[Tensor, Tensor]]
-"""Does a training step; returns what `pipeline.training.train_step` does."""
+"""Does a training step; returns what `pipeline.training_step.train_step` does."""
 
 # Libraries set themselves up in the first steps, and the optimiser makes its moments: neither may be captured.
 WARM_UP_STEPS = 3

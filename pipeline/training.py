@@ -10,11 +10,10 @@ loss that is not finite, scores) is agreed on first, so that all take the same s
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -24,16 +23,14 @@ from torch import Tensor, nn
 from pipeline.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
 from pipeline.captured_step import CapturedStep
 from pipeline.checkpoints import RunState
-from pipeline.distributed import ALONE, Group, accumulating, has_batch_norm, parallel
+from pipeline.distributed import ALONE, Group, has_batch_norm, parallel
 from pipeline.errors import Interrupted, NumericalError
-from pipeline.losses import Outputs
-from pipeline.metrics import Meter, Scores
+from pipeline.evaluation import evaluate
 from pipeline.optimization import build_optimizer, learning_rate, set_learning_rate
 from pipeline.recipes import FitRecipe
 from pipeline.resuming import FitResult, Progress, load_progress, save_progress
-from pipeline.runtime import autocast
 from pipeline.stopping import StopSignal
-from pipeline.views import normalize
+from pipeline.training_step import Objective, train_step
 
 SECONDS_BETWEEN_SAVES = 60.0
 # Writing states takes at most a thirtieth of the time; the thread that does it needs a core. A VGG with its best epoch
@@ -42,12 +39,6 @@ SECONDS_BETWEEN_SAVES = 60.0
 SAVING_SHARE = 1 / 30
 ASSUMED_BYTES_PER_SECOND = 2e8
 STEPS_BETWEEN_CHECKS = 50
-# What an evaluation's batch touches should fit a CPU's cache; a GPU wants few, large launches.
-CPU_EVALUATION_BATCH = 256
-GPU_EVALUATION_BATCH = 4096
-
-
-Objective = Callable[[Outputs, Batch], Tensor]
 
 
 class Watcher(Protocol):
@@ -64,82 +55,6 @@ class Watcher(Protocol):
 
     def warned(self, message: str) -> None:
         """Show a warning."""
-
-
-def train_step(
-    model: nn.Module,
-    batch: Batch,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    *,
-    clip: float,
-    precision: str,
-    micro_batch: int | None = None,
-    weight: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Do one step: forward, loss, backward, clip, update.
-
-    Args:
-        model: In training mode.
-        batch: On the model's device; this rank's share.
-        objective: Maps outputs and batch to the mean loss of its samples.
-        optimizer: Over the model's parameters.
-        clip: Largest gradient norm; 0 leaves gradients alone.
-        precision: `fp32` or `bf16`.
-        micro_batch: Samples that go through the model at once; their gradients add up to those of the batch. None
-            takes all. Not for models with batch norm.
-        weight: Size of the share over the mean size of all ranks' shares, so that the mean over the ranks of loss and
-            gradients is that over all samples.
-
-    Returns:
-        The loss times `weight`, a float32 scalar, and whether loss and gradient norm are finite, a boolean scalar;
-        both stay on the device.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=batch.images.device)
-    parts = batch.split(micro_batch)
-    for part in parts:
-        with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
-            with autocast(batch.images.device, precision):
-                outputs = model(part.images)
-            loss = objective(outputs, part) * (weight * len(part) / len(batch))
-            torch.autograd.backward(loss)
-        total += loss.detach()
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    if clip > 0:
-        nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
-    optimizer.step()
-    return total, torch.isfinite(total) & torch.isfinite(norm)
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32", group: Group = ALONE) -> Scores:
-    """Score a model on clean images; it is left in evaluation mode.
-
-    Args:
-        model: On the device of the data, with the same weights on every rank.
-        data: The whole split.
-        precision: `fp32` or `bf16`.
-        group: The ranks that share the images; all return the scores of the whole.
-
-    Raises:
-        NumericalError: A logit is not finite.
-    """
-    model.eval()
-    device = data.images.device
-    meter = Meter(data.num_classes, device)
-    broken = torch.zeros((), dtype=torch.int64, device=device)
-    batch_size = CPU_EVALUATION_BATCH if device.type == "cpu" else GPU_EVALUATION_BATCH
-    for part, images in data.batches(batch_size, group.share(len(data.labels))):
-        with autocast(device, precision):
-            outputs = model(normalize(images, data.mean, data.std))
-        for head in outputs if isinstance(outputs, tuple) else (outputs,):
-            broken += (~torch.isfinite(head)).any()
-        meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
-    if group.max_(broken):
-        raise NumericalError("evaluation: a logit is not finite; lower lr, or set clip to 1.0")
-    meter.reduce(group)
-    return meter.scores()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistill
 from pipeline.params import override
 from pipeline.recipes import Recipe, StudentRecipe
 from pipeline.students import STUDENTS, build_student, use_inner_block
-from pipeline.training import Objective
+from pipeline.training_step import Objective
 from stages.context import Context
 from stages.execution import execution
 from stages.fitting import Run, carry_out, make_views, place, up_to_date

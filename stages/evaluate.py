@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, UsageError
+from pipeline.evaluation import evaluate
 from pipeline.reporting import Table, number
 from pipeline.runtime import resolve_precision
-from pipeline.training import evaluate
 from stages.context import Context
 from stages.fitting import evaluation_data
 from stages.models import load_model

@@ -26,6 +26,7 @@ from pipeline.batches import EvaluationData, TrainingData
 from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.distributed import Group, has_batch_norm
+from pipeline.evaluation import evaluate
 from pipeline.image_arrays import MappedImages
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
@@ -33,7 +34,8 @@ from pipeline.resuming import FitResult
 from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.streaming import HostImages, place_images
-from pipeline.training import Fit, Objective, evaluate
+from pipeline.training import Fit
+from pipeline.training_step import Objective
 from pipeline.views import Views
 from stages.context import Context
 from stages.execution import Execution

@@ -16,7 +16,7 @@ from pipeline.params import override
 from pipeline.recipes import Recipe, TeacherRecipe
 from pipeline.storage import sha256_file
 from pipeline.teachers import build_teacher
-from pipeline.training import Objective
+from pipeline.training_step import Objective
 from stages.context import Context
 from stages.execution import execution
 from stages.fitting import Run, carry_out, make_views, place, up_to_date

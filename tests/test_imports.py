@@ -32,6 +32,8 @@ LAYERS = (
         "teacher_answers",
         "resuming",
         "captured_step",
+        "training_step",
+        "evaluation",
         "training",
         "reporting",
     },

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.batches import EvaluationData
 from pipeline.errors import Interrupted
+from pipeline.evaluation import evaluate
 from pipeline.image_arrays import MappedImages
 from pipeline.labelling import label_view
 from pipeline.replay import make_canaries
@@ -22,7 +23,7 @@ from pipeline.runtime import RESIDENT_VARIABLE
 from pipeline.stopping import StopSignal
 from pipeline.storage import read_json
 from pipeline.streaming import HostImages, in_batches, place_images
-from pipeline.training import FitResult, evaluate
+from pipeline.training import FitResult
 from pipeline.views import Views
 from tests import test_labelling, test_training
 from tests.commands import run
@@ -110,7 +111,7 @@ def test_scores_of_streamed_images_are_the_same_in_batches_of_any_size(monkeypat
     data: EvaluationData = test_training.evaluation()
     host = dataclasses.replace(data, images=on_host(data.images))
     for size in (1, 7, 30):
-        monkeypatch.setattr("pipeline.training.EVALUATION_BATCH", size)
+        monkeypatch.setattr("pipeline.evaluation.CPU_BATCH", size)
         assert evaluate(small_model(), host) == evaluate(small_model(), data)
 
 

@@ -18,6 +18,7 @@ from pipeline.batches import Batch, EvaluationData, TeacherLabels, TrainingData,
 from pipeline.checkpoints import RunState
 from pipeline.distributed import ALONE, Group
 from pipeline.errors import Interrupted, NumericalError
+from pipeline.evaluation import evaluate
 from pipeline.labelling import Teacher, label_view
 from pipeline.labels import LabelCache, make_identity, make_provenance
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy
@@ -26,7 +27,8 @@ from pipeline.resuming import FitResult
 from pipeline.stopping import StopSignal
 from pipeline.students import STUDENTS, build_student
 from pipeline.teacher_answers import cached_labels, online_labels
-from pipeline.training import Fit, evaluate, train_step
+from pipeline.training import Fit
+from pipeline.training_step import train_step
 from pipeline.views import Views, normalize
 
 NUM_CLASSES, SIZE, NUM_TRAIN = 3, 8, 50
