@@ -26,7 +26,7 @@ from tests.test_training import MEAN, NUM_CLASSES, STD, VIEW_RECIPE, Watcher, im
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def fit(
+def make_fit(
     directory: Path,
     *,
     captured: bool,
@@ -34,14 +34,14 @@ def fit(
     watcher: Watcher | None = None,
     stop: StopSignal | None = None,
     **settings: Any,
-) -> tuple[FitResult, dict[str, Tensor]]:
-    """Train a tiny TITN on the GPU, with a batch of another size at the end of every epoch."""
+) -> Fit:
+    """A tiny TITN's run on the GPU, with a batch of another size at the end of every epoch."""
     torch.manual_seed(0)
     model = build_student("titn", num_classes=NUM_CLASSES, image_size=8, patch_size=4, width=48, depth=2).to(CUDA)
     use_inner_block(model, inner_block, CUDA)
     images, labels = (values.to(CUDA) for values in images_and_labels(50, seed=0))
     teacher_labels = (labels + 1) % NUM_CLASSES
-    run = Fit(
+    return Fit(
         model=model,
         data=TrainingData(
             Views(images, labels, VIEW_RECIPE), MEAN, STD, VIEW_RECIPE.count, lambda view, indices, _: answer(indices)
@@ -56,7 +56,12 @@ def fit(
         stop=stop or StopSignal(),
         captured=captured,
     )
-    return run.run(), model.state_dict()
+
+
+def fit(directory: Path, **settings: Any) -> tuple[FitResult, dict[str, Tensor]]:
+    """Train, and return the last weights too."""
+    run = make_fit(directory, **settings)
+    return run.run(), run.model.state_dict()
 
 
 def answer(indices: Tensor) -> TeacherAnswer:
@@ -90,6 +95,21 @@ def test_a_captured_run_goes_on_after_a_stop(tmp_path: Path) -> None:
     )
     for name, tensor in weights.items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_no_step_waits_for_the_gpu(tmp_path: Path, captured: bool) -> None:
+    run = make_fit(tmp_path, captured=captured, batch_size=10)
+    for epoch in range(2):  # the second is past warming up and capturing
+        batches = run.data.batches(epoch, [share.indices for share in run._shares(torch.arange(50))])
+        run._step(next(batches), 1.0)
+        torch.cuda.set_sync_debug_mode("error" if epoch else "default")
+        try:
+            for batch in batches:
+                run._step(batch, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_graph_is_refused_where_there_is_none() -> None:
