@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--students", default=",".join(STUDENTS), help="separated by commas; default: all four")
     parser.add_argument("--depth", type=positive, help="blocks; default: the recipe's")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled models out, as --quick does")
+    parser.add_argument(
+        "--only",
+        help="contenders whose names have one of these, separated by commas, as 'titn c++ bf16,timm'; default: all",
+    )
     options = parser.parse_args(arguments)
     chosen = options.students.split(",")
     for name in chosen:
@@ -64,7 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare_family(students: Sequence[str], report: Report, peaks: floor.Peaks, options: argparse.Namespace) -> None:
     """Compare students that have the same peers, at every batch size; the peers have the first one's geometry."""
     device, depth = options.device, options.depth
-    found = [contenders(name, report, device, depth=depth, compiled=options.compiled) for name in students]
+
+    def wanted(who: Contender) -> bool:
+        return options.only is None or any(part in who.name for part in options.only.split(","))
+
+    found = [
+        list(filter(wanted, contenders(name, report, device, depth=depth, compiled=options.compiled)))
+        for name in students
+    ]
     everyone = {who: students[0] for who in found[0]} | {
         who: name for name, own in zip(students, found, strict=True) for who in own if who.is_ours
     }

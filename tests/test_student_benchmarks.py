@@ -34,6 +34,15 @@ def quick_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_surroundings")
+def test_only_who_is_asked_for_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm", reason="a peer, in the extra `bench`")
+    sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4", "--only", "vit bf16,ViT bf16")
+    report = run(students, monkeypatch, tmp_path / "students.json", *sizes)
+    found = {row["what"].split(", ")[0] for row in report["rows"]}
+    assert found == {"vit", "vit bf16 eager", "timm ViT bf16 eager"}
+
+
+@pytest.mark.usefixtures("quick_surroundings")
 def test_students_are_compared_with_every_peer_and_who_is_left_out_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
