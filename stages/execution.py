@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,27 @@ class Execution:
     def as_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         return dataclasses.asdict(self)
+
+
+@contextlib.contextmanager
+def explaining_compilation(how: Execution) -> Iterator[None]:
+    """Say in one line that torch.compile does not work here, when the first step finds it out.
+
+    Raises:
+        UsageError: In place of what torch.compile raises.
+    """
+    if not how.compiled:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise UsageError(
+            f"compile: true: torch.compile fails here ({reason}); set it to false or install a C++ compiler"
+        ) from error
 
 
 def execution(

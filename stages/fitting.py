@@ -38,7 +38,7 @@ from pipeline.training import Fit
 from pipeline.training_step import Objective
 from pipeline.views import Views
 from stages.context import Context
-from stages.execution import Execution
+from stages.execution import Execution, explaining_compilation
 from stages.models import costs
 from stages.paths import Paths
 
@@ -195,7 +195,8 @@ def carry_out(
         split_name, split = dataset.evaluation
         evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
         began = time.monotonic()
-        with context.stop.deferred(), RunWatcher(context.console, run.name, len(dataset.train)) as watcher:
+        watching = RunWatcher(context.console, run.name, len(dataset.train))
+        with context.stop.deferred(), explaining_compilation(how), watching as watcher:
             result = Fit(
                 model=model,
                 data=data,

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from pipeline.checkpoints import load_checkpoint
 from pipeline.datasets import Dataset
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labels import LabelCache
@@ -297,6 +299,21 @@ def test_a_stopped_run_exits_by_its_signal_and_goes_on_to_the_same_weights(proje
     assert not out.exists()
     assert "going on from epoch" in project.run(*long)
     assert (out / "last.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_compiled_student_has_the_same_names_and_a_missing_compiler_is_one_line(project: Project) -> None:
+    project.run("distill", "--student", "vit")
+    plain = load_checkpoint(project.path / "data/smoke/students/vit", stem="last")
+    out = project.run("distill", "--student", "vit", "--set", "compile=true")
+    assert "; torch.compile; batch 128" in out
+    compiled = load_checkpoint(project.path / "data/runs/smoke/vit-compile-true", stem="last")
+    assert compiled.tensors.keys() == plain.tensors.keys()
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(compiled.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+    without = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(project.path / "cache")}
+    out = project.run("distill", "--student", "vit", "--set", "compile=true", "--fresh", code=2, **without)
+    assert "compile: true: torch.compile fails here" in out and "set it to false or install a C++ compiler" in out
 
 
 def test_a_diverging_teacher_ends_with_code_5_and_one_line(project: Project) -> None:
