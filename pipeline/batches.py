@@ -91,12 +91,6 @@ class TrainingData:
     num_views: int | None = None
     teacher_labels: TeacherLabels | None = None
 
-    def batch(self, epoch: int, indices: Tensor) -> Batch:
-        """Render the samples `indices`, `(B,)` int64, of the epoch's view."""
-        view = self._view(epoch)
-        self.views.prepare(view)
-        return self._answered(view, self.views.batch(view, indices))
-
     def batches(self, epoch: int, parts: Sequence[Tensor]) -> Generator[Batch, None, None]:
         """Render batches of the epoch's view; where images stream, the next ones are read meanwhile.
 
@@ -105,15 +99,12 @@ class TrainingData:
             parts: The samples of each batch, `(B,)` int64; best on the CPU.
 
         Yields:
-            The batches in order, each as `batch` makes it. Closing the iterator ends the thread that reads.
+            The batches in order. Closing the iterator ends the thread that reads.
         """
-        view = self._view(epoch)
+        view = epoch if self.num_views is None else epoch % self.num_views
         with contextlib.closing(self.views.batches(view, parts)) as batches:
             for rendered in batches:
                 yield self._answered(view, rendered)
-
-    def _view(self, epoch: int) -> int:
-        return epoch if self.num_views is None else epoch % self.num_views
 
     def _answered(self, view: int, rendered: ViewBatch) -> Batch:
         """Normalise a batch and add the teacher's answer."""

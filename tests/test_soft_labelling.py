@@ -104,7 +104,7 @@ def test_a_replay_tells_the_largest_difference_of_a_probability() -> None:
 def batches(teacher_labels: Any) -> list[Any]:
     data = TrainingData(make_views(), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 3, teacher_labels)
     order = torch.randperm(NUM_SAMPLES, generator=torch.Generator().manual_seed(0))
-    return [data.batch(epoch, part) for epoch in range(4) for part in order.split(16)]
+    return [batch for epoch in range(4) for batch in data.batches(epoch, order.split(16))]
 
 
 @pytest.mark.parametrize("soft", [False, True])
