@@ -335,11 +335,15 @@ def test_the_order_is_a_permutation_keyed_by_seed_and_epoch() -> None:
 
 def test_a_student_cycles_through_its_views_and_a_teacher_does_not() -> None:
     views = Views(*images_and_labels(NUM_TRAIN, seed=0), VIEW_RECIPE)
-    indices = torch.arange(6)
+
+    def images(data: TrainingData, epoch: int) -> Tensor:
+        [batch] = data.batches(epoch, [torch.arange(6)])
+        return batch.images
+
     student = TrainingData(views, MEAN, STD, VIEW_RECIPE.count)
-    assert torch.equal(student.batch(0, indices).images, student.batch(2, indices).images)
+    assert torch.equal(images(student, 0), images(student, 2))
     teacher = TrainingData(views, MEAN, STD)
-    assert not torch.equal(teacher.batch(0, indices).images, teacher.batch(2, indices).images)
+    assert not torch.equal(images(teacher, 0), images(teacher, 2))
 
 
 def test_cached_and_online_labels_give_the_same_loss_at_every_step(tmp_path: Path) -> None:
