@@ -1,7 +1,7 @@
 """Training steps replayed from CUDA graphs.
 
-A step of a small transformer is some two thousand kernels of a few microseconds each: started one by one they keep the
-processor busier than the GPU. A CUDA graph starts them all at once. It replays the very same work on the very same
+A step of a small transformer is a great many short kernels: started one by one they can keep the processor busier than
+the GPU. A CUDA graph starts them all at once. It replays the very same work on the very same
 memory, so each size of batch has a graph and inputs of its own, and the learning rate is a tensor.
 """
 

@@ -1,7 +1,7 @@
 """How the inner blocks of TNT and TITN are computed: by PyTorch's own operations, or fused into one.
 
 256 pixel tokens of width 12 for every image make matrices so small that time goes into passes over memory: PyTorch's
-operations make about forty of them, forward and backward. A fused inner block keeps one patch's tokens in registers
+operations make dozens of them, forward and backward. A fused inner block keeps one patch's tokens in registers
 or shared memory from the first LayerNorm to the last, and computes them a second time in the backward pass instead of
 keeping them.
 

@@ -114,7 +114,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     Source: arXiv:1706.03762 Eq. 1.
     """
     if queries.device.type == "cpu":
-        # PyTorch's fused attention is slower on a CPU where sequences are short, and several times so in bfloat16.
+        # PyTorch's fused attention is slower on a CPU where sequences are short, above all in bfloat16.
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
         mixed: Tensor = scores.softmax(dim=-1) @ values
         return mixed
