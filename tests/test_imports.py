@@ -40,7 +40,15 @@ LAYERS = (
 )
 LEAVES = {"teachers", "folding", "counting", "students"}
 HOMES = {
-    "click": {"stages/cli.py", "stages/options.py"},
+    "click": {
+        "stages/cli.py",
+        "stages/commands/data.py",
+        "stages/commands/labels.py",
+        "stages/commands/results.py",
+        "stages/commands/students.py",
+        "stages/commands/teachers.py",
+        "stages/options.py",
+    },
     "h5py": {"pipeline/dataset_file.py", "pipeline/label_file.py"},
     "yaml": {"pipeline/params.py"},
     "sklearn": {"pipeline/sources.py"},
@@ -54,7 +62,7 @@ HOMES = {
     },
     "torchvision": {"pipeline/folding.py", "pipeline/runtime.py", "pipeline/sources.py", "pipeline/teachers.py"},
 }
-FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")])
+FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")])
 
 
 def imports(file: Path) -> set[str]:

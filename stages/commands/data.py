@@ -1,0 +1,31 @@
+"""Commands that make data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stages.options import open_context, recipe_option
+
+
+@click.command()
+@recipe_option
+@click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
+@click.option("--from", "folder", type=click.Path(path_type=Path), help="Take the images from this folder.")
+@click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files out.")
+def prepare(recipe: str | None, download: bool, folder: Path | None, skip_bad: bool) -> None:
+    """Turn a data set into one file of uint8 images."""
+    from stages.prepare import prepare as run
+
+    context = open_context(recipe)
+    paths = context.paths
+    summary = run(
+        context.recipe, out=paths.prepared, raw=paths.raw, folder=folder, download=download, skip_bad=skip_bad
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in summary.num_samples.items())
+    context.say(f"{paths.dataset}: {counts} images of {len(summary.class_names)} classes, SHA-256 {summary.sha256}")
+    if summary.num_skipped:
+        context.say(f"skipped {summary.num_skipped} bad files; {paths.prepared / 'summary.json'} names them")
+    context.changed("prepare")
+    context.end()

@@ -1,0 +1,61 @@
+"""Commands that show what has been reached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from stages.options import device_option, json_option, open_console, open_context, recipe_option, require_exists
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@recipe_option
+@device_option
+@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="That of the training where left out.")
+@json_option
+def evaluate(
+    checkpoint: Path, recipe: str | None, device: str | None, split: str, precision: str | None, as_json: bool
+) -> None:
+    """Score a checkpoint on a recipe's data."""
+    from stages.evaluate import evaluate_checkpoint, scores_table
+
+    require_exists(checkpoint)
+    context = open_context(recipe, device)
+    result = evaluate_checkpoint(context, checkpoint, split=split, precision=precision)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        context.show(scores_table(result))
+
+
+@click.command()
+@recipe_option
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md and report.json.")
+def report(recipe: str | None, out: Path | None) -> None:
+    """Print the tables of what has been run; write report.md and report.json."""
+    from stages.report import report as run
+
+    context = open_context(recipe)
+    for table in run(context, out):
+        context.show(table)
+    context.say(f"wrote {context.paths.report if out is None else out / 'report.md'}")
+    context.end()
+
+
+@click.command()
+@click.option("--classes", default=100, show_default=True, type=click.IntRange(2, 65535))
+@json_option
+def models(classes: int, as_json: bool) -> None:
+    """List students and teachers with their parameters and costs."""
+    from stages.models import list_models, models_table
+
+    found = list_models(classes)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        console = open_console()
+        console.print(models_table(found, classes).to_rich(console.width))
