@@ -59,6 +59,14 @@ def build(meta: dict[str, Any]) -> nn.Module:
     return build_teacher(model, **arguments)
 
 
+def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
+    """Load a checkpoint; arguments and errors as of `load_model`."""
+    checkpoint = load_checkpoint(path)
+    if kind is not None and checkpoint.meta.get("kind") != kind:
+        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
+    return checkpoint
+
+
 def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> tuple[nn.Module, Checkpoint]:
     """Load a trained model in evaluation mode.
 
@@ -73,9 +81,7 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
     """
     from pipeline.students import Student, use_inner_block
 
-    checkpoint = load_checkpoint(path)
-    if kind is not None and checkpoint.meta.get("kind") != kind:
-        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
+    checkpoint = load_checkpoint_of(path, kind)
     with torch.device("meta"):
         model = build(dict(checkpoint.meta))
     model.to_empty(device="cpu")

@@ -125,7 +125,7 @@ def test_a_dry_run_says_what_is_up_to_date_and_writes_nothing(project: Project) 
     project.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {epochs: 3}")
     before = state_of(project.path)
     out = project.run("teacher-select", "--dry-run")
-    assert "teacher squeezenet1_1: train 3 epochs (trained under other settings" in out
+    assert "teacher squeezenet1_1: train 3 epochs (epochs 6 -> 3)" in out
     assert "teacher mobilenet_v3_large: up to date" in out
     assert state_of(project.path) == before
 
