@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,19 @@ def plan_run(run: Run, *, fresh: bool = False) -> str:
     return f"{run.name}: interrupted, goes on from {where} ({why}); writes {run.out}"
 
 
+@dataclass(frozen=True)
+class LabelPlan:
+    """What labelling a view recipe would do.
+
+    Attributes:
+        text: The same in one line.
+        missing: The views that would be labelled, ascending.
+    """
+
+    text: str
+    missing: list[int]
+
+
 def plan_labels(
     context: Context,
     view_recipe: str = "default",
@@ -40,7 +54,7 @@ def plan_labels(
     fresh: bool = False,
     keep: int | None = None,
     part: ViewSlice | None = None,
-) -> str:
+) -> LabelPlan:
     """Say what `stages.label.label` would do; arguments and errors are the same."""
     from pipeline.label_parts import LabelParts
     from stages.label import begin, check_request, check_teacher, identity_of, provenance_of
@@ -59,14 +73,15 @@ def plan_labels(
         parts, missing, cache = begin(context, view_recipe, identity, provenance, wanted, keep=keep)
     if cache is not None:
         if cache.num_views >= wanted.stop:
-            return f"{path}: up to date, {cache.num_views} views"
+            return LabelPlan(f"{path}: up to date, {cache.num_views} views", [])
         parts.adopt(cache)
         missing = [view for view in missing if view >= cache.num_views]
     if not missing:
-        return f"{path}: every view is labelled; seals them"
+        return LabelPlan(f"{path}: every view is labelled; seals them", [])
     why = "--fresh" if fresh else "no labels yet" if len(missing) == len(wanted) else "the others are labelled"
     what = f"the views {slices(missing)} of {len(dataset.train)} images, {kept_name(parts.topk)}"
-    return f"{path}: label {what}, by {checkpoint.meta['model']} in {provenance['precision']} ({why})"
+    how = f"by {checkpoint.meta['model']} in {provenance['precision']}"
+    return LabelPlan(f"{path}: label {what}, {how} ({why})", missing)
 
 
 def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download: bool, skip_bad: bool) -> list[str]:

@@ -121,7 +121,7 @@ def _plan_labels(context: Context, view_recipe: str, *, stale: bool) -> str:
     if stale or not context.paths.winner.exists():
         return f"{context.recipe.views[view_recipe].count} views, unless the teacher of those there are wins again"
     try:
-        return plan_labels(context, view_recipe)
+        return plan_labels(context, view_recipe).text
     except DataError as error:
         return f"refused: {error}"
 

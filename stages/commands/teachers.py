@@ -86,7 +86,8 @@ def label(
     if dry_run:
         from stages.dry_run import plan_labels
 
-        context.say(plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part))
+        planned = plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part)
+        context.say(planned.text)
         return
     from stages.label import label as run
 
