@@ -78,7 +78,28 @@ class Table:
         """Return the narrowest width of a column: its longest cell, or the longest word of its heading."""
         return max(map(len, [*self.columns[index].split(), *(row[index] for row in self.rows)]))
 
-    def to_csv(self) -> bytes:
+    @dataclass(frozen=True)
+class Figure:
+    """A picture for the report.
+
+    Attributes:
+        name: File name without suffix, as figure-6.
+        title: One line above it.
+        png: The picture.
+        alt: What it shows, for those who cannot see it.
+        note: One line below it: under what conditions its figures were reached.
+        data: The figures behind it, for a CSV file; None where there are none.
+    """
+
+    name: str
+    title: str
+    png: bytes
+    alt: str
+    note: str = ""
+    data: Table | None = None
+
+
+def to_csv(self) -> bytes:
         """Return columns and rows as CSV."""
         return to_csv(self.columns, self.rows)
 

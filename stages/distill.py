@@ -146,6 +146,7 @@ def _plan(
         recipe=recipe,
         seed=seed,
         inputs=inputs,
+        differs=differs,
         teacher=source.teacher,
         is_distilled=source.is_distilled,
         num_views=view_recipe.count,

@@ -56,6 +56,7 @@ class Run:
         recipe: How it is trained.
         seed: Of initialisation and order.
         inputs: Whatever else decides the result, as plain JSON values.
+        differs: What differs from the recipe but for the seed, as key and value; empty for the recipe's own run.
         teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
         is_distilled: Whether it also learns from that teacher's labels.
         num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
@@ -72,6 +73,7 @@ class Run:
     recipe: FitRecipe
     seed: int
     inputs: Mapping[str, Any]
+    differs: Mapping[str, str]
     teacher: Mapping[str, Any] | None = None
     is_distilled: bool = False
     num_views: int | None = None
@@ -266,6 +268,7 @@ def _metrics(
         "name": run.name,
         "kind": run.description["kind"],
         "recipe": run.description["recipe"],
+        "differs": dict(run.differs),
         "evaluated_on": dataset.evaluation[0],
         "best": _scores(result.curve[result.best_epoch - 1]),
         "last": _scores(result.curve[-1]),
