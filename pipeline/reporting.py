@@ -78,7 +78,22 @@ class Table:
         """Return the narrowest width of a column: its longest cell, or the longest word of its heading."""
         return max(map(len, [*self.columns[index].split(), *(row[index] for row in self.rows)]))
 
-    @dataclass(frozen=True)
+    def to_csv(self) -> bytes:
+        """Return columns and rows as CSV."""
+        return to_csv(self.columns, self.rows)
+
+    def to_markdown(self) -> str:
+        """Return the table as GitHub Markdown, with its title as a heading."""
+
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+        rule = "|---|" + "---:|" * (len(self.columns) - 1)
+        parts = [f"## {self.title}", "", line(self.columns), rule, *map(line, self.rows)]
+        return "\n".join([*parts, *(["", self.note] if self.note else []), ""])
+
+
+@dataclass(frozen=True)
 class Figure:
     """A picture for the report.
 
@@ -97,21 +112,6 @@ class Figure:
     alt: str
     note: str = ""
     data: Table | None = None
-
-
-def to_csv(self) -> bytes:
-        """Return columns and rows as CSV."""
-        return to_csv(self.columns, self.rows)
-
-    def to_markdown(self) -> str:
-        """Return the table as GitHub Markdown, with its title as a heading."""
-
-        def line(cells: Iterable[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-        rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        parts = [f"## {self.title}", "", line(self.columns), rule, *map(line, self.rows)]
-        return "\n".join([*parts, *(["", self.note] if self.note else []), ""])
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
