@@ -152,6 +152,7 @@ def plan_student(
         recipe=recipe,
         seed=seed,
         inputs=inputs,
+        differs=differs,
         teacher=source.teacher,
         is_distilled=source.is_distilled,
         num_views=view_recipe.count,

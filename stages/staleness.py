@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints import read_meta
 
-OUTPUTS = ("metrics.json", "curve.csv", "run.json")
 NOT_TRAINED = "not trained"
 MAX_NAMED = 3
 _ABSENT = object()
@@ -18,18 +17,19 @@ _PHRASES = {"dataset_sha256": "other data", "teacher": "another teacher", "weigh
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 
 
-def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
+def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mapping[str, Any]) -> str | None:
     """Say in a phrase why a directory does not hold a run's outputs; None where it does.
 
     Args:
         out: The run's directory.
+        files: What a finished run has there beside its checkpoint.
         fingerprint: Of everything that decides the result.
         expected: The same as plain JSON values, as far as the checkpoint's JSON keeps it.
     """
     meta = read_meta(out)
     if meta is None:
-        return "a checkpoint without its other files" if any((out / name).exists() for name in OUTPUTS) else NOT_TRAINED
-    missing = [name for name in OUTPUTS if not (out / name).is_file()]
+        return "a checkpoint without its other files" if any((out / name).exists() for name in files) else NOT_TRAINED
+    missing = [name for name in files if not (out / name).is_file()]
     if missing:
         return f"{', '.join(missing)} missing"
     if meta.get("fingerprint") == fingerprint:

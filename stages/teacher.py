@@ -114,6 +114,7 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
         recipe=recipe,
         seed=seed,
         inputs=inputs,
+        differs=settings or {},
     )
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.checkpoints import RunState
 from pipeline.labels import LabelCache
+from stages.fitting import OUTPUTS
 from stages.staleness import differences, why_stale
 from tests.in_process import invoke
 from tests.project import Project
@@ -166,13 +167,13 @@ def test_differences_are_named_by_their_last_key_and_once() -> None:
 
 def test_a_directory_without_all_of_its_files_is_not_up_to_date(distilled: Project, tmp_path: Path) -> None:
     out = tmp_path / "vit"
-    assert why_stale(out, "", {}) == "not trained"
+    assert why_stale(out, OUTPUTS, "", {}) == "not trained"
     shutil.copytree(distilled.data / "students/vit", out)
-    assert why_stale(out, "", {}) == "trained under other settings, or by another version"
+    assert why_stale(out, OUTPUTS, "", {}) == "trained under other settings, or by another version"
     (out / "curve.csv").unlink()
-    assert why_stale(out, "", {}) == "curve.csv missing"
+    assert why_stale(out, OUTPUTS, "", {}) == "curve.csv missing"
     (out / "best.safetensors").unlink()
-    assert why_stale(out, "", {}) == "a checkpoint without its other files"
+    assert why_stale(out, OUTPUTS, "", {}) == "a checkpoint without its other files"
 
 
 def test_a_state_can_be_looked_at_without_loading_it(tmp_path: Path) -> None:
