@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from stages.context import Context
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.probe import Speed, probe
 from stages.doctor.work import Job, Sizes
+
+# Load by core from which other work is taken to slow the probe down.
+BUSY = 0.75
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ def estimate(
     context: Context, jobs: list[Job], sizes: Sizes, *, prepared: bool, note: Callable[[list[Finding]], None]
 ) -> list[Estimate]:
     """Probe the models that are not up to date, one after another, and scale what they take."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if context.device.type == "cpu" and load > BUSY * cores and any(job.why for job in jobs):
+        text = f"the machine is busy (load {load:.1f} on {cores} cores), which makes the times below too long"
+        note([Finding("time", WARNING, text)])
     found: list[Estimate] = []
     label_rates: list[float] = []
     for job in jobs:
@@ -85,7 +93,7 @@ def _labelling(job: Job, sizes: Sizes, rates: list[float], speed: Speed | None =
     images = job.amount * sizes.train
     slow, fast = min(rates), max(rates)
     least = images / fast if len(rates) > 1 else None
-    measured = f"{slow:.3g} images/s" if least is None else f"{slow:.3g} to {fast:.3g} images/s"
+    measured = f"{slow:,.0f} images/s" if least is None else f"{slow:,.0f} to {fast:,.0f} images/s"
     return Estimate(job.stage, job.why, images / slow, least, speed, measured)
 
 
@@ -109,7 +117,7 @@ def _probe(
             torch.cuda.empty_cache()
     parts = [_steps(speed)] if speed.steps else []
     if speed.label_rate is not None:
-        parts.append(f"labels {speed.label_rate:.3g} images/s")
+        parts.append(f"labels {speed.label_rate:,.0f} images/s")
     if speed.memory is not None:
         parts.append(f"peak {size_text(speed.memory)} of GPU memory")
     note([Finding("time", OK, f"{job.name}: {', '.join(parts)}")])
@@ -117,4 +125,5 @@ def _probe(
 
 
 def _steps(speed: Speed) -> str:
-    return f"{speed.steps} steps of {speed.batch} images, {time_text(speed.step_seconds)} each"
+    steps = f"{speed.steps} steps" if speed.steps > 1 else "1 step"
+    return f"{steps} of {speed.batch} images, {time_text(speed.step_seconds)} each"

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,7 +61,7 @@ class Speed:
     Attributes:
         steps: Training steps timed; 0 where only labelling was.
         batch: Images of each.
-        step_seconds: Of one of them.
+        step_seconds: Of one of them, its views included; the median.
         update_seconds: The part of it that does not grow with the batch.
         evaluation_rate: Images scored a second.
         label_rate: Images labelled a second; None for a student.
@@ -89,12 +92,18 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.most, self.deadline, self.steps, self.seconds = 0, math.inf, 0, 0.0
+        self._most, self._deadline, self._times = 0, math.inf, [0.0]
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of each step."""
+        return [later - earlier for earlier, later in itertools.pairwise(self._times)]
 
     def begin(self, most: int, seconds: float) -> None:
         """Allow so many steps, of which the first may take longer than `seconds`."""
-        self.most, self.steps, self._began = most, 0, time.perf_counter()
-        self.deadline = self._began + seconds
+        _wait(self._device)
+        self._most, self._times = most, [time.perf_counter()]
+        self._deadline = self._times[0] + seconds
 
     def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
         """Do nothing."""
@@ -102,9 +111,8 @@ class _Clock:
     def stepped(self) -> None:
         """Count a step."""
         _wait(self._device)
-        now = time.perf_counter()
-        self.steps, self.seconds = self.steps + 1, now - self._began
-        if self.steps >= self.most or now > self.deadline:
+        self._times.append(time.perf_counter())
+        if len(self._times) > self._most or self._times[-1] > self._deadline:
             raise _Enough
 
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
@@ -218,13 +226,15 @@ def _time_fit(
     fit.saved_at = math.inf
     for epoch, most in enumerate((GRAPH_WARM_UP if fit.captured else 1, steps)):
         fit.progress.epoch, fit.progress.step = epoch, 0
+        rendering = _seconds(device, functools.partial(views.prepare, epoch)) / views.num_samples
         clock.begin(most, SECONDS)
         with contextlib.suppress(_Enough):
             fit.train_epoch()
     update = _seconds(device, fit.optimizer.step)
     scoring = _seconds(device, lambda: evaluate(model, evaluation, precision=how.precision))
-    step = clock.seconds / clock.steps
-    return Speed(clock.steps, batch, step, min(update, step), scored / scoring)
+    # The first steps find memory and kernels that the later ones have.
+    step = statistics.median(clock.steps)
+    return Speed(len(clock.steps), batch, step + batch * rendering, min(update, step), scored / scoring)
 
 
 def _label_rate(context: Context, model: nn.Module, views: Views, sizes: Sizes) -> float:
