@@ -140,8 +140,9 @@ def _estimate(
     note: Callable[[list[Finding]], None],
 ) -> None:
     """Time what is to be done, and add it up."""
-    from stages.doctor.estimate import estimate
+    from stages.doctor.estimate import estimate, is_busy
 
+    busy = is_busy(context)
     if not probing:
         if any(job.why for job in jobs):
             note([Finding("time", OK, "not estimated (--no-probe)")])
@@ -150,4 +151,8 @@ def _estimate(
     if not any(job.why for job in jobs):
         note([Finding("time", OK, "nothing is left to train or to label")])
     elif found.seconds is not None:
-        note([Finding("time", OK, f"about {time_text(found.seconds)} for all that is left (an estimate)")])
+        text = f"about {time_text(found.seconds)} for all that is left, an estimate"
+        if busy:
+            alone = sum(each.seconds_alone for each in found.estimates if each.why)
+            text += f"; about {time_text(alone)} if nothing else ran, by the processor time of the steps"
+        note([Finding("time", OK, text)])

@@ -41,6 +41,11 @@ class Estimate:
     measured: str = "-"
 
     @property
+    def seconds_alone(self) -> float:
+        """The same, had the device nothing else to do."""
+        return (self.seconds or 0.0) * (1.0 if self.speed is None else self.speed.share)
+
+    @property
     def time(self) -> str:
         """Seconds as people say it."""
         if self.why is None:
@@ -62,10 +67,9 @@ def estimate(
     context: Context, jobs: list[Job], sizes: Sizes, *, prepared: bool, note: Callable[[list[Finding]], None]
 ) -> list[Estimate]:
     """Probe the models that are not up to date, one after another, and scale what they take."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if context.device.type == "cpu" and load > BUSY * cores and any(job.why for job in jobs):
-        text = f"the machine is busy (load {load:.1f} on {cores} cores), which makes the times below too long"
-        note([Finding("time", WARNING, text)])
+    if any(job.why for job in jobs) and is_busy(context):
+        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        note([Finding("time", WARNING, f"the machine is busy ({load}), which makes the times below longer")])
     found: list[Estimate] = []
     label_rates: list[float] = []
     for job in jobs:
@@ -86,6 +90,11 @@ def estimate(
         seconds = speed.fit_seconds(job.recipe, job.amount, sizes)
         found.append(Estimate(job.stage, job.why, seconds, speed=speed, measured=_steps(speed)))
     return found
+
+
+def is_busy(context: Context) -> bool:
+    """Tell whether other work is likely to slow the probe down."""
+    return context.device.type == "cpu" and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
 
 
 def _labelling(job: Job, sizes: Sizes, rates: list[float], speed: Speed | None = None) -> Estimate:

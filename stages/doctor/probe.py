@@ -66,6 +66,7 @@ class Speed:
         evaluation_rate: Images scored a second.
         label_rate: Images labelled a second; None for a student.
         memory: Bytes of GPU memory at the peak; None on a CPU.
+        share: What the steps got of this process's threads on a CPU, in (0, 1]; other work gets the rest.
     """
 
     steps: int = 0
@@ -75,6 +76,7 @@ class Speed:
     evaluation_rate: float = math.inf
     label_rate: float | None = None
     memory: int | None = None
+    share: float = 1.0
 
     def fit_seconds(self, recipe: FitRecipe, epochs: float, sizes: Sizes) -> float:
         """Scale to a run's epochs, its evaluations and its final test."""
@@ -92,15 +94,21 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._most, self._deadline, self._times = 0, math.inf, [0.0]
+        self._most, self._deadline, self._times, self._worked = 0, math.inf, [0.0], 0.0
 
     @property
     def steps(self) -> list[float]:
         """Seconds of each step."""
         return [later - earlier for earlier, later in itertools.pairwise(self._times)]
 
+    @property
+    def share(self) -> float:
+        """What the steps got of the threads' time."""
+        return min(1.0, (time.process_time() - self._worked) / (sum(self.steps) * torch.get_num_threads()))
+
     def begin(self, most: int, seconds: float) -> None:
         """Allow so many steps, of which the first may take longer than `seconds`."""
+        self._worked = time.process_time()
         _wait(self._device)
         self._most, self._times = most, [time.perf_counter()]
         self._deadline = self._times[0] + seconds
@@ -230,11 +238,12 @@ def _time_fit(
         clock.begin(most, SECONDS)
         with contextlib.suppress(_Enough):
             fit.train_epoch()
+    share = clock.share if device.type == "cpu" else 1.0
     update = _seconds(device, fit.optimizer.step)
     scoring = _seconds(device, lambda: evaluate(model, evaluation, precision=how.precision))
     # The first steps find memory and kernels that the later ones have.
     step = statistics.median(clock.steps)
-    return Speed(len(clock.steps), batch, step + batch * rendering, min(update, step), scored / scoring)
+    return Speed(len(clock.steps), batch, step + batch * rendering, min(update, step), scored / scoring, share=share)
 
 
 def _label_rate(context: Context, model: nn.Module, views: Views, sizes: Sizes) -> float:
