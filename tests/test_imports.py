@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -65,16 +66,22 @@ HOMES = {
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")])
 
 
-def imports(file: Path) -> set[str]:
+@functools.cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(file.read_text())))
+
+
+@functools.cache
+def imports(file: Path) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             if node.module == "pipeline":
                 names |= {f"pipeline.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def layer(module: str) -> int:
@@ -124,7 +131,7 @@ def test_a_dependency_has_its_home(dependency: str) -> None:
 
 def test_the_library_prints_nothing() -> None:
     for file in ROOT.glob("pipeline/**/*.py"):
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        calls = [node for node in nodes(file) if isinstance(node, ast.Call)]
         assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
 
 
