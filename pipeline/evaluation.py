@@ -17,7 +17,6 @@ CPU_BATCH = 256
 GPU_BATCH = 4096
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32", group: Group = ALONE) -> Scores:
     """Score a model on clean images; it is left in evaluation mode.
 
@@ -30,9 +29,30 @@ def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32",
     Raises:
         NumericalError: A logit is not finite.
     """
+    meter = Meter(data.num_classes, data.images.device)
+    tally(model, data, meter, precision=precision, group=group)
+    meter.reduce(group)
+    return meter.scores()
+
+
+@torch.inference_mode()
+def tally(
+    model: nn.Module, data: EvaluationData, meter: Meter, *, precision: str = "fp32", group: Group = ALONE
+) -> None:
+    """Add a model's answers on clean images to a meter; the model is left in evaluation mode.
+
+    Args:
+        model: On the device of the data, with the same weights on every rank.
+        data: Images and targets.
+        meter: Gains this rank's share.
+        precision: `fp32` or `bf16`.
+        group: The ranks that share the images.
+
+    Raises:
+        NumericalError: A logit is not finite.
+    """
     model.eval()
     device = data.images.device
-    meter = Meter(data.num_classes, device)
     broken = torch.zeros((), dtype=torch.int64, device=device)
     batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     for part, images in data.batches(batch_size, group.share(len(data.labels))):
@@ -43,5 +63,3 @@ def evaluate(model: nn.Module, data: EvaluationData, *, precision: str = "fp32",
         meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
     if group.max_(broken):
         raise NumericalError("evaluation: a logit is not finite; lower lr, or set clip to 1.0")
-    meter.reduce(group)
-    return meter.scores()
