@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports modules of its own layer or of those before it.
 LAYERS = (
     {"errors", "recipes", "params", "storage", "runtime", "distributed", "stopping", "threads", "prefetch", "paper"},
-    {"image_arrays", "dataset_file", "datasets", "image_folders", "sources"},
+    {"image_arrays", "dataset_file", "datasets", "image_folders", "image_files", "sources"},
     {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "streaming", "views"},
     {
         "losses",
@@ -35,6 +35,7 @@ LAYERS = (
         "captured_step",
         "training_step",
         "evaluation",
+        "prediction",
         "training",
         "reporting",
     },
@@ -48,12 +49,13 @@ HOMES = {
         "stages/commands/results.py",
         "stages/commands/students.py",
         "stages/commands/teachers.py",
+        "stages/commands/trained.py",
         "stages/options.py",
     },
     "h5py": {"pipeline/dataset_file.py", "pipeline/label_file.py"},
     "yaml": {"pipeline/params.py"},
     "sklearn": {"pipeline/sources.py"},
-    "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},
+    "PIL": {"pipeline/image_folders.py", "pipeline/prediction.py", "pipeline/sources.py"},
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
