@@ -16,6 +16,7 @@ LAYERS = (
     {
         "losses",
         "metrics",
+        "class_scores",
         "seals",
         "label_identity",
         "view_labels",
