@@ -24,7 +24,7 @@ GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
         (teachers.teacher_select, teachers.teacher, teachers.select, teachers.label, labels.labels),
     ),
     ("Stage two: students", (students.distill,)),
-    ("Trained models", (trained.predict,)),
+    ("Trained models", (trained.predict, trained.bench)),
     ("Results", (results.evaluate, results.report, results.models)),
 )
 

@@ -11,12 +11,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports modules of its own layer or of those before it.
 LAYERS = (
-    {"errors", "recipes", "params", "storage", "runtime", "distributed", "stopping", "threads", "prefetch", "paper"},
+    {
+        "errors",
+        "recipes",
+        "params",
+        "storage",
+        "runtime",
+        "distributed",
+        "stopping",
+        "threads",
+        "prefetch",
+        "timing",
+        "paper",
+    },
     {"image_arrays", "dataset_file", "datasets", "image_folders", "image_files", "sources"},
     {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "streaming", "views"},
     {
         "losses",
         "metrics",
+        "class_scores",
         "seals",
         "label_identity",
         "view_labels",
@@ -36,6 +49,7 @@ LAYERS = (
         "training_step",
         "evaluation",
         "prediction",
+        "speed",
         "training",
         "reporting",
     },
