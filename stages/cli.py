@@ -14,10 +14,11 @@ import click
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError
-from stages.commands import data, labels, results, students, teachers, trained
+from stages.commands import data, labels, machine, results, students, teachers, trained
 from stages.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
+    ("This machine", (machine.doctor,)),
     ("Data", (data.prepare,)),
     (
         "Stage one: teachers and labels",

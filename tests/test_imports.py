@@ -60,6 +60,7 @@ HOMES = {
         "stages/cli.py",
         "stages/commands/data.py",
         "stages/commands/labels.py",
+        "stages/commands/machine.py",
         "stages/commands/results.py",
         "stages/commands/students.py",
         "stages/commands/teachers.py",
