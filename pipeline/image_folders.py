@@ -113,8 +113,7 @@ def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            turn = _upright(image)
-            return to_rgb(image if turn is None else image.transpose(turn), image_size)
+            return to_rgb(upright(image), image_size)
     except UnidentifiedImageError:
         raise DataError("empty" if path.stat().st_size == 0 else "not an image of a known format") from None
     except Image.DecompressionBombError:
@@ -124,6 +123,15 @@ def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
     except Exception as error:  # decoders raise nearly anything on a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot be read: {reason}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError):
+        return image  # metadata that is no EXIF does not spoil the pixels
+    return image if turn is None else image.transpose(turn)
 
 
 def read_folder(
@@ -178,14 +186,6 @@ def printable(path: Path | str) -> str:
     """Return a path as text that any terminal and any JSON file can hold: one line, other bytes escaped."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def _upright(image: Image.Image) -> Image.Transpose | None:
-    """Return what turns an image as its EXIF orientation says, if anything."""
-    try:
-        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, ValueError, TypeError):
-        return None  # metadata that is no EXIF does not spoil the pixels
 
 
 def _list_split(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list[Path]]:
