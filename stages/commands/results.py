@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from stages.options import device_option, json_option, open_console, open_context, recipe_option, require_exists
+from stages.options import PATH, device_option, json_option, open_console, open_context, recipe_option, require_exists
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @recipe_option
 @device_option
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
@@ -34,7 +34,7 @@ def evaluate(
 
 @click.command()
 @recipe_option
-@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md and report.json.")
+@click.option("--out", type=PATH, help="Directory of report.md and report.json.")
 def report(recipe: str | None, out: Path | None) -> None:
     """Print the tables of what has been run; write report.md and report.json."""
     from stages.report import report as run
