@@ -74,8 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        error.message = one_line(error.message)
-        error.show()
+        click.UsageError(one_line(error.format_message()), getattr(error, "ctx", None)).show()
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
