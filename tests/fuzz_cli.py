@@ -175,7 +175,7 @@ def fuzz_cli(project: Project, chosen: list[Case]) -> Tally:
     tally = Tally()
     before = _state(project.path)
     for case in chosen:
-        code, wrong = judge(project.path, case)
+        code, _, wrong = judge(project.path, case)
         after = _state(project.path)
         if after != before:
             wrong.append(f"wrote: {sorted(name for name, _ in set(after.items()) ^ set(before.items()))[:3]}")
@@ -186,8 +186,16 @@ def fuzz_cli(project: Project, chosen: list[Case]) -> Tally:
     return tally
 
 
-def judge(folder: Path, case: Case) -> tuple[int, list[str]]:
-    """Run one command line in this process; return its exit code and what was wrong."""
+class Verdict(NamedTuple):
+    """What came of a command line: its exit code, what it printed on standard output, and what was wrong with it."""
+
+    code: int
+    out: str
+    wrong: list[str]
+
+
+def judge(folder: Path, case: Case) -> Verdict:
+    """Run one command line in this process."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),
@@ -199,16 +207,16 @@ def judge(folder: Path, case: Case) -> tuple[int, list[str]]:
             with time_limit(SECONDS_UNTIL_HUNG):
                 code = run(case.arguments)
         except Hung:
-            return 124, ["hung"]
+            return Verdict(124, "", ["hung"])
         except BaseException as error:
-            return 1, [f"raised: {error!r}"[:300]]
+            return Verdict(1, "", [f"raised: {error!r}"[:300]])
     wrong = [] if code in case.codes else [f"exit {code} instead of {sorted(case.codes)}: {err.getvalue()[-300:]!r}"]
     lines = [line for line in err.getvalue().splitlines() if line.strip() and not line.startswith(("Usage:", "Try "))]
     if code and (len(lines) != 1 or not lines[0].isprintable() or not 12 < len(lines[0]) < MAX_LINE + 50):
         wrong.append(f"message: {[line[:200] for line in lines[:3]]}")
     if UNEXPECTED in err.getvalue() or re.search(r"Traceback", err.getvalue() + out.getvalue()):
         wrong.append(f"unexpected: {err.getvalue()[-300:]!r}")
-    return code, wrong
+    return Verdict(code, out.getvalue(), wrong)
 
 
 def sample(count: int, rng: random.Random) -> list[Case]:
