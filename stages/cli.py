@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 import click
 
 import pipeline
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import Interrupted, PipelineError, one_line
 from stages.commands import data, export, labels, machine, results, students, teachers, trained
 from stages.options import STOP
 
@@ -56,14 +57,26 @@ for _, commands in GROUPS:
 def main() -> None:
     """Run the command line and exit with the documented code."""
     STOP.install(is_rank="WORLD_SIZE" in os.environ)
-    debug = "--debug" in sys.argv[1:]
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, turning whatever ends it into one line on standard error.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Returns:
+        The documented exit code.
+    """
+    debug = "--debug" in arguments
+    code = 0
     try:
-        cli.main(standalone_mode=False)
-        code = 0
+        cli.main(list(arguments), standalone_mode=False)
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        error.show()
+        click.UsageError(one_line(error.format_message()), getattr(error, "ctx", None)).show()
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
@@ -80,15 +93,16 @@ def main() -> None:
     except OSError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"Error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)
+        where = error.filename or "reading or writing"
+        click.echo(one_line(f"Error: {where}: {error.strerror or error}"), err=True)
         code = 4
     except Exception as error:
         if debug:
             traceback.print_exc()
         hint = "" if debug else "; --debug in front of the command shows where"
-        click.echo(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", err=True)
+        click.echo(one_line(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}"), err=True)
         code = 1
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import paper
 from pipeline.checkpoints import load_checkpoint
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.recipes import Recipe
 from pipeline.reporting import Table, difference, number
 from pipeline.storage import read_bytes, read_json, write_atomic, write_json
@@ -27,10 +27,16 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         The comparison, as written to selection.json.
 
     Raises:
+        UsageError: The recipe has no such teacher.
         DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
     """
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
+    for name in names:
+        if name not in recipe.teachers:
+            raise UsageError(
+                f"--teachers {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}"
+            )
     candidates = [read_metrics(paths, name) for name in names]
     able = [
         candidate
