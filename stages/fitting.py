@@ -26,11 +26,13 @@ from pipeline.batches import EvaluationData, TrainingData
 from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.distributed import Group, has_batch_norm
+from pipeline.errors import NumericalError
 from pipeline.evaluation import evaluate
 from pipeline.image_arrays import MappedImages
+from pipeline.metrics import Scores
 from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
-from pipeline.resuming import FitResult
+from pipeline.resuming import FitResult, keep_best
 from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.streaming import HostImages, place_images
@@ -213,7 +215,10 @@ def carry_out(
                 captured=how.step == "graph",
                 group=group,
             ).run()
-            last, scores = _score_best(context, run, group, model, dataset, clean, result, how.precision)
+            try:
+                last, scores = _score_best(context, run, group, model, dataset, clean, result, how.precision)
+            except NumericalError as error:
+                raise NumericalError(f"test split: {error}; {keep_best(state, result, group)}") from None
 
             def end() -> None:
                 _write(run, result, last, _metrics(run, dataset, result, scores, how.precision))
@@ -307,7 +312,9 @@ def _write(run: Run, result: FitResult, last: Mapping[str, Tensor] | None, metri
 def curve_csv(curve: list[dict[str, Any]]) -> bytes:
     """Return the rows of a curve as CSV; what does not exist is an empty cell."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
+    # Rows that come from a saved state have lost their order.
+    columns = ["epoch", "lr", "train_loss", *(field.name for field in dataclasses.fields(Scores))]
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     for row in curve:
         writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
