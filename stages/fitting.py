@@ -13,24 +13,20 @@ import dataclasses
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import pipeline
 from pipeline.batches import EvaluationData, TrainingData
-from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
+from pipeline.checkpoints import RunState, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.distributed import Group, has_batch_norm
 from pipeline.errors import NumericalError
 from pipeline.evaluation import evaluate
 from pipeline.image_arrays import MappedImages
 from pipeline.metrics import Scores
-from pipeline.recipes import FitRecipe
 from pipeline.reporting import RunWatcher
 from pipeline.resuming import FitResult, keep_best
 from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
@@ -42,74 +38,7 @@ from pipeline.views import Views
 from stages.context import Context
 from stages.execution import Execution, explaining_compilation
 from stages.models import costs
-from stages.paths import Paths
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model to be trained.
-
-    Attributes:
-        name: As shown to people.
-        out: Where the outputs go.
-        work: Where the resumable state lies while it runs.
-        stage: The DVC stage whose outputs these are; None for runs that differ from the recipe.
-        description: The checkpoint's JSON, see stages.models.describe.
-        recipe: How it is trained.
-        seed: Of initialisation and order.
-        inputs: Whatever else decides the result, as plain JSON values.
-        teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
-        is_distilled: Whether it also learns from that teacher's labels.
-        num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
-        soft: Temperature of soft distillation; None for hard labels and without a teacher.
-        confidence: Whether the teacher's confidence weighs the samples.
-        keep_last: Whether the last epoch's weights are kept beside the best's.
-    """
-
-    name: str
-    out: Path
-    work: Path
-    stage: str | None
-    description: Mapping[str, Any]
-    recipe: FitRecipe
-    seed: int
-    inputs: Mapping[str, Any]
-    teacher: Mapping[str, Any] | None = None
-    is_distilled: bool = False
-    num_views: int | None = None
-    soft: float | None = None
-    confidence: bool = False
-    keep_last: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the result, the code's version included."""
-        return fingerprint(
-            model=dict(self.description),
-            recipe=dataclasses.asdict(self.recipe),
-            seed=self.seed,
-            inputs=dict(self.inputs),
-            version=pipeline.__version__,
-        )
-
-    def is_current(self) -> bool:
-        """Whether the outputs are there and come from exactly this run."""
-        meta = read_meta(self.out)
-        complete = all((self.out / name).is_file() for name in ("metrics.json", "curve.csv", "run.json"))
-        return complete and meta is not None and meta.get("fingerprint") == self.fingerprint
-
-
-def place(
-    paths: Paths, work: str, name: str, settings: Mapping[str, str], seed: int, out: Path, stage: str
-) -> tuple[Path, Path, str | None]:
-    """Return output directory, work directory and DVC stage; what differs from the recipe goes to data/runs."""
-    differences = [f"{key}-{value}" for key, value in settings.items()]
-    if seed:
-        differences.append(f"seed-{seed}")
-    if not differences:
-        return out, paths.work(*work.split("/")), stage
-    label = "-".join([name, *differences]).replace("/", "_")
-    return paths.run(label), paths.work("runs", label), None
+from stages.runs import Run
 
 
 def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
@@ -145,6 +74,7 @@ def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool
     """Tell whether there is nothing to do, and say so; rank 0 looks, since it also writes."""
     current = not fresh and group.on_main(run.is_current)
     if current:
+        group.on_main(run.clean_up)
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
     return current
 
@@ -185,7 +115,8 @@ def carry_out(
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
-            held.enter_context(lock(run.work.with_name(f"{run.work.name}.lock")))
+            held.enter_context(lock(run.lock))
+            run.remove_leftovers()
             if fresh:
                 state.delete()
 
@@ -221,9 +152,9 @@ def carry_out(
                 raise NumericalError(f"test split: {error}; {keep_best(state, result, group)}") from None
 
             def end() -> None:
-                _write(run, result, last, _metrics(run, dataset, result, scores, how.precision))
                 where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
-                write_json(run.out / "run.json", {**where, "seconds": round(time.monotonic() - began, 1)})
+                where["seconds"] = round(time.monotonic() - began, 1)
+                _write(run, result, last, _metrics(run, dataset, result, scores, how.precision), where)
                 state.delete()
 
             group.on_main(end)
@@ -297,7 +228,13 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
 
 
-def _write(run: Run, result: FitResult, last: Mapping[str, Tensor] | None, metrics: Mapping[str, Any]) -> None:
+def _write(
+    run: Run,
+    result: FitResult,
+    last: Mapping[str, Tensor] | None,
+    metrics: Mapping[str, Any],
+    where: Mapping[str, Any],
+) -> None:
     """Write the outputs, metrics.json last, so that a directory that has it is whole."""
     (run.out / "metrics.json").unlink(missing_ok=True)
     meta = {**run.description, "fingerprint": run.fingerprint, "training": dataclasses.asdict(run.recipe)}
@@ -306,6 +243,7 @@ def _write(run: Run, result: FitResult, last: Mapping[str, Tensor] | None, metri
     if last is not None:
         save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})
     write_atomic(run.out / "curve.csv", curve_csv(result.curve))
+    write_json(run.out / "run.json", where)
     write_json(run.out / "metrics.json", metrics)
 
 

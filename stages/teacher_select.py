@@ -69,7 +69,7 @@ def teacher_select(
 
 def _prepare(context: Context) -> None:
     """Prepare the data unless it is there."""
-    if context.paths.dataset.exists():
+    if context.paths.is_prepared:
         return
     prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw)
     context.changed("prepare")
@@ -94,7 +94,7 @@ def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Se
 def plan(context: Context, teachers: Sequence[str] | None = None, optimizers: Sequence[str] = ()) -> list[str]:
     """Say what `teacher_select` would do, and why; nothing is written."""
     names = check_names(context, teachers, optimizers)
-    if not context.paths.dataset.exists():
+    if not context.paths.is_prepared:
         return [
             "prepare: no prepared data",
             *(f"teacher {name}: no data yet" for name in names),
