@@ -86,13 +86,15 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def keep_best(state: RunState, result: FitResult, group: Group) -> str:
+def keep_best(state: RunState | None, result: FitResult, group: Group) -> str:
     """Let rank 0 write the best epoch's weights of a run that cannot go on, and say where they are.
 
     Ranks need not agree on why they end, so none waits for another.
     """
     if not result.best_epoch:
         return "no epoch was finished before"
+    if state is None:
+        return "nothing is kept"
     if group.is_main:
         state.keep(result.best)
     return f"the best epoch so far ({result.best_epoch}) is kept in {state.last_good}"

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline.checkpoints import RunState, fingerprint, read_meta
+from pipeline.checkpoints import RunState, fingerprint
 from pipeline.errors import StorageError
 from pipeline.recipes import FitRecipe
 from pipeline.storage import lock, remove_leftovers
 from stages.paths import Paths
+from stages.staleness import why_stale
 
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
-OUTPUTS = (*CHECKPOINTS, "curve.csv", "run.json", "metrics.json")
+OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Run:
         recipe: How it is trained.
         seed: Of initialisation and order.
         inputs: Whatever else decides the result, as plain JSON values.
+        differs: What differs from the recipe but for the seed, as key and value; empty for the recipe's own run.
         teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
         is_distilled: Whether it also learns from that teacher's labels.
         num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
@@ -49,6 +51,7 @@ class Run:
     recipe: FitRecipe
     seed: int
     inputs: Mapping[str, Any]
+    differs: Mapping[str, str]
     teacher: Mapping[str, Any] | None = None
     is_distilled: bool = False
     num_views: int | None = None
@@ -67,11 +70,15 @@ class Run:
             version=pipeline.__version__,
         )
 
-    def is_current(self) -> bool:
-        """Whether the outputs are there and come from exactly this run."""
-        meta = read_meta(self.out)
-        complete = all((self.out / name).is_file() for name in ("metrics.json", "curve.csv", "run.json"))
-        return complete and meta is not None and meta.get("fingerprint") == self.fingerprint
+    @property
+    def decided_by(self) -> dict[str, Any]:
+        """What decides the result, as the checkpoint's JSON keeps it."""
+        own = {"training": dataclasses.asdict(self.recipe), "seed": self.seed, "inputs": dict(self.inputs)}
+        return {**self.description, **own, "version": pipeline.__version__}
+
+    def why_stale(self) -> str | None:
+        """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
+        return why_stale(self.out, OUTPUTS, self.fingerprint, self.decided_by)
 
     @property
     def lock(self) -> Path:
@@ -80,7 +87,7 @@ class Run:
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers of the outputs left; for the holder of the lock."""
-        for name in OUTPUTS:
+        for name in (*CHECKPOINTS, *OUTPUTS):
             remove_leftovers(self.out / name)
 
     def clean_up(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import os
 import random
 import shutil
 import signal
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.commands import CONTEXT, HUNG, Command, Ended, run
+from tests.fault_injection import Fault
 from tests.project import Project
 from tests.tally import Tally
 
@@ -55,7 +58,7 @@ class Interruptions:
         ended = command.finish()
         assert ended.code == 0, ended.err
         self.seconds = time.monotonic() - began
-        self.whole = files(scratch)
+        self.whole, self.calls = files(scratch), ended.calls
         assert self.whole != self.former
         shutil.rmtree(scratch)
 
@@ -74,6 +77,15 @@ class Interruptions:
         trial.resumed = any("going on from epoch" in out for out in (*outs, ended.out))
         shutil.rmtree(self.scratch)
         return trial
+
+    def killed_at(self, at: int, when: str) -> list[str]:
+        """Kill the command at a call that changes files, and let it run again; return what went wrong."""
+        shutil.copytree(self.project.path, self.scratch)
+        ended = run(self.scratch, *self.arguments, fault=Fault(at, when))
+        wrong = [f"{each} when killed {when} call {at}" for each in self._check_stopped(signal.SIGKILL, ended)]
+        wrong += self._check_end(run(self.scratch, *self.arguments))
+        shutil.rmtree(self.scratch)
+        return wrong
 
     def _start(self) -> Command:
         """Start the command, and return it as it begins."""
@@ -138,6 +150,20 @@ def save_often() -> None:
     training.SECONDS_BETWEEN_SAVES = SECONDS_BETWEEN_SAVES
     training.SAVING_SHARE = 1.0
     training.ASSUMED_BYTES_PER_SECOND = float("inf")
+
+
+def stop_at_step(step: int) -> None:
+    """Let SIGTERM arrive in a step of training, counted from 1."""
+    from pipeline import training
+
+    train_step, steps = training.train_step, itertools.count(1)
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments, **options)
+
+    training.train_step = stopping
 
 
 def begin(began: Event) -> None:

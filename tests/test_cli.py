@@ -52,7 +52,7 @@ def state_of(folder: Path) -> dict[str, int]:
 def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     data = finished.data
     for path in [*(data / "teachers" / name for name in TEACHERS), data / "students/titn", data / "students/vit"]:
-        for name in ("best.safetensors", "best.json", "metrics.json", "curve.csv", "run.json"):
+        for name in ("best.safetensors", "best.json", "metrics.json", "curve.csv", "predictions.csv", "run.json"):
             assert (path / name).is_file(), path / name
     assert (data / "students/titn/last.safetensors").is_file()
     assert {path.name for path in (data / "teacher").iterdir()} == {"best.safetensors", "best.json"}
@@ -65,6 +65,31 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     assert set(cache.clean) == {"val", "test"}
     rest = [path for path in (finished.path / "data/work").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert rest == []
+
+
+@pytest.mark.parametrize("model", ["teachers/squeezenet1_1", "students/titn", "students/vit"])
+def test_the_predictions_of_the_test_images_give_the_scores(finished: Project, model: str) -> None:
+    path = finished.data / model
+    with (path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    test = metrics(path)["test"]
+    assert isinstance(test, dict)
+
+    def share(column: str, other: str) -> float | None:
+        return 100 * sum(row[column] == row[other] for row in rows) / len(rows) if rows[0][column] else None
+
+    dataset = Dataset.load(finished.data / "prepared/dataset.h5")
+    assert [int(row["sample"]) for row in rows] == list(range(len(dataset.test)))
+    assert [row["target"] for row in rows] == [dataset.class_names[label] for label in dataset.test.labels]
+    assert share("prediction", "target") == pytest.approx(test["top1"])
+    assert share("class_head", "target") == pytest.approx(test["class_top1"])
+    for column, other, score in (
+        ("distillation_head", "target", "distillation_top1"),
+        ("teacher", "prediction", "agreement"),
+    ):
+        expected = test[score]
+        assert share(column, other) == (None if expected is None else pytest.approx(expected))
+    assert all(1 / dataset.num_classes - 1e-4 <= float(row["probability"]) <= 1.0 for row in rows)
 
 
 def test_every_models_metrics_have_the_same_keys_and_no_times(finished: Project) -> None:
@@ -126,7 +151,7 @@ def test_a_dry_run_says_what_is_up_to_date_and_writes_nothing(project: Project) 
     project.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {epochs: 3}")
     before = state_of(project.path)
     out = project.run("teacher-select", "--dry-run")
-    assert "teacher squeezenet1_1: train 3 epochs (trained under other settings" in out
+    assert "teacher squeezenet1_1: train 3 epochs (epochs 6 -> 3)" in out
     assert "teacher mobilenet_v3_large: up to date" in out
     assert state_of(project.path) == before
 
