@@ -204,11 +204,15 @@ class RunState:
         save_checkpoint(self._directory, slot, tensors, meta)
         self.seconds = time.monotonic() - began
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> Path:
-        """Write the weights of a run that failed as `last-good.safetensors`, and return its path."""
-        self.wait()
-        save_checkpoint(self._directory, "last-good", tensors, {"fingerprint": self._fingerprint})
+    @property
+    def last_good(self) -> Path:
+        """Where `keep` writes."""
         return self._directory / "last-good.safetensors"
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights of a run that failed to `last_good`."""
+        self.wait()
+        save_checkpoint(self._directory, self.last_good.stem, tensors, {"fingerprint": self._fingerprint})
 
     def delete(self) -> None:
         """Remove the run's directory."""

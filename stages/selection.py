@@ -11,7 +11,7 @@ from pipeline.checkpoints import load_checkpoint
 from pipeline.errors import DataError, UsageError
 from pipeline.recipes import Recipe
 from pipeline.reporting import Table, difference, number
-from pipeline.storage import read_bytes, read_json, write_atomic, write_json
+from pipeline.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
 from stages.context import Context
 from stages.paths import Paths
 
@@ -47,10 +47,14 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
     winner = max(able, key=lambda candidate: candidate["best"][recipe.select.by])["name"]
     checkpoint = load_checkpoint(paths.teacher(winner))
-    for file in (checkpoint.path, checkpoint.path.with_suffix(".json")):
-        write_atomic(paths.winner / file.name, read_bytes(file))
     comparison = {"winner": winner, "by": recipe.select.by, "candidates": candidates}
-    write_json(paths.selection, comparison)
+    files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
+    with lock(paths.work("select.lock")):
+        for path in (*(paths.winner / file.name for file in files), paths.selection):
+            remove_leftovers(path)
+        for file in files:
+            write_atomic(paths.winner / file.name, read_bytes(file))
+        write_json(paths.selection, comparison)
     context.changed("select")
     return comparison
 
