@@ -36,6 +36,7 @@ LAYERS = (
         "evaluation",
         "training",
         "reporting",
+        "figures",
     },
 )
 LEAVES = {"teachers", "folding", "counting", "students"}
@@ -52,7 +53,14 @@ HOMES = {
     "h5py": {"pipeline/dataset_file.py", "pipeline/label_file.py"},
     "yaml": {"pipeline/params.py"},
     "sklearn": {"pipeline/sources.py"},
-    "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},
+    "PIL": {"pipeline/figures/canvas.py", "pipeline/image_folders.py", "pipeline/sources.py"},
+    "matplotlib": {
+        "pipeline/figures/canvas.py",
+        "pipeline/figures/dots.py",
+        "pipeline/figures/heat_map.py",
+        "pipeline/figures/lines.py",
+        "pipeline/figures/sheet.py",
+    },
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
