@@ -69,7 +69,7 @@ HOMES = {
         "pipeline/figures/lines.py",
         "pipeline/figures/sheet.py",
     },
-    "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
+    "einops": {"pipeline/students/attention.py", "pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
         "pipeline/students/inner_triton.py",
