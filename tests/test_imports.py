@@ -56,6 +56,7 @@ LAYERS = (
         "classifier",
         "exporting",
         "model_card",
+        "figures",
     },
 )
 LEAVES = {"teachers", "folding", "counting", "students"}
@@ -82,11 +83,19 @@ HOMES = {
     "onnxscript": {"pipeline/exporting.py"},
     "PIL": {
         "pipeline/classifier.py",
+        "pipeline/figures/canvas.py",
         "pipeline/image_folders.py",
         "pipeline/prediction.py",
         "pipeline/sources.py",
     },
-    "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
+    "matplotlib": {
+        "pipeline/figures/canvas.py",
+        "pipeline/figures/dots.py",
+        "pipeline/figures/heat_map.py",
+        "pipeline/figures/lines.py",
+        "pipeline/figures/sheet.py",
+    },
+    "einops": {"pipeline/students/attention.py", "pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
         "pipeline/students/inner_triton.py",
