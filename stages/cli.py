@@ -14,7 +14,7 @@ import click
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError
-from stages.commands import data, labels, results, students, teachers
+from stages.commands import data, labels, results, students, teachers, trained
 from stages.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
@@ -24,6 +24,7 @@ GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
         (teachers.teacher_select, teachers.teacher, teachers.select, teachers.label, labels.labels),
     ),
     ("Stage two: students", (students.distill,)),
+    ("Trained models", (trained.predict,)),
     ("Results", (results.evaluate, results.report, results.models)),
 )
 

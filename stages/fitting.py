@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pipeline
 from pipeline.batches import EvaluationData, TrainingData
-from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
+from pipeline.checkpoints import RunState, fingerprint, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.distributed import Group, has_batch_norm
 from pipeline.evaluation import Predictions, evaluate
@@ -39,6 +39,7 @@ from stages.context import Context
 from stages.execution import Execution, explaining_compilation
 from stages.models import costs
 from stages.paths import Paths
+from stages.staleness import NOT_TRAINED, why_stale
 
 OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
 
@@ -92,11 +93,15 @@ class Run:
             version=pipeline.__version__,
         )
 
-    def is_current(self) -> bool:
-        """Whether the outputs are there and come from exactly this run."""
-        meta = read_meta(self.out)
-        complete = all((self.out / name).is_file() for name in OUTPUTS)
-        return complete and meta is not None and meta.get("fingerprint") == self.fingerprint
+    @property
+    def decided_by(self) -> dict[str, Any]:
+        """What decides the result, as the checkpoint's JSON keeps it."""
+        own = {"training": dataclasses.asdict(self.recipe), "seed": self.seed, "inputs": dict(self.inputs)}
+        return {**self.description, **own, "version": pipeline.__version__}
+
+    def why_stale(self) -> str | None:
+        """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
+        return why_stale(self.out, OUTPUTS, self.fingerprint, self.decided_by)
 
 
 def place(
@@ -143,10 +148,14 @@ def evaluation_data(
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
     """Tell whether there is nothing to do, and say so; rank 0 looks, since it also writes."""
-    current = not fresh and group.on_main(run.is_current)
-    if current:
+    if fresh:
+        return False
+    why = group.on_main(run.why_stale)
+    if why is None:
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
-    return current
+    elif why != NOT_TRAINED:
+        context.say(f"{run.name}: trains again ({why})")
+    return why is None
 
 
 def carry_out(
@@ -301,8 +310,8 @@ def _write(
 ) -> None:
     """Write the outputs, metrics.json last, so that a directory that has it is whole."""
     (run.out / "metrics.json").unlink(missing_ok=True)
-    meta = {**run.description, "fingerprint": run.fingerprint, "training": dataclasses.asdict(run.recipe)}
-    meta |= {key: metrics[key] for key in ("seed", "teacher", "views", "soft", "confidence", "warnings")}
+    meta = {**run.decided_by, "fingerprint": run.fingerprint}
+    meta |= {key: metrics[key] for key in ("teacher", "views", "soft", "confidence", "warnings")}
     save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
     if last is not None:
         save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})

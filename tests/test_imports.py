@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports modules of its own layer or of those before it.
 LAYERS = (
     {"errors", "recipes", "params", "storage", "runtime", "distributed", "stopping", "threads", "prefetch", "paper"},
-    {"image_arrays", "dataset_file", "datasets", "image_folders", "sources"},
+    {"image_arrays", "dataset_file", "datasets", "image_folders", "image_files", "sources"},
     {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "streaming", "views"},
     {
         "losses",
@@ -34,6 +35,7 @@ LAYERS = (
         "captured_step",
         "training_step",
         "evaluation",
+        "prediction",
         "training",
         "reporting",
     },
@@ -47,12 +49,13 @@ HOMES = {
         "stages/commands/results.py",
         "stages/commands/students.py",
         "stages/commands/teachers.py",
+        "stages/commands/trained.py",
         "stages/options.py",
     },
     "h5py": {"pipeline/dataset_file.py", "pipeline/label_file.py"},
     "yaml": {"pipeline/params.py"},
     "sklearn": {"pipeline/sources.py"},
-    "PIL": {"pipeline/image_folders.py", "pipeline/sources.py"},
+    "PIL": {"pipeline/image_folders.py", "pipeline/prediction.py", "pipeline/sources.py"},
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
@@ -65,16 +68,22 @@ HOMES = {
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")])
 
 
-def imports(file: Path) -> set[str]:
+@functools.cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(file.read_text())))
+
+
+@functools.cache
+def imports(file: Path) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             if node.module == "pipeline":
                 names |= {f"pipeline.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def layer(module: str) -> int:
@@ -124,7 +133,7 @@ def test_a_dependency_has_its_home(dependency: str) -> None:
 
 def test_the_library_prints_nothing() -> None:
     for file in ROOT.glob("pipeline/**/*.py"):
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        calls = [node for node in nodes(file) if isinstance(node, ast.Call)]
         assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from stages.options import device_option, json_option, open_console, open_context, recipe_option, require_exists
+from stages.options import (
+    device_option,
+    json_option,
+    open_console,
+    open_context,
+    precision_option,
+    recipe_option,
+    require_exists,
+)
 
 
 @click.command()
@@ -15,7 +23,7 @@ from stages.options import device_option, json_option, open_console, open_contex
 @recipe_option
 @device_option
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="That of the training where left out.")
+@precision_option
 @json_option
 def evaluate(
     checkpoint: Path, recipe: str | None, device: str | None, split: str, precision: str | None, as_json: bool

@@ -10,7 +10,15 @@ from click.core import ParameterSource
 
 from pipeline.errors import UsageError
 from pipeline.recipes import MAX_VIEWS
-from stages.options import device_option, open_context, parse_seeds, parse_settings, recipe_option, training_options
+from stages.options import (
+    device_option,
+    dry_run_option,
+    open_context,
+    parse_seeds,
+    parse_settings,
+    recipe_option,
+    training_options,
+)
 
 
 @click.command()
@@ -30,6 +38,7 @@ from stages.options import device_option, open_context, parse_seeds, parse_setti
 @click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
 @click.option("--seeds", metavar="A,B,...", help="Train with each of these seeds, and say mean and standard deviation.")
 @click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Train on the first views only.")
+@dry_run_option
 def distill(
     student: str,
     recipe: str | None,
@@ -43,6 +52,7 @@ def distill(
     confidence: bool,
     num_views: int | None,
     seeds: str | None,
+    dry_run: bool,
 ) -> None:
     """Train a student against the cached labels."""
     several = parse_seeds(seeds)
@@ -67,14 +77,17 @@ def distill(
                 settings=parse_settings(settings),
                 seed=each,
                 fresh=fresh,
+                dry_run=dry_run,
             )
+            if dry_run:
+                continue
             found.append(read_json(out / "metrics.json"))
             best, last, test = (found[-1][key] for key in ("best", "last", "test"))
             context.say(
                 f"{out}: best top-1 {best['top1']:.2f} % in epoch {best['epoch']}, "
                 f"last {last['top1']:.2f} %, test {test['top1']:.2f} %"
             )
-    if several:
+    if several and not dry_run:
         best, last, test = (spread([one[key]["top1"] for one in found]) for key in ("best", "last", "test"))
         context.say(
             f"{student}, seeds {seeds}, mean ± standard deviation (number): "
