@@ -126,7 +126,8 @@ def _item(name: str, item: Item) -> str:
         return f'<article class="missing" id="{name}">{heading}<p>{_text(item.why)}{command}</p></article>'
     note = f'<p class="note">{_text(item.note)}</p>' if item.note else ""
     if isinstance(item, Table):
-        return f'<article class="table" id="{name}">{heading}{_table(item)}{note}</article>'
+        short = " short" if len(item.rows) <= MOST_ROWS_KEPT_TOGETHER else ""
+        return f'<article class="table{short}" id="{name}">{heading}{_table(item)}{note}</article>'
     source = base64.b64encode(item.png).decode()
     picture = f'<img src="data:image/png;base64,{source}" alt="{_text(item.alt)}">'
     return f'<article class="figure" id="{name}">{heading}{picture}{note}</article>'
@@ -134,25 +135,45 @@ def _item(name: str, item: Item) -> str:
 
 def _table(table: Table) -> str:
     """Return the table; one that is wider than the page is scrolled within its frame."""
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
-    rows = "".join(_row(row) for row in table.rows)
+    classes = [_column_class([row[index] for row in table.rows]) for index in range(len(table.columns))]
+    rows = "".join(_row(row, classes) for row in table.rows)
     return (
         f'<div class="wide" role="region" aria-label="{_text(table.title)}" tabindex="0">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<table><thead>{_head(table.columns, classes)}</thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _row(cells: Sequence[str]) -> str:
-    first, *others = cells
-    rest = "".join(f"<td{_kind(cell)}>{_text(cell)}</td>" for cell in others)
-    return f'<tr><th scope="row">{_text(first)}</th>{rest}</tr>'
+def _head(columns: Sequence[str], classes: Sequence[str]) -> str:
+    """Return the headings; `x`, `paper: x` and `x: difference` get one heading above the three."""
+    upper, lower = "", ""
+    index = 0
+    while index < len(columns):
+        name = columns[index]
+        if list(columns[index + 1 : index + 3]) == [f"paper: {name}", f"{name}: difference"]:
+            upper += f'<th scope="colgroup" colspan="3" class="group">{_text(name)}</th>'
+            lower += "".join(f'<th scope="col">{word}</th>' for word in ("ours", "paper", "difference"))
+            index += 3
+        else:
+            upper += f'<th scope="col" rowspan="ROWS"{classes[index]}>{_text(name)}</th>'
+            index += 1
+    head = f"<tr>{upper}</tr>" + (f"<tr>{lower}</tr>" if lower else "")
+    return head.replace('rowspan="ROWS"', 'rowspan="2"' if lower else "")
 
 
-def _kind(cell: str) -> str:
-    """Return the class of cells that hold no figure, and of those that hold words, which may break."""
-    if cell in ("-", "not run"):
-        return ' class="none"'
-    return "" if re.fullmatch(r"[-+−]?[\d.,]+( ± [\d.]+ \(\d+\))?%?", cell) else ' class="words"'
+def _row(cells: Sequence[str], classes: Sequence[str]) -> str:
+    kept = ' class="kept"' if len(cells[0]) <= LONGEST_NAME_ON_A_LINE else ""
+    first = f'<th scope="row"{kept}>{_text(cells[0])}</th>'
+    rest = (
+        f"<td{NONE if cell in EMPTY else kind}>{_text(cell)}</td>"
+        for cell, kind in zip(cells[1:], classes[1:], strict=True)
+    )
+    return f"<tr>{first}{''.join(rest)}</tr>"
+
+
+def _column_class(cells: Iterable[str]) -> str:
+    """Return the attribute of a column of words, which is aligned left and may break; figures do neither."""
+    known = [cell for cell in cells if cell not in EMPTY]
+    return "" if all(FIGURE.fullmatch(cell) for cell in known) else ' class="words"'
 
 
 def _text(text: str) -> str:
@@ -160,16 +181,20 @@ def _text(text: str) -> str:
     return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text))
 
 
+LONGEST_NAME_ON_A_LINE = 30
+MOST_ROWS_KEPT_TOGETHER = 15  # of a table on paper
+EMPTY, NONE = ("-", "not run"), ' class="none"'
+FIGURE = re.compile(r"[-+]?[\d.,]+( ± [\d.]+ \(\d+\)| \([\d.]+\))?%?|[\d, ]+of \d+|")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+  max-width: 80rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.35rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 2px solid #1a1a1a; }
 h3 { font-size: 1.05rem; margin: 0 0 .5rem; }
-h1, h2, h3, p, th, td { unicode-bidi: isolate; overflow-wrap: anywhere; }
+h1, h2, h3, p, th, td { unicode-bidi: isolate; overflow-wrap: break-word; }
 p { max-width: 50rem; margin: .5rem 0; }
 nav { margin: 1.5rem 0; padding: .75rem 1rem; background: #f5f5f5; }
 nav h2 { font-size: 1rem; margin: 0; border: 0; }
@@ -181,31 +206,38 @@ article { margin: 1.75rem 0; }
 article.missing { padding: .6rem 1rem; border: 1px dashed #767676; }
 article.missing p { margin: 0; }
 code { font: .875em/1.4 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
-img { display: block; max-width: 100%; height: auto; margin: .5rem 0; }
+img { display: block; width: 54rem; max-width: 100%; height: auto; margin: .5rem 0; }
 .note { font-size: .8125rem; color: #444; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .8125rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: .8125rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid #d4d4d4; }
-thead th { vertical-align: bottom; border-bottom: 1.5px solid #1a1a1a; min-width: 3.2rem; overflow-wrap: normal; }
+thead th { vertical-align: bottom; border-bottom: 1.5px solid #1a1a1a; }
+thead th.group { text-align: center; border-bottom: 1px solid #767676; }
 tbody th { font-weight: 600; }
-th:first-child { text-align: left; min-width: 7rem; position: sticky; left: 0; background: #fff; }
+tr:first-child > th:first-child, tbody th { text-align: left; max-width: 18rem; position: sticky; left: 0;
+  background: #fff; }
 td { white-space: nowrap; }
-td.words { white-space: normal; min-width: 4.5rem; max-width: 24rem; }
+tbody th.kept { white-space: nowrap; }
+th.words, td.words { text-align: left; white-space: normal; }
+td.words { max-width: 22rem; }
 td.none { color: #666; font-style: italic; }
-@media (max-width: 40rem) { body { padding: 1rem .75rem; } th:first-child { min-width: 5.5rem; max-width: 8rem; } }
+@media (max-width: 40rem) {
+  body { padding: 1rem .75rem; }
+  tr:first-child > th:first-child, tbody th { max-width: 7.5rem; }
+  tbody th.kept { white-space: normal; }
+}
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   body { font-size: 10pt; max-width: none; padding: 0; }
   nav { display: none; }
   h2, h3 { break-after: avoid; }
-  article.figure, article.missing, tr { break-inside: avoid; }
+  article.figure, article.missing, article.short, tr { break-inside: avoid; }
   article.figure img { max-height: 150mm; }
   .wide { overflow: visible; }
   .note { font-size: 7.5pt; max-width: none; break-before: avoid; }
   thead { display: table-header-group; }
   table { font-size: 7pt; width: 100%; }
   th, td { padding: 1.5pt 2.5pt; }
-  thead th, th:first-child, td.words { min-width: 0; }
-  th:first-child { position: static; }
+  tr:first-child > th:first-child, tbody th { position: static; }
 }
 """

@@ -154,7 +154,10 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def difference(value: float, reference: float | None) -> str:
     """Return value - reference with its sign, or a dash where there is no reference."""
-    return "-" if reference is None else f"{value - reference:+.2f}"
+    if reference is None:
+        return "-"
+    text = f"{value - reference:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
 
 
 def spread(values: Sequence[float | None], digits: int = 2) -> str:

@@ -38,6 +38,8 @@ LAYERS = (
         "prediction",
         "training",
         "reporting",
+        "figures",
+        "page",
     },
 )
 LEAVES = {"teachers", "folding", "counting", "students"}
@@ -55,7 +57,19 @@ HOMES = {
     "h5py": {"pipeline/dataset_file.py", "pipeline/label_file.py"},
     "yaml": {"pipeline/params.py"},
     "sklearn": {"pipeline/sources.py"},
-    "PIL": {"pipeline/image_folders.py", "pipeline/prediction.py", "pipeline/sources.py"},
+    "PIL": {
+        "pipeline/figures/canvas.py",
+        "pipeline/image_folders.py",
+        "pipeline/prediction.py",
+        "pipeline/sources.py",
+    },
+    "matplotlib": {
+        "pipeline/figures/canvas.py",
+        "pipeline/figures/dots.py",
+        "pipeline/figures/heat_map.py",
+        "pipeline/figures/lines.py",
+        "pipeline/figures/sheet.py",
+    },
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {

@@ -74,9 +74,9 @@ def protocol(source: str) -> str:
 
 def _seeds(runs: Sequence[FinishedRun]) -> str:
     """Return `seed 0`, or each model's seeds where one has several."""
-    seeds: dict[str, list[int]] = {}
+    seeds: dict[str, dict[int, None]] = {}
     for run in runs:
-        seeds.setdefault(run.name, []).append(run.seed)
+        seeds.setdefault(run.name, {})[run.seed] = None
     if all(len(each) == 1 for each in seeds.values()):
         return "seed " + _all(run.seed for run in runs)
     models = ", ".join(f"{name} {' '.join(map(str, each))}" for name, each in seeds.items())

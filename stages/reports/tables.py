@@ -28,7 +28,7 @@ def teachers_table(recipe: Recipe, teachers: Mapping[str, Sequence[FinishedRun]]
     """
     trained = [run for runs in teachers.values() for run in runs]
     reported = paper.TEACHERS.get(recipe.dataset.source, {})
-    columns = [*_accuracy(trained, reported), *_averages(reported), *_costs(recipe)]
+    columns = [*_accuracy(trained, reported), *_averages({}), *_costs({})]  # Table 3 has the paper's
     models = [Model(name, runs, _mark(runs, selected=name == winner)) for name, runs in teachers.items()]
     note = conditions(trained) + protocol(recipe.dataset.source) if trained else "No teacher has been run."
     note += missing(
@@ -85,7 +85,7 @@ def students_tables(runs: FinishedRuns) -> list[Table]:
             f"{title}, continued. Heads, agreement and costs on {recipe.name}",
             "model",
             models,
-            [*heads, *_costs(recipe)],
+            [*heads, *_costs(paper.COSTS if source == "cifar100" else {})],
             f"Under the conditions of {title}; heads and agreement on test, at the best epoch. {GMACS}"
             + (IMAGENETS_HEAD if source == "cifar100" else ""),
         ),
@@ -132,9 +132,8 @@ def _score(key: str, epoch: str = "test") -> Callable[[Mapping[str, Any]], float
     return score
 
 
-def _costs(recipe: Recipe) -> list[Column]:
-    """Return the paper's GMACs and true FLOPs, and the parameters; the paper gives its own for 100 classes alone."""
-    given = paper.COSTS if recipe.dataset.source == "cifar100" else {}
+def _costs(given: Mapping[str, paper.Costs]) -> list[Column]:
+    """Return the parameters, the paper's GMACs and true FLOPs; the paper gives its own for 100 classes alone."""
     gmacs = {name: costs.gmacs_1024 for name, costs in given.items()}
     parameters = {name: costs.parameters for name, costs in given.items()}
     return [
