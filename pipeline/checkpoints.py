@@ -220,6 +220,16 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model of the same architecture.
 
     Raises:
+        DataError: As of `check_weights`.
+    """
+    check_weights(model, checkpoint)
+    model.load_state_dict(dict(checkpoint.tensors))
+
+
+def check_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Compare a checkpoint's tensors with those of a model, which may be on the device `meta`.
+
+    Raises:
         DataError: Names, shapes or dtypes differ; the message names the first that does.
     """
     own = model.state_dict()
@@ -233,4 +243,3 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name} is {tuple(found.shape)} {found.dtype}, "
                 f"the model's is {tuple(expected.shape)} {expected.dtype}"
             )
-    model.load_state_dict(dict(checkpoint.tensors))

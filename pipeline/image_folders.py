@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,13 @@ def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
         raise DataError(f"cannot be read: {reason}") from error
 
 
+def refusal(folder: Path, bad: Sequence[BadFile]) -> DataError:
+    """Return the error that names a folder's first bad files."""
+    named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
+    more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
+    return DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Return an image turned as its EXIF orientation says."""
     try:
@@ -192,9 +200,7 @@ def read_folder(
         spill = None
     splits = {name: _read_split(folder, each, class_names, image_size, bad, spill) for name, each in listed.items()}
     if bad and not skip_bad:
-        named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
-        more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
-        raise DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+        raise refusal(folder, bad)
     for split_name, split in splits.items():
         empty = [name for name in listed[split_name] if class_names.index(name) not in split.labels]
         if empty or not len(split):

@@ -209,7 +209,8 @@ code { font: .875em/1.4 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
 img { display: block; width: 54rem; max-width: 100%; height: auto; margin: .5rem 0; }
 .note { font-size: .8125rem; color: #444; }
 .wide { overflow-x: auto; }
-table { border-collapse: separate; border-spacing: 0; font-size: .8125rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: .8125rem; line-height: 1.35;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid #d4d4d4; }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid #1a1a1a; }
 thead th.group { text-align: center; border-bottom: 1px solid #767676; }

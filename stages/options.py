@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from pipeline.errors import UsageError
+from pipeline.recipes import PRECISIONS
 from pipeline.stopping import StopSignal
 from stages.context import Context
 from stages.paths import PARAMS
@@ -23,7 +24,7 @@ recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `rec
 device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
 precision_option = click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="That of the training where left out."
+    "--precision", type=click.Choice(PRECISIONS), help="That of the training where left out."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
@@ -121,6 +122,15 @@ def parse_views(text: str | None) -> tuple[int, int | None] | None:
     if bounds is None or text == ":":
         raise UsageError(f"--views {text}: write A:B for the views A to B - 1, as 0:300; or :B, or A:")
     return int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
+
+
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
+    """Read `1,8,64` as distinct numbers of images."""
+    names = split_names(text) or ()
+    sizes = tuple(int(name) for name in names if re.fullmatch(r"[1-9][0-9]{0,4}", name))
+    if len(sizes) != len(names):
+        raise UsageError(f"--batch-sizes {text}: write whole numbers from 1 to 99999 separated by commas, as 1,8,64")
+    return sizes
 
 
 def require_exists(path: Path) -> None:
