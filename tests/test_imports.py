@@ -53,10 +53,11 @@ LAYERS = (
         "speed",
         "training",
         "reporting",
+        "figures",
+        "page",
         "classifier",
         "exporting",
         "model_card",
-        "figures",
     },
 )
 LEAVES = {"teachers", "folding", "counting", "students"}
