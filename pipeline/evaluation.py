@@ -57,6 +57,7 @@ class Predictions:
                 self.distillation_head = torch.zeros_like(self.classes)
             self.distillation_head[part] = distillation_logits.argmax(dim=1)
 
+    @torch.inference_mode()
     def reduce(self, group: Group) -> None:
         """Put together what all ranks have filled in, each its share of the split."""
         has_two_heads = torch.tensor(
@@ -87,7 +88,6 @@ class Predictions:
         return to_csv(PREDICTION_COLUMNS, rows)
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     data: EvaluationData,
@@ -108,9 +108,39 @@ def evaluate(
     Raises:
         NumericalError: A logit is not finite.
     """
+    meter = Meter(data.num_classes, data.images.device)
+    tally(model, data, meter, precision=precision, group=group, predictions=predictions)
+    meter.reduce(group)
+    if predictions is not None:
+        predictions.reduce(group)
+    return meter.scores()
+
+
+@torch.inference_mode()
+def tally(
+    model: nn.Module,
+    data: EvaluationData,
+    meter: Meter,
+    *,
+    precision: str = "fp32",
+    group: Group = ALONE,
+    predictions: Predictions | None = None,
+) -> None:
+    """Add a model's answers on clean images to a meter; the model is left in evaluation mode.
+
+    Args:
+        model: On the device of the data, with the same weights on every rank.
+        data: Images and targets.
+        meter: Gains this rank's share.
+        precision: `fp32` or `bf16`.
+        group: The ranks that share the images.
+        predictions: Filled in with this rank's share, where given.
+
+    Raises:
+        NumericalError: A logit is not finite.
+    """
     model.eval()
     device = data.images.device
-    meter = Meter(data.num_classes, device)
     broken = torch.zeros((), dtype=torch.int64, device=device)
     batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     for part, images in data.batches(batch_size, group.share(len(data.labels))):
@@ -123,7 +153,3 @@ def evaluate(
         meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
     if group.max_(broken):
         raise NumericalError("evaluation: a logit is not finite; lower lr, or set clip to 1.0")
-    meter.reduce(group)
-    if predictions is not None:
-        predictions.reduce(group)
-    return meter.scores()

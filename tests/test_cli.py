@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.checkpoints import load_checkpoint
 from pipeline.datasets import Dataset
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labels import LabelCache
+from tests.commands import Command
 from tests.project import ROOT, TEACHERS, Project, environment
 
 
@@ -258,13 +259,8 @@ def test_two_ranks_label_the_same_file_as_one(project: Project) -> None:
     project.run("label", "--fresh")
     alone = file.read_bytes()
     file.unlink()
-    with contextlib.ExitStack() as stack:
-        ranks = [
-            stack.enter_context(project.start("label", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0")) for rank in "01"
-        ]
-        for process in ranks:
-            _, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err
+    ranks = [Command(project.path, "label", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0") for rank in "01"]
+    assert [rank.finish().code for rank in ranks] == [0, 0]
     assert file.read_bytes() == alone
 
 
@@ -328,16 +324,16 @@ def test_a_stopped_run_exits_by_its_signal_and_goes_on_to_the_same_weights(proje
 
 @pytest.mark.slow
 def test_a_compiled_student_has_the_same_names_and_a_missing_compiler_is_one_line(project: Project) -> None:
-    project.run("distill", "--student", "vit")
+    project.run_anew("distill", "--student", "vit")
     plain = load_checkpoint(project.path / "data/smoke/students/vit", stem="last")
-    out = project.run("distill", "--student", "vit", "--set", "compile=true")
+    out = project.run_anew("distill", "--student", "vit", "--set", "compile=true")
     assert "; torch.compile; batch 128" in out
     compiled = load_checkpoint(project.path / "data/runs/smoke/vit-compile-true", stem="last")
     assert compiled.tensors.keys() == plain.tensors.keys()
     for name, tensor in plain.tensors.items():
         torch.testing.assert_close(compiled.tensors[name], tensor, rtol=1e-3, atol=1e-4)
     without = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(project.path / "cache")}
-    out = project.run("distill", "--student", "vit", "--set", "compile=true", "--fresh", code=2, **without)
+    out = project.run_anew("distill", "--student", "vit", "--set", "compile=true", "--fresh", code=2, **without)
     assert "compile: true: torch.compile fails here" in out and "set it to false or install a C++ compiler" in out
 
 
@@ -349,14 +345,15 @@ def test_a_diverging_teacher_ends_with_code_5_and_one_line(project: Project) -> 
 
 
 def test_a_second_run_of_the_same_thing_is_refused(project: Project) -> None:
-    with project.start("distill", "--student", "vit", "--set", "epochs=300") as first:
-        assert first.stdout is not None
-        first.stdout.readline()
-        out = project.run("distill", "--student", "vit", "--set", "epochs=300", code=4)
-        assert "held by another run" in out
-        assert first.poll() is None
-        first.terminate()
-        first.communicate(timeout=60)
+    first = Command(project.path, "distill", "--student", "vit", "--set", "epochs=300")
+    held = project.path / "data/work/smoke/runs/vit-epochs-300.lock"
+    while not held.is_file() or not held.read_bytes():
+        assert first.is_alive()
+        time.sleep(0.01)
+    assert "held by another run" in project.run("distill", "--student", "vit", "--set", "epochs=300", code=4)
+    assert first.is_alive()
+    first.kill()
+    assert first.finish().code == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

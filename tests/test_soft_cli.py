@@ -1,6 +1,6 @@
 """What is kept beside the labels, views labelled in slices, and students that learn from it, through the commands.
 
-The first test runs the real command line; the others run the same commands in this process, which is quicker.
+The first test runs them in processes of their own, the others in this one, which is quicker.
 """
 
 from __future__ import annotations
@@ -18,16 +18,6 @@ from tests.in_process import invoke as run
 from tests.project import Project
 
 FILE = "data/smoke/labels/default.h5"
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with a selected teacher and nothing labelled."""
-    project = Project.create(tmp_path_factory.mktemp("taught"))
-    run(project, "prepare")
-    run(project, "teacher", "squeezenet1_1")
-    run(project, "select", "--teachers", "squeezenet1_1")
-    return project
 
 
 @pytest.fixture
@@ -51,7 +41,7 @@ def metrics(directory: Path) -> dict[str, Any]:
     return result
 
 
-def test_from_kept_classes_to_a_soft_student_on_the_real_command_line(project: Project) -> None:
+def test_from_kept_classes_to_a_soft_student(project: Project) -> None:
     assert "topk=3, sealed" in project.run("label", "--keep", "topk=3")
     assert json.loads(project.run("labels", "inspect", FILE, "--json"))["topk"] == 3
     out = project.run("labels", "verify", FILE, "--sample", "300")
