@@ -78,7 +78,7 @@ class Diagnosis:
             "Scaled from a few steps on this device, as busy as it is now. Not in it: prepare, select, report, "
             "downloads, torch.compile, saved states, the start of each command.",
         )
-        return [table for table in (space, times) if table.rows]
+        return [*([space] if space.rows else []), *([times] if any(each.why for each in self.estimates) else [])]
 
 
 def diagnose(
