@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.storage import read_bytes, read_json, write_atomic, write_json
+from pipeline.storage import read_bytes, read_json, sha256_file, write_atomic, write_json
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,20 @@ class RunState:
         self._serial = int(newest.meta["serial"])
         return newest
 
+    def peek(self) -> Mapping[str, Any] | None:
+        """Return the JSON of the state that `load` would return, without loading it."""
+        found = []
+        for slot in self._SLOTS:
+            with contextlib.suppress(DataError, StorageError):
+                meta = read_meta(self._directory, stem=slot)
+                if meta is not None and meta.get("fingerprint") == self._fingerprint:
+                    found.append((int(meta["serial"]), slot, meta))
+        for _, slot, meta in sorted(found, reverse=True):
+            with contextlib.suppress(StorageError):
+                if sha256_file(self._directory / f"{slot}.safetensors") == meta["sha256"]:
+                    return meta
+        return None
+
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Copy a state, and begin to write it over the older of the two.
 
@@ -206,6 +220,16 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model of the same architecture.
 
     Raises:
+        DataError: As of `check_weights`.
+    """
+    check_weights(model, checkpoint)
+    model.load_state_dict(dict(checkpoint.tensors))
+
+
+def check_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Compare a checkpoint's tensors with those of a model, which may be on the device `meta`.
+
+    Raises:
         DataError: Names, shapes or dtypes differ; the message names the first that does.
     """
     own = model.state_dict()
@@ -219,4 +243,3 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name} is {tuple(found.shape)} {found.dtype}, "
                 f"the model's is {tuple(expected.shape)} {expected.dtype}"
             )
-    model.load_state_dict(dict(checkpoint.tensors))

@@ -144,6 +144,33 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def list_folder(folder: Path, bad: list[BadFile]) -> dict[str, dict[str, list[Path]]]:
+    """List the images of an image folder without opening them.
+
+    Args:
+        folder: As of `read_folder`.
+        bad: What is no file that can be read is added to it.
+
+    Returns:
+        Their paths by class name by split.
+
+    Raises:
+        UsageError: There is no such folder.
+        DataError: It has no `train`, a class of `test` is not in `train`, or a class name is not UTF-8.
+        StorageError: A folder cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--from {printable(folder)}: no such folder; it must hold train/<class>/<image>")
+    if not (folder / "train").is_dir():
+        raise DataError(f"{printable(folder)}: no folder `train` in it; images go in train/<class>/<image>")
+    listed = {name: list_classes(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
+    for name in listed.get("test", {}):
+        if name not in listed["train"]:
+            path = printable(folder / "test" / name)
+            raise DataError(f"{path}: a class that `train` does not have; rename or remove it")
+    return listed
+
+
 def read_folder(
     folder: Path, image_size: int, *, skip_bad: bool, spill: Spill | None = None
 ) -> tuple[tuple[str, ...], Split, Split | None, list[BadFile]]:
@@ -165,17 +192,9 @@ def read_folder(
             is not UTF-8, or there are bad files.
         StorageError: A folder cannot be listed, or images cannot be spilled.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--from {printable(folder)}: no such folder; it must hold train/<class>/<image>")
-    if not (folder / "train").is_dir():
-        raise DataError(f"{printable(folder)}: no folder `train` in it; images go in train/<class>/<image>")
     bad: list[BadFile] = []
-    listed = {name: list_classes(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
+    listed = list_folder(folder, bad)
     class_names = tuple(listed["train"])
-    for name in listed.get("test", {}):
-        if name not in class_names:
-            path = printable(folder / "test" / name)
-            raise DataError(f"{path}: a class that `train` does not have; rename or remove it")
     num_images = sum(len(paths) for classes in listed.values() for paths in classes.values())
     if spill is not None and num_images * image_size * image_size * 3 <= spill.max_bytes:
         spill = None

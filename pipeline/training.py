@@ -14,7 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -57,6 +57,10 @@ class Watcher(Protocol):
         """Show a warning."""
 
 
+class Silent(Watcher):
+    """Shows nothing."""
+
+
 @dataclass(frozen=True)
 class _Share:
     """A rank's part of a step.
@@ -84,7 +88,7 @@ class Fit:
         recipe: Epochs, batch size, optimiser, schedule, clipping.
         precision: `fp32` or `bf16`, resolved.
         seed: Of the order of samples; initialisation is the caller's.
-        state: Where the run's resumable state is kept.
+        state: Where the run's resumable state is kept; None keeps none.
         watcher: Is told of every step and epoch.
         stop: Asked after every step.
         metric: The score that decides the best epoch, higher is better.
@@ -98,11 +102,11 @@ class Fit:
     evaluation: EvaluationData
     objective: Objective
     recipe: FitRecipe
-    precision: str
-    seed: int
-    state: RunState
-    watcher: Watcher
-    stop: StopSignal
+    precision: str = "fp32"
+    seed: int = 0
+    state: RunState | None = None
+    watcher: Watcher = field(default_factory=Silent)
+    stop: StopSignal = field(default_factory=StopSignal)
     metric: str = "top1"
     micro_batch: int | None = None
     captured: bool = False
@@ -133,8 +137,9 @@ class Fit:
             # Else all ranks would drop the same units out.
             torch.manual_seed(self.seed + (self.group.rank << 32))
         with self.stop.deferred():
-            load_progress(self.state, self.progress, self.model, self.optimizer, self.group)
             progress = self.progress
+            if self.state is not None:
+                load_progress(self.state, progress, self.model, self.optimizer, self.group)
             self.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
             while progress.epoch < self.recipe.epochs:
                 self.train_epoch()
@@ -189,8 +194,9 @@ class Fit:
         progress.loss_sum.zero_()
 
     def save(self) -> None:
-        """Write the resumable state."""
-        save_progress(self.state, self.progress, self.model, self.optimizer, self.group)
+        """Write the resumable state, if there is to be one."""
+        if self.state is not None:
+            save_progress(self.state, self.progress, self.model, self.optimizer, self.group)
         self.saved_at = time.monotonic()
 
     def _step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
@@ -233,6 +239,8 @@ class Fit:
 
     def _save_is_due(self) -> bool:
         """Tell whether it is time to save; rank 0's clock decides."""
+        if self.state is None:
+            return False
         seconds = self.assumed_seconds if self.state.seconds is None else self.state.seconds
         pause = max(SECONDS_BETWEEN_SAVES, seconds / SAVING_SHARE)
         return self.group.is_main and time.monotonic() - self.saved_at > pause
@@ -246,7 +254,8 @@ class Fit:
         if stop or save:
             self.save()
         if stop:
-            self.state.wait()
+            if self.state is not None:
+                self.state.wait()
             raise Interrupted(
                 f"stopped in epoch {self.progress.epoch + 1} of {self.recipe.epochs} after step {self.progress.step}; "
                 "run the same command again to go on",
@@ -255,11 +264,11 @@ class Fit:
 
     def _fail(self, step: int, lr: float) -> NoReturn:
         """Stop at a step that was not finite, keeping the best epoch so far."""
-        result = self.progress.result
+        result, state = self.progress.result, self.state
         where = f"epoch {self.progress.epoch + 1}, step {step}, lr {lr:.3g}"
-        kept = "no epoch was finished before"
-        if result.best_epoch:
-            path = self.group.on_main(lambda: str(self.state.keep(result.best)))
+        kept = "no epoch was finished before" if not result.best_epoch else "nothing is kept"
+        if result.best_epoch and state is not None:
+            path = self.group.on_main(lambda: str(state.keep(result.best)))
             kept = f"the best epoch so far ({result.best_epoch}) is kept in {path}"
         raise NumericalError(f"{where}: the loss or its gradient is not finite; lower lr or set clip to 1.0; {kept}")
 

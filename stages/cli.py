@@ -14,17 +14,18 @@ import click
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError
-from stages.commands import data, labels, results, students, teachers, trained
+from stages.commands import data, export, labels, machine, results, students, teachers, trained
 from stages.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
+    ("This machine", (machine.doctor,)),
     ("Data", (data.prepare,)),
     (
         "Stage one: teachers and labels",
         (teachers.teacher_select, teachers.teacher, teachers.select, teachers.label, labels.labels),
     ),
     ("Stage two: students", (students.distill,)),
-    ("Trained models", (trained.predict, trained.bench)),
+    ("Trained models", (trained.predict, trained.bench, export.export)),
     ("Results", (results.evaluate, results.report, results.models)),
 )
 

@@ -1,4 +1,4 @@
-"""Building models from recipes and from checkpoints, and the list of all of them."""
+"""What models are in recipes and in checkpoints, and the list of all of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint, load_checkpoint, load_weights
+from pipeline.checkpoints import Checkpoint, load_checkpoint
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024
 from pipeline.datasets import Channels, Dataset
 from pipeline.errors import DataError
+from pipeline.loading import build_model, restore
 from pipeline.prediction import Predictor
 from pipeline.recipes import PRECISIONS, StudentRecipe
 from pipeline.reporting import Table
@@ -45,23 +46,12 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
     }
 
 
-def build(meta: dict[str, Any]) -> nn.Module:
-    """Build the untrained model that a checkpoint's JSON describes.
-
-    Raises:
-        DataError: The JSON describes no model.
-    """
-    try:
-        kind, model, arguments = meta["kind"], meta["model"], dict(meta["arguments"])
-    except (KeyError, TypeError, ValueError):
-        raise DataError("the checkpoint's JSON describes no model; name a checkpoint that a stage wrote") from None
-    if kind == "student":
-        from pipeline.students import build_student
-
-        return build_student(model, **arguments)
-    from pipeline.teachers import build_teacher
-
-    return build_teacher(model, **arguments)
+def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
+    """Load a checkpoint; arguments and errors as of `load_model`."""
+    checkpoint = load_checkpoint(path)
+    if kind is not None and checkpoint.meta.get("kind") != kind:
+        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
+    return checkpoint
 
 
 def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> tuple[nn.Module, Checkpoint]:
@@ -76,18 +66,8 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
         UsageError: The path does not exist.
         DataError: It holds no valid checkpoint, or one of the other kind.
     """
-    from pipeline.students import Student, use_inner_block
-
-    checkpoint = load_checkpoint(path)
-    if kind is not None and checkpoint.meta.get("kind") != kind:
-        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
-    with torch.device("meta"):
-        model = build(dict(checkpoint.meta))
-    model.to_empty(device="cpu")
-    load_weights(model, checkpoint)
-    if isinstance(model, Student):
-        use_inner_block(model, "auto", device)
-    return model.to(device).eval(), checkpoint
+    checkpoint = load_checkpoint_of(path, kind)
+    return restore(checkpoint, device), checkpoint
 
 
 def make_predictor(path: Path, device: torch.device, precision: str | None = None) -> tuple[Predictor, Checkpoint]:
@@ -152,7 +132,7 @@ def _channels(values: Any) -> Channels | None:
 def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image."""
     with torch.device("meta"):
-        model = build(meta)
+        model = build_model(meta)
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

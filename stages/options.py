@@ -21,6 +21,7 @@ LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
 precision_option = click.option(
     "--precision", type=click.Choice(PRECISIONS), help="That of the training where left out."
 )

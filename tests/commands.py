@@ -22,7 +22,7 @@ from tests.project import Project, environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.commands_loaded"])
-SECONDS_UNTIL_HUNG = 120
+SECONDS_UNTIL_HUNG = 300
 HUNG = 124  # the exit code noted for a command that had to be killed because it did not end
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pipeline.recipes import MAX_VIEWS
-from stages.options import device_option, open_context, parse_settings, recipe_option, training_options
+from stages.options import device_option, dry_run_option, open_context, parse_settings, recipe_option, training_options
 
 
 @click.command()
@@ -27,6 +27,7 @@ from stages.options import device_option, open_context, parse_settings, recipe_o
 @click.option("--soft", type=float, metavar="T", help="Learn from the teacher's probabilities at temperature T.")
 @click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
 @click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Train on the first views only.")
+@dry_run_option
 def distill(
     student: str,
     recipe: str | None,
@@ -39,6 +40,7 @@ def distill(
     soft: float | None,
     confidence: bool,
     num_views: int | None,
+    dry_run: bool,
 ) -> None:
     """Train a student against the cached labels."""
     context = open_context(recipe, device)
@@ -55,7 +57,10 @@ def distill(
         settings=parse_settings(settings),
         seed=seed,
         fresh=fresh,
+        dry_run=dry_run,
     )
+    if dry_run:
+        return
     metrics = json.loads((out / "metrics.json").read_text())
     best, last = metrics["best"], metrics["last"]
     context.say(
