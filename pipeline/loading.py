@@ -72,9 +72,14 @@ class Inputs:
             DataError: A value is missing or impossible; the message names the first.
         """
         names, size, mean, std = (meta.get(key) for key in ("class_names", "image_size", "mean", "std"))
+        arguments = meta.get("arguments")
+        built: Mapping[str, Any] = arguments if isinstance(arguments, dict) else {}
         is_valid = {
-            "class_names": isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names),
-            "image_size": type(size) is int and 0 < size <= MAX_IMAGE_SIZE,
+            "class_names": isinstance(names, list)
+            and len(names) > 1
+            and all(isinstance(name, str) for name in names)
+            and len(set(names)) == len(names) == built.get("num_classes", len(names)),
+            "image_size": type(size) is int and 0 < size <= MAX_IMAGE_SIZE and built.get("image_size", size) == size,
             "mean": _is_channels(mean),
             "std": _is_channels(std) and min(std or [0]) > 0,
         }

@@ -82,7 +82,6 @@ HOMES = {
     "PIL": {
         "pipeline/classifier.py",
         "pipeline/image_folders.py",
-        "pipeline/prediction.py",
         "pipeline/sources.py",
     },
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},

@@ -20,9 +20,11 @@ from PIL import Image
 from pipeline import speed
 from pipeline.checkpoints import save_checkpoint
 from pipeline.errors import PipelineError
-from pipeline.prediction import Predictor
+from pipeline.image_folders import read_image
+from pipeline.loading import build_model
+from pipeline.prediction import Answer, Predictor
 from stages.cli import cli
-from stages.models import build, make_predictor
+from stages.models import make_predictor
 from tests.project import Project
 
 GEOMETRY = {
@@ -79,7 +81,7 @@ def describe(model: str, kind: str, class_names: tuple[str, ...] = CLASSES, **ex
 def checkpoint(folder: Path, meta: dict[str, Any], seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        save_checkpoint(folder, "best", build(meta).state_dict(), meta)
+        save_checkpoint(folder, "best", build_model(meta).state_dict(), meta)
     return folder
 
 
@@ -96,8 +98,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def predictor(folder: Path) -> Predictor:
-    return make_predictor(folder, torch.device("cpu"))[0]
+def answer(folder: Path, files: list[Path]) -> Answer:
+    predictor = make_predictor(folder, torch.device("cpu"))[0]
+    return predictor.answer(np.stack([read_image(file, predictor.image_size) for file in files]))
 
 
 # predict
@@ -112,7 +115,7 @@ def test_json_has_a_line_for_each_image_with_what_the_model_says(place: Path, mo
     lines = [json.loads(line) for line in out.splitlines()]
     names = [f"images/cat/{index}.png" for index in (1, 3, 5, 7)] + ["images/bee/0.png"]
     assert [line["path"] for line in lines] == names
-    expected = predictor(place / model)([place / name for name in names])
+    expected = answer(place / model, [place / name for name in names])
     for line, top in zip(lines, expected.top(2), strict=True):
         assert [(each["class"], each["probability"]) for each in line["top"]] == [
             (name, pytest.approx(value, abs=1e-5)) for name, value in top
@@ -217,7 +220,7 @@ def test_a_checkpoint_that_does_not_say_what_its_inputs_are_is_refused(
 def test_a_folder_is_scored_by_the_names_of_its_classes(place: Path) -> None:
     found = json.loads(run(place, "evaluate", "titn", "--data", "images", "--per-class", "--json").out)
     paths = sorted((place / "images").glob("*/*.png"))
-    top = predictor(place / "titn")(paths).top(1)
+    top = answer(place / "titn", paths).top(1)
     hits = [path.parent.name == row[0][0] for path, row in zip(paths, top, strict=True)]
     assert found["num_images"] == 9
     assert found["top1"] == pytest.approx(100 * sum(hits) / 9)
