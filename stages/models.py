@@ -12,14 +12,13 @@ from torch import nn
 from pipeline.checkpoints import Checkpoint, load_checkpoint
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024
 from pipeline.datasets import Dataset
+from pipeline.descriptions import GEOMETRY, Description
 from pipeline.errors import DataError
-from pipeline.loading import Inputs, build_model, restore
+from pipeline.loading import build_model, restore
 from pipeline.prediction import Predictor
 from pipeline.recipes import PRECISIONS, StudentRecipe
 from pipeline.reporting import Table
 from pipeline.runtime import resolve_precision
-
-GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_width", "pixel_heads")
 
 
 def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: int) -> dict[str, Any]:
@@ -80,18 +79,19 @@ def make_predictor(path: Path, device: torch.device, precision: str | None = Non
         DataError: It holds no valid checkpoint, or its JSON does not say what the model's inputs are.
     """
     model, checkpoint = load_model(path, device)
-    file, training = checkpoint.path.with_suffix(".json"), checkpoint.meta.get("training")
-    inputs = Inputs.read(checkpoint.meta, file)
+    file = checkpoint.path.with_suffix(".json")
     if precision is None:
+        training = checkpoint.meta.get("training")
         precision = training.get("precision") if isinstance(training, dict) else None
         if precision not in PRECISIONS:
             raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
+    described = Description.read(checkpoint.meta, file)
     predictor = Predictor(
         model=model,
-        class_names=inputs.class_names,
-        image_size=inputs.image_size,
-        mean=inputs.mean,
-        std=inputs.std,
+        class_names=described.class_names,
+        image_size=described.image_size,
+        mean=described.mean,
+        std=described.std,
         precision=resolve_precision(precision, device),
     )
     return predictor, checkpoint
@@ -100,7 +100,7 @@ def make_predictor(path: Path, device: torch.device, precision: str | None = Non
 def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image."""
     with torch.device("meta"):
-        model = build_model(meta)
+        model = build_model(meta["kind"], meta["model"], meta["arguments"])
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

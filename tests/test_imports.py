@@ -37,6 +37,7 @@ LAYERS = (
         "label_parts",
         "labels",
         "checkpoints",
+        "descriptions",
     },
     {
         "batches",

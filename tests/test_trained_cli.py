@@ -81,7 +81,7 @@ def describe(model: str, kind: str, class_names: tuple[str, ...] = CLASSES, **ex
 def checkpoint(folder: Path, meta: dict[str, Any], seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        save_checkpoint(folder, "best", build_model(meta).state_dict(), meta)
+        save_checkpoint(folder, "best", build_model(meta["kind"], meta["model"], meta["arguments"]).state_dict(), meta)
     return folder
 
 
@@ -192,7 +192,7 @@ def test_names_cannot_command_the_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"class_names": ["ant", "bee"]}, "class_names"),
+        ({"class_names": ["ant", "bee"]}, "num_classes"),
         ({"class_names": ["ant", "bee", "bee"]}, "class_names"),
         ({"class_names": ["ant", "bee", 3]}, "class_names"),
         ({"class_names": None}, "class_names"),

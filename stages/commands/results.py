@@ -9,6 +9,7 @@ import click
 
 from pipeline.errors import UsageError
 from stages.options import (
+    PATH,
     device_option,
     json_option,
     open_console,
@@ -20,7 +21,7 @@ from stages.options import (
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @recipe_option
 @device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
@@ -74,7 +75,7 @@ def evaluate(
 
 @click.command()
 @recipe_option
-@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md and report.json.")
+@click.option("--out", type=PATH, help="Directory of report.md and report.json.")
 def report(recipe: str | None, out: Path | None) -> None:
     """Print the tables of what has been run; write report.md and report.json."""
     from stages.report import report as run
