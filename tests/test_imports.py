@@ -53,6 +53,8 @@ LAYERS = (
         "speed",
         "training",
         "reporting",
+        "figures",
+        "page",
         "classifier",
         "exporting",
         "model_card",
@@ -82,10 +84,18 @@ HOMES = {
     "onnxscript": {"pipeline/exporting.py"},
     "PIL": {
         "pipeline/classifier.py",
+        "pipeline/figures/canvas.py",
         "pipeline/image_folders.py",
         "pipeline/sources.py",
     },
-    "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
+    "matplotlib": {
+        "pipeline/figures/canvas.py",
+        "pipeline/figures/dots.py",
+        "pipeline/figures/heat_map.py",
+        "pipeline/figures/lines.py",
+        "pipeline/figures/sheet.py",
+    },
+    "einops": {"pipeline/students/attention.py", "pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
         "pipeline/students/inner_triton.py",
