@@ -60,7 +60,6 @@ HOMES = {
     "sklearn": {"pipeline/sources.py"},
     "onnx": {"pipeline/exporting.py"},
     "onnxruntime": {"pipeline/exporting.py"},
-    "onnxscript": {"pipeline/exporting.py"},
     "PIL": {"pipeline/classifier.py", "pipeline/image_folders.py", "pipeline/sources.py"},
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},

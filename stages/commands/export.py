@@ -18,9 +18,8 @@ from stages.options import json_option, open_console, open_context, require_exis
     "--format",
     "formats",
     multiple=True,
-    required=True,
     type=click.Choice(["onnx", "torchscript", "safetensors"]),
-    help="Repeatable.",
+    help="Repeatable; at least one.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="A new directory, or that of a former export."
@@ -40,11 +39,14 @@ def export(
     license: str,
     as_json: bool,
 ) -> None:
-    """Write a model as ONNX, TorchScript or safetensors, with a model card.
+    """Write a trained model as ONNX, TorchScript or safetensors, with a model card.
 
-    Each file is compared with PyTorch on real images; nothing is written before all of them agree.
+    CHECKPOINT is a directory that a stage wrote, or a .safetensors file in it. Each file is compared with PyTorch on
+    real images; nothing is written before all of them agree. `pipeline.load` takes the directory in Python.
     """
     require_exists(checkpoint)
+    if not formats:
+        raise UsageError("--format: name one or more of onnx, torchscript and safetensors")
     if recipe is not None and data is not None:
         raise UsageError("--recipe and --data: give one of them; both name the images to check on")
     if int8 and "onnx" not in formats:
