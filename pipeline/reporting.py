@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +78,10 @@ class Table:
         """Return the narrowest width of a column: its longest cell, or the longest word of its heading."""
         return max(map(len, [*self.columns[index].split(), *(row[index] for row in self.rows)]))
 
+    def to_csv(self) -> bytes:
+        """Return columns and rows as CSV."""
+        return to_csv(self.columns, self.rows)
+
     def to_markdown(self) -> str:
         """Return the table as GitHub Markdown, with its title as a heading."""
 
@@ -85,6 +91,36 @@ class Table:
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
         parts = [f"## {self.title}", "", line(self.columns), rule, *map(line, self.rows)]
         return "\n".join([*parts, *(["", self.note] if self.note else []), ""])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture for the report.
+
+    Attributes:
+        name: File name without suffix, as figure-6.
+        title: One line above it.
+        png: The picture.
+        alt: What it shows, for those who cannot see it.
+        note: One line below it: under what conditions its figures were reached.
+        data: The figures behind it, for a CSV file; None where there are none.
+    """
+
+    name: str
+    title: str
+    png: bytes
+    alt: str
+    note: str = ""
+    data: Table | None = None
+
+
+def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
+    """Return CSV in UTF-8 with a line of headings; None is an empty cell, text that is not Unicode is escaped."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def number(value: float | None, digits: int = 2) -> str:

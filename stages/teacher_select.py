@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline.checkpoints import read_meta
 from pipeline.errors import DataError, NumericalError, UsageError
-from pipeline.labels import LabelCache
 from pipeline.recipes import OPTIMIZERS
 from pipeline.reporting import Table, number
 from pipeline.runtime import current_ranks
+from pipeline.sources import check_source
 from pipeline.storage import read_json
 from stages.context import Context
+from stages.dry_run import plan_labels, plan_run
 from stages.label import label
-from stages.label_plan import kept_name
-from stages.paths import Paths
 from stages.prepare import prepare
 from stages.report import conditions
 from stages.selection import select, teachers_table
@@ -69,7 +66,7 @@ def teacher_select(
 
 def _prepare(context: Context) -> None:
     """Prepare the data unless it is there."""
-    if context.paths.dataset.exists():
+    if context.paths.is_prepared:
         return
     prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw)
     context.changed("prepare")
@@ -91,34 +88,42 @@ def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Se
     return names
 
 
-def plan(context: Context, teachers: Sequence[str] | None = None, optimizers: Sequence[str] = ()) -> list[str]:
+def plan(
+    context: Context,
+    teachers: Sequence[str] | None = None,
+    optimizers: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+) -> list[str]:
     """Say what `teacher_select` would do, and why; nothing is written."""
     names = check_names(context, teachers, optimizers)
-    if not context.paths.dataset.exists():
-        return [
-            "prepare: no prepared data",
-            *(f"teacher {name}: no data yet" for name in names),
-            "select",
-            "label",
+    if not context.paths.is_prepared:
+        check_source(context.recipe, context.paths.raw)
+        epochs = (context.recipe.teachers[name].epochs for name in names)
+        lines = ["prepare: no prepared data"]
+        lines += [
+            f"teacher {name}: train {count} epochs (no data yet)" for name, count in zip(names, epochs, strict=True)
         ]
-    lines, stale = [], False
-    for name in names:
-        run = plan_teacher(context, name)
-        current = run.is_current()
-        stale |= not current
-        why = "trained under other settings, or by another version" if run.out.exists() else "not trained"
-        lines.append(f"teacher {name}: {'up to date' if current else f'train {run.recipe.epochs} epochs ({why})'}")
+        stale = True
+    else:
+        runs = [plan_teacher(context, name) for name in names]
+        lines = [f"teacher {plan_run(run, fresh=fresh)}" for run in runs]
+        stale = fresh or any(run.why_stale() is not None for run in runs)
     lines.append(f"select by {context.recipe.select.by}")
     lines += [f"optimiser {optimizer}: the winner" for optimizer in optimizers]
     for view_recipe in context.params.view_recipes:
-        cache, topk = None if stale else _fitting_labels(context.paths, view_recipe), context.recipe.label.topk
-        why = "label every view, unless the same teacher wins"
-        if cache is not None:
-            why = "extend if views are missing"
-        if cache is not None and cache.topk < topk:
-            why = f"refused: they keep {kept_name(cache.topk)}, not {kept_name(topk)}; run `pipeline label --fresh`"
-        lines.append(f"label {view_recipe}: {context.recipe.views[view_recipe].count} views, {why}")
+        lines.append(f"label {view_recipe}: {_plan_labels(context, view_recipe, stale=stale)}")
     return lines
+
+
+def _plan_labels(context: Context, view_recipe: str, *, stale: bool) -> str:
+    """Say what labelling would do; where teachers have yet to be trained, nobody knows which will win."""
+    if stale or not context.paths.winner.exists():
+        return f"{context.recipe.views[view_recipe].count} views, unless the teacher of those there are wins again"
+    try:
+        return plan_labels(context, view_recipe).text
+    except DataError as error:
+        return f"refused: {error}"
 
 
 def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bool) -> Table:
@@ -144,15 +149,3 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
         rows,
         note,
     )
-
-
-def _fitting_labels(paths: Paths, view_recipe: str) -> LabelCache | None:
-    """Open the label file if it is there, whole, and made by the selected teacher."""
-    path: Path = paths.labels(view_recipe)
-    winner = read_meta(paths.winner)
-    if not path.exists() or winner is None:
-        return None
-    try:
-        return LabelCache.open(path, expected_provenance={"checkpoint_sha256": winner["sha256"]})
-    except DataError:
-        return None

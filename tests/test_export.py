@@ -32,8 +32,8 @@ from pipeline.students import STUDENTS, build_student
 from pipeline.teachers import TEACHERS, build_teacher
 from pipeline.views import normalize
 from stages.models import load_model
+from tests.in_process import invoke as run
 from tests.project import ROOT, Project
-from tests.test_soft_cli import run
 
 STUDENT = "data/runs/smoke/titn-labels-none-epochs-1"
 FORMATS = ("safetensors", "onnx", "onnx-int8", "torchscript")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports modules of its own layer or of those before it.
 LAYERS = (
-    {"errors", "recipes", "params", "storage", "runtime", "distributed", "stopping", "threads", "prefetch", "paper"},
-    {"image_arrays", "dataset_file", "datasets", "image_folders", "sources"},
+    {
+        "errors",
+        "recipes",
+        "params",
+        "storage",
+        "runtime",
+        "distributed",
+        "stopping",
+        "threads",
+        "prefetch",
+        "timing",
+        "paper",
+    },
+    {"image_arrays", "dataset_file", "datasets", "image_folders", "image_files", "sources"},
     {"draws", "imageops", "geometry", "autoaugment", "augmentation", "mixing", "streaming", "views"},
     {
         "losses",
         "metrics",
+        "class_scores",
         "seals",
         "label_identity",
         "view_labels",
@@ -23,6 +37,7 @@ LAYERS = (
         "label_parts",
         "labels",
         "checkpoints",
+        "descriptions",
     },
     {
         "batches",
@@ -34,6 +49,8 @@ LAYERS = (
         "captured_step",
         "training_step",
         "evaluation",
+        "prediction",
+        "speed",
         "training",
         "reporting",
         "classifier",
@@ -50,9 +67,11 @@ HOMES = {
         "stages/commands/data.py",
         "stages/commands/export.py",
         "stages/commands/labels.py",
+        "stages/commands/machine.py",
         "stages/commands/results.py",
         "stages/commands/students.py",
         "stages/commands/teachers.py",
+        "stages/commands/trained.py",
         "stages/options.py",
     },
     "h5py": {"pipeline/dataset_file.py", "pipeline/label_file.py"},
@@ -60,7 +79,12 @@ HOMES = {
     "sklearn": {"pipeline/sources.py"},
     "onnx": {"pipeline/exporting.py"},
     "onnxruntime": {"pipeline/exporting.py"},
-    "PIL": {"pipeline/classifier.py", "pipeline/image_folders.py", "pipeline/sources.py"},
+    "PIL": {
+        "pipeline/classifier.py",
+        "pipeline/image_folders.py",
+        "pipeline/prediction.py",
+        "pipeline/sources.py",
+    },
     "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
@@ -73,16 +97,22 @@ HOMES = {
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")])
 
 
-def imports(file: Path) -> set[str]:
+@functools.cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(file.read_text())))
+
+
+@functools.cache
+def imports(file: Path) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             if node.module == "pipeline":
                 names |= {f"pipeline.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def layer(module: str) -> int:
@@ -134,7 +164,7 @@ def test_a_dependency_has_its_home(dependency: str) -> None:
 
 def test_the_library_prints_nothing() -> None:
     for file in ROOT.glob("pipeline/**/*.py"):
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        calls = [node for node in nodes(file) if isinstance(node, ast.Call)]
         assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
 
 
