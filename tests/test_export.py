@@ -279,8 +279,19 @@ def test_what_is_no_model_is_refused(exported: Project, tmp_path: Path) -> None:
         pipeline.load(tmp_path)
     with pytest.raises(UsageError, match="no export"):
         pipeline.load(exported.path / STUDENT, format="onnx")
+    with pytest.raises(UsageError, match="not available"):
+        pipeline.load(exported.path / "exported", device="meta")
+
+
+@pytest.mark.gpu
+def test_a_model_answers_alike_on_a_gpu(exported: Project, images: torch.Tensor) -> None:
+    for path, format in ((exported.path / STUDENT, None), (exported.path / "exported", "torchscript")):
+        model, _ = pipeline.load(path, format=format, device="cuda")
+        found = model(images[:7])
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(found.cpu(), load(exported)(images[:7]), atol=1e-3, rtol=0)
     with pytest.raises(UsageError, match="ONNX files run on the CPU"):
-        pipeline.load(exported.path / "exported", format="onnx", device="meta")
+        pipeline.load(exported.path / "exported", format="onnx", device="cuda")
 
 
 def test_a_directory_of_other_files_is_left_alone(project: Project) -> None:
