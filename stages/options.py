@@ -18,6 +18,7 @@ from stages.context import Context
 from stages.paths import PARAMS
 
 STOP = StopSignal()
+MAX_SEED = 2**31 - 1
 LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
 
 
@@ -69,7 +70,7 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--seed",
         default=0,
         show_default=True,
-        type=click.IntRange(0, 2**31 - 1),
+        type=click.IntRange(0, MAX_SEED),
         help="Initialisation and order.",
     )(command)
     return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
@@ -120,6 +121,18 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
             raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
         pairs[key] = value
     return pairs
+
+
+def parse_seeds(text: str | None) -> tuple[int, ...] | None:
+    """Read `0,1,2` as seeds."""
+    if text is None:
+        return None
+    seeds = text.split(",")
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,9}", seed) and int(seed) <= MAX_SEED for seed in seeds):
+        raise UsageError(f"--seeds {text}: write whole numbers from 0 to {MAX_SEED} separated by commas, as 0,1,2")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text}: write each seed once, as 0,1,2")
+    return tuple(map(int, seeds))
 
 
 def parse_keep(text: str | None) -> int | None:

@@ -50,15 +50,12 @@ def teacher(
 @click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
 def select(recipe: str | None, teachers: str | None) -> None:
     """Compare the candidates and copy the winner."""
-    from stages.report import conditions
+    from stages.reports.tables import candidates_table
     from stages.selection import select as run
-    from stages.selection import teachers_table
 
     context = open_context(recipe)
     comparison = run(context, split_names(teachers))
-    names = [candidate["name"] for candidate in comparison["candidates"]]
-    note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
-    context.show(teachers_table(context.recipe, comparison, note))
+    context.show(candidates_table(context, comparison))
     context.say(f"selected {comparison['winner']} by {comparison['by']}")
     context.end()
 
