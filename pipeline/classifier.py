@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.errors import DataError, NumericalError, UsageError
-from pipeline.image_folders import read_image, to_rgb, upright
+from pipeline.errors import NumericalError, UsageError
 from pipeline.losses import probabilities
+from pipeline.prediction import AnyImage, to_pixels
 
 INPUT = "images"
 OUTPUTS = ("probabilities", "class_logits", "distillation_logits")
@@ -70,11 +68,11 @@ class Transform:
 
     image_size: int
 
-    def __call__(self, image: Image.Image | Path | str) -> Tensor:
+    def __call__(self, image: AnyImage) -> Tensor:
         """Turn it upright by its EXIF orientation, convert it to RGB and resize it.
 
         Args:
-            image: A PIL image, or the path of one.
+            image: A PIL image, the path or the content of a file, or an array; see pipeline.prediction.AnyImage.
 
         Returns:
             `(3, image_size, image_size)` uint8; not normalised, which the model does.
@@ -82,16 +80,7 @@ class Transform:
         Raises:
             DataError: It is no image, or a damaged one.
         """
-        if isinstance(image, Path | str):
-            try:
-                pixels = read_image(Path(image), self.image_size)
-            except DataError as error:
-                raise DataError(f"{image}: {error}") from error
-        else:
-            try:
-                pixels = to_rgb(upright(image), self.image_size)
-            except (OSError, ValueError) as error:
-                raise DataError(f"the image cannot be read: {error}") from error
+        pixels = to_pixels(image, self.image_size)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.datasets import Channels
 from pipeline.errors import DataError, NumericalError
-from pipeline.image_folders import read_image, to_rgb, upright
+from pipeline.image_folders import printable, read_image, to_rgb, upright
 from pipeline.losses import probabilities
 from pipeline.runtime import autocast
 from pipeline.views import normalize
@@ -27,6 +27,38 @@ from pipeline.views import normalize
 PIXELS_AT_ONCE = {"cpu": 256 * 32**2, "cuda": 4096 * 32**2}
 """Kind of device to pixels of a batch: on a CPU it should fit the cache, a GPU wants few, large launches."""
 HEADS = ("class", "distillation")
+AnyImage = Path | str | bytes | Image.Image | NDArray[Any]
+"""A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or `(H, W, 3)` RGB."""
+
+
+def to_pixels(image: AnyImage, image_size: int) -> NDArray[np.uint8]:
+    """Turn an image into pixels as a model takes them, the way `pipeline prepare` does.
+
+    Args:
+        image: The image.
+        image_size: Side of the result, pixels.
+
+    Returns:
+        `(image_size, image_size, 3)` uint8 RGB.
+
+    Raises:
+        DataError: The file is no image or a damaged one, or the array is no image.
+    """
+    if isinstance(image, Path | str):
+        try:
+            return read_image(Path(image), image_size)
+        except DataError as error:
+            raise DataError(f"{printable(image)}: {error}") from error
+    if isinstance(image, bytes):
+        return read_image(image, image_size)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
+        image = Image.fromarray(image)
+    try:
+        return to_rgb(upright(image), image_size)
+    except (OSError, ValueError) as error:  # a file that PIL opened is decoded only now
+        raise DataError(f"an image of mode {image.mode}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,29 +119,9 @@ class Predictor:
         """Images that are best answered at once."""
         return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
 
-    def transform(self, image: Path | str | bytes | Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
-        """Turn an image into pixels as the model takes them, the way `pipeline prepare` does.
-
-        Args:
-            image: A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or
-                `(H, W, 3)` RGB.
-
-        Returns:
-            `(image_size, image_size, 3)` uint8 RGB.
-
-        Raises:
-            DataError: The file is no image or a damaged one, or the array is no image.
-        """
-        if isinstance(image, Path | str | bytes):
-            return read_image(Path(image) if isinstance(image, str) else image, self.image_size)
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-                raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
-            image = Image.fromarray(image)
-        try:
-            return to_rgb(upright(image), self.image_size)
-        except ValueError as error:
-            raise DataError(f"an image of mode {image.mode}: {error}") from None
+    def transform(self, image: AnyImage) -> NDArray[np.uint8]:
+        """Return `to_pixels` of an image at the model's size."""
+        return to_pixels(image, self.image_size)
 
     @torch.inference_mode()
     def answer(self, pixels: NDArray[np.uint8] | Tensor) -> Answer:
@@ -132,7 +144,7 @@ class Predictor:
         named = dict(zip(HEADS, likely[1:], strict=False))
         return Answer(likely[0], named, self.class_names)
 
-    def __call__(self, images: Iterable[Path | str | bytes | Image.Image | NDArray[Any]]) -> Answer:
+    def __call__(self, images: Iterable[AnyImage]) -> Answer:
         """Answer to images of any kind and size, a batch at a time.
 
         Raises:

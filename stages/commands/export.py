@@ -62,7 +62,8 @@ def export(
     if data is not None:
         console, real = open_console(), from_folder(data, inputs, labelled=int8)
     else:
-        context = open_context(recipe or found.meta.get("recipe"))
+        own = found.meta.get("recipe")
+        context = open_context(recipe or (own if isinstance(own, str) else None))
         console, real = context.console, from_recipe(context, inputs)
 
     def say(line: str) -> None:
