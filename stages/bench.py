@@ -12,11 +12,12 @@ import torch
 
 from pipeline.counting import flops_per_image, num_parameters, paper_macs
 from pipeline.errors import UsageError
+from pipeline.loading import build_model
 from pipeline.prediction import Predictor
 from pipeline.reporting import Table, number
 from pipeline.runtime import device_name, environment
 from pipeline.speed import Speed
-from stages.models import build, make_predictor
+from stages.models import make_predictor
 
 
 def load(
@@ -46,7 +47,7 @@ def load(
         predictor, checkpoint = make_predictor(path, device, precision)
         predictors[str(path)], meta = predictor, dict(checkpoint.meta)
         with torch.device("meta"):
-            model = build(meta)
+            model = build_model(meta["kind"], meta["model"], meta["arguments"])
         scores = meta.get("scores")
         rows.append(
             {

@@ -9,6 +9,7 @@ import click
 
 from pipeline.errors import UsageError
 from stages.options import (
+    PATH,
     device_option,
     json_option,
     open_console,
@@ -20,7 +21,7 @@ from stages.options import (
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @recipe_option
 @device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
@@ -74,15 +75,18 @@ def evaluate(
 
 @click.command()
 @recipe_option
-@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md and report.json.")
-def report(recipe: str | None, out: Path | None) -> None:
-    """Print the tables of what has been run; write report.md and report.json."""
-    from stages.report import report as run
+@click.option("--out", type=PATH, help="Directory of the report; data/<recipe>/reports if left out.")
+@click.option("--no-figures", is_flag=True, help="Draw nothing; matplotlib is not needed then.")
+@click.option("--tracked-only", is_flag=True, help="Leave out data/runs, which DVC does not track.")
+def report(recipe: str | None, out: Path | None, no_figures: bool, tracked_only: bool) -> None:
+    """Write a page, tables and figures of what has been run."""
+    from stages.reports.report import report as run
 
     context = open_context(recipe)
-    for table in run(context, out):
+    written = run(context, out, with_figures=not no_figures, tracked_only=tracked_only)
+    for table in written.tables:
         context.show(table)
-    context.say(f"wrote {context.paths.report if out is None else out / 'report.md'}")
+    context.say(f"wrote {written.directory / 'report.html'}, report.md, report.json, tables/ and figures/")
     context.end()
 
 

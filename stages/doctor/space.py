@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from pipeline.label_identity import label_dtype
+from pipeline.loading import build_model
 from pipeline.recipes import FitRecipe
 from pipeline.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.context import Context
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
 from stages.doctor.project import DVC, dvc_setting
 from stages.doctor.work import Job, Sizes
-from stages.models import build, student_arguments
+from stages.models import student_arguments
 from stages.paths import DATA
 
 # Tensors as large as the model that an optimiser keeps.
@@ -92,7 +93,7 @@ def model_bytes(context: Context, job: Job, sizes: Sizes) -> int:
         own = context.recipe.students[job.name]
         arguments = student_arguments(own, num_classes=sizes.num_classes, image_size=sizes.image_size)
     with torch.device("meta"):
-        model = build({"kind": job.kind, "model": job.model, "arguments": arguments})
+        model = build_model(job.kind, job.model, arguments)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 

@@ -13,7 +13,7 @@ from stages.context import Context
 from stages.distill import plan_student, student_recipe
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding
 from stages.dry_run import plan_labels
-from stages.fitting import Run
+from stages.runs import Run
 from stages.teacher import plan_teacher
 from stages.teacher_labels import Distillation, TeacherSource
 
@@ -107,7 +107,8 @@ def work(context: Context, *, prepared: bool) -> tuple[list[Job], list[Finding]]
     absent = [name for name in context.params.students if name not in context.recipe.students]
     absent += [name for name in context.params.teachers if name not in context.recipe.teachers]
     if absent:
-        text = f"params.yaml lists {', '.join(absent)}, which recipe {context.recipe.name} does not have: `dvc repro` fails"
+        names = ", ".join(absent)
+        text = f"params.yaml lists {names}, which recipe {context.recipe.name} does not have: `dvc repro` fails"
         found.append(
             Finding("project", WARNING, text, "set `teachers` and `students` (dvc exp run -S ...), or use the commands")
         )
