@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.storage import read_bytes, read_json, write_atomic, write_json
+from pipeline.storage import read_bytes, read_json, sha256_file, write_atomic, write_json
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,20 @@ class RunState:
         self._serial = int(newest.meta["serial"])
         return newest
 
+    def peek(self) -> Mapping[str, Any] | None:
+        """Return the JSON of the state that `load` would return, without loading it."""
+        found = []
+        for slot in self._SLOTS:
+            with contextlib.suppress(DataError, StorageError):
+                meta = read_meta(self._directory, stem=slot)
+                if meta is not None and meta.get("fingerprint") == self._fingerprint:
+                    found.append((int(meta["serial"]), slot, meta))
+        for _, slot, meta in sorted(found, reverse=True):
+            with contextlib.suppress(StorageError):
+                if sha256_file(self._directory / f"{slot}.safetensors") == meta["sha256"]:
+                    return meta
+        return None
+
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Copy a state, and begin to write it over the older of the two.
 
@@ -190,11 +204,15 @@ class RunState:
         save_checkpoint(self._directory, slot, tensors, meta)
         self.seconds = time.monotonic() - began
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> Path:
-        """Write the weights of a run that failed as `last-good.safetensors`, and return its path."""
-        self.wait()
-        save_checkpoint(self._directory, "last-good", tensors, {"fingerprint": self._fingerprint})
+    @property
+    def last_good(self) -> Path:
+        """Where `keep` writes."""
         return self._directory / "last-good.safetensors"
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights of a run that failed to `last_good`."""
+        self.wait()
+        save_checkpoint(self._directory, self.last_good.stem, tensors, {"fingerprint": self._fingerprint})
 
     def delete(self) -> None:
         """Remove the run's directory."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +125,46 @@ class Dataset:
         write_content(path, Content(self.source, self.class_names, splits, self.sha256))
 
     @classmethod
+    def from_arrays(
+        cls,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.integer[Any]],
+        class_names: Sequence[str],
+        *,
+        test: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]] | None = None,
+        val_fraction: float = 0.0,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+    ) -> Dataset:
+        """Make a data set from arrays, as in a notebook.
+
+        Args:
+            images: `(N, S, S, 3)` uint8 RGB.
+            labels: `(N,)` integers in [0, K).
+            class_names: K names.
+            test: Images and labels of the test split; None cuts `test_fraction` off.
+            val_fraction: As of `DatasetRecipe`.
+            test_fraction: Likewise.
+            split_seed: Likewise.
+
+        Returns:
+            The data set.
+
+        Raises:
+            DataError: The arrays are not as above, or too few samples are there to cut.
+        """
+        recipe = DatasetRecipe(
+            source="folder", val_fraction=val_fraction, test_fraction=test_fraction, split_seed=split_seed
+        )
+        names = tuple(class_names)
+        train, held_out = _checked(images, labels, len(names)), None
+        if test is not None:
+            held_out = _checked(*test, len(names))
+            if held_out.images.shape[1:] != images.shape[1:]:
+                raise DataError(f"test images are of shape {held_out.images.shape}, the others {images.shape}")
+        return assemble("folder", names, train, held_out, recipe)
+
+    @classmethod
     def load(cls, path: Path, max_bytes: int | None = None) -> Dataset:
         """Read a data set that `save` wrote, and verify its SHA-256.
 
@@ -146,6 +188,17 @@ class Dataset:
                 "run `pipeline prepare` again"
             )
         return dataset
+
+
+def _checked(images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], num_classes: int) -> Split:
+    """A split of arrays that may be anything."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+        raise DataError(f"images are {images.dtype} of shape {images.shape}; give uint8 RGB, (N, S, S, 3)")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"labels are {labels.dtype} of shape {labels.shape}; give {len(images)} integers")
+    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+        raise DataError(f"labels go from {labels.min()} to {labels.max()}; there are {num_classes} class names")
+    return Split(images, labels.astype(np.int64))
 
 
 def stratified_split(

@@ -11,8 +11,10 @@ Whatever else is not an image that can be decoded is a bad file: reported by nam
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +96,13 @@ def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     return np.array(image)
 
 
-def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
+def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
     """Read one image file.
 
     The format is recognised by content, among FORMATS. A photograph is turned as its EXIF orientation says.
 
     Args:
-        path: The file.
+        source: The file, or its content.
         image_size: Side of the result, pixels.
 
     Returns:
@@ -113,17 +115,17 @@ def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
     Differs: torchvision's ImageFolder ignores the EXIF orientation.
     """
     try:
-        if not path.is_file():
+        if isinstance(source, Path) and not source.is_file():
             raise DataError("not a regular file")  # opening a named pipe would wait for its writer
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if max(image.size) > MAX_SIDE:
                 raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
-            turn = _upright(image)
-            return to_rgb(image if turn is None else image.transpose(turn), image_size)
+            return to_rgb(upright(image), image_size)
     except UnidentifiedImageError:
-        raise DataError("empty" if path.stat().st_size == 0 else "not an image of a known format") from None
+        num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
+        raise DataError("empty" if num_bytes == 0 else "not an image of a known format") from None
     except Image.DecompressionBombError:
         raise DataError(f"more than {MAX_PIXELS} pixels") from None
     except DataError:
@@ -131,6 +133,49 @@ def read_image(path: Path, image_size: int) -> NDArray[np.uint8]:
     except Exception as error:  # decoders raise nearly anything on a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot be read: {reason}") from error
+
+
+def refusal(folder: Path, bad: Sequence[BadFile]) -> DataError:
+    """Return the error that names a folder's first bad files."""
+    named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
+    more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
+    return DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError):
+        return image  # metadata that is no EXIF does not spoil the pixels
+    return image if turn is None else image.transpose(turn)
+
+
+def list_folder(folder: Path, bad: list[BadFile]) -> dict[str, dict[str, list[Path]]]:
+    """List the images of an image folder without opening them.
+
+    Args:
+        folder: As of `read_folder`.
+        bad: What is no file that can be read is added to it.
+
+    Returns:
+        Their paths by class name by split.
+
+    Raises:
+        UsageError: There is no such folder.
+        DataError: It has no `train`, a class of `test` is not in `train`, or a class name is not UTF-8.
+        StorageError: A folder cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--from {printable(folder)}: no such folder; it must hold train/<class>/<image>")
+    if not (folder / "train").is_dir():
+        raise DataError(f"{printable(folder)}: no folder `train` in it; images go in train/<class>/<image>")
+    listed = {name: list_classes(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
+    for name in listed.get("test", {}):
+        if name not in listed["train"]:
+            path = printable(folder / "test" / name)
+            raise DataError(f"{path}: a class that `train` does not have; rename or remove it")
+    return listed
 
 
 def read_folder(
@@ -154,25 +199,15 @@ def read_folder(
             is not UTF-8, or there are bad files.
         StorageError: A folder cannot be listed, or images cannot be spilled.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--from {printable(folder)}: no such folder; it must hold train/<class>/<image>")
-    if not (folder / "train").is_dir():
-        raise DataError(f"{printable(folder)}: no folder `train` in it; images go in train/<class>/<image>")
     bad: list[BadFile] = []
-    listed = {name: _list_split(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
+    listed = list_folder(folder, bad)
     class_names = tuple(listed["train"])
-    for name in listed.get("test", {}):
-        if name not in class_names:
-            path = printable(folder / "test" / name)
-            raise DataError(f"{path}: a class that `train` does not have; rename or remove it")
     num_images = sum(len(paths) for classes in listed.values() for paths in classes.values())
     if spill is not None and num_images * image_size * image_size * 3 <= spill.max_bytes:
         spill = None
     splits = {name: _read_split(folder, each, class_names, image_size, bad, spill) for name, each in listed.items()}
     if bad and not skip_bad:
-        named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
-        more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
-        raise DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+        raise refusal(folder, bad)
     for split_name, split in splits.items():
         empty = [name for name in listed[split_name] if class_names.index(name) not in split.labels]
         if empty or not len(split):
@@ -181,22 +216,21 @@ def read_folder(
     return class_names, splits["train"], splits.get("test"), bad
 
 
-def printable(path: Path | str) -> str:
-    """Return a path as text that any terminal and any JSON file can hold: one line, other bytes escaped."""
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+def list_classes(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list[Path]]:
+    """List each class's images.
 
+    Args:
+        folder: An image folder.
+        split: The folder in it that holds the classes' folders; empty where it is `folder` itself.
+        bad: Gains what is in no class or no image.
 
-def _upright(image: Image.Image) -> Image.Transpose | None:
-    """Return what turns an image as its EXIF orientation says, if anything."""
-    try:
-        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, ValueError, TypeError):
-        return None  # metadata that is no EXIF does not spoil the pixels
+    Returns:
+        Class name to images, both ascending by bytes.
 
-
-def _list_split(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list[Path]]:
-    """List each class's images, both ascending by bytes; append to `bad` what is in no class or no image."""
+    Raises:
+        DataError: A class name is not UTF-8.
+        StorageError: A folder cannot be listed.
+    """
     classes: dict[str, list[Path]] = {}
     for entry in _list(folder / split):
         if not entry.is_dir():
@@ -217,21 +251,27 @@ def _list_split(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list[
     return classes
 
 
+def is_ignored(path: Path) -> bool:
+    """Whether desktops and authors leave such files beside images."""
+    if path.name.startswith("."):
+        return True
+    is_known = path.name.lower() in IGNORED_NAMES or path.suffix.lower() in IGNORED_SUFFIXES
+    return is_known and not path.is_dir()
+
+
+def printable(path: Path | str) -> str:
+    """Return a path as text that any terminal and any JSON file can hold: one line, other bytes escaped."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def _list(folder: Path) -> list[Path]:
     """List a folder, ascending by bytes, without what is left out in silence."""
     try:
         entries = sorted(folder.iterdir(), key=os.fsencode)
     except OSError as error:
         raise StorageError(f"{printable(folder)}: cannot be listed ({error.strerror})") from error
-    return [entry for entry in entries if not _is_ignored(entry)]
-
-
-def _is_ignored(path: Path) -> bool:
-    """Whether desktops and authors leave such files beside images."""
-    if path.name.startswith("."):
-        return True
-    is_known = path.name.lower() in IGNORED_NAMES or path.suffix.lower() in IGNORED_SUFFIXES
-    return is_known and not path.is_dir()
+    return [entry for entry in entries if not is_ignored(entry)]
 
 
 def _bad_file(folder: Path, path: Path, reason: str) -> BadFile:

@@ -33,6 +33,11 @@ MNIST_SHA256 = {
 }
 
 
+KNOWN_SIZES = {"digits": (1797, 0, 10), "mnist": (60000, 10000, 10), "cifar10": (50000, 10000, 10)}
+KNOWN_SIZES["cifar100"] = (50000, 10000, 100)
+"""Images to train and to test on, and classes, of the sources that are always the same."""
+
+
 def read_source(
     recipe: Recipe,
     *,
@@ -66,10 +71,7 @@ def read_source(
     if folder is not None:
         class_names, train, test, bad = read_folder(folder, image_size, skip_bad=skip_bad, spill=spill)
     elif source == "folder":
-        raise UsageError(
-            f"recipe {recipe.name}: its source is `folder`; say which with "
-            f"`pipeline prepare --recipe {recipe.name} --from FOLDER`"
-        )
+        raise _unnamed_folder(recipe)
     elif source == "digits":
         class_names, train, test = *_read_digits(image_size), None
     else:
@@ -98,7 +100,6 @@ def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[
     else:
         archive = raw / source_class.filename
         has_archive = torchvision.datasets.utils.check_integrity(archive, source_class.tgz_md5)
-    ways = f"`pipeline prepare --recipe {recipe.name} --download`, or `--from FOLDER` for an image folder"
     try:
         # CIFAR's pickles are so old that NumPy 2.4 warns of them (pytorch/vision issue 9340).
         with warnings.catch_warnings(action="ignore", category=np.exceptions.VisibleDeprecationWarning):
@@ -107,10 +108,51 @@ def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[
             )
     except (OSError, RuntimeError, HTTPException) as error:
         if isinstance(error, RuntimeError) and not download:
-            raise DataError(f"{source}: not found in {raw}, or damaged; run {ways}") from error
+            raise DataError(f"{source}: not found in {raw}, or damaged; run {_ways(recipe)}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise StorageError(f"{source}: cannot be fetched to {raw} ({reason}); try again: {ways}") from error
+        raise StorageError(f"{source}: cannot be fetched to {raw} ({reason}); try again: {_ways(recipe)}") from error
     return tuple(train.classes), _make_split(train, image_size), _make_split(test, image_size)
+
+
+def _ways(recipe: Recipe) -> str:
+    return f"`pipeline prepare --recipe {recipe.name} --download`, or `--from FOLDER` for an image folder"
+
+
+def _unnamed_folder(recipe: Recipe) -> UsageError:
+    return UsageError(
+        f"recipe {recipe.name}: its source is `folder`; say which with "
+        f"`pipeline prepare --recipe {recipe.name} --from FOLDER`"
+    )
+
+
+def check_source(recipe: Recipe, raw: Path) -> None:
+    """Check that `read_source` has what it reads without a folder or a download, by the files' names alone.
+
+    Args:
+        recipe: The recipe.
+        raw: Folder of torchvision's downloads.
+
+    Raises:
+        UsageError: The source is `folder`.
+        DataError: The files are missing.
+    """
+    source = recipe.dataset.source
+    if source == "folder":
+        raise _unnamed_folder(recipe)
+    if source == "digits":
+        return
+    import torchvision.datasets  # takes seconds to import
+
+    source_class = getattr(torchvision.datasets, TORCHVISION_CLASSES[source])
+    if source == "mnist":
+        folder = raw / "MNIST" / "raw"
+        found = all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in MNIST_SHA256)
+    else:
+        names = [name for name, _ in [*source_class.train_list, *source_class.test_list]]
+        unpacked = all((raw / source_class.base_folder / name).is_file() for name in names)
+        found = unpacked or (raw / source_class.filename).is_file()
+    if not found:
+        raise DataError(f"{source}: not found in {raw}; run {_ways(recipe)}")
 
 
 def _unpack_mnist(folder: Path) -> None:

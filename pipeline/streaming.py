@@ -17,6 +17,8 @@ from torch import Tensor
 from pipeline.image_arrays import Images, chunks
 from pipeline.prefetch import prefetch
 
+CPU = torch.device("cpu")
+
 
 class HostImages:
     """Images on the host, for work on a device.
@@ -61,18 +63,18 @@ class HostImages:
         return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
 
 
-def place_images(images: Images, device: torch.device, max_bytes: int) -> Tensor | HostImages:
+def place_images(images: Images, device: torch.device = CPU, max_bytes: int | None = None) -> Tensor | HostImages:
     """Put images on a device, where they are not too many for it.
 
     Args:
         images: `(N, H, W, 3)` uint8.
         device: The device.
-        max_bytes: More than that stay where they are.
+        max_bytes: More than that stay where they are; None places any number.
 
     Returns:
         `(N, 3, H, W)` uint8 on the device, or the images for streaming.
     """
-    if images.nbytes > max_bytes:
+    if max_bytes is not None and images.nbytes > max_bytes:
         return HostImages(images, device)
     num_samples, height, width, num_channels = images.shape
     placed, start = torch.empty((num_samples, num_channels, height, width), dtype=torch.uint8, device=device), 0

@@ -99,7 +99,7 @@ class Context:
         from pipeline.datasets import Dataset
         from pipeline.runtime import resident_limit
 
-        if not all((self.paths.prepared / name).is_file() for name in ("dataset.h5", "summary.json")):
+        if not self.paths.is_prepared:
             raise DataError(
                 f"{self.paths.dataset}: no prepared data; run `pipeline prepare --recipe {self.recipe.name}`"
             )

@@ -18,9 +18,11 @@ from pipeline.recipes import Recipe, StudentRecipe
 from pipeline.students import STUDENTS, build_student, use_inner_block
 from pipeline.training_step import Objective
 from stages.context import Context
+from stages.dry_run import plan_run
 from stages.execution import execution
-from stages.fitting import Run, carry_out, make_views, place, up_to_date
+from stages.fitting import carry_out, make_views, up_to_date
 from stages.models import describe, student_arguments
+from stages.runs import Run, place
 from stages.teacher_labels import Distillation, TeacherSource
 
 CPU_MICRO_BATCH = 128
@@ -54,6 +56,7 @@ def distill(
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
     fresh: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Train a student unless its result is up to date.
 
@@ -69,6 +72,7 @@ def distill(
         settings: Fields of the student's recipe to replace; such a run goes to data/runs.
         seed: Of initialisation and order; one that is not 0 goes to data/runs.
         fresh: Whether to start over.
+        dry_run: Whether only to say what would be done, and why.
 
     Returns:
         The directory of the outputs.
@@ -83,7 +87,10 @@ def distill(
     with context.joined() as group:
         device, dataset = context.device, context.dataset()
         source = TeacherSource(context, dataset, recipe, distillation)
-        run = _plan(context, dataset, name, recipe, source, distillation, settings=settings or {}, seed=seed)
+        run = plan_student(context, dataset, name, recipe, source, distillation, settings=settings or {}, seed=seed)
+        if dry_run:
+            context.say(plan_run(run, fresh=fresh))
+            return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
         views = make_views(context, dataset, recipe.views)
@@ -113,7 +120,7 @@ def micro_batch_on(device: torch.device, recipe: StudentRecipe) -> int | None:
     return CPU_MICRO_BATCH if device.type == "cpu" else None
 
 
-def _plan(
+def plan_student(
     context: Context,
     dataset: Dataset,
     name: str,
@@ -146,6 +153,7 @@ def _plan(
         recipe=recipe,
         seed=seed,
         inputs=inputs,
+        differs=differs,
         teacher=source.teacher,
         is_distilled=source.is_distilled,
         num_views=view_recipe.count,

@@ -1,36 +1,32 @@
 """What `teacher` and `distill` share: run the fit loop and write its outputs.
 
-A run's directory holds best.safetensors and best.json (students also last.*), metrics.json, curve.csv and run.json;
-the last is the only one that holds times, dates and the device, so nothing that depends on the others reruns
-because of them.
+A run's directory holds best.safetensors and best.json (students also last.*), metrics.json, curve.csv, predictions.csv
+(the best epoch's on the test split) and run.json; the last is the only one that holds times, dates and the device, so
+nothing that depends on the others reruns because of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import pipeline
 from pipeline.batches import EvaluationData, TrainingData
-from pipeline.checkpoints import RunState, fingerprint, read_meta, save_checkpoint
+from pipeline.checkpoints import RunState, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.distributed import Group, has_batch_norm
-from pipeline.evaluation import evaluate
+from pipeline.errors import NumericalError
+from pipeline.evaluation import Predictions, evaluate
 from pipeline.image_arrays import MappedImages
-from pipeline.recipes import FitRecipe
-from pipeline.reporting import RunWatcher
-from pipeline.resuming import FitResult
+from pipeline.metrics import Scores
+from pipeline.reporting import RunWatcher, to_csv
+from pipeline.resuming import FitResult, keep_best
 from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.streaming import HostImages, place_images
@@ -40,74 +36,8 @@ from pipeline.views import Views
 from stages.context import Context
 from stages.execution import Execution, explaining_compilation
 from stages.models import costs
-from stages.paths import Paths
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model to be trained.
-
-    Attributes:
-        name: As shown to people.
-        out: Where the outputs go.
-        work: Where the resumable state lies while it runs.
-        stage: The DVC stage whose outputs these are; None for runs that differ from the recipe.
-        description: The checkpoint's JSON, see stages.models.describe.
-        recipe: How it is trained.
-        seed: Of initialisation and order.
-        inputs: Whatever else decides the result, as plain JSON values.
-        teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
-        is_distilled: Whether it also learns from that teacher's labels.
-        num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
-        soft: Temperature of soft distillation; None for hard labels and without a teacher.
-        confidence: Whether the teacher's confidence weighs the samples.
-        keep_last: Whether the last epoch's weights are kept beside the best's.
-    """
-
-    name: str
-    out: Path
-    work: Path
-    stage: str | None
-    description: Mapping[str, Any]
-    recipe: FitRecipe
-    seed: int
-    inputs: Mapping[str, Any]
-    teacher: Mapping[str, Any] | None = None
-    is_distilled: bool = False
-    num_views: int | None = None
-    soft: float | None = None
-    confidence: bool = False
-    keep_last: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the result, the code's version included."""
-        return fingerprint(
-            model=dict(self.description),
-            recipe=dataclasses.asdict(self.recipe),
-            seed=self.seed,
-            inputs=dict(self.inputs),
-            version=pipeline.__version__,
-        )
-
-    def is_current(self) -> bool:
-        """Whether the outputs are there and come from exactly this run."""
-        meta = read_meta(self.out)
-        complete = all((self.out / name).is_file() for name in ("metrics.json", "curve.csv", "run.json"))
-        return complete and meta is not None and meta.get("fingerprint") == self.fingerprint
-
-
-def place(
-    paths: Paths, work: str, name: str, settings: Mapping[str, str], seed: int, out: Path, stage: str
-) -> tuple[Path, Path, str | None]:
-    """Return output directory, work directory and DVC stage; what differs from the recipe goes to data/runs."""
-    differences = [f"{key}-{value}" for key, value in settings.items()]
-    if seed:
-        differences.append(f"seed-{seed}")
-    if not differences:
-        return out, paths.work(*work.split("/")), stage
-    label = "-".join([name, *differences]).replace("/", "_")
-    return paths.run(label), paths.work("runs", label), None
+from stages.runs import Run
+from stages.staleness import NOT_TRAINED
 
 
 def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
@@ -141,10 +71,15 @@ def evaluation_data(
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
     """Tell whether there is nothing to do, and say so; rank 0 looks, since it also writes."""
-    current = not fresh and group.on_main(run.is_current)
-    if current:
+    if fresh:
+        return False
+    why = group.on_main(run.why_stale)
+    if why is None:
+        group.on_main(run.clean_up)
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
-    return current
+    elif why != NOT_TRAINED:
+        context.say(f"{run.name}: trains again ({why})")
+    return why is None
 
 
 def carry_out(
@@ -179,15 +114,7 @@ def carry_out(
     device = context.device
     if device.type == "cpu":
         keep_freed_memory()
-    state = RunState(run.work, run.fingerprint)
-    with contextlib.ExitStack() as held:
-
-        def begin() -> None:
-            held.enter_context(lock(run.work.with_name(f"{run.work.name}.lock")))
-            if fresh:
-                state.delete()
-
-        group.on_main(begin)
+    with _claimed(run, group, fresh=fresh) as state:
         context.say(f"{run.name}: {how.describe(device, run.recipe.batch_size)}")
         _say_ranks(context, run, group, model)
         if how.compiled:
@@ -213,17 +140,40 @@ def carry_out(
                 captured=how.step == "graph",
                 group=group,
             ).run()
-            last, scores = _score_best(context, run, group, model, dataset, clean, result, how.precision)
+            last = _take_best(run, group, model, result)
+            test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
+            predictions = Predictions.of(test)
+            try:
+                scores = evaluate(model, test, precision=how.precision, group=group, predictions=predictions)
+            except NumericalError as error:
+                raise NumericalError(f"test split, {error}; {keep_best(state, result, group)}") from None
 
             def end() -> None:
-                _write(run, result, last, _metrics(run, dataset, result, scores, how.precision))
+                metrics = _metrics(run, dataset, result, dataclasses.asdict(scores), how.precision)
                 where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
-                write_json(run.out / "run.json", {**where, "seconds": round(time.monotonic() - began, 1)})
+                where["seconds"] = round(time.monotonic() - began, 1)
+                _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
                 state.delete()
 
             group.on_main(end)
     if run.stage is not None:
         context.changed(run.stage)
+
+
+@contextlib.contextmanager
+def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState]:
+    """Hold a run's lock, on rank 0, and yield its resumable state."""
+    state = RunState(run.work, run.fingerprint)
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(lock(run.lock))
+            run.remove_leftovers()
+            if fresh:
+                state.delete()
+
+        group.on_main(claim)
+        yield state
 
 
 def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> None:
@@ -236,25 +186,15 @@ def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> No
     context.say(line)
 
 
-def _score_best(
-    context: Context,
-    run: Run,
-    group: Group,
-    model: nn.Module,
-    dataset: Dataset,
-    clean: Mapping[str, np.ndarray[Any, Any]],
-    result: FitResult,
-    precision: str,
-) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    """Return the last epoch's weights, which `model` holds, where they are kept, and the best one's test scores."""
+def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> dict[str, Tensor] | None:
+    """Give `model` the best epoch's weights, and return the last one's, which it holds, where they are kept."""
     last = None
     if group.is_main:
         if run.keep_last:
             last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(result.best)
     group.broadcast_(model.state_dict().values())
-    test = evaluation_data(dataset, dataset.test, context.device, clean.get("test"))
-    return last, dataclasses.asdict(evaluate(model, test, precision=precision, group=group))
+    return last
 
 
 def _metrics(
@@ -265,6 +205,7 @@ def _metrics(
         "name": run.name,
         "kind": run.description["kind"],
         "recipe": run.description["recipe"],
+        "differs": dict(run.differs),
         "evaluated_on": dataset.evaluation[0],
         "best": _scores(result.curve[result.best_epoch - 1]),
         "last": _scores(result.curve[-1]),
@@ -292,23 +233,33 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
 
 
-def _write(run: Run, result: FitResult, last: Mapping[str, Tensor] | None, metrics: Mapping[str, Any]) -> None:
+def _write(
+    run: Run,
+    result: FitResult,
+    last: Mapping[str, Tensor] | None,
+    metrics: Mapping[str, Any],
+    predictions: bytes,
+    where: Mapping[str, Any],
+) -> None:
     """Write the outputs, metrics.json last, so that a directory that has it is whole."""
     (run.out / "metrics.json").unlink(missing_ok=True)
-    meta = {**run.description, "fingerprint": run.fingerprint, "training": dataclasses.asdict(run.recipe)}
-    meta |= {key: metrics[key] for key in ("seed", "teacher", "views", "soft", "confidence", "warnings")}
+    meta = {**run.decided_by, "fingerprint": run.fingerprint}
+    meta |= {key: metrics[key] for key in ("teacher", "views", "soft", "confidence", "warnings")}
     save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
     if last is not None:
         save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})
     write_atomic(run.out / "curve.csv", curve_csv(result.curve))
+    write_atomic(run.out / "predictions.csv", predictions)
+    write_json(run.out / "run.json", where)
     write_json(run.out / "metrics.json", metrics)
 
 
 def curve_csv(curve: list[dict[str, Any]]) -> bytes:
     """Return the rows of a curve as CSV; what does not exist is an empty cell."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in curve:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue().encode()
+
+    def cell(value: object) -> object:
+        return f"{value:.6g}" if isinstance(value, float) else value
+
+    # Rows that come from a saved state have lost their order.
+    columns = ["epoch", "lr", "train_loss", *(field.name for field in dataclasses.fields(Scores))]
+    return to_csv(columns, ([cell(row[name]) for name in columns] for row in curve))

@@ -44,6 +44,20 @@ def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teache
     """
     device = context.device
     model, checkpoint = load_model(path, device, kind="teacher")
+    check_teacher(context, dataset, checkpoint)
+    settings = context.recipe.label
+    precision = resolve_precision(settings.precision, device)
+    folded = fold(model, dataset.image_size).to(memory_format=torch.channels_last)
+    ready = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
+    return compile_teacher(ready, dataset.image_size) if settings.compile else ready, checkpoint
+
+
+def check_teacher(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Refuse a teacher of other data.
+
+    Raises:
+        DataError: Its classes, image size or normalisation are others.
+    """
     for key, expected in (
         ("class_names", list(dataset.class_names)),
         ("image_size", dataset.image_size),
@@ -54,11 +68,6 @@ def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teache
             raise DataError(
                 f"{checkpoint.path}: its {key} is not that of {context.paths.dataset}; train a teacher on this data"
             )
-    settings = context.recipe.label
-    precision = resolve_precision(settings.precision, device)
-    folded = fold(model, dataset.image_size).to(memory_format=torch.channels_last)
-    ready = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
-    return compile_teacher(ready, dataset.image_size) if settings.compile else ready, checkpoint
 
 
 def label(
@@ -95,22 +104,15 @@ def label(
             labels that another precision, device or version made.
     """
     recipe, paths = context.recipe, context.paths
-    if view_recipe not in recipe.views:
-        raise UsageError(f"--view-recipe {view_recipe}: not in {recipe.name}; choose from {', '.join(recipe.views)}")
-    if teacher is None and not paths.winner.exists():
-        raise DataError(f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`")
+    wanted = check_request(context, view_recipe, teacher=teacher, fresh=fresh, part=part)
     ranks, path, work = current_ranks(), paths.labels(view_recipe), paths.work("labels", view_recipe)
-    wanted = wanted_views(recipe, view_recipe, part)
-    if fresh and (ranks.world_size > 1 or part is not None):
-        why = "under torchrun, whose ranks would" if part is None else "with --views, whose slices would"
-        raise UsageError(f"--fresh: not {why} delete each other's work; delete {path} first")
     with lock(lock_of(work, ranks.rank)):
         dataset = context.dataset()
         topk = asked_topk(recipe, keep, dataset.num_classes)
         model, checkpoint = load_teacher(context, dataset, teacher or paths.winner)
         identity = identity_of(dataset, recipe.views[view_recipe])
-        provenance = _provenance(context, model, checkpoint, topk)
-        parts, missing, cache = _begin(context, view_recipe, identity, provenance, wanted, fresh=fresh, keep=keep)
+        provenance = provenance_of(context, dataset, checkpoint, topk)
+        parts, missing, cache = begin(context, view_recipe, identity, provenance, wanted, fresh=fresh, keep=keep)
         if cache is not None:
             if cache.num_views >= wanted.stop:
                 _clean_up(path, parts, cache)
@@ -138,15 +140,36 @@ def label(
     return path
 
 
-def _begin(
+def check_request(
+    context: Context, view_recipe: str, *, teacher: Path | None, fresh: bool, part: ViewSlice | None
+) -> range:
+    """Refuse what `label` cannot do, before any data is looked for, and return the views wanted.
+
+    Raises:
+        UsageError: As of `label`.
+        DataError: There is no teacher.
+    """
+    recipe, paths = context.recipe, context.paths
+    if view_recipe not in recipe.views:
+        raise UsageError(f"--view-recipe {view_recipe}: not in {recipe.name}; choose from {', '.join(recipe.views)}")
+    if teacher is None and not paths.winner.exists():
+        raise DataError(f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`")
+    wanted = wanted_views(recipe, view_recipe, part)
+    if fresh and (current_ranks().world_size > 1 or part is not None):
+        why = "under torchrun, whose ranks would" if part is None else "with --views, whose slices would"
+        raise UsageError(f"--fresh: not {why} delete each other's work; delete {paths.labels(view_recipe)} first")
+    return wanted
+
+
+def begin(
     context: Context,
     view_recipe: str,
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
     wanted: range,
     *,
-    fresh: bool,
-    keep: int | None,
+    fresh: bool = False,
+    keep: int | None = None,
 ) -> tuple[LabelParts, list[int], LabelCache | None]:
     """Return the parts, the wanted views that have none, and the sealed file to go on from."""
     path, work = context.paths.labels(view_recipe), context.paths.work("labels", view_recipe)
@@ -184,17 +207,19 @@ def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
     )
 
 
-def _provenance(context: Context, teacher: Teacher, checkpoint: Checkpoint, topk: int) -> dict[str, Any]:
+def provenance_of(context: Context, dataset: Dataset, checkpoint: Checkpoint, topk: int) -> dict[str, Any]:
+    """Return the provenance of the labels that a teacher, loaded by `load_teacher`, makes here."""
+    settings, device = context.recipe.label, context.device
     return make_provenance(
         teacher=str(checkpoint.meta["model"]),
         checkpoint_sha256=checkpoint.sha256,
-        mean=teacher.mean,
-        std=teacher.std,
-        precision=teacher.precision,
-        device=context.device.type,
+        mean=dataset.mean,
+        std=dataset.std,
+        precision=resolve_precision(settings.precision, device),
+        device=device.type,
         versions=versions(),
         topk=topk,
-        compiled=teacher.compiled,
+        compiled=settings.compile,
     )
 
 

@@ -1,26 +1,24 @@
-"""Building models from recipes and from checkpoints, and the list of all of them."""
+"""What models are in recipes and in checkpoints, and the list of all of them."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint, load_checkpoint, load_weights
+from pipeline.checkpoints import Checkpoint, load_checkpoint
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024
 from pipeline.datasets import Dataset
-from pipeline.errors import DataError, UsageError
+from pipeline.descriptions import GEOMETRY, Description
+from pipeline.errors import DataError
+from pipeline.loading import build_model, restore
+from pipeline.prediction import Predictor
 from pipeline.recipes import PRECISIONS, StudentRecipe
 from pipeline.reporting import Table
-
-GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_width", "pixel_heads")
-CLASSES = (int, 2, 65535)
-IMAGE_SIZES = (int, 4, 1024)
+from pipeline.runtime import resolve_precision
 
 
 def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: int) -> dict[str, Any]:
@@ -44,73 +42,12 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
     }
 
 
-def build(meta: dict[str, Any]) -> nn.Module:
-    """Build the untrained model that a checkpoint's JSON describes.
-
-    Raises:
-        DataError: The JSON describes no model.
-    """
-    try:
-        kind, model, arguments = meta["kind"], meta["model"], dict(meta["arguments"])
-    except (KeyError, TypeError, ValueError):
-        raise DataError("the checkpoint's JSON describes no model; name a checkpoint that a stage wrote") from None
-    if kind == "student":
-        from pipeline.students import build_student
-
-        return build_student(model, **arguments)
-    from pipeline.teachers import build_teacher
-
-    return build_teacher(model, **arguments)
-
-
-def check_description(meta: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint's JSON that `describe` cannot have made, before anything is built from it.
-
-    Raises:
-        DataError: A field is missing or out of range; the message names it.
-    """
-    from pipeline.students import STUDENTS
-    from pipeline.teachers import TEACHERS
-
-    models = {"student": tuple(STUDENTS), "teacher": tuple(TEACHERS)}
-    arguments, names, training = (meta.get(key) for key in ("arguments", "class_names", "training"))
-    kind, precision = meta.get("kind"), training.get("precision") if isinstance(training, dict) else None
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    limits = _limits(kind)
-    checks = {
-        "kind": isinstance(kind, str) and kind in models,
-        "model": meta.get("model") in models.get(str(kind), ()),
-        "arguments": isinstance(arguments, dict) and arguments.keys() <= limits.keys() and "num_classes" in arguments,
-        "class_names": is_list,
-        "image_size": _is_within(meta.get("image_size"), *IMAGE_SIZES),
-        "mean": _is_channels(meta.get("mean"), 0.0),
-        "std": _is_channels(meta.get("std"), sys.float_info.min),
-        "training.precision": precision in PRECISIONS,
-    }
-    if isinstance(arguments, dict):
-        known = sorted(limits.keys() & arguments.keys())
-        checks |= {f"arguments.{key}": _is_within(arguments[key], *limits[key]) for key in known}
-        checks["arguments.num_classes"] = is_list and arguments.get("num_classes") == len(names or ())
-        checks["arguments.image_size"] = arguments.get("image_size", meta.get("image_size")) == meta.get("image_size")
-    wrong = [key for key, is_right in checks.items() if not is_right]
-    if wrong:
-        raise DataError(f"its JSON describes no model: {', '.join(wrong)}; name a checkpoint that a stage wrote")
-
-
-def _limits(kind: Any) -> dict[str, tuple[type, float, float]]:
-    """Return type, least and largest value of each argument that a model of a kind is built from."""
-    if kind == "teacher":
-        return {"num_classes": CLASSES, "bn_momentum": (float, 0.0, 1.0)}
-    ranges = {field.name: field.metadata.get("range", ()) for field in dataclasses.fields(StudentRecipe)}
-    return {"num_classes": CLASSES, "image_size": IMAGE_SIZES, **{name: (int, *ranges[name]) for name in GEOMETRY}}
-
-
-def _is_within(value: Any, kind: type, low: float, high: float) -> bool:
-    return type(value) is kind and isinstance(value, int | float) and low <= value <= high
-
-
-def _is_channels(value: Any, low: float) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_is_within(each, float, low, 1.0) for each in value)
+def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
+    """Load a checkpoint; arguments and errors as of `load_model`."""
+    checkpoint = load_checkpoint(path)
+    if kind is not None and checkpoint.meta.get("kind") != kind:
+        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
+    return checkpoint
 
 
 def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> tuple[nn.Module, Checkpoint]:
@@ -125,30 +62,45 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
         UsageError: The path does not exist.
         DataError: It holds no valid checkpoint, or one of the other kind.
     """
-    from pipeline.students import Student, use_inner_block
+    checkpoint = load_checkpoint_of(path, kind)
+    return restore(checkpoint, device), checkpoint
 
-    checkpoint = load_checkpoint(path)
-    try:
-        check_description(checkpoint.meta)
-    except DataError as error:
-        raise DataError(f"{checkpoint.path}: {error}") from error
-    if kind is not None and checkpoint.meta.get("kind") != kind:
-        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
-    with torch.device("meta"):
-        try:
-            model = build(dict(checkpoint.meta))
-        except UsageError as error:  # a geometry that does not divide
-            raise DataError(f"{checkpoint.path}: its JSON describes no model: {error}") from error
-    load_weights(model, checkpoint)
-    if isinstance(model, Student):
-        use_inner_block(model, "auto", device)
-    return model.to(device).eval(), checkpoint
+
+def make_predictor(path: Path, device: torch.device, precision: str | None = None) -> tuple[Predictor, Checkpoint]:
+    """Load a trained model together with what its inputs are; the checkpoint alone is needed.
+
+    Args:
+        path: A directory that a stage wrote, or a .safetensors file in it.
+        device: Where to put it.
+        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
+
+    Raises:
+        UsageError: The path does not exist.
+        DataError: It holds no valid checkpoint, or its JSON does not say what the model's inputs are.
+    """
+    model, checkpoint = load_model(path, device)
+    file = checkpoint.path.with_suffix(".json")
+    if precision is None:
+        training = checkpoint.meta.get("training")
+        precision = training.get("precision") if isinstance(training, dict) else None
+        if precision not in PRECISIONS:
+            raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
+    described = Description.read(checkpoint.meta, file)
+    predictor = Predictor(
+        model=model,
+        class_names=described.class_names,
+        image_size=described.image_size,
+        mean=described.mean,
+        std=described.std,
+        precision=resolve_precision(precision, device),
+    )
+    return predictor, checkpoint
 
 
 def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image."""
     with torch.device("meta"):
-        model = build(meta)
+        model = build_model(meta["kind"], meta["model"], meta["arguments"])
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

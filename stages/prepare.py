@@ -82,18 +82,28 @@ def prepare(
         DataError: The files are missing, damaged, or no data set.
         StorageError: Downloading, reading or writing failed.
     """
-    if folder is not None and download:
-        raise UsageError(
-            f"--from {printable(folder)} and --download: both say where images come from; give one of them"
-        )
+    check_request(folder, download=download)
     spill = Spill(out, resident_limit(torch.device("cpu")))
     dataset, skipped = read_source(recipe, raw=raw, folder=folder, download=download, skip_bad=skip_bad, spill=spill)
     summary = _summarize(recipe, dataset, skipped)
     with lock(out.with_name(f"{out.name}.lock")):
-        remove_leftovers(out / "dataset.h5")
+        for name in ("dataset.h5", "summary.json"):
+            remove_leftovers(out / name)
         dataset.save(out / "dataset.h5")
         write_json(out / "summary.json", dataclasses.asdict(summary))
     return summary
+
+
+def check_request(folder: Path | None, *, download: bool) -> None:
+    """Refuse arguments that say twice where images come from.
+
+    Raises:
+        UsageError: Both a folder and a download.
+    """
+    if folder is not None and download:
+        raise UsageError(
+            f"--from {printable(folder)} and --download: both say where images come from; give one of them"
+        )
 
 
 def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> Summary:

@@ -18,9 +18,11 @@ from pipeline.storage import sha256_file
 from pipeline.teachers import build_teacher
 from pipeline.training_step import Objective
 from stages.context import Context
+from stages.dry_run import plan_run
 from stages.execution import execution
-from stages.fitting import Run, carry_out, make_views, place, up_to_date
+from stages.fitting import carry_out, make_views, up_to_date
 from stages.models import describe
+from stages.runs import Run, place
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
@@ -41,6 +43,7 @@ def train_teacher(
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
     fresh: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Fine-tune one candidate unless its result is up to date.
 
@@ -50,6 +53,7 @@ def train_teacher(
         settings: Fields of the teacher's recipe to replace; such a run goes to data/runs.
         seed: Of initialisation and order; one that is not 0 goes to data/runs too.
         fresh: Whether to start over.
+        dry_run: Whether only to say what would be done, and why.
 
     Returns:
         The directory of the outputs.
@@ -57,6 +61,9 @@ def train_teacher(
     with context.joined() as group:
         device = context.device
         run = plan_teacher(context, name, settings=settings, seed=seed)
+        if dry_run:
+            context.say(plan_run(run, fresh=fresh))
+            return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
         dataset = context.dataset()
@@ -108,6 +115,7 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
         recipe=recipe,
         seed=seed,
         inputs=inputs,
+        differs=settings or {},
     )
 
 

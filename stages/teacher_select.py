@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline.checkpoints import read_meta
 from pipeline.errors import DataError, NumericalError, UsageError
-from pipeline.labels import LabelCache
 from pipeline.recipes import OPTIMIZERS
-from pipeline.reporting import Table, number
+from pipeline.reporting import Table
 from pipeline.runtime import current_ranks
-from pipeline.storage import read_json
+from pipeline.sources import check_source
 from stages.context import Context
+from stages.dry_run import plan_labels, plan_run
 from stages.label import label
-from stages.label_plan import kept_name
-from stages.paths import Paths
 from stages.prepare import prepare
-from stages.report import conditions
-from stages.selection import select, teachers_table
+from stages.reports.others import optimizers_table
+from stages.reports.runs import FinishedRun
+from stages.reports.scores import NOT_RUN
+from stages.reports.tables import candidates_table
+from stages.selection import select
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
 # Rates for Figure 5 where an optimiser is not the recipe's own; the paper gives one rate, SGD's.
@@ -57,8 +56,7 @@ def teacher_select(
         for name in names:
             train_teacher(context, name, fresh=fresh)
         comparison = group.on_main(lambda: select(context, names))
-        note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
-        tables = [teachers_table(context.recipe, comparison, note)]
+        tables = [candidates_table(context, comparison)]
         context.say(f"selected {comparison['winner']} by {comparison['by']}")
         if optimizers:
             tables.append(sweep(context, comparison["winner"], optimizers, fresh=fresh))
@@ -69,7 +67,7 @@ def teacher_select(
 
 def _prepare(context: Context) -> None:
     """Prepare the data unless it is there."""
-    if context.paths.dataset.exists():
+    if context.paths.is_prepared:
         return
     prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw)
     context.changed("prepare")
@@ -91,68 +89,57 @@ def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Se
     return names
 
 
-def plan(context: Context, teachers: Sequence[str] | None = None, optimizers: Sequence[str] = ()) -> list[str]:
+def plan(
+    context: Context,
+    teachers: Sequence[str] | None = None,
+    optimizers: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+) -> list[str]:
     """Say what `teacher_select` would do, and why; nothing is written."""
     names = check_names(context, teachers, optimizers)
-    if not context.paths.dataset.exists():
-        return [
-            "prepare: no prepared data",
-            *(f"teacher {name}: no data yet" for name in names),
-            "select",
-            "label",
+    if not context.paths.is_prepared:
+        check_source(context.recipe, context.paths.raw)
+        epochs = (context.recipe.teachers[name].epochs for name in names)
+        lines = ["prepare: no prepared data"]
+        lines += [
+            f"teacher {name}: train {count} epochs (no data yet)" for name, count in zip(names, epochs, strict=True)
         ]
-    lines, stale = [], False
-    for name in names:
-        run = plan_teacher(context, name)
-        current = run.is_current()
-        stale |= not current
-        why = "trained under other settings, or by another version" if run.out.exists() else "not trained"
-        lines.append(f"teacher {name}: {'up to date' if current else f'train {run.recipe.epochs} epochs ({why})'}")
+        stale = True
+    else:
+        runs = [plan_teacher(context, name) for name in names]
+        lines = [f"teacher {plan_run(run, fresh=fresh)}" for run in runs]
+        stale = fresh or any(run.why_stale() is not None for run in runs)
     lines.append(f"select by {context.recipe.select.by}")
     lines += [f"optimiser {optimizer}: the winner" for optimizer in optimizers]
     for view_recipe in context.params.view_recipes:
-        cache, topk = None if stale else _fitting_labels(context.paths, view_recipe), context.recipe.label.topk
-        why = "label every view, unless the same teacher wins"
-        if cache is not None:
-            why = "extend if views are missing"
-        if cache is not None and cache.topk < topk:
-            why = f"refused: they keep {kept_name(cache.topk)}, not {kept_name(topk)}; run `pipeline label --fresh`"
-        lines.append(f"label {view_recipe}: {context.recipe.views[view_recipe].count} views, {why}")
+        lines.append(f"label {view_recipe}: {_plan_labels(context, view_recipe, stale=stale)}")
     return lines
+
+
+def _plan_labels(context: Context, view_recipe: str, *, stale: bool) -> str:
+    """Say what labelling would do; where teachers have yet to be trained, nobody knows which will win."""
+    if stale or not context.paths.winner.exists():
+        return f"{context.recipe.views[view_recipe].count} views, unless the teacher of those there are wins again"
+    try:
+        return plan_labels(context, view_recipe).text
+    except DataError as error:
+        return f"refused: {error}"
 
 
 def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bool) -> Table:
     """Train the winner with each optimiser (Figure 5) and return the comparison."""
     own = teacher_recipe(context.recipe, winner)
-    rows = []
+    outcomes: dict[str, FinishedRun | str] = {}
+    rates = {}
     for optimizer in optimizers:
         settings = {} if optimizer == own.optimizer else {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
-        rate = f"{float(settings.get('lr', own.lr)):g}"
+        rates[optimizer] = float(settings.get("lr", own.lr))
         try:
             out = train_teacher(context, winner, settings=settings, fresh=fresh and bool(settings))
         except NumericalError as error:
             context.say(f"{winner} with {optimizer}: {error}")
-            rows.append([optimizer, rate, "diverged", "-", "-"])
+            outcomes[optimizer] = "diverged"
             continue
-        metrics = read_json(out / "metrics.json")
-        best = metrics["best"]
-        rows.append([optimizer, rate, number(best["top1"]), number(best["top5"]), str(best["epoch"])])
-    note = f"Recipe {context.recipe.name}; the paper's Figure 5 on CIFAR-100: SGD 79.80 %, RMSprop 73.41 %."
-    return Table(
-        f"Figure 5. {winner} by optimiser",
-        ("optimiser", "lr", "top-1 %", "top-5 %", "best epoch"),
-        rows,
-        note,
-    )
-
-
-def _fitting_labels(paths: Paths, view_recipe: str) -> LabelCache | None:
-    """Open the label file if it is there, whole, and made by the selected teacher."""
-    path: Path = paths.labels(view_recipe)
-    winner = read_meta(paths.winner)
-    if not path.exists() or winner is None:
-        return None
-    try:
-        return LabelCache.open(path, expected_provenance={"checkpoint_sha256": winner["sha256"]})
-    except DataError:
-        return None
+        outcomes[optimizer] = FinishedRun.read(out) or NOT_RUN
+    return optimizers_table(context.recipe, winner, outcomes, rates)

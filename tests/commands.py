@@ -22,7 +22,7 @@ from tests.project import Project, environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.commands_loaded"])
-SECONDS_UNTIL_HUNG = 120
+SECONDS_UNTIL_HUNG = 300
 HUNG = 124  # the exit code noted for a command that had to be killed because it did not end
 
 
@@ -83,6 +83,16 @@ class Command:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def send(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        if self._process.is_alive():
+            assert self._process.pid is not None
+            os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float) -> None:
+        """Wait some seconds, or until it ends."""
+        self._connection.poll(seconds)
 
     def finish(self) -> Ended:
         """Wait for its end; a command that hangs is killed and has the code HUNG."""

@@ -61,15 +61,27 @@ class Project:
         )
 
     def run(self, *arguments: str, code: int = 0, **extra: str) -> str:
-        """Run a command, check its exit code, and return what it printed."""
+        """Run a command in a forked process, see tests.commands; check its exit code, and return what it printed."""
+        from tests import commands  # which knows projects
+
+        ended = commands.run(self.path, *arguments, **extra)
+        return checked(ended.code, ended.out, ended.err, code)
+
+    def run_anew(self, *arguments: str, code: int = 0, **extra: str) -> str:
+        """As `run`, in an interpreter of its own."""
         with self.start(*arguments, **extra) as process:
             try:
                 out, err = process.communicate(timeout=300)
             finally:
                 process.kill()
-        assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{out}\n{err}"
-        assert "Traceback" not in err, err
-        if code not in (0, 128 + signal.SIGTERM):
-            lines = [line for line in err.splitlines() if not line.startswith(("Usage:", "Try ", "Downloading:"))]
-            assert len([line for line in lines if line.strip()]) == 1, err
-        return out + err
+        return checked(process.returncode, out, err, code)
+
+
+def checked(found: int, out: str, err: str, code: int) -> str:
+    """Check that a command ended with a code, and an error with one line; return what it printed."""
+    assert found == code, f"exit {found}, expected {code}\n{out}\n{err}"
+    assert "Traceback" not in err, err
+    if code not in (0, 128 + signal.SIGTERM):
+        lines = [line for line in err.splitlines() if not line.startswith(("Usage:", "Try ", "Downloading:"))]
+        assert len([line for line in lines if line.strip()]) == 1, err
+    return out + err

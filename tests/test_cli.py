@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.checkpoints import load_checkpoint
 from pipeline.datasets import Dataset
 from pipeline.label_parts import LabelParts, seal
 from pipeline.labels import LabelCache
+from tests.commands import Command
 from tests.project import ROOT, TEACHERS, Project, environment
 
 
@@ -51,7 +52,7 @@ def state_of(folder: Path) -> dict[str, int]:
 def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     data = finished.data
     for path in [*(data / "teachers" / name for name in TEACHERS), data / "students/titn", data / "students/vit"]:
-        for name in ("best.safetensors", "best.json", "metrics.json", "curve.csv", "run.json"):
+        for name in ("best.safetensors", "best.json", "metrics.json", "curve.csv", "predictions.csv", "run.json"):
             assert (path / name).is_file(), path / name
     assert (data / "students/titn/last.safetensors").is_file()
     assert {path.name for path in (data / "teacher").iterdir()} == {"best.safetensors", "best.json"}
@@ -64,6 +65,31 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     assert set(cache.clean) == {"val", "test"}
     rest = [path for path in (finished.path / "data/work").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert rest == []
+
+
+@pytest.mark.parametrize("model", ["teachers/squeezenet1_1", "students/titn", "students/vit"])
+def test_the_predictions_of_the_test_images_give_the_scores(finished: Project, model: str) -> None:
+    path = finished.data / model
+    with (path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    test = metrics(path)["test"]
+    assert isinstance(test, dict)
+
+    def share(column: str, other: str) -> float | None:
+        return 100 * sum(row[column] == row[other] for row in rows) / len(rows) if rows[0][column] else None
+
+    dataset = Dataset.load(finished.data / "prepared/dataset.h5")
+    assert [int(row["sample"]) for row in rows] == list(range(len(dataset.test)))
+    assert [row["target"] for row in rows] == [dataset.class_names[label] for label in dataset.test.labels]
+    assert share("prediction", "target") == pytest.approx(test["top1"])
+    assert share("class_head", "target") == pytest.approx(test["class_top1"])
+    for column, other, score in (
+        ("distillation_head", "target", "distillation_top1"),
+        ("teacher", "prediction", "agreement"),
+    ):
+        expected = test[score]
+        assert share(column, other) == (None if expected is None else pytest.approx(expected))
+    assert all(1 / dataset.num_classes - 1e-4 <= float(row["probability"]) <= 1.0 for row in rows)
 
 
 def test_every_models_metrics_have_the_same_keys_and_no_times(finished: Project) -> None:
@@ -125,7 +151,7 @@ def test_a_dry_run_says_what_is_up_to_date_and_writes_nothing(project: Project) 
     project.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {epochs: 3}")
     before = state_of(project.path)
     out = project.run("teacher-select", "--dry-run")
-    assert "teacher squeezenet1_1: train 3 epochs (trained under other settings" in out
+    assert "teacher squeezenet1_1: train 3 epochs (epochs 6 -> 3)" in out
     assert "teacher mobilenet_v3_large: up to date" in out
     assert state_of(project.path) == before
 
@@ -233,13 +259,8 @@ def test_two_ranks_label_the_same_file_as_one(project: Project) -> None:
     project.run("label", "--fresh")
     alone = file.read_bytes()
     file.unlink()
-    with contextlib.ExitStack() as stack:
-        ranks = [
-            stack.enter_context(project.start("label", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0")) for rank in "01"
-        ]
-        for process in ranks:
-            _, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err
+    ranks = [Command(project.path, "label", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0") for rank in "01"]
+    assert [rank.finish().code for rank in ranks] == [0, 0]
     assert file.read_bytes() == alone
 
 
@@ -303,16 +324,16 @@ def test_a_stopped_run_exits_by_its_signal_and_goes_on_to_the_same_weights(proje
 
 @pytest.mark.slow
 def test_a_compiled_student_has_the_same_names_and_a_missing_compiler_is_one_line(project: Project) -> None:
-    project.run("distill", "--student", "vit")
+    project.run_anew("distill", "--student", "vit")
     plain = load_checkpoint(project.path / "data/smoke/students/vit", stem="last")
-    out = project.run("distill", "--student", "vit", "--set", "compile=true")
+    out = project.run_anew("distill", "--student", "vit", "--set", "compile=true")
     assert "; torch.compile; batch 128" in out
     compiled = load_checkpoint(project.path / "data/runs/smoke/vit-compile-true", stem="last")
     assert compiled.tensors.keys() == plain.tensors.keys()
     for name, tensor in plain.tensors.items():
         torch.testing.assert_close(compiled.tensors[name], tensor, rtol=1e-3, atol=1e-4)
     without = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(project.path / "cache")}
-    out = project.run("distill", "--student", "vit", "--set", "compile=true", "--fresh", code=2, **without)
+    out = project.run_anew("distill", "--student", "vit", "--set", "compile=true", "--fresh", code=2, **without)
     assert "compile: true: torch.compile fails here" in out and "set it to false or install a C++ compiler" in out
 
 
@@ -324,14 +345,15 @@ def test_a_diverging_teacher_ends_with_code_5_and_one_line(project: Project) -> 
 
 
 def test_a_second_run_of_the_same_thing_is_refused(project: Project) -> None:
-    with project.start("distill", "--student", "vit", "--set", "epochs=300") as first:
-        assert first.stdout is not None
-        first.stdout.readline()
-        out = project.run("distill", "--student", "vit", "--set", "epochs=300", code=4)
-        assert "held by another run" in out
-        assert first.poll() is None
-        first.terminate()
-        first.communicate(timeout=60)
+    first = Command(project.path, "distill", "--student", "vit", "--set", "epochs=300")
+    held = project.path / "data/work/smoke/runs/vit-epochs-300.lock"
+    while not held.is_file() or not held.read_bytes():
+        assert first.is_alive()
+        time.sleep(0.01)
+    assert "held by another run" in project.run("distill", "--student", "vit", "--set", "epochs=300", code=4)
+    assert first.is_alive()
+    first.kill()
+    assert first.finish().code == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

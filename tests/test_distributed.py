@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline import training
-from pipeline.batches import TeacherAnswer
+from pipeline.batches import EvaluationData, TeacherAnswer
 from pipeline.distributed import ALONE, Group, join
 from pipeline.errors import DataError, Interrupted, NumericalError, PipelineError, UsageError
+from pipeline.evaluation import Predictions, evaluate
+from pipeline.metrics import Scores
 from pipeline.runtime import Ranks
 from pipeline.stopping import StopSignal
 from tests.ranks import on_ranks
@@ -78,6 +80,24 @@ def test_the_number_of_ranks_changes_neither_losses_nor_weights(
             assert other["loss"] == pytest.approx(row["loss"], abs=1e-5)
         for name, tensor in weights.items():
             torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-5)
+
+
+def predict(group: Group) -> tuple[Scores, bytes]:
+    """Two images, so that the last of three ranks gets none, and learns of the second head from the others."""
+    torch.manual_seed(1)
+    images = torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    data = EvaluationData(images, torch.tensor([0, 2]), (0.5,) * 3, (0.3,) * 3, CLASSES, torch.tensor([1, 2]))
+    predictions = Predictions.of(data)
+    scores = evaluate(TwoHeads(), data, group=group, predictions=predictions)
+    return scores, predictions.as_csv(["a", "b", 'c,"'], data)
+
+
+def test_predictions_of_ranks_are_those_of_one_process() -> None:
+    scores, rows = predict(ALONE)
+    assert rows.count(b"\n") == 3 and b'"c,"""' in rows and b",," not in rows
+    for other_scores, other_rows in on_ranks(3, predict):
+        assert other_rows == rows
+        assert other_scores.top1 == scores.top1 and other_scores.distillation_top1 == scores.distillation_top1
 
 
 def train_with_batch_norm(group: Group, directory: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor], int, float]:

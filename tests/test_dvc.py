@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from pipeline.labels import LabelCache
 from tests.commands import run
+from tests.markdown import blocks, page
 from tests.project import ROOT, Project, environment
 
 pytest.importorskip("dvc", reason="comes with the extra dvc")
@@ -171,17 +173,29 @@ def test_an_experiment_in_a_copy_runs_the_copys_code_and_changes_the_recipe(chec
     assert json.loads((checkout.data / "students/vit/metrics.json").read_text())["epochs"] == 1
 
 
-def test_a_clone_pulls_labels_and_data_from_a_remote_and_distils(checkout: Checkout, tmp_path: Path) -> None:
-    checkout.dvc("remote", "add", "-d", "local", str(tmp_path / "remote"))
-    checkout.dvc("push")
+def test_the_page_on_sharing_a_clone_trains_on_what_it_pulls(checkout: Checkout, tmp_path: Path) -> None:
+    share, train, again, everything = (block.splitlines() for block in blocks(page("docs/sharing.md"), "sh"))
+    assert share[1] == "dvc repro" and share[-1] == "git push"  # nothing to do, and nowhere to
+    for line in [share[0].replace("/mnt/storage/titn", str(tmp_path / "remote")), share[2], *share[3:-2]]:
+        checkout.shell(*shlex.split(line))
     checkout.commit()
-    checkout.shell("git", "clone", "-q", str(checkout.path), str(tmp_path / "clone"))
-    clone = Checkout(tmp_path / "clone")
-    clone.dvc("pull", "prepare", "label@default")
+    assert train[0] == "git clone URL titn && cd titn"
+    checkout.shell("git", "clone", "-q", str(checkout.path), str(tmp_path / "titn"))
+    clone = Checkout(tmp_path / "titn")
+    clone.shell(*shlex.split(train[1]))
+    assert {path.name for path in clone.data.iterdir()} == {"labels", "prepared"}
+    ended = run(clone.path, *shlex.split(train[2])[1:])
+    assert ended.code == 0, ended.err
+    assert (clone.data / "students/titn/metrics.json").read_bytes() == (
+        checkout.data / "students/titn/metrics.json"
+    ).read_bytes()
+    clone.edit("      titn: {}\n", "      titn: {epochs: 1}\n")
+    assert again == ["dvc repro --allow-missing student@titn"]
+    assert clone.repro(*shlex.split(again[0])[2:]) == {"student@titn"}
     assert not (clone.data / "teachers").exists()
-    clone.shell(sys.executable, "-m", "stages.cli", "distill", "--student", "titn")
-    clone.shell("git", "-C", str(clone.path), "status")
     shutil.rmtree(clone.data)
+    clone.shell("git", "checkout", "-q", ".")
+    assert everything == ["dvc pull", "dvc repro"]
     clone.dvc("pull")
     assert clone.repro() == set()
 

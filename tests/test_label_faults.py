@@ -62,8 +62,8 @@ def test_nothing_that_happens_to_labelling_costs_a_label(project: Project, name:
 
 
 def test_the_real_command_survives_kills_at_random_moments(project: Project) -> None:
-    tally = kill_at_random(Labelling(project, 8), 10, random.Random(0), lambda: Started(project))
-    assert tally.wrong == [] and tally.counts["kills"] == 10
+    tally = kill_at_random(Labelling(project, 8), 4, random.Random(0), lambda: Started(project))
+    assert tally.wrong == [] and tally.counts["kills"] == 4
 
 
 def test_a_kill_at_a_system_call_costs_no_finished_view(project: Project) -> None:

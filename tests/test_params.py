@@ -22,7 +22,16 @@ TREE = yaml.safe_load(FILE.read_text())
 
 def test_every_recipe_of_the_project_loads() -> None:
     params = load_params(FILE)
-    assert list(params.recipes) == ["digits", "mnist", "cifar10", "cifar100", "cifar100-small", "folder", "smoke"]
+    assert list(params.recipes) == [
+        "digits",
+        "mnist",
+        "cifar10",
+        "cifar100",
+        "cifar100-small",
+        "folder",
+        "folder-small",
+        "smoke",
+    ]
     assert params.select(None).name == "digits"
 
 

@@ -1,53 +1,23 @@
 """What is kept beside the labels, views labelled in slices, and students that learn from it, through the commands.
 
-The first test runs the real command line; the others run the same commands in this process, which is quicker.
+The first test runs them in processes of their own, the others in this one, which is quicker.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from pipeline.errors import PipelineError
 from pipeline.labels import LabelCache
-from stages.cli import cli
+from tests.in_process import invoke as run
 from tests.project import Project
 
 FILE = "data/smoke/labels/default.h5"
-
-
-def run(project: Project, *arguments: str, code: int = 0) -> str:
-    """Run a command in this process, check its exit code, and return what it printed, or its error."""
-    with contextlib.chdir(project.path):
-        result = CliRunner().invoke(cli, arguments, standalone_mode=False)
-    error = result.exception
-    if error is None:
-        found, text = 0, result.output
-    elif isinstance(error, PipelineError | click.ClickException):
-        found, text = 2 if isinstance(error, click.ClickException) else error.exit_code, str(error)
-        assert "\n" not in text
-    else:
-        raise error
-    assert found == code, f"exit {found}, expected {code}\n{result.output}\n{text}"
-    return text
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with a selected teacher and nothing labelled."""
-    project = Project.create(tmp_path_factory.mktemp("taught"))
-    run(project, "prepare")
-    run(project, "teacher", "squeezenet1_1")
-    run(project, "select", "--teachers", "squeezenet1_1")
-    return project
 
 
 @pytest.fixture
@@ -71,7 +41,7 @@ def metrics(directory: Path) -> dict[str, Any]:
     return result
 
 
-def test_from_kept_classes_to_a_soft_student_on_the_real_command_line(project: Project) -> None:
+def test_from_kept_classes_to_a_soft_student(project: Project) -> None:
     assert "topk=3, sealed" in project.run("label", "--keep", "topk=3")
     assert json.loads(project.run("labels", "inspect", FILE, "--json"))["topk"] == 3
     out = project.run("labels", "verify", FILE, "--sample", "300")
@@ -96,7 +66,7 @@ def test_a_file_that_keeps_less_than_is_asked_is_refused_with_the_way_out(projec
     out = run(project, "label", code=3)
     assert "recipes.smoke.label.topk asks for topk=4" in out and "`pipeline label --fresh`" in out
     dry = run(project, "teacher-select", "--teachers", "squeezenet1_1", "--dry-run")
-    assert "refused: they keep argmax, not topk=4" in dry
+    assert "label default: refused: " in dry and "keeps argmax" in dry and "asks for topk=4" in dry
     assert (project.path / FILE).read_bytes() == before
     run(project, "label", "--fresh")
     assert kept(project).topk == 4

@@ -54,9 +54,13 @@ def finish(project: Project, world_size: int, *arguments: str) -> str:
     return said
 
 
-def curve(project: Project, out: Path = OUT) -> list[dict[str, str]]:
-    with (project.path / out / "curve.csv").open() as file:
+def rows(project: Project, name: str, out: Path = OUT) -> list[dict[str, str]]:
+    with (project.path / out / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def curve(project: Project, out: Path = OUT) -> list[dict[str, str]]:
+    return rows(project, "curve.csv", out)
 
 
 def same_curve(first: list[dict[str, str]], second: list[dict[str, str]]) -> bool:
@@ -96,6 +100,11 @@ def test_a_student_of_several_ranks_is_that_of_one_process(alone: Project, proje
     assert {file.name for file in (project.path / OUT).iterdir()} == {
         file.name for file in (alone.path / OUT).iterdir()
     }
+    predicted, alone_predicted = (
+        [(row["sample"], row["target"], row["prediction"]) for row in rows(each, "predictions.csv")]
+        for each in (project, alone)
+    )
+    assert predicted == alone_predicted
     assert not list((project.path / "data/work/smoke/runs").glob("*/*"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from stages.options import PATH, open_context, recipe_option
+from stages.options import PATH, dry_run_option, open_context, recipe_option
 
 
 @click.command()
@@ -14,12 +14,19 @@ from stages.options import PATH, open_context, recipe_option
 @click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
 @click.option("--from", "folder", type=PATH, help="Take the images from this folder.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files out.")
-def prepare(recipe: str | None, download: bool, folder: Path | None, skip_bad: bool) -> None:
+@dry_run_option
+def prepare(recipe: str | None, download: bool, folder: Path | None, skip_bad: bool, dry_run: bool) -> None:
     """Turn a data set into one file of uint8 images."""
-    from stages.prepare import prepare as run
-
     context = open_context(recipe)
     paths = context.paths
+    if dry_run:
+        from stages.dry_run import plan_prepare
+
+        for line in plan_prepare(context.recipe, paths, folder=folder, download=download, skip_bad=skip_bad):
+            context.say(line)
+        return
+    from stages.prepare import prepare as run
+
     summary = run(
         context.recipe, out=paths.prepared, raw=paths.raw, folder=folder, download=download, skip_bad=skip_bad
     )

@@ -9,6 +9,7 @@ import click
 from stages.options import (
     PATH,
     device_option,
+    dry_run_option,
     open_context,
     parse_keep,
     parse_settings,
@@ -25,15 +26,22 @@ from stages.options import (
 @recipe_option
 @device_option
 @training_options
+@dry_run_option
 def teacher(
-    name: str, recipe: str | None, device: str | None, fresh: bool, seed: int, settings: tuple[str, ...]
+    name: str,
+    recipe: str | None,
+    device: str | None,
+    fresh: bool,
+    seed: int,
+    settings: tuple[str, ...],
+    dry_run: bool,
 ) -> None:
     """Fine-tune and evaluate one candidate teacher."""
     context = open_context(recipe, device)
     from stages.teacher import teacher_recipe, train_teacher
 
     teacher_recipe(context.recipe, name)
-    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh)
+    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
     context.end()
 
 
@@ -42,15 +50,12 @@ def teacher(
 @click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
 def select(recipe: str | None, teachers: str | None) -> None:
     """Compare the candidates and copy the winner."""
-    from stages.report import conditions
+    from stages.reports.tables import candidates_table
     from stages.selection import select as run
-    from stages.selection import teachers_table
 
     context = open_context(recipe)
     comparison = run(context, split_names(teachers))
-    names = [candidate["name"] for candidate in comparison["candidates"]]
-    note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
-    context.show(teachers_table(context.recipe, comparison, note))
+    context.show(candidates_table(context, comparison))
     context.say(f"selected {comparison['winner']} by {comparison['by']}")
     context.end()
 
@@ -63,6 +68,7 @@ def select(recipe: str | None, teachers: str | None) -> None:
 @click.option("--fresh", is_flag=True, help="Label every view again.")
 @click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; the recipe's if left out.")
 @click.option("--views", metavar="A:B", help="Label the views A to B - 1 alone; :B and A: leave out 0 and the last.")
+@dry_run_option
 def label(
     recipe: str | None,
     device: str | None,
@@ -71,14 +77,21 @@ def label(
     fresh: bool,
     keep: str | None,
     views: str | None,
+    dry_run: bool,
 ) -> None:
     """Label every view of the training set with a teacher."""
-    from stages.label import label as run
-
     topk, part = parse_keep(keep), parse_views(views)
     if teacher is not None:
         require_exists(teacher)
     context = open_context(recipe, device)
+    if dry_run:
+        from stages.dry_run import plan_labels
+
+        planned = plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part)
+        context.say(planned.text)
+        return
+    from stages.label import label as run
+
     run(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part)
     context.end()
 
@@ -89,7 +102,7 @@ def label(
 @click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
 @click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
 @click.option("--fresh", is_flag=True, help="Train and label everything again.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and why.")
+@dry_run_option
 def teacher_select(
     recipe: str | None,
     device: str | None,
@@ -105,7 +118,7 @@ def teacher_select(
     context = open_context(recipe, device)
     names, sweep = split_names(teachers), split_names(optimizers) or ()
     if dry_run:
-        for line in plan(context, names, sweep):
+        for line in plan(context, names, sweep, fresh=fresh):
             context.say(line)
         return
     for table in run(context, teachers=names, optimizers=sweep, fresh=fresh):

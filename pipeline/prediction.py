@@ -1,0 +1,150 @@
+"""What a trained model says of images: from a file, a PIL image or an array to probabilities.
+
+predictor = Predictor(model, class_names=..., image_size=32, mean=..., std=...)
+predictor(["cat.jpg", Image.open("dog.png")]).top(3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.datasets import Channels
+from pipeline.errors import DataError, NumericalError
+from pipeline.image_folders import read_image, to_rgb, upright
+from pipeline.losses import probabilities
+from pipeline.runtime import autocast
+from pipeline.views import normalize
+
+PIXELS_AT_ONCE = {"cpu": 256 * 32**2, "cuda": 4096 * 32**2}
+"""Kind of device to pixels of a batch: on a CPU it should fit the cache, a GPU wants few, large launches."""
+HEADS = ("class", "distillation")
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a model says of B images.
+
+    Attributes:
+        probabilities: `(B, K)` float32 on the CPU, the prediction: that of the one head, or the mean of both.
+        heads: What each head alone says, `class` and, where there are two, `distillation`; as `probabilities`.
+        class_names: K names.
+    """
+
+    probabilities: Tensor
+    heads: Mapping[str, Tensor]
+    class_names: tuple[str, ...]
+
+    def top(self, count: int = 5, head: str | None = None) -> list[list[tuple[str, float]]]:
+        """Return each image's most probable classes with their probabilities, the most probable first.
+
+        Args:
+            count: How many; at most K.
+            head: One of `heads`; None for the prediction.
+        """
+        likely = self.probabilities if head is None else self.heads[head]
+        # A stable sort: of equal classes the first comes first, as by argmax.
+        values, classes = likely.sort(dim=1, descending=True, stable=True)
+        rows = zip(classes[:, :count].tolist(), values[:, :count].tolist(), strict=True)
+        return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictor:
+    """A trained model and what its inputs are.
+
+    Attributes:
+        model: Returns the logits of one head or of two, `(B, K)` each; in evaluation mode, on its device.
+        class_names: K names.
+        image_size: Side of the images it takes, pixels.
+        mean: Of each channel, pixels in [0, 1].
+        std: Of each channel, above 0.
+        precision: `fp32` or `bf16`.
+    """
+
+    model: nn.Module
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: Channels
+    std: Channels
+    precision: str = "fp32"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are best answered at once."""
+        return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
+
+    def transform(self, image: Path | str | bytes | Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
+        """Turn an image into pixels as the model takes them, the way `pipeline prepare` does.
+
+        Args:
+            image: A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or
+                `(H, W, 3)` RGB.
+
+        Returns:
+            `(image_size, image_size, 3)` uint8 RGB.
+
+        Raises:
+            DataError: The file is no image or a damaged one, or the array is no image.
+        """
+        if isinstance(image, Path | str | bytes):
+            return read_image(Path(image) if isinstance(image, str) else image, self.image_size)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+                raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
+            image = Image.fromarray(image)
+        try:
+            return to_rgb(upright(image), self.image_size)
+        except ValueError as error:
+            raise DataError(f"an image of mode {image.mode}: {error}") from None
+
+    @torch.inference_mode()
+    def answer(self, pixels: NDArray[np.uint8] | Tensor) -> Answer:
+        """Answer to one batch.
+
+        Args:
+            pixels: `(B, image_size, image_size, 3)` uint8 RGB.
+
+        Raises:
+            NumericalError: A logit is not finite.
+        """
+        images = torch.as_tensor(pixels).to(self.device).permute(0, 3, 1, 2)
+        with autocast(self.device, self.precision):
+            outputs = self.model(normalize(images, self.mean, self.std))
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        # Together, because each transfer waits for the device.
+        likely = torch.stack([probabilities(outputs), *map(probabilities, heads)]).cpu()
+        if not likely.isfinite().all():
+            raise NumericalError("prediction: a logit is not finite; train the model again")
+        named = dict(zip(HEADS, likely[1:], strict=False))
+        return Answer(likely[0], named, self.class_names)
+
+    def __call__(self, images: Iterable[Path | str | bytes | Image.Image | NDArray[Any]]) -> Answer:
+        """Answer to images of any kind and size, a batch at a time.
+
+        Raises:
+            DataError: As of `transform`.
+            NumericalError: A logit is not finite.
+        """
+        pixels = [self.transform(image) for image in images]
+        if not pixels:
+            raise DataError("no image; pass at least one")
+        answers = [
+            self.answer(np.stack(pixels[start : start + self.batch_size]))
+            for start in range(0, len(pixels), self.batch_size)
+        ]
+        heads = {name: torch.cat([each.heads[name] for each in answers]) for name in answers[0].heads}
+        return Answer(torch.cat([each.probabilities for each in answers]), heads, self.class_names)

@@ -1,0 +1,1 @@
+"""`pipeline report`: tables and figures of whatever has been run, beside the paper's."""

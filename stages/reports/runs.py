@@ -1,0 +1,153 @@
+"""What has been run: the directories that `teacher` and `distill` have finished."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import read_meta
+from pipeline.errors import DataError
+from pipeline.recipes import Recipe
+from pipeline.storage import read_json
+from stages.paths import Paths
+from stages.runs import OUTPUTS
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A model that has been trained to the end.
+
+    Attributes:
+        directory: Where its outputs lie.
+        metrics: Its metrics.json, see stages.fitting.
+        environment: Its run.json: device, versions, commit, date, seconds.
+    """
+
+    directory: Path
+    metrics: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> FinishedRun | None:
+        """Read a run's directory; None where it is not finished.
+
+        Raises:
+            DataError: One of its files is damaged.
+        """
+        if not all((directory / name).is_file() for name in OUTPUTS):
+            return None
+        metrics, environment = read_json(directory / "metrics.json"), read_json(directory / "run.json")
+        for file, content in (("metrics.json", metrics), ("run.json", environment)):
+            if not isinstance(content, dict):
+                raise DataError(f"{directory / file}: not an object; train the model again")
+        return cls(directory, metrics, environment)
+
+    @property
+    def name(self) -> str:
+        """The teacher's or student's name in the recipe."""
+        return str(self.metrics["name"])
+
+    @property
+    def kind(self) -> str:
+        """`teacher` or `student`."""
+        return str(self.metrics["kind"])
+
+    @property
+    def seed(self) -> int:
+        """Of initialisation and order."""
+        return int(self.metrics["seed"])
+
+    @property
+    def differs(self) -> dict[str, str]:
+        """What differs from the recipe but for the seed, as key and value."""
+        return dict(self.metrics.get("differs", {}))
+
+    @property
+    def basis(self) -> tuple[Any, ...]:
+        """What runs that differ by their seeds alone have in common."""
+        settings = ("epochs", "batch_size", "optimizer", "lr", "views", "soft", "confidence", "distilled")
+        same = [self.metrics.get(key) for key in (*settings, "num_train", "num_test", "parameters")]
+        teacher = self.metrics.get("teacher")
+        return (*same, teacher["sha256"] if teacher else None)
+
+    def curve(self) -> list[dict[str, float | None]]:
+        """Read one row for each epoch: epoch (from 1), lr, train_loss and the fields of pipeline.metrics.Scores."""
+        return [
+            {key: float(value) if value else None for key, value in row.items()}
+            for row in self._rows(self.directory / "curve.csv")
+        ]
+
+    def predictions(self) -> list[dict[str, str]]:
+        """Read one row for each test image, with pipeline.evaluation.PREDICTION_COLUMNS."""
+        return self._rows(self.directory / "predictions.csv")
+
+    def _rows(self, path: Path) -> list[dict[str, str]]:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+
+@dataclass(frozen=True)
+class FinishedRuns:
+    """Everything of a recipe that has been run.
+
+    Attributes:
+        recipe: The recipe.
+        paths: Its files.
+        teachers: The candidates, in the recipe's order.
+        students: The recipe's own runs, in its order.
+        others: Runs that differ from the recipe, by their directories' names.
+        winner: The selected teacher's name; None before `select`.
+    """
+
+    recipe: Recipe
+    paths: Paths
+    teachers: Mapping[str, FinishedRun]
+    students: Mapping[str, FinishedRun]
+    others: Mapping[str, FinishedRun]
+    winner: str | None
+
+    @classmethod
+    def read(cls, recipe: Recipe, paths: Paths) -> FinishedRuns:
+        """Look through data/<recipe> and data/runs/<recipe>.
+
+        Raises:
+            DataError: A file is damaged.
+        """
+        runs = paths.run("")
+        others = sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+        return cls(
+            recipe=recipe,
+            paths=paths,
+            teachers=_finished({name: paths.teacher(name) for name in recipe.teachers}),
+            students=_finished({name: paths.student(name) for name in recipe.students}),
+            others=_finished({path.name: path for path in others}),
+            winner=str(read_json(paths.selection)["winner"]) if paths.selection.is_file() else None,
+        )
+
+    def seeds(self, name: str) -> list[FinishedRun]:
+        """Return the runs of a teacher or student that differ by their seeds alone, in the seeds' order.
+
+        A run under settings, data or a teacher that are not those of the recipe's own run is none of them.
+        """
+        own = self.teachers.get(name) or self.students.get(name)
+        same = [run for run in self.others.values() if run.name == name and not run.differs]
+        runs = sorted([*([own] if own else []), *same], key=lambda run: run.seed)
+        return [run for run in runs if run.basis == runs[0].basis]
+
+    def outdated(self, run: FinishedRun) -> list[str]:
+        """Say which settings of one of the recipe's own runs params.yaml has changed since."""
+        now = self.recipe.teachers.get(run.name) if run.kind == "teacher" else self.recipe.students.get(run.name)
+        then = (read_meta(run.directory) or {}).get("training")
+        if now is None or not isinstance(then, dict):
+            return []
+        fields = dataclasses.asdict(now)
+        return [f"{key} {then[key]}, now {fields[key]}" for key in fields if then.get(key, fields[key]) != fields[key]]
+
+
+def _finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
+    found = {name: FinishedRun.read(path) for name, path in directories.items()}
+    return {name: run for name, run in found.items() if run is not None}
