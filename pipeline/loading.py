@@ -6,9 +6,7 @@ The one module of the library above the leaves `students` and `teachers`.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,94 +15,26 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint, check_weights, load_checkpoint, load_weights
+from pipeline.checkpoints import Checkpoint, load_checkpoint, load_weights
 from pipeline.classifier import Classifier, ImageClassifier, Runner, Transform
-from pipeline.datasets import Channels
+from pipeline.descriptions import Description
 from pipeline.errors import DataError, UsageError
 from pipeline.exporting import CONFIG, FILES, SCHEMA, run_onnx, run_torchscript
 from pipeline.runtime import resolve_device
 from pipeline.storage import read_bytes, read_json
 
-STUDENT_ARGUMENTS = {
-    "num_classes",
-    "image_size",
-    "patch_size",
-    "pixel_size",
-    "pixel_width",
-    "pixel_heads",
-    "width",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-}
-TEACHER_ARGUMENTS = {"num_classes", "bn_momentum"}
-"""Not `weights`: what a checkpoint says must not make us read or download anything."""
-MAX_ARGUMENT = 65535
-MAX_DEPTH = 1024
-MAX_IMAGE_SIZE = 4096
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a model's inputs and classes are.
-
-    Attributes:
-        class_names: K names.
-        image_size: Side of the images, pixels.
-        mean: Of each channel, pixels in [0, 1].
-        std: Of each channel, above 0.
-    """
-
-    class_names: tuple[str, ...]
-    image_size: int
-    mean: Channels
-    std: Channels
-
-    @classmethod
-    def read(cls, meta: Mapping[str, Any], file: Path) -> Inputs:
-        """Read them from a checkpoint's JSON or an export's config.json.
-
-        Args:
-            meta: The JSON.
-            file: Where it was read, for the message.
-
-        Raises:
-            DataError: A value is missing or impossible; the message names the first.
-        """
-        names, size, mean, std = (meta.get(key) for key in ("class_names", "image_size", "mean", "std"))
-        is_valid = {
-            "class_names": isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names),
-            "image_size": type(size) is int and 0 < size <= MAX_IMAGE_SIZE,
-            "mean": _is_channels(mean),
-            "std": _is_channels(std) and min(std or [0]) > 0,
-        }
-        wrong = [key for key, valid in is_valid.items() if not valid]
-        if wrong:
-            raise DataError(f"{file}: {wrong[0]} is missing or impossible; make it again")
-        assert isinstance(names, list) and isinstance(size, int) and mean is not None and std is not None
-        return cls(tuple(names), size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
-
-
-def build_model(meta: Mapping[str, Any]) -> nn.Module:
-    """Build the untrained model that a checkpoint's JSON describes.
+def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build an untrained model.
 
     Args:
-        meta: Has `kind`, `model` and `arguments`.
+        kind: `student` or `teacher`.
+        model: Its name in pipeline.students.STUDENTS or pipeline.teachers.TEACHERS.
+        arguments: Of its constructor.
 
     Raises:
-        DataError: It describes no model.
         UsageError: The model's name is unknown, or its geometry does not divide evenly.
     """
-    kind, model, arguments = (meta.get(key) for key in ("kind", "model", "arguments"))
-    allowed = {"student": STUDENT_ARGUMENTS, "teacher": TEACHER_ARGUMENTS}.get(str(kind), set())
-    if (
-        not isinstance(model, str)
-        or not isinstance(arguments, dict)
-        or not arguments.keys() <= allowed
-        or "num_classes" not in arguments
-        or not all(_is_argument(key, value) for key, value in arguments.items())
-    ):
-        raise DataError("the JSON beside it describes no model; name a checkpoint that a stage wrote")
     if kind == "student":
         from pipeline.students import build_student
 
@@ -127,13 +57,13 @@ def restore(checkpoint: Checkpoint, device: torch.device, *, inner_block: str = 
     """
     from pipeline.students import Student, use_inner_block
 
+    file = checkpoint.path.with_suffix(".json")
+    described = Description.read(checkpoint.meta, file)
     try:
         with torch.device("meta"):
-            model = build_model(checkpoint.meta)
-    except (DataError, UsageError) as error:
-        raise DataError(f"{checkpoint.path}: {error}") from error
-    check_weights(model, checkpoint)  # before memory is taken for sizes that a damaged JSON may name
-    model.to_empty(device="cpu")
+            model = build_model(described.kind, described.model, described.arguments)
+    except UsageError as error:
+        raise DataError(f"{file}: {error}") from error
     load_weights(model, checkpoint)
     if isinstance(model, Student):
         use_inner_block(model, inner_block, device)
@@ -152,7 +82,7 @@ def run_safetensors(content: bytes, meta: Mapping[str, Any], file: Path, device:
     Raises:
         DataError: It is no such file, or not of that model.
     """
-    inputs = Inputs.read(meta, file)
+    inputs = Description.read(meta, file)
     try:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -175,7 +105,7 @@ def load(
     if format not in (None, "checkpoint"):
         raise UsageError(f"format {format!r}: {path} is no export, which a {CONFIG} belongs to; leave it out")
     checkpoint = load_checkpoint(directory)
-    inputs = Inputs.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
+    inputs = Description.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
     runner = Classifier(restore(checkpoint, target), inputs.mean, inputs.std).to(target).eval().run
     return _ready(inputs, "checkpoint", checkpoint.meta, runner)
 
@@ -197,7 +127,7 @@ def _load_export(
         raise DataError(
             f"{directory / FILES[format]}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again"
         )
-    inputs = Inputs.read(config, file)
+    inputs = Description.read(config, file)
     try:
         if format.startswith("onnx"):
             runner = run_onnx(content)
@@ -227,22 +157,8 @@ def _choose(directory: Path, available: list[str], format: str | None) -> str:
     return safe[0]
 
 
-def _ready(inputs: Inputs, format: str, config: Mapping[str, Any], runner: Runner) -> tuple[ImageClassifier, Transform]:
+def _ready(
+    inputs: Description, format: str, config: Mapping[str, Any], runner: Runner
+) -> tuple[ImageClassifier, Transform]:
     classifier = ImageClassifier(inputs.class_names, inputs.image_size, format, config, runner)
     return classifier, Transform(inputs.image_size)
-
-
-def _is_channels(values: Any) -> bool:
-    """Whether it is three finite numbers."""
-    return isinstance(values, list) and len(values) == 3 and all(_is_finite(value) for value in values)
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_argument(key: str, value: Any) -> bool:
-    """Whether a constructor's argument has its type and a size that some model may have."""
-    if key == "bn_momentum":
-        return _is_finite(value) and 0 <= value <= 1
-    return type(value) is int and 0 < value <= (MAX_DEPTH if key == "depth" else MAX_ARGUMENT)

@@ -47,7 +47,7 @@ def load(
         predictor, checkpoint = make_predictor(path, device, precision)
         predictors[str(path)], meta = predictor, dict(checkpoint.meta)
         with torch.device("meta"):
-            model = build_model(meta)
+            model = build_model(meta["kind"], meta["model"], meta["arguments"])
         scores = meta.get("scores")
         rows.append(
             {

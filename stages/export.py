@@ -18,9 +18,10 @@ import pipeline
 from pipeline import exporting
 from pipeline.checkpoints import Checkpoint, load_checkpoint
 from pipeline.classifier import INPUT, OUTPUTS, Classifier, Runner
+from pipeline.descriptions import Description
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from pipeline.exporting import CARD, CONFIG, FILES, SCHEMA
-from pipeline.loading import Inputs, restore, run_safetensors
+from pipeline.loading import restore, run_safetensors
 from pipeline.model_card import model_card
 from pipeline.storage import read_json, remove_leftovers, write_atomic, write_json
 from stages.export_images import RealImages
@@ -29,7 +30,7 @@ FORMATS = tuple(name for name in FILES if name != "onnx-int8")
 RESULTS = ("top1", "top5", "precision", "recall", "f1", "class_top1", "distillation_top1", "agreement")
 
 
-def read_inputs(path: Path) -> tuple[Checkpoint, Inputs]:
+def read_inputs(path: Path) -> tuple[Checkpoint, Description]:
     """Load a checkpoint and what its inputs are.
 
     Raises:
@@ -37,7 +38,7 @@ def read_inputs(path: Path) -> tuple[Checkpoint, Inputs]:
         DataError: It holds no valid checkpoint.
     """
     checkpoint = load_checkpoint(path)
-    return checkpoint, Inputs.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
+    return checkpoint, Description.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
 
 
 def check_out(out: Path) -> None:
@@ -54,7 +55,7 @@ def check_out(out: Path) -> None:
 
 def export(
     checkpoint: Checkpoint,
-    inputs: Inputs,
+    inputs: Description,
     real: RealImages,
     out: Path,
     *,
@@ -107,7 +108,7 @@ def export(
     return config
 
 
-def _make(name: str, classifier: Classifier, inputs: Inputs, checkpoint: Checkpoint) -> bytes:
+def _make(name: str, classifier: Classifier, inputs: Description, checkpoint: Checkpoint) -> bytes:
     """Return the content of a format's file."""
     if name == "onnx":
         kept = {"model": checkpoint.meta["model"], "class_names": json.dumps(inputs.class_names)}
@@ -164,7 +165,7 @@ def _compared(entries: Mapping[str, Mapping[str, Any]], real: RealImages) -> str
 
 def _config(
     checkpoint: Checkpoint,
-    inputs: Inputs,
+    inputs: Description,
     real: RealImages,
     classifier: Classifier,
     entries: Mapping[str, Mapping[str, Any]],

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.descriptions import Description
 from pipeline.errors import DataError, UsageError
 from pipeline.image_arrays import Images
 from pipeline.image_folders import SUFFIXES, printable, read_image
-from pipeline.loading import Inputs
 from stages.context import Context
 
 NUM_CHECKED = 256
@@ -56,7 +56,7 @@ class RealImages:
             yield _to_tensor(self.images[part]), torch.from_numpy(self.labels[part])
 
 
-def from_recipe(context: Context, inputs: Inputs) -> RealImages:
+def from_recipe(context: Context, inputs: Description) -> RealImages:
     """Return a recipe's prepared test images.
 
     Args:
@@ -83,7 +83,7 @@ def from_recipe(context: Context, inputs: Inputs) -> RealImages:
     )
 
 
-def from_folder(folder: Path, inputs: Inputs, *, labelled: bool) -> RealImages:
+def from_folder(folder: Path, inputs: Description, *, labelled: bool) -> RealImages:
     """Return the images at any depth of a folder.
 
     Args:

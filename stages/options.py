@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,33 @@ from stages.paths import PARAMS
 STOP = StopSignal()
 MAX_SEED = 2**31 - 1
 LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
+
+
+class FilePath(click.Path):
+    """A path; an empty one is refused, which an unset variable of a shell gives and `Path` takes for `.`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the path."""
+        if not str(value):
+            self.fail("an empty path", param, context)
+        return super().convert(value, param, context)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number that is neither infinite nor NaN, which compares with no bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, context)
+        return number
+
+
+PATH = FilePath()
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
@@ -49,7 +77,7 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_context(recipe: str | None = None, device: str | None = None) -> Context:
-    """Load params.yaml, choose the recipe and open the console.
+    """Load params.yaml, choose the recipe and open the console; a device that is named must be there.
 
     Under torchrun only rank 0 prints.
 
@@ -62,7 +90,10 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
     params = load_params(PARAMS)
     console = open_console()
     console.quiet = not current_ranks().is_main
-    return Context(params, params.select(recipe), console, STOP, device)
+    context = Context(params, params.select(recipe), console, STOP, device)
+    if device is not None:
+        _ = context.device
+    return context
 
 
 def open_console() -> Console:
@@ -139,5 +170,7 @@ def require_exists(path: Path) -> None:
     Raises:
         UsageError: It does not.
     """
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or directory")
+    try:
+        path.stat()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name what exists") from None

@@ -34,6 +34,11 @@ class Paths:
         """The data set."""
         return self.prepared / "dataset.h5"
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare` has ended."""
+        return all((self.prepared / name).is_file() for name in ("dataset.h5", "summary.json"))
+
     def teacher(self, name: str) -> Path:
         """One candidate's checkpoint, metrics and curve."""
         return DATA / self.recipe / "teachers" / name

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.checkpoints import load_checkpoint
-from pipeline.errors import DataError
-from pipeline.storage import read_bytes, read_json, write_atomic, write_json
+from pipeline.errors import DataError, UsageError
+from pipeline.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
 from stages.context import Context
 from stages.paths import Paths
 
@@ -24,10 +24,16 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         The comparison, as written to selection.json.
 
     Raises:
+        UsageError: The recipe has no such teacher.
         DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
     """
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
+    for name in names:
+        if name not in recipe.teachers:
+            raise UsageError(
+                f"--teachers {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}"
+            )
     candidates = [read_metrics(paths, name) for name in names]
     able = [
         candidate
@@ -38,10 +44,14 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
     winner = max(able, key=lambda candidate: candidate["best"][recipe.select.by])["name"]
     checkpoint = load_checkpoint(paths.teacher(winner))
-    for file in (checkpoint.path, checkpoint.path.with_suffix(".json")):
-        write_atomic(paths.winner / file.name, read_bytes(file))
     comparison = {"winner": winner, "by": recipe.select.by, "candidates": candidates}
-    write_json(paths.selection, comparison)
+    files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
+    with lock(paths.work("select.lock")):
+        for path in (*(paths.winner / file.name for file in files), paths.selection):
+            remove_leftovers(path)
+        for file in files:
+            write_atomic(paths.winner / file.name, read_bytes(file))
+        write_json(paths.selection, comparison)
     context.changed("select")
     return comparison
 

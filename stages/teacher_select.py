@@ -67,7 +67,7 @@ def teacher_select(
 
 def _prepare(context: Context) -> None:
     """Prepare the data unless it is there."""
-    if context.paths.dataset.exists():
+    if context.paths.is_prepared:
         return
     prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw)
     context.changed("prepare")
@@ -98,7 +98,7 @@ def plan(
 ) -> list[str]:
     """Say what `teacher_select` would do, and why; nothing is written."""
     names = check_names(context, teachers, optimizers)
-    if not context.paths.dataset.exists():
+    if not context.paths.is_prepared:
         check_source(context.recipe, context.paths.raw)
         epochs = (context.recipe.teachers[name].epochs for name in names)
         lines = ["prepare: no prepared data"]

@@ -37,6 +37,7 @@ LAYERS = (
         "label_parts",
         "labels",
         "checkpoints",
+        "descriptions",
     },
     {
         "batches",
@@ -95,7 +96,7 @@ HOMES = {
         "pipeline/figures/lines.py",
         "pipeline/figures/sheet.py",
     },
-    "einops": {"pipeline/students/layers.py", "pipeline/students/tnt.py"},
+    "einops": {"pipeline/students/attention.py", "pipeline/students/layers.py", "pipeline/students/tnt.py"},
     "rich": {"pipeline/reporting.py", "stages/context.py", "stages/options.py"},
     "triton": {
         "pipeline/students/inner_triton.py",

@@ -9,6 +9,7 @@ import click
 
 from pipeline.errors import UsageError
 from stages.options import (
+    PATH,
     device_option,
     json_option,
     open_console,
@@ -20,7 +21,7 @@ from stages.options import (
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @recipe_option
 @device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
@@ -74,9 +75,7 @@ def evaluate(
 
 @click.command()
 @recipe_option
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Directory of the report; data/<recipe>/reports if left out."
-)
+@click.option("--out", type=PATH, help="Directory of the report; data/<recipe>/reports if left out.")
 @click.option("--no-figures", is_flag=True, help="Draw nothing; matplotlib is not needed then.")
 @click.option("--tracked-only", is_flag=True, help="Leave out data/runs, which DVC does not track.")
 def report(recipe: str | None, out: Path | None, no_figures: bool, tracked_only: bool) -> None:

@@ -11,12 +11,14 @@ from click.core import ParameterSource
 from pipeline.errors import UsageError
 from pipeline.recipes import MAX_VIEWS
 from stages.options import (
+    PATH,
     device_option,
     dry_run_option,
     open_context,
     parse_seeds,
     parse_settings,
     recipe_option,
+    require_exists,
     training_options,
 )
 
@@ -33,7 +35,7 @@ from stages.options import (
     show_default=True,
     help="none and online are controls; they go to data/runs.",
 )
-@click.option("--teacher", type=click.Path(path_type=Path), help="The checkpoint that --labels online asks.")
+@click.option("--teacher", type=PATH, help="The checkpoint that --labels online asks.")
 @click.option("--soft", type=float, metavar="T", help="Learn from the teacher's probabilities at temperature T.")
 @click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
 @click.option("--seeds", metavar="A,B,...", help="Train with each of these seeds, and say mean and standard deviation.")
@@ -55,6 +57,8 @@ def distill(
     dry_run: bool,
 ) -> None:
     """Train a student against the cached labels."""
+    if teacher is not None:
+        require_exists(teacher)
     several = parse_seeds(seeds)
     if several and click.get_current_context().get_parameter_source("seed") is not ParameterSource.DEFAULT:
         raise UsageError(f"--seed {seed} --seeds {seeds}: give one of them")

@@ -60,7 +60,7 @@ def _configuration() -> configparser.ConfigParser:
 def data(context: Context) -> tuple[list[Finding], bool]:
     """Say whether there are data, or what to make them from, and return whether the prepared ones can be used."""
     paths, recipe = context.paths, context.recipe
-    if paths.dataset.exists():
+    if paths.is_prepared:
         try:
             dataset = context.dataset()
         except PipelineError as error:

@@ -93,7 +93,7 @@ def model_bytes(context: Context, job: Job, sizes: Sizes) -> int:
         own = context.recipe.students[job.name]
         arguments = student_arguments(own, num_classes=sizes.num_classes, image_size=sizes.image_size)
     with torch.device("meta"):
-        model = build_model({"kind": job.kind, "model": job.model, "arguments": arguments})
+        model = build_model(job.kind, job.model, arguments)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 

@@ -13,7 +13,7 @@ from stages.context import Context
 from stages.distill import plan_student, student_recipe
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding
 from stages.dry_run import plan_labels
-from stages.fitting import Run
+from stages.runs import Run
 from stages.teacher import plan_teacher
 from stages.teacher_labels import Distillation, TeacherSource
 

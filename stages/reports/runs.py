@@ -13,8 +13,8 @@ from pipeline.checkpoints import read_meta
 from pipeline.errors import DataError
 from pipeline.recipes import Recipe
 from pipeline.storage import read_json
-from stages.fitting import OUTPUTS
 from stages.paths import Paths
+from stages.runs import OUTPUTS
 
 
 @dataclass(frozen=True)
