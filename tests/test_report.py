@@ -15,6 +15,7 @@ from pipeline.reporting import Table
 from stages.reports.runs import FinishedRuns
 from stages.reports.tables import all_teachers, drops_table, students_tables
 from tests import report_project
+from tests.browser import in_a_browser
 from tests.finished_runs import recipe
 from tests.in_process import invoke
 from tests.project import Project
@@ -153,7 +154,7 @@ def test_a_run_whose_settings_have_changed_is_named_and_is_no_seed_of_the_recipe
     file.write_text(json.dumps({**json.loads(file.read_text()), "epochs": 10}))
     directory = project.path / "data/cifar100/students/titn"
     (directory / "best.safetensors").write_bytes(b"")
-    (directory / "best.json").write_text(json.dumps({"training": {"epochs": 20, "lr": 0.1}}))
+    (directory / "best.json").write_text(json.dumps({"sha256": "0" * 64, "training": {"epochs": 20, "lr": 0.1}}))
     invoke(project, *REPORT, "--no-figures")
     assert table(project, "table-3")["titn"]["best top-1 %"] == "76.00 ± 1.41 (2)", "75 and 77"
     assert (
@@ -187,3 +188,18 @@ def test_data_that_the_paper_has_not_get_the_form_without_its_columns(tmp_path: 
     assert [each.title.split(".")[0] for each in tables] == ["Table 2", "Table 3", "Table 3, continued", "Table 6"]
     assert not any("paper:" in column for each in tables[:3] for column in each.columns)
     assert statistics.fmean(len(each.rows) for each in tables) > 5
+
+
+@pytest.mark.browser
+def test_a_browser_shows_every_figure_and_every_row(written: Project, tmp_path: Path) -> None:
+    folder = written.path / REPORTS
+    found = in_a_browser(folder / "report.html", tmp_path)
+    pictures = sorted((folder / "figures").glob("*.png"))
+    assert len(found["pictures"]) == len(pictures) >= 3
+    assert all(width > 0 for width in found["pictures"])
+    tables = {path.stem: path for path in (folder / "tables").glob("*.csv") if not path.with_suffix(".png").exists()}
+    for name, rows in found["rows"].items():
+        assert rows == len(tables[name].read_text(encoding="utf-8").splitlines()) - 1 > 0, name
+    assert len(found["rows"]) >= 7 and min(found["cells"]) >= 3
+    assert found["fetched"] == []
+    assert found["wider"] <= 0, "wide tables scroll within their frames"
