@@ -81,7 +81,6 @@ HOMES = {
     "sklearn": {"pipeline/sources.py"},
     "onnx": {"pipeline/exporting.py"},
     "onnxruntime": {"pipeline/exporting.py"},
-    "onnxscript": {"pipeline/exporting.py"},
     "PIL": {
         "pipeline/classifier.py",
         "pipeline/figures/canvas.py",
