@@ -81,12 +81,10 @@ HOMES = {
     "sklearn": {"pipeline/sources.py"},
     "onnx": {"pipeline/exporting.py"},
     "onnxruntime": {"pipeline/exporting.py"},
-    "onnxscript": {"pipeline/exporting.py"},
     "PIL": {
         "pipeline/classifier.py",
         "pipeline/figures/canvas.py",
         "pipeline/image_folders.py",
-        "pipeline/prediction.py",
         "pipeline/sources.py",
     },
     "matplotlib": {
