@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+
 import pytest
 
 from pipeline.errors import UsageError
