@@ -12,8 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,11 @@ from rich.table import Table
 from pipeline.errors import UsageError
 from pipeline.runtime import environment, resolve_device
 from pipeline.storage import write_json
+from pipeline.timing import Seconds as Seconds
+from pipeline.timing import interleave as interleave
+from pipeline.timing import quartiles as quartiles
 
 ROOT = Path(__file__).parent.parent
-Seconds = NDArray[np.float64]
-"""`(rounds,)` float64: how long a contender took in each round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +60,6 @@ class Row:
     goal: float | None = None
     spread: Mapping[str, Sequence[float]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-def interleave(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
-) -> dict[str, Seconds]:
-    """Time contenders in turns, after one untimed turn of each.
-
-    Args:
-        contenders: Name to what is timed; one call is one turn.
-        rounds: Timed turns of each, at least 1.
-        device: Waited for before the clock is started and before it is stopped.
-
-    Returns:
-        Seconds by name.
-    """
-    for run in contenders.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            _wait_for(device)
-            began = time.perf_counter()
-            run()
-            _wait_for(device)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def compare(
@@ -123,11 +97,6 @@ def compare(
         spread={"ours": quartiles(ours), "peer": quartiles(peer), "ratio": quartiles(better / worse)},
         details=details,
     )
-
-
-def quartiles(values: NDArray[np.float64]) -> list[float]:
-    """Return first and third quartile."""
-    return [float(value) for value in np.quantile(values, [0.25, 0.75])]
 
 
 @dataclass
@@ -254,11 +223,6 @@ def _device(text: str) -> torch.device:
         return resolve_device(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _table(title: str, rows: Sequence[Row], where: Mapping[str, Any]) -> Table:

@@ -8,7 +8,7 @@ import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
-from pipeline.image_folders import SUFFIXES, is_ignored, read_image
+from pipeline.errors import DataError, UsageError
+from pipeline.image_folders import SUFFIXES, BadFile, is_ignored, list_classes, printable, read_image
 from pipeline.prefetch import prefetch
+
+NUM_NAMED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,41 @@ def find_images(path: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
         yield found
     if none_found:
         yield ImageFile(path, problem=f"no image in it ({' '.join(SUFFIXES)})")
+
+
+def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list[ImageFile], list[BadFile]]:
+    """Find images that lie in a folder for each class, whose name says which.
+
+    Args:
+        folder: Holds `test/<class>/<image>` or, where it has no `test` or that is a class, `<class>/<image>`. Other
+            folders beside `test` are left alone.
+        class_names: The classes there may be; a label is an index into them. Any may be absent.
+
+    Returns:
+        The images, by class and then by name in the order of their bytes, and what is in no class or no image.
+
+    Raises:
+        UsageError: There is no such folder.
+        DataError: A folder has the name of no class, or there is no image.
+        StorageError: A folder cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{printable(folder)}: no such folder; it must hold <class>/<image>, or test/<class>/<image>")
+    split = "test" if "test" not in class_names and (folder / "test").is_dir() else ""
+    bad: list[BadFile] = []
+    classes = list_classes(folder, split, bad)
+    labels = {name: label for label, name in enumerate(class_names)}
+    for name in classes:
+        if name not in labels:
+            known = ", ".join(map(printable, class_names[:NUM_NAMED])) + (
+                ", ..." if len(class_names) > NUM_NAMED else ""
+            )
+            path = printable(folder / split / name)
+            raise DataError(f"{path}: not one of the model's {len(class_names)} classes ({known}); rename or remove it")
+    files = [ImageFile(path, label=labels[name]) for name, paths in classes.items() for path in paths]
+    if not files:
+        raise DataError(f"{printable(folder)}: no image in it; they go in <class>/<image>, or test/<class>/<image>")
+    return files, bad
 
 
 def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) -> Generator[list[ImageFile], None, None]:

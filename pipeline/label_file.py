@@ -20,12 +20,14 @@ This module knows the layout and what HDF5 can do; what the values mean is pipel
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import h5py
 import numpy as np
@@ -42,7 +44,8 @@ _NOWHERE = 2**64 - 1
 _LABEL_DTYPES = (np.dtype("u1"), np.dtype("<u2"))
 
 
-class Contents(NamedTuple):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contents:
     """What a label cache file holds.
 
     Attributes:
@@ -176,7 +179,8 @@ def decode(data: bytes) -> Contents:
             provenance={key: _read_json(file["provenance"], key) for key in PROVENANCE_FIELDS},
         )
         if keeps_topk:
-            contents = contents._replace(
+            contents = dataclasses.replace(
+                contents,
                 classes=_read_array(file["topk"], "classes", _LABEL_DTYPES, len(data), chunked=True),
                 probabilities=_read_array(file["topk"], "probabilities", (PROBABILITY_DTYPE,), len(data), chunked=True),
             )

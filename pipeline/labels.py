@@ -244,7 +244,7 @@ class LabelCache:
         """
         contents = decode(data)
         canaries = tuple(Canary(**{**each, "samples": tuple(each["samples"])}) for each in contents.canaries)
-        return cls(**{**contents._asdict(), "canaries": canaries})
+        return cls(**{**vars(contents), "canaries": canaries})
 
     def to_bytes(self) -> bytes:
         """Write the sealed file; equal caches give equal bytes.

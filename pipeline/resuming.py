@@ -71,11 +71,33 @@ def save_progress(
         tensors["loss_sum"] = progress.loss_sum
         tensors.update({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
         tensors.update({f"best.{name}": tensor for name, tensor in result.best.items()})
-        for index, values in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()})
+        tensors.update(moments(optimizer))
         state.save(tensors, meta)
 
     group.on_main(write)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of an optimiser's state, `optimizer.<parameter>.<key>`."""
+    return {
+        f"optimizer.{index}.{key}": torch.as_tensor(value)
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+def keep_best(state: RunState | None, result: FitResult, group: Group) -> str:
+    """Let rank 0 write the best epoch's weights of a run that cannot go on, and say where they are.
+
+    Ranks need not agree on why they end, so none waits for another.
+    """
+    if not result.best_epoch:
+        return "no epoch was finished before"
+    if state is None:
+        return "nothing is kept"
+    if group.is_main:
+        state.keep(result.best)
+    return f"the best epoch so far ({result.best_epoch}) is kept in {state.last_good}"
 
 
 def load_progress(

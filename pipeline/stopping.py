@@ -53,8 +53,22 @@ class StopSignal:
             yield
         finally:
             self._deferred = outer
-        if self.received is not None and not outer:
+        if not outer:
+            self.check()
+
+    def check(self) -> None:
+        """Raise where a signal came; code that catches every error may have kept it from ending the run.
+
+        Raises:
+            Interrupted: A signal came.
+        """
+        if self.received is not None:
             raise self.error("stopped; what was finished is saved; run the same command again to go on")
+
+    def end(self) -> None:
+        """Leave no signal a chance to disturb the interpreter's end."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def error(self, message: str) -> Interrupted:
         """Return the exception that ends a run for the signal received."""

@@ -28,7 +28,7 @@ from pipeline.errors import Interrupted, NumericalError
 from pipeline.evaluation import evaluate
 from pipeline.optimization import build_optimizer, learning_rate, set_learning_rate
 from pipeline.recipes import FitRecipe
-from pipeline.resuming import FitResult, Progress, load_progress, save_progress
+from pipeline.resuming import FitResult, Progress, keep_best, load_progress, moments, save_progress
 from pipeline.stopping import StopSignal
 from pipeline.training_step import Objective, train_step
 
@@ -39,6 +39,7 @@ SECONDS_BETWEEN_SAVES = 60.0
 SAVING_SHARE = 1 / 30
 ASSUMED_BYTES_PER_SECOND = 2e8
 STEPS_BETWEEN_CHECKS = 50
+ADVICE = "lower lr or set clip to 1.0"
 
 
 class Watcher(Protocol):
@@ -129,8 +130,9 @@ class Fit:
         """Train to the last epoch.
 
         Raises:
-            NumericalError: Loss, gradient norm or logits are not finite. The message names epoch, step, lr and what
-                to try; the best epoch so far is kept beside the state.
+            NumericalError: Loss, gradient norm, logits, weights or the optimiser's state are not finite. The message
+                names epoch, step, lr and what to try; the best epoch so far is kept beside the state, and no state
+                that is not finite is saved.
             Interrupted: A signal came; the state has been saved.
         """
         if not self.group.is_main:
@@ -141,9 +143,13 @@ class Fit:
             if self.state is not None:
                 load_progress(self.state, progress, self.model, self.optimizer, self.group)
             self.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
-            while progress.epoch < self.recipe.epochs:
-                self.train_epoch()
-                self.end_epoch()
+            try:
+                while progress.epoch < self.recipe.epochs:
+                    self.train_epoch()
+                    self.end_epoch()
+            except NumericalError as error:
+                kept = keep_best(self.state, progress.result, self.group)
+                raise NumericalError(f"epoch {progress.epoch + 1}, {error}; {kept}") from None
         return progress.result
 
     def train_epoch(self) -> None:
@@ -174,6 +180,8 @@ class Fit:
         """Evaluate, extend the curve, keep the best weights."""
         progress, result = self.progress, self.progress.result
         self.group.broadcast_(self.model.buffers())
+        # A running variance of infinity gives finite logits, so that scores alone would not tell.
+        self._require_finite(self.model.state_dict())
         scores = evaluate(self.model, self.evaluation, precision=self.precision, group=self.group)
         self.group.sum_(progress.loss_sum)
         row = {
@@ -252,6 +260,7 @@ class Fit:
         if any(broken):
             self._fail(self.progress.step - len(broken) + broken.index(1) + 1, lr)
         if stop or save:
+            self._require_finite({**self.model.state_dict(), **moments(self.optimizer)})
             self.save()
         if stop:
             if self.state is not None:
@@ -263,14 +272,17 @@ class Fit:
             )
 
     def _fail(self, step: int, lr: float) -> NoReturn:
-        """Stop at a step that was not finite, keeping the best epoch so far."""
-        result, state = self.progress.result, self.state
-        where = f"epoch {self.progress.epoch + 1}, step {step}, lr {lr:.3g}"
-        kept = "no epoch was finished before" if not result.best_epoch else "nothing is kept"
-        if result.best_epoch and state is not None:
-            path = self.group.on_main(lambda: str(state.keep(result.best)))
-            kept = f"the best epoch so far ({result.best_epoch}) is kept in {path}"
-        raise NumericalError(f"{where}: the loss or its gradient is not finite; lower lr or set clip to 1.0; {kept}")
+        """Stop at a step that was not finite."""
+        raise NumericalError(f"step {step}, lr {lr:.3g}: the loss or its gradient is not finite; {ADVICE}")
+
+    def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Stop where a rank's tensors are not finite, before they are kept or saved."""
+        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        broken = torch.stack([~torch.isfinite(tensors[name]).all().to(self.device) for name in names]).long()
+        found = self.group.max_(broken).tolist()
+        if any(found):
+            name = names[found.index(1)]
+            raise NumericalError(f"after step {self.progress.step}: {name} is not finite; {ADVICE}")
 
     def _learning_rate(self, step: int) -> float:
         """Return the learning rate of a step of this epoch."""

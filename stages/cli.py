@@ -9,22 +9,24 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 import click
 
 import pipeline
-from pipeline.errors import Interrupted, PipelineError
-from stages.commands import data, labels, results, students, teachers, trained
+from pipeline.errors import Interrupted, PipelineError, one_line
+from stages.commands import data, export, labels, machine, results, students, teachers, trained
 from stages.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
+    ("This machine", (machine.doctor,)),
     ("Data", (data.prepare,)),
     (
         "Stage one: teachers and labels",
         (teachers.teacher_select, teachers.teacher, teachers.select, teachers.label, labels.labels),
     ),
     ("Stage two: students", (students.distill,)),
-    ("Trained models", (trained.predict,)),
+    ("Trained models", (trained.predict, trained.bench, export.export)),
     ("Results", (results.evaluate, results.report, results.models)),
 )
 
@@ -54,40 +56,66 @@ for _, commands in GROUPS:
 
 def main() -> None:
     """Run the command line and exit with the documented code."""
-    STOP.install(is_rank="WORLD_SIZE" in os.environ)
-    debug = "--debug" in sys.argv[1:]
+    code = 128
     try:
-        cli.main(standalone_mode=False)
-        code = 0
+        STOP.install(is_rank="WORLD_SIZE" in os.environ)
+        code = run(sys.argv[1:])
+    except Interrupted as error:  # before the command began, or while its error was being told
+        code = _tell_stop(error)
+    finally:
+        STOP.end()
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, turning whatever ends it into one line on standard error.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Returns:
+        The documented exit code.
+    """
+    debug = "--debug" in arguments
+    try:
+        cli.main(list(arguments), standalone_mode=False)
+        STOP.check()
     except click.exceptions.Exit as error:
-        code = error.exit_code
+        return error.exit_code
     except click.ClickException as error:
-        error.show()
-        code = 2
+        click.UsageError(one_line(error.format_message()), getattr(error, "ctx", None)).show()
+        return 2
     except (click.Abort, KeyboardInterrupt):
-        code = 130
+        return 130
     except Interrupted as error:
-        click.echo(str(error), err=True)
-        code = error.exit_code
+        return _tell_stop(error)
     except PipelineError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"Error: {error}", err=True)
-        code = error.exit_code
+        click.echo(one_line(f"Error: {error}"), err=True)
+        return error.exit_code
     except BrokenPipeError:
-        code = 4
+        return 4
     except OSError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"Error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)
-        code = 4
+        where = error.filename or "reading or writing"
+        click.echo(one_line(f"Error: {where}: {error.strerror or error}"), err=True)
+        return 4
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if STOP.received is not None:  # which reached code that made another error of it
+            return _tell_stop(STOP.error("stopped; run the same command again"))
         hint = "" if debug else "; --debug in front of the command shows where"
-        click.echo(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", err=True)
-        code = 1
-    sys.exit(code)
+        click.echo(one_line(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}"), err=True)
+        return 1
+    return 0
+
+
+def _tell_stop(error: Interrupted) -> int:
+    click.echo(str(error), err=True)
+    return error.exit_code
 
 
 if __name__ == "__main__":

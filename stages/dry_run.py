@@ -14,8 +14,8 @@ from stages.paths import Paths
 
 if TYPE_CHECKING:
     from stages.context import Context
-    from stages.fitting import Run
     from stages.label_plan import ViewSlice
+    from stages.runs import Run
 
 
 def plan_run(run: Run, *, fresh: bool = False) -> str:

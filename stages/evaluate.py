@@ -1,62 +1,113 @@
-"""`pipeline evaluate CHECKPOINT`: score a trained model on a recipe's data."""
+"""`pipeline evaluate CHECKPOINT`: score a trained model on a recipe's data, or on a folder of images."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from pipeline.batches import EvaluationData
+from pipeline.class_scores import class_scores, worst_first
 from pipeline.errors import DataError, UsageError
-from pipeline.evaluation import evaluate
+from pipeline.evaluation import tally
+from pipeline.image_files import NUM_NAMED, ImageFile, find_labelled_images, read_images
+from pipeline.image_folders import BadFile, printable, refusal
+from pipeline.metrics import Meter
+from pipeline.prediction import Predictor
 from pipeline.reporting import Table, number
-from pipeline.runtime import resolve_precision
 from stages.context import Context
 from stages.fitting import evaluation_data
-from stages.models import load_model
+from stages.models import make_predictor
 
 
 def evaluate_checkpoint(
-    context: Context, path: Path, *, split: str = "test", precision: str | None = None
+    context: Context, path: Path, *, split: str = "test", precision: str | None = None, per_class: bool = False
 ) -> dict[str, Any]:
-    """Score a checkpoint.
+    """Score a checkpoint on a split of the recipe's prepared data.
 
     Args:
         context: The command's setting.
         path: A directory that a stage wrote, or a .safetensors file in it.
         split: `train`, `val` or `test`.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training.
+        per_class: Whether to add the scores of each class.
 
     Returns:
-        Model, split, number of images, `autocast` (`fp32` or `bf16`) and the fields of pipeline.metrics.Scores.
+        Model, split, number of images, `autocast` (`fp32` or `bf16`), the fields of pipeline.metrics.Scores; with
+        `per_class` also `classes`, the fields of pipeline.class_scores.ClassScores for each, the worst first.
 
     Raises:
         UsageError: The path does not exist, or there is no such split.
         DataError: It holds no valid checkpoint, or one of other classes or image size.
     """
-    device = context.device
-    model, checkpoint = load_model(path, device)
+    predictor, checkpoint = make_predictor(path, context.device, precision)
     dataset = context.dataset()
     if split not in dataset.splits:
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
-    meta = checkpoint.meta
-    for key, expected in (("class_names", list(dataset.class_names)), ("image_size", dataset.image_size)):
-        if meta.get(key) != expected:
+    for key, own, expected in (
+        ("class_names", predictor.class_names, dataset.class_names),
+        ("image_size", predictor.image_size, dataset.image_size),
+    ):
+        if own != expected:
             raise DataError(f"{checkpoint.path}: its {key} is not that of recipe {context.recipe.name}; name its own")
-    data = evaluation_data(dataset, dataset.splits[split], device)
-    mean, std = ((float(r), float(g), float(b)) for r, g, b in (meta["mean"], meta["std"]))
-    data = dataclasses.replace(data, mean=mean, std=std)
-    precision = resolve_precision(precision or meta["training"]["precision"], device)
-    scores = evaluate(model, data, precision=precision)
-    return {
-        "model": meta["model"],
-        "checkpoint": str(checkpoint.path),
-        "recipe": context.recipe.name,
-        "split": split,
-        "num_images": len(data.labels),
-        "autocast": precision,
-        "device": device.type,
-        **dataclasses.asdict(scores),
-    }
+    data = evaluation_data(dataset, dataset.splits[split], predictor.device)
+    meter = Meter(dataset.num_classes, predictor.device)
+    data = dataclasses.replace(data, mean=predictor.mean, std=predictor.std)
+    tally(predictor.model, data, meter, precision=predictor.precision)
+    where = {"checkpoint": str(checkpoint.path), "recipe": context.recipe.name, "split": split}
+    return {"model": checkpoint.meta["model"], **where, **_scores(predictor, meter, per_class)}
+
+
+def evaluate_folder(
+    path: Path,
+    folder: Path,
+    *,
+    device: torch.device,
+    precision: str | None = None,
+    skip_bad: bool = False,
+    per_class: bool = False,
+) -> dict[str, Any]:
+    """Score a checkpoint on a folder of images; nothing else is needed.
+
+    Args:
+        path: A directory that a stage wrote, or a .safetensors file in it.
+        folder: As of pipeline.image_files.find_labelled_images.
+        device: Where to run.
+        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
+        skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
+        per_class: Whether to add the scores of each class.
+
+    Returns:
+        As of `evaluate_checkpoint`, with `data` (the folder), `absent_classes` and `skipped` in place of recipe and
+        split.
+
+    Raises:
+        UsageError: A path does not exist.
+        DataError: There is no valid checkpoint, a folder has the name of no class, or there are bad files.
+    """
+    predictor, checkpoint = make_predictor(path, device, precision)
+    files, bad = find_labelled_images(folder, predictor.class_names)
+    meter = Meter(len(predictor.class_names), device)
+    # Pillow warns of damaged metadata, which does no harm.
+    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
+    with quiet, contextlib.closing(read_images(files, predictor.image_size, predictor.batch_size)) as batches:
+        for batch in batches:
+            bad += (BadFile(printable(file.path.relative_to(folder)), file.problem) for file in batch if file.problem)
+            _add(meter, predictor, [file for file in batch if file.pixels is not None])
+    if bad and not skip_bad:
+        raise refusal(folder, bad)
+    supports = meter.confusion.sum(dim=1).tolist()
+    if not any(supports):
+        raise DataError(f"{printable(folder)}: none of its {len(files)} images can be read")
+    absent = [name for name, support in zip(predictor.class_names, supports, strict=True) if not support]
+    where = {"checkpoint": str(checkpoint.path), "data": printable(folder), "absent_classes": absent}
+    skipped = [dataclasses.asdict(file) for file in bad]
+    return {"model": checkpoint.meta["model"], **where, "skipped": skipped, **_scores(predictor, meter, per_class)}
 
 
 def scores_table(result: dict[str, Any]) -> Table:
@@ -74,6 +125,52 @@ def scores_table(result: dict[str, Any]) -> Table:
         "class head %",
         "distillation head %",
     ]
-    title = f"{result['checkpoint']} on {result['recipe']}, {result['split']}"
+    where = result["data"] if "data" in result else f"{result['recipe']}, {result['split']}"
     note = f"{result['num_images']} images, {result['device']}, {result['autocast']}"
-    return Table(title, columns, [[*row, *heads]], note)
+    if result.get("skipped"):
+        note += f"; {len(result['skipped'])} bad files left out"
+    if absent := result.get("absent_classes"):
+        some = ", ".join(map(printable, absent[:NUM_NAMED])) + (", ..." if len(absent) > NUM_NAMED else "")
+        note += f"; no images of {len(absent)} classes ({some}), which count 0 in the means where they are predicted"
+    return Table(f"{result['checkpoint']} on {where}", columns, [[*row, *heads]], note)
+
+
+def classes_table(result: dict[str, Any]) -> Table:
+    """Return the table of an evaluation's classes, the worst first."""
+    rows = []
+    for each in result["classes"]:
+        scores = [number(each[key], 3) for key in ("recall", "precision", "f1")]
+        confused = (
+            "-" if each["confused_with"] is None else f"{printable(each['confused_with'])} ({each['num_confused']})"
+        )
+        rows.append([printable(each["name"]), str(each["support"]), *scores, confused])
+    columns = ["class", "images", "recall", "precision", "F1", "most often taken for"]
+    return Table("Classes, the worst first", columns, rows, "Recall is the accuracy on the images of the class alone.")
+
+
+def _add(meter: Meter, predictor: Predictor, files: list[ImageFile]) -> None:
+    """Count a batch of images that have been read."""
+    if not files:
+        return
+    images = torch.from_numpy(np.stack([file.pixels for file in files if file.pixels is not None]))
+    labels = torch.tensor([file.label for file in files], device=predictor.device)
+    data = EvaluationData(
+        images=images.to(predictor.device).permute(0, 3, 1, 2),
+        labels=labels,
+        mean=predictor.mean,
+        std=predictor.std,
+        num_classes=len(predictor.class_names),
+    )
+    tally(predictor.model, data, meter, precision=predictor.precision)
+
+
+def _scores(predictor: Predictor, meter: Meter, per_class: bool) -> dict[str, Any]:
+    """Return what an evaluation found, as plain JSON values."""
+    classes = worst_first(class_scores(meter.confusion, predictor.class_names))
+    return {
+        "num_images": int(meter.confusion.sum()),
+        "autocast": predictor.precision,
+        "device": predictor.device.type,
+        **dataclasses.asdict(meter.scores()),
+        **({"classes": [dataclasses.asdict(each) for each in classes]} if per_class else {}),
+    }

@@ -11,24 +11,22 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import pipeline
 from pipeline.batches import EvaluationData, TrainingData
-from pipeline.checkpoints import RunState, fingerprint, save_checkpoint
+from pipeline.checkpoints import RunState, save_checkpoint
 from pipeline.datasets import Dataset, Split
 from pipeline.distributed import Group, has_batch_norm
+from pipeline.errors import NumericalError
 from pipeline.evaluation import Predictions, evaluate
 from pipeline.image_arrays import MappedImages
-from pipeline.recipes import FitRecipe
+from pipeline.metrics import Scores
 from pipeline.reporting import RunWatcher, to_csv
-from pipeline.resuming import FitResult
+from pipeline.resuming import FitResult, keep_best
 from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.streaming import HostImages, place_images
@@ -38,83 +36,8 @@ from pipeline.views import Views
 from stages.context import Context
 from stages.execution import Execution, explaining_compilation
 from stages.models import costs
-from stages.paths import Paths
-from stages.staleness import NOT_TRAINED, why_stale
-
-OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model to be trained.
-
-    Attributes:
-        name: As shown to people.
-        out: Where the outputs go.
-        work: Where the resumable state lies while it runs.
-        stage: The DVC stage whose outputs these are; None for runs that differ from the recipe.
-        description: The checkpoint's JSON, see stages.models.describe.
-        recipe: How it is trained.
-        seed: Of initialisation and order.
-        inputs: Whatever else decides the result, as plain JSON values.
-        differs: What differs from the recipe but for the seed, as key and value; empty for the recipe's own run.
-        teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
-        is_distilled: Whether it also learns from that teacher's labels.
-        num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
-        soft: Temperature of soft distillation; None for hard labels and without a teacher.
-        confidence: Whether the teacher's confidence weighs the samples.
-        keep_last: Whether the last epoch's weights are kept beside the best's.
-    """
-
-    name: str
-    out: Path
-    work: Path
-    stage: str | None
-    description: Mapping[str, Any]
-    recipe: FitRecipe
-    seed: int
-    inputs: Mapping[str, Any]
-    differs: Mapping[str, str]
-    teacher: Mapping[str, Any] | None = None
-    is_distilled: bool = False
-    num_views: int | None = None
-    soft: float | None = None
-    confidence: bool = False
-    keep_last: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the result, the code's version included."""
-        return fingerprint(
-            model=dict(self.description),
-            recipe=dataclasses.asdict(self.recipe),
-            seed=self.seed,
-            inputs=dict(self.inputs),
-            version=pipeline.__version__,
-        )
-
-    @property
-    def decided_by(self) -> dict[str, Any]:
-        """What decides the result, as the checkpoint's JSON keeps it."""
-        own = {"training": dataclasses.asdict(self.recipe), "seed": self.seed, "inputs": dict(self.inputs)}
-        return {**self.description, **own, "version": pipeline.__version__}
-
-    def why_stale(self) -> str | None:
-        """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
-        return why_stale(self.out, OUTPUTS, self.fingerprint, self.decided_by)
-
-
-def place(
-    paths: Paths, work: str, name: str, settings: Mapping[str, str], seed: int, out: Path, stage: str
-) -> tuple[Path, Path, str | None]:
-    """Return output directory, work directory and DVC stage; what differs from the recipe goes to data/runs."""
-    differences = [f"{key}-{value}" for key, value in settings.items()]
-    if seed:
-        differences.append(f"seed-{seed}")
-    if not differences:
-        return out, paths.work(*work.split("/")), stage
-    label = "-".join([name, *differences]).replace("/", "_")
-    return paths.run(label), paths.work("runs", label), None
+from stages.runs import Run
+from stages.staleness import NOT_TRAINED
 
 
 def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
@@ -152,6 +75,7 @@ def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool
         return False
     why = group.on_main(run.why_stale)
     if why is None:
+        group.on_main(run.clean_up)
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
     elif why != NOT_TRAINED:
         context.say(f"{run.name}: trains again ({why})")
@@ -219,13 +143,16 @@ def carry_out(
             last = _take_best(run, group, model, result)
             test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
             predictions = Predictions.of(test)
-            scores = evaluate(model, test, precision=how.precision, group=group, predictions=predictions)
+            try:
+                scores = evaluate(model, test, precision=how.precision, group=group, predictions=predictions)
+            except NumericalError as error:
+                raise NumericalError(f"test split, {error}; {keep_best(state, result, group)}") from None
 
             def end() -> None:
                 metrics = _metrics(run, dataset, result, dataclasses.asdict(scores), how.precision)
-                _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test))
                 where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
-                write_json(run.out / "run.json", {**where, "seconds": round(time.monotonic() - began, 1)})
+                where["seconds"] = round(time.monotonic() - began, 1)
+                _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
                 state.delete()
 
             group.on_main(end)
@@ -240,7 +167,8 @@ def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState]:
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
-            held.enter_context(lock(run.work.with_name(f"{run.work.name}.lock")))
+            held.enter_context(lock(run.lock))
+            run.remove_leftovers()
             if fresh:
                 state.delete()
 
@@ -306,7 +234,12 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(
-    run: Run, result: FitResult, last: Mapping[str, Tensor] | None, metrics: Mapping[str, Any], predictions: bytes
+    run: Run,
+    result: FitResult,
+    last: Mapping[str, Tensor] | None,
+    metrics: Mapping[str, Any],
+    predictions: bytes,
+    where: Mapping[str, Any],
 ) -> None:
     """Write the outputs, metrics.json last, so that a directory that has it is whole."""
     (run.out / "metrics.json").unlink(missing_ok=True)
@@ -317,6 +250,7 @@ def _write(
         save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})
     write_atomic(run.out / "curve.csv", curve_csv(result.curve))
     write_atomic(run.out / "predictions.csv", predictions)
+    write_json(run.out / "run.json", where)
     write_json(run.out / "metrics.json", metrics)
 
 
@@ -326,4 +260,6 @@ def curve_csv(curve: list[dict[str, Any]]) -> bytes:
     def cell(value: object) -> object:
         return f"{value:.6g}" if isinstance(value, float) else value
 
-    return to_csv(list(curve[0]), ([cell(value) for value in row.values()] for row in curve))
+    # Rows that come from a saved state have lost their order.
+    columns = ["epoch", "lr", "train_loss", *(field.name for field in dataclasses.fields(Scores))]
+    return to_csv(columns, ([cell(row[name]) for name in columns] for row in curve))

@@ -34,6 +34,11 @@ class Paths:
         """The data set."""
         return self.prepared / "dataset.h5"
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare` has ended."""
+        return all((self.prepared / name).is_file() for name in ("dataset.h5", "summary.json"))
+
     def teacher(self, name: str) -> Path:
         """One candidate's checkpoint, metrics and curve."""
         return DATA / self.recipe / "teachers" / name
@@ -57,9 +62,9 @@ class Paths:
         return DATA / self.recipe / "students" / name
 
     @property
-    def report(self) -> Path:
-        """The report; report.json lies beside it."""
-        return DATA / self.recipe / "reports" / "report.md"
+    def reports(self) -> Path:
+        """What `report` writes: report.html, report.md, report.json, tables/, figures/."""
+        return DATA / self.recipe / "reports"
 
     def run(self, name: str) -> Path:
         """A run that differs from the recipe."""

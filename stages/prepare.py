@@ -87,7 +87,8 @@ def prepare(
     dataset, skipped = read_source(recipe, raw=raw, folder=folder, download=download, skip_bad=skip_bad, spill=spill)
     summary = _summarize(recipe, dataset, skipped)
     with lock(out.with_name(f"{out.name}.lock")):
-        remove_leftovers(out / "dataset.h5")
+        for name in ("dataset.h5", "summary.json"):
+            remove_leftovers(out / name)
         dataset.save(out / "dataset.h5")
         write_json(out / "summary.json", dataclasses.asdict(summary))
     return summary

@@ -20,8 +20,9 @@ from pipeline.training_step import Objective
 from stages.context import Context
 from stages.dry_run import plan_run
 from stages.execution import execution
-from stages.fitting import Run, carry_out, make_views, place, up_to_date
+from stages.fitting import carry_out, make_views, up_to_date
 from stages.models import describe
+from stages.runs import Run, place
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:

@@ -84,6 +84,16 @@ class Command:
     def kill(self) -> None:
         self._process.kill()
 
+    def send(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        if self._process.is_alive():
+            assert self._process.pid is not None
+            os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float) -> None:
+        """Wait some seconds, or until it ends."""
+        self._connection.poll(seconds)
+
     def finish(self) -> Ended:
         """Wait for its end; a command that hangs is killed and has the code HUNG."""
         # Second by second: where the machine stops for a while, both processes have stopped.

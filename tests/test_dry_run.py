@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.checkpoints import RunState
 from pipeline.labels import LabelCache
-from stages.fitting import OUTPUTS
+from stages.runs import OUTPUTS
 from stages.staleness import differences, why_stale
 from tests.in_process import invoke
 from tests.project import Project

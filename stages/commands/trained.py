@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import click
 
 from pipeline.errors import PipelineError
-from stages.options import device_option, precision_option
+from pipeline.recipes import PRECISIONS
+from stages.options import PATH, device_option, json_option, open_console, parse_batch_sizes, precision_option
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(1), help="Classes to name, at most all.")
 @device_option
@@ -58,3 +60,43 @@ def predict(
         click.echo(f"left out, not having an image's suffix: {counts}", err=True)
     if num_bad:
         raise PipelineError(f"{num_bad} of {num_bad + num_good} could not be read; they are named above")
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...", type=PATH)
+@click.option("--batch-sizes", default="1,8,64,256", show_default=True, help="Images a batch.")
+@device_option
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; PyTorch's choice where left out.")
+@click.option("--rounds", type=click.IntRange(1, 10000), default=10, show_default=True, help="Turns of each.")
+@json_option
+def bench(
+    checkpoints: tuple[Path, ...],
+    batch_sizes: str,
+    device: str | None,
+    precision: str,
+    threads: int | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Show what models cost and how fast they answer here.
+
+    Several checkpoints take turns, so that what else the machine does hits all of them. Timed are batches of pixels;
+    reading image files is left out.
+    """
+    from pipeline.runtime import resolve_device, resolve_precision
+    from pipeline.speed import measure_speed
+    from stages.bench import conditions, costs_table, cpu_threads, load, speed_table
+
+    sizes, on, console = parse_batch_sizes(batch_sizes), resolve_device(device), open_console()
+    with cpu_threads(threads):
+        predictors, costs = load(checkpoints, on, precision)
+        where = conditions(on, resolve_precision(precision, on), rounds)
+        if not as_json:
+            console.print(costs_table(costs).to_rich(console.width))
+        speeds = measure_speed(predictors, sizes, rounds=rounds)
+        if as_json:
+            found = {"environment": where, "models": costs, "speeds": [dataclasses.asdict(each) for each in speeds]}
+            click.echo(json.dumps(found, indent=2))
+        else:
+            console.print(speed_table(speeds, where, on).to_rich(console.width))

@@ -1,0 +1,141 @@
+"""How a recipe's models would be computed here: precision, CUDA graphs, fused inner blocks, torch.compile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from pipeline.distributed import ALONE
+from pipeline.errors import UsageError
+from pipeline.recipes import FitRecipe
+from pipeline.runtime import device_name, resolve_precision
+from pipeline.students import build_student, use_inner_block
+from pipeline.students.layers import Student
+from stages.context import Context
+from stages.distill import student_recipe
+from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
+from stages.execution import execution
+from stages.models import student_arguments
+
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def computing(context: Context) -> list[Finding]:
+    """Say how the recipe's models are computed on the device at hand, and what of it does not work."""
+    device = context.device
+    wanted = _fits(context)
+    return [
+        _device(device),
+        *_precision(context, wanted, device),
+        *_graphs(wanted, device),
+        *_inner_blocks(context, device),
+        *_compile(context, wanted, device),
+    ]
+
+
+def _fits(context: Context) -> dict[str, FitRecipe]:
+    """Return the recipes of the models that a full run trains, by what params.yaml calls them."""
+    recipe = context.recipe
+    found: dict[str, FitRecipe] = {
+        f"teachers.{name}": recipe.teachers[name] for name in context.params.candidates(recipe)
+    }
+    names = [name for name in context.params.students if name in recipe.students]
+    return found | {f"students.{name}": recipe.students[name] for name in names}
+
+
+def _device(device: torch.device) -> Finding:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Finding(
+            "device", OK, f"runs on {device}: {device_name(device)}, {size_text(free)} of {size_text(total)} free"
+        )
+    return Finding("device", OK, f"runs on {device}: {device_name(device)}, {os.cpu_count()} cores")
+
+
+def _precision(context: Context, wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
+    automatic = resolve_precision("auto", device)
+    units = "has units for bf16" if automatic == "bf16" else "has no units for bf16"
+    text = f"precision: auto is {automatic} (the device {units}); fp32 products are {_fp32(device)}"
+    found = [Finding("device", OK, text)]
+    slow = [name for name, recipe in wanted.items() if recipe.precision == "bf16"]
+    slow += ["label"] if context.recipe.label.precision == "bf16" else []
+    if slow and automatic != "bf16":
+        what = f"precision: bf16 of {', '.join(slow)} is emulated here, and slow"
+        found.append(Finding("device", WARNING, what, "write auto"))
+    return found
+
+
+def _fp32(device: torch.device) -> str:
+    """Say whether products of fp32 are rounded to tf32, which students' fused inner blocks decide for themselves."""
+    if device.type != "cuda":
+        return "not rounded"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "not rounded, there is no tf32"
+    return "not rounded" if torch.get_float32_matmul_precision() == "highest" else "rounded to tf32"
+
+
+def _graphs(wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
+    found = []
+    for name, recipe in wanted.items():
+        try:
+            execution(recipe, device, ALONE)
+        except UsageError as error:
+            found.append(Finding("device", PROBLEM, f"{name}: {error}"))
+    graphs = [name for name, recipe in wanted.items() if device.type == "cuda" and recipe.step != "eager"]
+    text = (
+        f"steps are replayed from CUDA graphs ({len(graphs)} of {len(wanted)} models)" if graphs else "steps are eager"
+    )
+    return [*found, Finding("device", OK, text + ("" if device.type == "cuda" else "; CUDA graphs are for GPUs"))]
+
+
+def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
+    """Try the fused inner block of each student that has one; the first time it is compiled, and kept."""
+    by_answer: dict[tuple[str, str], list[str]] = {}
+    for name in context.params.students:
+        try:
+            own = student_recipe(context.recipe, name, {})
+            with torch.device("meta"):
+                student = build_student(
+                    own.model, **student_arguments(own, num_classes=10, image_size=context.recipe.dataset.image_size)
+                )
+            assert isinstance(student, Student)
+            answer = use_inner_block(student, own.inner_block, device)
+            mark = WARNING if answer.startswith("plain (") else OK
+        except UsageError as error:
+            answer, mark = str(error), PROBLEM if name in context.recipe.students else WARNING
+        if answer != "none":
+            by_answer.setdefault((mark, answer), []).append(name)
+    return [
+        Finding("device", mark, f"inner block of {', '.join(names)}: {answer}")
+        for (mark, answer), names in by_answer.items()
+    ]
+
+
+def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
+    users = [name for name, recipe in wanted.items() if recipe.compile] + (
+        ["label"] if context.recipe.label.compile else []
+    )
+    if not users:
+        compiler = _compiler()
+        text = "torch.compile is not used by this recipe; "
+        text += f"it would find the C++ compiler {compiler}" if compiler else "it would find no C++ compiler"
+        return [Finding("device", OK, text)]
+    try:
+        torch.compile(lambda x: torch.sin(x) + x)(torch.ones(64, device=device))
+    except Exception as error:  # what a compiler does not do, torch reports in many ways
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        remedy = "install a C++ compiler, or write compile: false"
+        return [
+            Finding(
+                "device", PROBLEM, f"compile: true of {', '.join(users)}: torch.compile fails here ({reason})", remedy
+            )
+        ]
+    return [Finding("device", OK, f"torch.compile works ({', '.join(users)})")]
+
+
+def _compiler() -> str | None:
+    """Return the C++ compiler that torch.compile would take."""
+    own = os.environ.get("CXX", "").split()
+    return next((path for name in (*own[:1], *COMPILERS) if (path := shutil.which(name))), None)
