@@ -169,7 +169,7 @@ def sample_views(labelled: Labelled) -> Figure:
     ]
     data: list[list[str]] = []
     if has_mixing:
-        columns = ["image and target", "its view", "partner's view", "mixed view: lambda,\nteacher's label"]
+        columns = ["image and target", "its view", "partner's view", "mixed view: targets,\nteacher's label"]
         _add_mixed(labelled, indices, rows, data)
         shown = [0]
     else:
@@ -184,6 +184,7 @@ def sample_views(labelled: Labelled) -> Figure:
     )
     note = f"{labelled.note}; view{'s' if len(shown) > 1 else ''} {_listed(shown)}. Framed and bold: the label is no "
     note += f"target. Up to {NUM_WRONG} of the samples were chosen because it is not in view 0; the others evenly."
+    note += " Beside targets: lambda and 1 - lambda." if has_mixing else ""
     note += " Crop: pixels by which the frame moves down and right." if labelled.views.recipe.crop else ""
     alt = f"{len(samples)} training images, what their views make of them, and the teacher's labels of these."
     return Figure(f"sample-views{labelled.suffix}", table.title, sheet(rows, columns), alt, note, table)
@@ -216,7 +217,7 @@ def _add_mixed(labelled: Labelled, indices: torch.Tensor, rows: list[list[Cell |
         share, partner = float(drawn["lambda"][index]), int(partners[row])
         targets = [int(labelled.dataset.train.labels[each]) for each in (index, partner)]
         label = int(labelled.cache.labels[0, index])
-        lines = [f"{part:.2f} target {names[target]}" for part, target in zip((share, 1 - share), targets, strict=True)]
+        lines = [f"{part:.2f}: {names[target]}" for part, target in zip((share, 1 - share), targets, strict=True)]
         lines.append(f"teacher: {names[label]}")
         rows[row] += [
             Cell(own[row], _described(drawn, index)),
