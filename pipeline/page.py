@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.reporting import Figure, Table, markdown_text
+from pipeline.reporting import Figure, Table, markdown_text, printable
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _column_class(cells: Iterable[str]) -> str:
 
 def _text(text: str) -> str:
     """Return text for HTML, also within quotes; what HTML cannot hold is replaced."""
-    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text))
+    return html.escape(printable(text))
 
 
 LONGEST_NAME_ON_A_LINE = 30

@@ -1,25 +1,17 @@
-"""What a trained model says of images: from a file, a PIL image or an array to probabilities.
-
-predictor = Predictor(model, class_names=..., image_size=32, mean=..., std=...)
-predictor(["cat.jpg", Image.open("dog.png")]).top(3)
-"""
+"""What a trained model says of images: all its heads together, and each alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.datasets import Channels
-from pipeline.errors import DataError, NumericalError
-from pipeline.image_folders import printable, read_image, to_rgb, upright
+from pipeline.errors import NumericalError
 from pipeline.losses import probabilities
 from pipeline.runtime import autocast
 from pipeline.views import normalize
@@ -27,38 +19,6 @@ from pipeline.views import normalize
 PIXELS_AT_ONCE = {"cpu": 256 * 32**2, "cuda": 4096 * 32**2}
 """Kind of device to pixels of a batch: on a CPU it should fit the cache, a GPU wants few, large launches."""
 HEADS = ("class", "distillation")
-AnyImage = Path | str | bytes | Image.Image | NDArray[Any]
-"""A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or `(H, W, 3)` RGB."""
-
-
-def to_pixels(image: AnyImage, image_size: int) -> NDArray[np.uint8]:
-    """Turn an image into pixels as a model takes them, the way `pipeline prepare` does.
-
-    Args:
-        image: The image.
-        image_size: Side of the result, pixels.
-
-    Returns:
-        `(image_size, image_size, 3)` uint8 RGB.
-
-    Raises:
-        DataError: The file is no image or a damaged one, or the array is no image.
-    """
-    if isinstance(image, Path | str):
-        try:
-            return read_image(Path(image), image_size)
-        except DataError as error:
-            raise DataError(f"{printable(image)}: {error}") from error
-    if isinstance(image, bytes):
-        return read_image(image, image_size)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-            raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
-        image = Image.fromarray(image)
-    try:
-        return to_rgb(upright(image), image_size)
-    except (OSError, ValueError) as error:  # a file that PIL opened is decoded only now
-        raise DataError(f"an image of mode {image.mode}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +79,6 @@ class Predictor:
         """Images that are best answered at once."""
         return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
 
-    def transform(self, image: AnyImage) -> NDArray[np.uint8]:
-        """Return `to_pixels` of an image at the model's size."""
-        return to_pixels(image, self.image_size)
-
     @torch.inference_mode()
     def answer(self, pixels: NDArray[np.uint8] | Tensor) -> Answer:
         """Answer to one batch.
@@ -143,20 +99,3 @@ class Predictor:
             raise NumericalError("prediction: a logit is not finite; train the model again")
         named = dict(zip(HEADS, likely[1:], strict=False))
         return Answer(likely[0], named, self.class_names)
-
-    def __call__(self, images: Iterable[AnyImage]) -> Answer:
-        """Answer to images of any kind and size, a batch at a time.
-
-        Raises:
-            DataError: As of `transform`.
-            NumericalError: A logit is not finite.
-        """
-        pixels = [self.transform(image) for image in images]
-        if not pixels:
-            raise DataError("no image; pass at least one")
-        answers = [
-            self.answer(np.stack(pixels[start : start + self.batch_size]))
-            for start in range(0, len(pixels), self.batch_size)
-        ]
-        heads = {name: torch.cat([each.heads[name] for each in answers]) for name in answers[0].heads}
-        return Answer(torch.cat([each.probabilities for each in answers]), heads, self.class_names)

@@ -144,6 +144,8 @@ def with_tensors(files: Files, rng: random.Random) -> Files:
             lambda: old.bfloat16(),
             lambda: old.flatten()[:-1].clone(),
             lambda: old[None].clone(),
+            lambda: torch.full_like(old, float("nan")),
+            lambda: torch.where(torch.arange(old.numel()).reshape(old.shape) == 0, float("inf"), old),
             lambda: torch.zeros(0),
             lambda: torch.ones(1, dtype=torch.int8),
             lambda: torch.full((3, 3), 7.0),

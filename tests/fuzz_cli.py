@@ -24,6 +24,7 @@ from tests.time_limit import Hung, time_limit
 torch.set_num_threads(1)  # and it is loaded before any time is measured
 SECONDS_UNTIL_HUNG = 60
 WRONG_USAGE, BAD_INPUT = frozenset({2}), frozenset({2, 3, 4})
+SOME_BAD = BAD_INPUT | {1}  # of several files: each is named, the others are answered
 UNEXPECTED = "--debug in front of the command shows where"  # the end of the line of an error that nobody foresaw
 
 TEXTS = (
@@ -70,8 +71,8 @@ VARIABLES = (
     {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "x"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"},
 )  # fmt: skip
 USUAL = {
-    "student": "deit", "name": "squeezenet1_1", "checkpoint": "data/smoke/teacher",
-    "file": "data/smoke/labels/default.h5",
+    "student": "deit", "name": "squeezenet1_1", "checkpoint": "data/smoke/teacher", "out": "exported",
+    "file": "data/smoke/labels/default.h5", "images": "a.png",
 }  # fmt: skip
 
 
@@ -149,6 +150,8 @@ def _bad_values(parameter: click.Parameter) -> tuple[list[str], frozenset[int]]:
     if isinstance(kind, click.Path):
         is_destination = parameter.name == "out"
         return list(DESTINATIONS if is_destination else PATHS), BAD_INPUT
+    if parameter.nargs == -1:
+        return [path for path in PATHS if path not in ("", ".", "..", "/")], SOME_BAD
     if isinstance(kind, click.Choice):
         return [*TEXTS, str(kind.choices[0]).upper() + "?", ",".join(map(str, kind.choices)) + ","], WRONG_USAGE
     if isinstance(kind, click.types.IntParamType | click.types.FloatParamType):
@@ -202,6 +205,7 @@ def judge(folder: Path, case: Case) -> Verdict:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.dict(os.environ, case.variables),
+        mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO())),
     ):
         try:
             with time_limit(SECONDS_UNTIL_HUNG):
@@ -212,7 +216,9 @@ def judge(folder: Path, case: Case) -> Verdict:
             return Verdict(1, "", [f"raised: {error!r}"[:300]])
     wrong = [] if code in case.codes else [f"exit {code} instead of {sorted(case.codes)}: {err.getvalue()[-300:]!r}"]
     lines = [line for line in err.getvalue().splitlines() if line.strip() and not line.startswith(("Usage:", "Try "))]
-    if code and (len(lines) != 1 or not lines[0].isprintable() or not 12 < len(lines[0]) < MAX_LINE + 50):
+    told = lines[-1:] if code == 1 else lines
+    right = [line for line in told if line.isprintable() and 12 < len(line) < MAX_LINE + 50]
+    if code and (len(right) != 1 or right != told):
         wrong.append(f"message: {[line[:200] for line in lines[:3]]}")
     if UNEXPECTED in err.getvalue() or re.search(r"Traceback", err.getvalue() + out.getvalue()):
         wrong.append(f"unexpected: {err.getvalue()[-300:]!r}")

@@ -82,9 +82,9 @@ HOMES = {
     "onnx": {"pipeline/exporting.py"},
     "onnxruntime": {"pipeline/exporting.py"},
     "PIL": {
+        "pipeline/classifier.py",
         "pipeline/figures/canvas.py",
         "pipeline/image_folders.py",
-        "pipeline/prediction.py",
         "pipeline/sources.py",
     },
     "matplotlib": {

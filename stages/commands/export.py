@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from pipeline.errors import UsageError
-from stages.options import json_option, open_console, open_context, require_exists
+from stages.options import PATH, json_option, open_console, open_context, require_exists
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @click.option(
     "--format",
     "formats",
@@ -21,12 +21,10 @@ from stages.options import json_option, open_console, open_context, require_exis
     type=click.Choice(["onnx", "torchscript", "safetensors"]),
     help="Repeatable; at least one.",
 )
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="A new directory, or that of a former export."
-)
+@click.option("--out", required=True, type=PATH, help="A new directory, or that of a former export.")
 @click.option("--int8", is_flag=True, help="Also quantise the ONNX file, and measure what that costs in accuracy.")
 @click.option("--recipe", help="Whose test images it is checked on; the checkpoint's own where left out.")
-@click.option("--data", type=click.Path(path_type=Path), help="Check it on the images of this folder instead.")
+@click.option("--data", type=PATH, help="Check it on the images of this folder instead.")
 @click.option("--license", default="unknown", show_default=True, help="License of the weights, as hubs name it.")
 @json_option
 def export(

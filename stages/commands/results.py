@@ -25,7 +25,7 @@ from stages.options import (
 @recipe_option
 @device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
-@click.option("--data", type=click.Path(path_type=Path), help="Score on this folder's <class>/* or test/<class>/*.")
+@click.option("--data", type=PATH, help="Score on this folder's <class>/* or test/<class>/*.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
 @click.option("--per-class", is_flag=True, help="Show each class too, the worst first.")
 @precision_option

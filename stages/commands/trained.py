@@ -11,11 +11,11 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.recipes import PRECISIONS
-from stages.options import device_option, json_option, open_console, parse_batch_sizes, precision_option
+from stages.options import PATH, device_option, json_option, open_console, parse_batch_sizes, precision_option
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(1), help="Classes to name, at most all.")
 @device_option
@@ -63,7 +63,7 @@ def predict(
 
 
 @click.command()
-@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...", type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...", type=PATH)
 @click.option("--batch-sizes", default="1,8,64,256", show_default=True, help="Images a batch.")
 @device_option
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)

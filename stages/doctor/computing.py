@@ -70,10 +70,10 @@ def _precision(context: Context, wanted: dict[str, FitRecipe], device: torch.dev
 def _fp32(device: torch.device) -> str:
     """Say whether products of fp32 are rounded to tf32, which students' fused inner blocks decide for themselves."""
     if device.type != "cuda":
-        return "exact"
+        return "not rounded"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "exact, and there is no tf32"
-    return "exact" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "not rounded, there is no tf32"
+    return "not rounded" if torch.get_float32_matmul_precision() == "highest" else "rounded to tf32"
 
 
 def _graphs(wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
@@ -87,7 +87,7 @@ def _graphs(wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]
     text = (
         f"steps are replayed from CUDA graphs ({len(graphs)} of {len(wanted)} models)" if graphs else "steps are eager"
     )
-    return [*found, Finding("device", OK, text + ("" if device.type == "cuda" else ", CUDA graphs are a GPU's"))]
+    return [*found, Finding("device", OK, text + ("" if device.type == "cuda" else "; CUDA graphs are for GPUs"))]
 
 
 def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:

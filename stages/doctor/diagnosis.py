@@ -7,11 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from pipeline.errors import PipelineError
 from pipeline.reporting import Table
-from pipeline.stopping import StopSignal
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.software import gpus, software
 from stages.paths import PARAMS
@@ -67,6 +64,7 @@ class Diagnosis:
             f"What a full run of {self.recipe} writes, estimated",
             ("artefact", "size", "to be written", "where"),
             [(each.name, size_text(each.size), size_text(each.needed), str(each.path)) for each in self.artefacts],
+            optional=("where",),
         )
         times = Table(
             f"What `dvc repro` of {self.recipe} would take, estimated",
@@ -79,23 +77,14 @@ class Diagnosis:
 
 
 def diagnose(
-    stop: StopSignal,
-    console: Console,
-    *,
-    recipe: str | None = None,
-    device: str | None = None,
-    probing: bool = True,
-    tell: Callable[[Finding], None],
+    open_context: Callable[[], Context], tell: Callable[[Finding], None], *, probing: bool = True
 ) -> Diagnosis:
     """Look at everything that a full run depends on.
 
     Args:
-        stop: SIGINT and SIGTERM.
-        console: Where lines for people go.
-        recipe: Its name; None takes that of params.yaml.
-        device: As --device.
-        probing: Whether to time a few steps of each model that is not up to date.
+        open_context: Loads params.yaml and chooses recipe and device.
         tell: Is given each finding as soon as there is one.
+        probing: Whether to time a few steps of each model that is not up to date.
 
     Raises:
         UsageError: There is no such recipe or device.
@@ -110,15 +99,21 @@ def diagnose(
     note(software())
     if found.num_problems:
         return found
-    note(gpus())
-    context = _context(stop, console, recipe, device, note)
-    if context is None:
+    from pipeline.params import load_params
+
+    try:
+        params = load_params(PARAMS)
+    except PipelineError as error:
+        note([Finding("project", PROBLEM, str(error)), *gpus()])
         return found
+    context = open_context()
     from stages.doctor import computing, project, space, work
 
     found.recipe = context.recipe.name
+    text = f"params.yaml is valid: {len(params.recipes)} recipes; this is {found.recipe}"
+    note([Finding("project", OK, text)])
+    note([*project.dvc(), *gpus()])
     note(computing.computing(context))
-    note(project.dvc())
     findings, prepared = project.data(context)
     note(findings)
     jobs, findings = work.work(context, prepared=prepared)
@@ -134,23 +129,6 @@ def diagnose(
     return found
 
 
-def _context(
-    stop: StopSignal, console: Console, recipe: str | None, device: str | None, note: Callable[[list[Finding]], None]
-) -> Context | None:
-    """Load params.yaml; None where it is not valid."""
-    from pipeline.params import load_params
-    from stages.context import Context
-
-    try:
-        params = load_params(PARAMS)
-    except PipelineError as error:
-        note([Finding("project", PROBLEM, str(error))])
-        return None
-    chosen = params.select(recipe)
-    note([Finding("project", OK, f"params.yaml is valid: {len(params.recipes)} recipes; this is {chosen.name}")])
-    return Context(params, chosen, console, stop, device)
-
-
 def _estimate(
     context: Context,
     found: Diagnosis,
@@ -162,8 +140,9 @@ def _estimate(
     note: Callable[[list[Finding]], None],
 ) -> None:
     """Time what is to be done, and add it up."""
-    from stages.doctor.estimate import estimate
+    from stages.doctor.estimate import estimate, is_busy
 
+    busy = is_busy(context)
     if not probing:
         if any(job.why for job in jobs):
             note([Finding("time", OK, "not estimated (--no-probe)")])
@@ -172,4 +151,8 @@ def _estimate(
     if not any(job.why for job in jobs):
         note([Finding("time", OK, "nothing is left to train or to label")])
     elif found.seconds is not None:
-        note([Finding("time", OK, f"about {time_text(found.seconds)} for all that is left (an estimate)")])
+        text = f"about {time_text(found.seconds)} for all that is left, an estimate"
+        if busy:
+            alone = sum(each.seconds_alone for each in found.estimates if each.why)
+            text += f"; about {time_text(alone)} if nothing else ran, by the processor time of the steps"
+        note([Finding("time", OK, text)])

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import PipelineError
+from pipeline.recipes import Recipe
 from pipeline.sources import check_source
 from pipeline.teachers import weights_url
 from stages.context import Context
@@ -77,22 +78,36 @@ def data(context: Context) -> tuple[list[Finding], bool]:
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
 
 
+def has_source(recipe: Recipe, raw: Path) -> bool:
+    """Tell whether the recipe's source lies in `raw`, as far as names tell."""
+    try:
+        check_source(recipe, raw)
+    except PipelineError:
+        return False
+    return True
+
+
+def weights_file(teacher: str) -> Path:
+    """Return where torch.hub keeps a teacher's ImageNet weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / weights_url(teacher).rsplit("/", 1)[1]
+
+
 def weights(context: Context, jobs: list[Job]) -> list[Finding]:
     """Say whether the initial weights of the teachers that are to be trained are there."""
     found, missing = [], []
     wanted = [
         (job.name, context.recipe.teachers[job.name].weights) for job in jobs if job.kind == "teacher" and job.why
     ]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name, source in wanted:
-        if source == "imagenet" and not (folder / weights_url(name).rsplit("/", 1)[1]).is_file():
+        if source == "imagenet" and not weights_file(name).is_file():
             missing.append(name)
         elif source not in ("imagenet", "none") and not Path(source).is_file():
             text = f"teachers.{name}: weights {source!r} does not exist"
             found.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
     if missing:
+        folder = weights_file(missing[0]).parent
         text = f"ImageNet weights of {', '.join(missing)} are not in {folder}: torchvision downloads them"
         found.append(Finding("data", WARNING, text, "without a network put them there, or write weights: none"))
     elif any(source == "imagenet" for _, source in wanted):
-        found.append(Finding("data", OK, f"ImageNet weights are in {folder}"))
+        found.append(Finding("data", OK, f"ImageNet weights are in {torch.hub.get_dir()}"))
     return found

@@ -107,13 +107,12 @@ def work(context: Context, *, prepared: bool) -> tuple[list[Job], list[Finding]]
     absent = [name for name in context.params.students if name not in context.recipe.students]
     absent += [name for name in context.params.teachers if name not in context.recipe.teachers]
     if absent:
-        names = ", ".join(absent)
-        text = f"params.yaml lists {names}, which recipe {context.recipe.name} does not have: `dvc repro` fails"
+        text = f"params.yaml lists {', '.join(absent)}, not in recipe {context.recipe.name}: `dvc repro` fails on them"
         found.append(
-            Finding("project", WARNING, text, "set `teachers` and `students` (dvc exp run -S ...), or use the commands")
+            Finding("data", WARNING, text, "set `teachers` and `students` (dvc exp run -S ...), or use the commands")
         )
     done = sum(job.why is None for job in jobs)
-    found.append(Finding("project", OK, f"{done} of {len(jobs)} stages that train or label are up to date"))
+    found.append(Finding("data", OK, f"{done} of {len(jobs)} stages that train or label are up to date"))
     return jobs, found
 
 
