@@ -233,7 +233,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     Of such a model nothing is allocated before it has been seen to fit.
 
     Raises:
-        DataError: Names, shapes or dtypes differ; the message names the first that does.
+        DataError: Names, shapes or dtypes differ, or a value is not finite; the message names the first that does.
     """
     own = model.state_dict()
     for name in sorted(own.keys() | checkpoint.tensors.keys()):
@@ -246,6 +246,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name} is {tuple(found.shape)} {found.dtype}, "
                 f"the model's is {tuple(expected.shape)} {expected.dtype}"
             )
+        if not found.isfinite().all():
+            raise DataError(f"{checkpoint.path}: tensor {name} holds values that are not finite; run its stage again")
     if any(tensor.is_meta for tensor in own.values()):
         model.to_empty(device="cpu")
     model.load_state_dict(dict(checkpoint.tensors))

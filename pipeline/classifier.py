@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, NumericalError, UsageError
-from pipeline.image_folders import read_image, to_rgb, upright
+from pipeline.image_folders import printable, read_image, to_rgb, upright
 from pipeline.losses import probabilities
 
 INPUT = "images"
@@ -21,6 +23,10 @@ OUTPUTS = ("probabilities", "class_logits", "distillation_logits")
 
 Runner = Callable[[Tensor], Mapping[str, Tensor]]
 """Maps images `(B, 3, H, W)` uint8 to the OUTPUTS there are by name, `(B, K)` float32 each."""
+
+
+AnyImage = Path | str | bytes | Image.Image | NDArray[Any]
+"""A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or `(H, W, 3)` RGB."""
 
 
 class Classifier(nn.Module):
@@ -70,11 +76,11 @@ class Transform:
 
     image_size: int
 
-    def __call__(self, image: Image.Image | Path | str) -> Tensor:
+    def __call__(self, image: AnyImage) -> Tensor:
         """Turn it upright by its EXIF orientation, convert it to RGB and resize it.
 
         Args:
-            image: A PIL image, or the path of one.
+            image: A PIL image, the path or the content of a file, or an array; see AnyImage.
 
         Returns:
             `(3, image_size, image_size)` uint8; not normalised, which the model does.
@@ -82,17 +88,25 @@ class Transform:
         Raises:
             DataError: It is no image, or a damaged one.
         """
+        return torch.from_numpy(self._pixels(image)).permute(2, 0, 1).contiguous()
+
+    def _pixels(self, image: AnyImage) -> NDArray[np.uint8]:
+        """Return `(image_size, image_size, 3)` uint8 RGB."""
         if isinstance(image, Path | str):
             try:
-                pixels = read_image(Path(image), self.image_size)
+                return read_image(Path(image), self.image_size)
             except DataError as error:
-                raise DataError(f"{image}: {error}") from error
-        else:
-            try:
-                pixels = to_rgb(upright(image), self.image_size)
-            except (OSError, ValueError) as error:
-                raise DataError(f"the image cannot be read: {error}") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+                raise DataError(f"{printable(image)}: {error}") from error
+        if isinstance(image, bytes):
+            return read_image(image, self.image_size)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+                raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
+            image = Image.fromarray(image)
+        try:
+            return to_rgb(upright(image), self.image_size)
+        except (OSError, ValueError) as error:  # a file that PIL opened is decoded only now
+            raise DataError(f"an image of mode {image.mode}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ files hold no code.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import tempfile
 import warnings
@@ -41,7 +42,6 @@ CHECK_BATCHES = (1, BATCH_AT_EXPORT, 5, 64)
 """The sizes of the batches that an export is checked on; the last is repeated."""
 TOLERANCE = 1e-4
 QUANTIZED_OPERATORS = ("MatMul", "Gemm")
-MISSING_ONNX = "{} is not installed, which ONNX files need; run `pip install -e '.[onnx]'`"
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,7 @@ def to_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, str]
     Raises:
         UsageError: The extra `onnx` is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(MISSING_ONNX.format(error.name)) from None
+    _require("onnx", "onnxruntime", "onnxscript")
     images = _example(image_size)
     num_outputs = len(classifier.run(images))
     program = torch.onnx.export(
@@ -120,12 +116,11 @@ def to_onnx_int8(content: bytes) -> bytes:
     Raises:
         UsageError: The model has no product with constant weights, or the extra `onnx` is not installed.
     """
-    try:
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-    except ImportError as error:
-        raise UsageError(MISSING_ONNX.format(error.name)) from None
+    _require("onnx", "onnxruntime")
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
     with tempfile.TemporaryDirectory() as folder:
         names = ("plain", "prepared", "quantized")
         plain, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in names)
@@ -160,10 +155,9 @@ def run_onnx(content: bytes) -> Runner:
         UsageError: onnxruntime is not installed.
         DataError: It is no ONNX file, or not one of ours.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError(MISSING_ONNX.format(error.name)) from None
+    _require("onnxruntime")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
@@ -257,6 +251,13 @@ def top1(runner: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         num_right += int((predicted == labels).sum())
         num_images += len(labels)
     return 100 * num_right / num_images
+
+
+def _require(*names: str) -> None:
+    """Refuse to go on without packages of the extra `onnx`."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"{name} is not installed, which ONNX files need; run `pip install -e '.[onnx]'`")
 
 
 def _example(image_size: int) -> Tensor:

@@ -138,12 +138,12 @@ image = Image.open("image.png").convert("RGB").resize(({side}, {side}), Image.Re
 batch = np.asarray(image).transpose(2, 0, 1)[None]  # uint8
 probabilities = session.run(["probabilities"], {{"images": batch}})[0]
 ```"""
+    mean = " The probabilities are the mean of both heads'." if len(config["outputs"]) > 2 else ""
     outputs = ", ".join(f"`{output['name']}`" for output in config["outputs"])
     return f"""{text}
 
 Input: `images`, uint8 RGB, (batch, 3, {side}, {side}), values 0 to 255; normalisation is part of the model.
-Outputs, float32, (batch, {len(config["class_names"])}): {outputs}.
-Of two heads the probabilities are the mean."""
+Outputs, float32, (batch, {len(config["class_names"])}): {outputs}.{mean}"""
 
 
 def _files(config: Mapping[str, Any]) -> str:
@@ -182,7 +182,8 @@ def _training(config: Mapping[str, Any]) -> str:
         rows.append(("teacher", f"`{_text(teacher.get('name'))}`{accuracy}"))
     elif config["kind"] == "student":
         rows.append(("teacher", "none"))
-    fields = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "weights", "views", "alpha")
+    fields = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "weights", "views"]
+    fields += ["alpha"] if len(config["outputs"]) > 2 else []
     rows += [(key.replace("_", " "), f"`{_text(training[key])}`") for key in fields if training.get(key) is not None]
     rows.append(("this checkpoint", f"epoch {config['epoch']}, seed {config['seed']}"))
     if trained:
@@ -218,7 +219,7 @@ def _limits(config: Mapping[str, Any]) -> str:
         lines.append(
             f"The epoch was chosen by the same split (`{config['selected_on']}`) that is quoted: read it as optimistic."
         )
-    lines += [f"Training warned: {_text(warning)}." for warning in config["warnings"] or []]
+    lines += [f"Training warned: {_text(warning)}." for warning in config["warnings"]]
     if config["license"] == "unknown":
         lines.append("The license of these weights has not been stated; that of the code is Apache-2.0.")
     return "\n".join(("## Limits", "", *(f"- {line}" for line in lines)))

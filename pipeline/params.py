@@ -31,7 +31,7 @@ from pipeline.recipes import (
 
 T = TypeVar("T")
 
-MAX_BYTES = 200_000
+MAX_BYTES = 100_000
 MAX_DIGITS = 30  # of an integer; every range ends below
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 # The plain scalars that YAML 1.1 and 1.2 read alike; everything else that either reads as a number, a boolean or a

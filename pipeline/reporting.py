@@ -141,9 +141,14 @@ def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
+def printable(text: str) -> str:
+    """Return text with the replacement character in place of control characters other than white space."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
 def markdown_text(text: str) -> str:
     """Return text of one line that Markdown shows as it is; an underscore within a word needs no escape."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\|*`\[\]~]|\b_|_\b)", r"\\\1", text)
 
 

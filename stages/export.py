@@ -178,7 +178,9 @@ def _config(
     described = {
         key: meta.get(key) for key in ("kind", "model", "arguments", "recipe", "epoch", "seed", "dataset_sha256")
     }
-    described |= {key: meta.get(key) for key in ("teacher", "training", "views", "soft", "confidence", "warnings")}
+    described |= {key: meta.get(key) for key in ("views", "soft", "confidence")}
+    described |= {key: meta.get(key) if isinstance(meta.get(key), dict) else None for key in ("teacher", "training")}
+    described["warnings"] = meta["warnings"] if isinstance(meta.get("warnings"), list) else []
     return {
         **described,
         "schema": SCHEMA,
@@ -219,7 +221,7 @@ def _results(checkpoint: Checkpoint, real: RealImages) -> dict[str, Any]:
         split = selected_on = real.evaluated_on
     scores = scores if isinstance(scores, dict) else {}
     return {
-        "scores": {key: scores[key] for key in RESULTS if scores.get(key) is not None},
+        "scores": {key: scores[key] for key in RESULTS if type(scores.get(key)) in (int, float)},
         "scores_split": split,
         "scores_precision": metrics.get("precision"),
         "selected_on": selected_on,

@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -58,7 +58,7 @@ class Interruptions:
         ended = command.finish()
         assert ended.code == 0, ended.err
         self.seconds = time.monotonic() - began
-        self.whole, self.calls = files(scratch), ended.calls
+        self.whole = files(scratch)
         assert self.whole != self.former
         shutil.rmtree(scratch)
 
@@ -78,14 +78,22 @@ class Interruptions:
         shutil.rmtree(self.scratch)
         return trial
 
-    def killed_at(self, at: int, when: str) -> list[str]:
-        """Kill the command at a call that changes files, and let it run again; return what went wrong."""
+    def killed_at(self, at: int) -> list[str]:
+        """Kill the command before a call that changes files, and let it run again; return what went wrong."""
         shutil.copytree(self.project.path, self.scratch)
-        ended = run(self.scratch, *self.arguments, fault=Fault(at, when))
-        wrong = [f"{each} when killed {when} call {at}" for each in self._check_stopped(signal.SIGKILL, ended)]
+        ended = run(self.scratch, *self.arguments, fault=Fault(at))
+        wrong = [] if ended.code == -signal.SIGKILL else [f"alive: exit {ended.code}"]
+        wrong += self._check_stopped(signal.SIGKILL, ended)
         wrong += self._check_end(run(self.scratch, *self.arguments))
         shutil.rmtree(self.scratch)
         return wrong
+
+    def num_calls(self) -> int:
+        """Return how many calls the undisturbed command changes files with, saving no state."""
+        shutil.copytree(self.project.path, self.scratch)
+        ended = run(self.scratch, *self.arguments)
+        shutil.rmtree(self.scratch)
+        return len(ended.calls)
 
     def _start(self) -> Command:
         """Start the command, and return it as it begins."""
@@ -196,6 +204,15 @@ def interrupt_at_random(interruptions: Interruptions, count: int, rng: random.Ra
     return tally
 
 
+def kill_at_calls(interruptions: Interruptions, calls: Iterable[int]) -> Tally:
+    """Kill the command before chosen calls that change files, and count."""
+    tally = Tally()
+    for at in calls:
+        tally.note(f"call {at}", interruptions.killed_at(at))
+        tally.counts["kills"] += 1
+    return tally
+
+
 def small_project(path: Path) -> Project:
     """Make a project whose stages take a second or two each, and whose students ask for four views."""
     project = Project.create(path)
@@ -205,3 +222,20 @@ def small_project(path: Path) -> Project:
     project.edit("mobilenet_v3_large: {epochs: 2,", "mobilenet_v3_large: {epochs: 1, batch_size: 64,")
     project.edit("count: 2", "count: 4")
     return project
+
+
+def small_project_with_labels(path: Path) -> Project:
+    """As `small_project`, its first stage done."""
+    project = small_project(path)
+    ended = run(path, "teacher-select")
+    assert ended.code == 0, ended.err
+    return project
+
+
+def give_former_result(project: Project) -> None:
+    """Train deit, change its recipe, and stop the new run in its second epoch: there is a result and a state."""
+    ended = run(project.path, "distill", "--student", "deit")
+    assert ended.code == 0, ended.err
+    project.edit("deit: {}", "deit: {epochs: 4, batch_size: 64}")
+    ended = run(project.path, "distill", "--student", "deit", before=functools.partial(stop_at_step, 15))
+    assert ended.code == 128 + signal.SIGTERM, ended.err

@@ -33,6 +33,7 @@ LAYERS = (
         "seals",
         "label_identity",
         "view_labels",
+        "view_scores",
         "label_file",
         "label_parts",
         "labels",
@@ -81,12 +82,10 @@ HOMES = {
     "sklearn": {"pipeline/sources.py"},
     "onnx": {"pipeline/exporting.py"},
     "onnxruntime": {"pipeline/exporting.py"},
-    "onnxscript": {"pipeline/exporting.py"},
     "PIL": {
         "pipeline/classifier.py",
         "pipeline/figures/canvas.py",
         "pipeline/image_folders.py",
-        "pipeline/prediction.py",
         "pipeline/sources.py",
     },
     "matplotlib": {

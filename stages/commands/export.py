@@ -9,25 +9,22 @@ from pathlib import Path
 import click
 
 from pipeline.errors import UsageError
-from stages.options import json_option, open_console, open_context, require_exists
+from stages.options import PATH, json_option, open_console, open_context, require_exists
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @click.option(
     "--format",
     "formats",
     multiple=True,
-    required=True,
     type=click.Choice(["onnx", "torchscript", "safetensors"]),
-    help="Repeatable.",
+    help="Repeatable; at least one.",
 )
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="A new directory, or that of a former export."
-)
+@click.option("--out", required=True, type=PATH, help="A new directory, or that of a former export.")
 @click.option("--int8", is_flag=True, help="Also quantise the ONNX file, and measure what that costs in accuracy.")
 @click.option("--recipe", help="Whose test images it is checked on; the checkpoint's own where left out.")
-@click.option("--data", type=click.Path(path_type=Path), help="Check it on the images of this folder instead.")
+@click.option("--data", type=PATH, help="Check it on the images of this folder instead.")
 @click.option("--license", default="unknown", show_default=True, help="License of the weights, as hubs name it.")
 @json_option
 def export(
@@ -40,11 +37,14 @@ def export(
     license: str,
     as_json: bool,
 ) -> None:
-    """Write a model as ONNX, TorchScript or safetensors, with a model card.
+    """Write a trained model as ONNX, TorchScript or safetensors, with a model card.
 
-    Each file is compared with PyTorch on real images; nothing is written before all of them agree.
+    CHECKPOINT is a directory that a stage wrote, or a .safetensors file in it. Each file is compared with PyTorch on
+    real images; nothing is written before all of them agree. `pipeline.load` takes the directory in Python.
     """
     require_exists(checkpoint)
+    if not formats:
+        raise UsageError("--format: name one or more of onnx, torchscript and safetensors")
     if recipe is not None and data is not None:
         raise UsageError("--recipe and --data: give one of them; both name the images to check on")
     if int8 and "onnx" not in formats:
@@ -60,7 +60,8 @@ def export(
     if data is not None:
         console, real = open_console(), from_folder(data, inputs, labelled=int8)
     else:
-        context = open_context(recipe or found.meta.get("recipe"))
+        own = found.meta.get("recipe")
+        context = open_context(recipe or (own if isinstance(own, str) else None))
         console, real = context.console, from_recipe(context, inputs)
 
     def say(line: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from pipeline import paper
 from pipeline.recipes import Recipe
-from pipeline.reporting import Table, difference, number
+from pipeline.reporting import Table, difference, number, spread
 from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.scores import NOT_RUN
@@ -15,30 +17,37 @@ OPTIMIZERS = tuple(paper.OPTIMIZERS)
 
 
 def others_table(runs: FinishedRuns) -> Table | None:
-    """Return a row for each run of data/runs that differs by more than its seed; None where there is none.
+    """Return the runs of data/runs that differ by more than their seed, those alike in one row; None without any.
 
-    Each is compared with the recipe's own run of the same model, by test accuracy at the best epoch.
+    Each row is compared with the recipe's own runs of the same model, by test accuracy at the best epoch.
     """
-    shown = {name: run for name, run in runs.others.items() if run not in runs.seeds(run.name)}
+    shown = [run for run in runs.others.values() if run not in runs.seeds(run.name)]
     if not shown:
         return None
-    own = {**runs.teachers, **runs.students}
-    columns = ["run", "model", "differs in", "seed", "epochs", "best top-1 %", "last top-1 %", "test top-1 %"]
-    columns += ["the recipe's own run", "difference"]
-    rows = []
-    for name, run in shown.items():
-        best, last, test = (run.metrics[key]["top1"] for key in ("best", "last", "test"))
-        reference = own[run.name].metrics["test"]["top1"] if run.name in own else None
-        differs = (
-            ", ".join(f"{key} {value}" for key, value in run.differs.items()) or "settings that have changed since"
-        )
-        cells = [name, run.name, differs, str(run.seed), str(run.metrics["epochs"])]
-        cells += [number(best), number(last), number(test)]
-        rows.append([*cells, number(reference) if reference is not None else NOT_RUN, difference(test, reference)])
-    note = "The difference is that of test accuracies at the best epochs, of one run each. "
-    optional = ("run", "epochs", "last top-1 %", "best top-1 %")
-    title = f"Other runs on {runs.recipe.name}"
-    return Table(title, columns, rows, note + conditions(list(shown.values())), optional)
+    alike: dict[str, list[FinishedRun]] = {}
+    for run in sorted(shown, key=lambda run: run.seed):
+        alike.setdefault(json.dumps([run.name, run.differs, run.basis]), []).append(run)
+    columns = ["model", "differs in", "seeds", "epochs", "best top-1 %", "last top-1 %", "test top-1 %"]
+    columns += ["the recipe's own", "difference"]
+    rows = [_other(group, runs.seeds(group[0].name)) for group in alike.values()]
+    note = "Compared by test accuracy at the best epoch. " + conditions(shown)
+    return Table(f"Other runs on {runs.recipe.name}", columns, rows, note, ("epochs", "last top-1 %", "best top-1 %"))
+
+
+def _other(group: Sequence[FinishedRun], own: Sequence[FinishedRun]) -> list[str]:
+    """Return the row of runs that differ by their seeds alone."""
+    best, last, test = ([run.metrics[key]["top1"] for run in group] for key in ("best", "last", "test"))
+    reference = [run.metrics["test"]["top1"] for run in own]
+    differs = ", ".join(f"{key} {value}" for key, value in group[0].differs.items())
+    return [
+        group[0].name,
+        differs or "settings that the recipe has changed since",
+        " ".join(str(run.seed) for run in group),
+        str(group[0].metrics["epochs"]),
+        *map(spread, (best, last, test)),
+        spread(reference) if reference else NOT_RUN,
+        difference(fmean(test), fmean(reference)) if reference else "-",
+    ]
 
 
 def optimizers_table(

@@ -18,7 +18,7 @@ from stages.context import Context
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.sections import lead, make_sections
 
-OWN_FILE = re.compile(r"(tables|figures)/[a-z0-9-]+\.(csv|png)")
+OWN_FILE = re.compile(r"tables/[a-z0-9-]+\.csv|figures/[a-z0-9-]+\.png")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Report:
 def report(
     context: Context, out: Path | None = None, *, with_figures: bool = True, tracked_only: bool = False
 ) -> Report:
-    """Write report.html, report.md, report.json, tables/*.csv and figures/*.png from what has been run.
+    """Write report.html, report.md, report.json, tables/ and figures/ from what has been run.
+
+    tables/ holds a CSV file for each table and for the figures behind each picture of figures/.
 
     Args:
         context: The command's setting.
@@ -59,7 +61,7 @@ def report(
     runs = FinishedRuns.read(context.recipe, context.paths)
     runs = replace(runs, others={}) if tracked_only else runs
     sections = make_sections(context, runs, with_figures=with_figures)
-    directory = context.paths.report.parent if out is None else out
+    directory = context.paths.reports if out is None else out
     text = lead(runs, tracked_only=tracked_only)
     files = _write(directory, f"Report on {runs.recipe.name}", text, sections, runs)
     if out is None:
@@ -78,9 +80,10 @@ def _write(directory: Path, title: str, text: str, sections: Sequence[Section], 
         elif isinstance(item, Figure):
             files[f"figures/{name}.png"] = item.png
             if item.data is not None:
-                files[f"figures/{name}.csv"] = item.data.to_csv()
+                files[f"tables/{name}.csv"] = item.data.to_csv()
     files["report.md"] = page.to_markdown(title, text, sections, pictures="figures")
     files["report.html"] = page.to_html(title, text, sections)
+    (directory / "figures").mkdir(parents=True, exist_ok=True)  # DVC expects it, also where nothing was drawn
     former = _former_files(directory / "report.json")
     for name, content in files.items():
         write_atomic(directory / name, content)

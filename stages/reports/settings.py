@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from pipeline import paper
+from pipeline.counting import num_parameters
 from pipeline.recipes import Recipe, StudentRecipe
 from pipeline.reporting import Table, difference, number
-from pipeline.students import STUDENTS
+from pipeline.students import STUDENTS, build_student
 from stages.distill import student_recipe
-from stages.models import costs, student_arguments
+from stages.models import student_arguments
 
 SETTINGS = ("image_size", "width", "pixel_width", "patch_size", "pixel_size", "depth")  # Table 1's order
 NUM_CLASSES = 100  # of the data set that the paper counts parameters on
@@ -34,7 +37,8 @@ def distilled_students(recipe: Recipe) -> list[str]:
 def _row(recipe: Recipe, name: str, student: StudentRecipe) -> list[str]:
     image_size = recipe.dataset.image_size
     arguments = student_arguments(student, num_classes=NUM_CLASSES, image_size=image_size)
-    count = costs({"kind": "student", "model": student.model, "arguments": arguments}, image_size)["parameters"] / 1e6
+    with torch.device("meta"):
+        count = num_parameters(build_student(student.model, **arguments)) / 1e6
     reported = paper.SETTINGS.get(name)
     without = () if STUDENTS[student.model].has_pixels else ("pixel_width", "pixel_size")
     settings = [
