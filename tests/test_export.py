@@ -405,7 +405,7 @@ def test_every_model_is_the_same_in_every_format(name: str) -> None:
     if name == "squeezenet1_1":
         with pytest.raises(UsageError, match="only convolutions"):
             exporting.to_onnx_int8(content)
-    else:
+    elif len(content) < 100e6:  # VGG's 500 MB take minutes
         smaller = exporting.to_onnx_int8(content)
         assert len(smaller) < len(content)
         exporting.compare(classifier.run, exporting.run_onnx(smaller), images, (1, 9), tolerance=float("inf"))
