@@ -24,11 +24,11 @@ from pipeline.views import Views
 from stages.context import Context
 from stages.fitting import make_views
 from stages.paths import Paths
-from stages.reports.attention import token_shares
+from stages.reports.attention import attention, token_shares
 from stages.reports.classes import by_class
 from stages.reports.details import details
 from stages.reports.runs import FinishedRuns
-from stages.reports.views import Labelled, by_operation, sample_views
+from stages.reports.views import Labelled, by_operation, sample_views, teacher_on_views
 from tests.finished_runs import finished, finished_runs, recipe
 from tests.project import Project
 from tests.test_figures import check
@@ -225,22 +225,16 @@ def test_views_that_do_not_mix_are_shown_beside_each_other(trained: Project) -> 
     assert "either target %" not in (figures["teacher-on-views-plain"].data or Table("", (), ())).columns
 
 
-@pytest.mark.parametrize(
-    ("gone", "left"),
-    [
-        ("prepared", ["confusion-student", "confusion-teacher", "agreement"]),
-        ("labels", ["confusion-student", "confusion-teacher", "agreement", "attention-titn"]),
-        ("students", ["confusion-teacher", "teacher-on-views", "sample-views"]),
-    ],
-)
-def test_what_is_missing_leaves_out_what_it_is_needed_for(
-    trained: Project, tmp_path: Path, gone: str, left: list[str]
-) -> None:
-    shutil.copytree(trained.path, tmp_path / "project")
-    project = Project(tmp_path / "project")
-    shutil.rmtree(project.data / gone)
-    with opened(project) as (context, runs):
-        assert list(named(details(context, runs))[0]) == left
+def test_what_is_missing_leaves_out_what_it_is_needed_for(trained: Project, tmp_path: Path) -> None:
+    for gone, drawing in (("prepared", (teacher_on_views, attention)), ("labels", (teacher_on_views,))):
+        shutil.copytree(trained.path, tmp_path / gone)
+        project = Project(tmp_path / gone)
+        shutil.rmtree(project.data / gone)
+        with opened(project) as (context, runs):
+            assert runs.students and [draw(context, runs) for draw in drawing] == [[]] * len(drawing)
+    (tmp_path / "labels/data/smoke/students/titn/best.safetensors").unlink()
+    with opened(Project(tmp_path / "labels")) as (context, runs):
+        assert runs.students and attention(context, runs) == []
 
 
 def test_damaged_labels_are_named(trained: Project, tmp_path: Path) -> None:
@@ -251,4 +245,4 @@ def test_damaged_labels_are_named(trained: Project, tmp_path: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     with opened(project) as (context, runs), pytest.raises(DataError, match=r"default\.h5"):
-        details(context, runs)
+        teacher_on_views(context, runs)
