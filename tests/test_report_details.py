@@ -26,7 +26,6 @@ from stages.fitting import make_views
 from stages.paths import Paths
 from stages.reports.attention import attention, token_shares
 from stages.reports.classes import by_class
-from stages.reports.details import details
 from stages.reports.runs import FinishedRuns
 from stages.reports.views import Labelled, by_operation, sample_views, teacher_on_views
 from tests.finished_runs import finished, finished_runs, recipe
@@ -48,6 +47,10 @@ def named(items: Sequence[Figure | Table]) -> tuple[dict[str, Figure], dict[str,
         check(figure.png)
         assert figure.alt and figure.note and figure.data is not None
     return figures, {item.title: item for item in items if isinstance(item, Table)}
+
+
+def details(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
+    return [*by_class(runs), *teacher_on_views(context, runs), *attention(context, runs)]
 
 
 def cells(table: Table | None) -> list[list[str]]:
