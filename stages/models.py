@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint, load_checkpoint
+from pipeline.checkpoints import Checkpoint
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024
 from pipeline.datasets import Dataset
 from pipeline.descriptions import GEOMETRY, Description
 from pipeline.errors import DataError
-from pipeline.loading import build_model, restore
+from pipeline.loading import build_model, open_checkpoint, restore
 from pipeline.prediction import Predictor
 from pipeline.recipes import PRECISIONS, StudentRecipe
 from pipeline.reporting import Table
@@ -44,7 +44,7 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
 
 def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
     """Load a checkpoint; arguments and errors as of `load_model`."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if kind is not None and checkpoint.meta.get("kind") != kind:
         raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
     return checkpoint
@@ -54,7 +54,7 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
     """Load a trained model in evaluation mode.
 
     Args:
-        path: A directory that a stage wrote, or a .safetensors file in it.
+        path: A directory that a stage or `pipeline export` wrote, or a checkpoint's .safetensors file.
         device: Where to put it.
         kind: `teacher` or `student`, where only one will do.
 
@@ -70,7 +70,7 @@ def make_predictor(path: Path, device: torch.device, precision: str | None = Non
     """Load a trained model together with what its inputs are; the checkpoint alone is needed.
 
     Args:
-        path: A directory that a stage wrote, or a .safetensors file in it.
+        path: A directory that a stage or `pipeline export` wrote, or a checkpoint's .safetensors file.
         device: Where to put it.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training.
 
