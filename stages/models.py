@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint, load_checkpoint
+from pipeline.checkpoints import Checkpoint
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024
 from pipeline.datasets import Dataset
 from pipeline.descriptions import GEOMETRY
@@ -42,7 +42,7 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
 
 def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
     """Load a checkpoint; arguments and errors as of `load_model`."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if kind is not None and checkpoint.meta.get("kind") != kind:
         raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
     return checkpoint
@@ -52,7 +52,7 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
     """Load a trained model in evaluation mode.
 
     Args:
-        path: A directory that a stage wrote, or a .safetensors file in it.
+        path: A directory that a stage or `pipeline export` wrote, or a checkpoint's .safetensors file.
         device: Where to put it.
         kind: `teacher` or `student`, where only one will do.
 

@@ -233,6 +233,14 @@ def test_a_file_that_is_another_kind_is_refused_though_its_digest_fits(project: 
         load(project, format)
 
 
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_a_file_of_other_classes_is_refused(project: Project, images: torch.Tensor, format: str) -> None:
+    arguments = {**config(project)["arguments"], "num_classes": 3}
+    rewrite(project, class_names=["a", "b", "c"], arguments=arguments)
+    with pytest.raises(DataError, match="outputs"):
+        load(project, format)(images[:2])
+
+
 def test_torchscript_is_loaded_only_by_name(project: Project) -> None:
     entries = config(project)["files"]
     rewrite(project, files={"torchscript": entries["torchscript"]})
@@ -292,6 +300,15 @@ def test_a_model_answers_alike_on_a_gpu(exported: Project, images: torch.Tensor)
         torch.testing.assert_close(found.cpu(), load(exported)(images[:7]), atol=1e-3, rtol=0)
     with pytest.raises(UsageError, match="ONNX files run on the CPU"):
         pipeline.load(exported.path / "exported", format="onnx", device="cuda")
+
+
+def test_commands_take_an_export_for_its_checkpoint(project: Project) -> None:
+    scores = [json.loads(run(project, "evaluate", path, "--json")) for path in (STUDENT, "exported")]
+    assert scores[0].pop("checkpoint") != scores[1].pop("checkpoint")
+    assert scores[0] == scores[1]
+    entries = config(project)["files"]
+    rewrite(project, files={"onnx": entries["onnx"]})
+    assert "--format safetensors" in run(project, "evaluate", "exported", code=3)
 
 
 def test_a_directory_of_other_files_is_left_alone(project: Project) -> None:
