@@ -15,12 +15,7 @@ from pipeline.datasets import Dataset
 from pipeline.descriptions import GEOMETRY
 from pipeline.errors import DataError
 from pipeline.loading import build_model, restore
-<<<<<<< HEAD
 from pipeline.recipes import StudentRecipe
-=======
-from pipeline.prediction import Predictor
-from pipeline.recipes import PRECISIONS, StudentRecipe
->>>>>>> parent of b018e44 (predict, evaluate and bench take an export for its checkpoint)
 from pipeline.reporting import Table
 
 
@@ -69,40 +64,6 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
     return restore(checkpoint, device), checkpoint
 
 
-<<<<<<< HEAD
-=======
-def make_predictor(path: Path, device: torch.device, precision: str | None = None) -> tuple[Predictor, Checkpoint]:
-    """Load a trained model together with what its inputs are; the checkpoint alone is needed.
-
-    Args:
-        path: A directory that a stage wrote, or a .safetensors file in it.
-        device: Where to put it.
-        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
-
-    Raises:
-        UsageError: The path does not exist.
-        DataError: It holds no valid checkpoint, or its JSON does not say what the model's inputs are.
-    """
-    model, checkpoint = load_model(path, device)
-    file = checkpoint.path.with_suffix(".json")
-    if precision is None:
-        training = checkpoint.meta.get("training")
-        precision = training.get("precision") if isinstance(training, dict) else None
-        if precision not in PRECISIONS:
-            raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
-    described = Description.read(checkpoint.meta, file)
-    predictor = Predictor(
-        model=model,
-        class_names=described.class_names,
-        image_size=described.image_size,
-        mean=described.mean,
-        std=described.std,
-        precision=resolve_precision(precision, device),
-    )
-    return predictor, checkpoint
-
-
->>>>>>> parent of b018e44 (predict, evaluate and bench take an export for its checkpoint)
 def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image."""
     with torch.device("meta"):
