@@ -7,4 +7,43 @@ goes through it: `pipeline.datasets.Dataset`, `pipeline.views.Views`, `pipeline.
 Source: arXiv:2502.16762.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipeline.classifier import ImageClassifier, Transform
+
 __version__ = "0.1.0"
+
+
+def load(
+    path: Path | str, *, format: str | None = None, device: str | None = "cpu"
+) -> tuple[ImageClassifier, Transform]:
+    """Load a trained model and the transform that makes images fit it.
+
+        model, transform = pipeline.load("exported")
+        probabilities = model(transform("cat.jpg")[None])  # (1, K); model.class_names names the columns
+
+    The file's SHA-256 is checked against the JSON beside it, which finds damage, not malice. Nothing is unpickled, and
+    no code of a file runs, but for TorchScript: such an archive is a program, so it is loaded only if asked for.
+
+    Args:
+        path: What `pipeline export` wrote, a directory that a stage wrote, or a checkpoint's .safetensors file in it.
+        format: Of an export: `safetensors`, `onnx`, `onnx-int8` or `torchscript`; None takes the first that is there,
+            never the last.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one. ONNX files run on the CPU.
+
+    Returns:
+        The model, images `(B, 3, H, W)` uint8 to probabilities `(B, K)` float32; and the transform, a PIL image or a
+        path to `(3, H, W)` uint8.
+
+    Raises:
+        UsageError: The path or the format does not exist, or the device can't be used.
+        DataError: What is there is damaged, or no model.
+    """
+    from pipeline.loading import load
+
+    return load(path, format=format, device=device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from pipeline import autoaugment, draws, geometry, imageops
 from pipeline.recipes import ViewRecipe
 
 Draws = Mapping[str, NDArray[np.float64]]
+Parameters = Mapping[str, NDArray[Any]]
 
 
 def num_draws(recipe: ViewRecipe) -> dict[str, int]:
@@ -53,6 +55,55 @@ def num_draws(recipe: ViewRecipe) -> dict[str, int]:
     return drawn
 
 
+def parameters(own: Draws, recipe: ViewRecipe, height: int, width: int) -> dict[str, NDArray[Any]]:
+    """Turn draws into what each operation does to each image.
+
+    Args:
+        own: Name of the draws to those of B samples, `(B, num_draws)` float64 in [0, 1).
+        recipe: The view recipe.
+        height: H, pixels.
+        width: W, pixels.
+
+    Returns:
+        Of the operations that the recipe has: `crop` `(B, 2)` int64, pixels by which the frame moves down and right;
+        `flip` `(B,)` bool; `rotation` `(B,)` degrees, counter-clockwise; `translate` `(B, 2)` int64, pixels right and
+        down; `scale` `(B,)`; `shear` `(B,)` degrees along x; `brightness` and `contrast` `(B,)`, factors; where there
+        are both, `brightness_first` `(B,)` bool. With AutoAugment `sub_policy` `(B,)` int64, and of its two operations
+        `operations` `(B, 2)` int64, indices into autoaugment.OPERATIONS or autoaugment.NO_OPERATION, and `magnitudes`
+        `(B, 2)` float64, signed, in the units of autoaugment.magnitude; 0 where none is applied.
+    """
+    given = _plain_parameters(own, recipe, height, width)
+    if "autoaugment" in own:
+        choice = autoaugment.choose(own["autoaugment"])
+        given |= {"sub_policy": choice.sub_policies, "operations": choice.operations}
+        given["magnitudes"] = autoaugment.signed_magnitudes(choice, height, width)
+    return given
+
+
+def _plain_parameters(own: Draws, recipe: ViewRecipe, height: int, width: int) -> dict[str, NDArray[Any]]:
+    """Return what `parameters` does, without AutoAugment."""
+    given: dict[str, NDArray[Any]] = {}
+    if "crop" in own:
+        given["crop"] = draws.integers(own["crop"], 2 * recipe.crop + 1) - recipe.crop
+    if "flip" in own:
+        given["flip"] = own["flip"][:, 0] < 0.5
+    if "translate" in own:
+        shift = draws.between(own["translate"], -recipe.translate, recipe.translate)
+        given["translate"] = np.rint(shift * [width, height]).astype(np.int64)
+    for name, middle, reach in (
+        ("rotation", 0, recipe.rotation),
+        ("scale", 1, recipe.scale),
+        ("shear", 0, recipe.shear),
+        ("brightness", 1, recipe.brightness),
+        ("contrast", 1, recipe.contrast),
+    ):
+        if name in own:
+            given[name] = draws.between(own[name][:, 0], middle - reach, middle + reach)
+    if "jitter-order" in own:
+        given["brightness_first"] = own["jitter-order"][:, 0] < 0.5
+    return given
+
+
 def augment(images: Tensor, own: Draws, recipe: ViewRecipe) -> Tensor:
     """Apply all operations but mixing.
 
@@ -65,76 +116,60 @@ def augment(images: Tensor, own: Draws, recipe: ViewRecipe) -> Tensor:
         `(B, 3, H, W)` uint8.
     """
     height, width = images.shape[-2:]
-    maps = _index_maps(own, recipe, height, width, images.device)
+    given = _plain_parameters(own, recipe, height, width)
+    maps = _index_maps(given, height, width, images.device)
     if maps is not None:
         images = geometry.gather(images, maps)
     if recipe.brightness or recipe.contrast:
-        images = _jitter(images, own, recipe)
+        images = _jitter(images, given)
     if recipe.autoaugment == "cifar10":
         images = autoaugment.apply(images, own["autoaugment"])
     return images
 
 
-def _index_maps(own: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor | None:
+def _index_maps(given: Parameters, height: int, width: int, device: torch.device) -> Tensor | None:
     """Crop, flip, rotation and affine as one index map for each sample, `(B, H, W)` int64; None without any."""
     stages: list[Tensor] = []
-    if recipe.crop or recipe.flip:
-        stages.append(_crop_flip_maps(own, recipe.crop, height, width, device))
-    if recipe.rotation:
-        angles = draws.between(own["rotation"][:, 0], -recipe.rotation, recipe.rotation)
-        stages.append(geometry.rotation_maps(angles, height, width, device))
-    if recipe.translate or recipe.scale or recipe.shear:
-        stages.append(_affine_maps(own, recipe, height, width, device))
+    if "crop" in given or "flip" in given:
+        stages.append(_crop_flip_maps(given, height, width, device))
+    if "rotation" in given:
+        stages.append(geometry.rotation_maps(given["rotation"], height, width, device))
+    if "translate" in given or "scale" in given or "shear" in given:
+        stages.append(_affine_maps(given, height, width, device))
     return functools.reduce(geometry.compose, stages) if stages else None
 
 
-def _crop_flip_maps(own: Draws, padding: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Random padded crop and left-right flip; either may be absent from the draws."""
-    num_samples = len(next(iter(own.values())))
-    offsets = np.zeros((num_samples, 2), dtype=np.int64)
-    flipped = np.zeros(num_samples, dtype=np.bool_)
-    if "crop" in own:
-        offsets = draws.integers(own["crop"], 2 * padding + 1) - padding
-    if "flip" in own:
-        flipped = own["flip"][:, 0] < 0.5
+def _crop_flip_maps(given: Parameters, height: int, width: int, device: torch.device) -> Tensor:
+    """Random padded crop and left-right flip; either may be absent."""
+    num_samples = len(next(iter(given.values())))
+    offsets = given.get("crop", np.zeros((num_samples, 2), dtype=np.int64))
+    flipped = given.get("flip", np.zeros(num_samples, dtype=np.bool_))
     return geometry.crop_flip_maps(
         torch.from_numpy(offsets).to(device), torch.from_numpy(flipped).to(device), height, width
     )
 
 
-def _affine_maps(own: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+def _affine_maps(given: Parameters, height: int, width: int, device: torch.device) -> Tensor:
     """Random shift by whole pixels, scaling and shear along x, in one pass, as torchvision's RandomAffine."""
-    num_samples = len(next(iter(own.values())))
-    translate = np.zeros((num_samples, 2), dtype=np.int64)
-    scale = np.ones(num_samples)
+    num_samples = len(next(iter(given.values())))
+    translate = given.get("translate", np.zeros((num_samples, 2), dtype=np.int64))
+    scale = given.get("scale", np.ones(num_samples))
     shear = np.zeros((num_samples, 2))
-    if "translate" in own:
-        shift = draws.between(own["translate"], -recipe.translate, recipe.translate)
-        translate = np.rint(shift * [width, height]).astype(np.int64)
-    if "scale" in own:
-        scale = draws.between(own["scale"][:, 0], 1 - recipe.scale, 1 + recipe.scale)
-    if "shear" in own:
-        shear[:, 0] = draws.between(own["shear"][:, 0], -recipe.shear, recipe.shear)
+    shear[:, 0] = given.get("shear", 0.0)
     return geometry.affine_maps(translate, scale, shear, height, width, device)
 
 
-def _jitter(images: Tensor, own: Draws, recipe: ViewRecipe) -> Tensor:
+def _jitter(images: Tensor, given: Parameters) -> Tensor:
     """Random brightness and contrast in random order, as torchvision's ColorJitter."""
     device = images.device
-
-    def factors(name: str, strength: float) -> Tensor:
-        values = draws.between(own[name][:, 0], 1 - strength, 1 + strength)
-        return torch.from_numpy(values).to(device)
-
-    if not recipe.contrast:
-        return imageops.brightness(images, factors("brightness", recipe.brightness))
-    if not recipe.brightness:
-        return imageops.contrast(images, factors("contrast", recipe.contrast))
-    brightness = factors("brightness", recipe.brightness)
-    contrast = factors("contrast", recipe.contrast)
-    brightness_first = own["jitter-order"][:, 0] < 0.5
-    first = torch.from_numpy(np.flatnonzero(brightness_first)).to(device)
-    last = torch.from_numpy(np.flatnonzero(~brightness_first)).to(device)
+    factors = {name: torch.from_numpy(given[name]).to(device) for name in ("brightness", "contrast") if name in given}
+    if "contrast" not in given:
+        return imageops.brightness(images, factors["brightness"])
+    if "brightness" not in given:
+        return imageops.contrast(images, factors["contrast"])
+    brightness, contrast = factors["brightness"], factors["contrast"]
+    first = torch.from_numpy(np.flatnonzero(given["brightness_first"])).to(device)
+    last = torch.from_numpy(np.flatnonzero(~given["brightness_first"])).to(device)
     jittered = torch.empty_like(images)
     jittered[first] = imageops.contrast(imageops.brightness(images[first], brightness[first]), contrast[first])
     jittered[last] = imageops.brightness(imageops.contrast(images[last], contrast[last]), brightness[last])

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +71,56 @@ OPERATIONS = (*GEOMETRIC_OPERATIONS, *COLOUR_OPERATIONS)
 NO_OPERATION = -1
 
 
+class Choice(NamedTuple):
+    """What AutoAugment does to each of B images.
+
+    Attributes:
+        sub_policies: `(B,)` int64, indices into CIFAR10_POLICY.
+        operations: `(B, 2)` int64, indices into OPERATIONS, in their order; NO_OPERATION where none is applied.
+        negative: `(B, 2)` int64, 1 where a magnitude that has a sign is negative.
+    """
+
+    sub_policies: NDArray[np.int64]
+    operations: NDArray[np.int64]
+    negative: NDArray[np.int64]
+
+
+def choose(uniform: NDArray[np.float64]) -> Choice:
+    """Turn draws into sub-policies.
+
+    Args:
+        uniform: As of `apply`.
+    """
+    sub_policies = draws.integers(uniform[:, 0], len(CIFAR10_POLICY))
+    policy = _tabulate(1, 1)  # an image's size decides magnitudes alone
+    applied = uniform[:, 1:3] < policy.probabilities[sub_policies]
+    operations = np.where(applied, policy.operations[sub_policies], NO_OPERATION)
+    return Choice(sub_policies, operations, (uniform[:, 3:] < 0.5).astype(np.int64))
+
+
+def signed_magnitudes(choice: Choice, height: int, width: int) -> NDArray[np.float64]:
+    """Return the magnitudes of what is applied, `(B, 2)` in the units of `magnitude`, with sign; 0 where nothing is.
+
+    Args:
+        choice: Of B images.
+        height: H, pixels.
+        width: W, pixels.
+    """
+    policy = _tabulate(height, width)
+    signed = _take_signed(policy, choice)
+    geometric = (choice.operations >= 0) & (choice.operations < len(GEOMETRIC_OPERATIONS))
+    instances = np.array([value for _, value in policy.instances])
+    signed[geometric] = instances[signed[geometric].astype(np.int64)]
+    return np.where(choice.operations == NO_OPERATION, 0.0, signed)
+
+
+def _take_signed(policy: _Policy, choice: Choice) -> NDArray[np.float64]:
+    """Return each image's entries of `_Policy.magnitudes`, `(B, 2)`."""
+    entries = policy.magnitudes[choice.sub_policies]
+    signed: NDArray[np.float64] = np.take_along_axis(entries, choice.negative[..., None], axis=2)[..., 0]
+    return signed
+
+
 def apply(images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
     """Apply one sub-policy, drawn per image.
 
@@ -85,12 +136,8 @@ def apply(images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
     Differs: an operation is applied below its probability, torchvision's also at it, so that there one of
         probability 0 is applied once in 2^24 times.
     """
-    policy = _tabulate(*images.shape[-2:])
-    sub_policies = draws.integers(uniform[:, 0], len(CIFAR10_POLICY))
-    applied = uniform[:, 1:3] < policy.probabilities[sub_policies]
-    operations = np.where(applied, policy.operations[sub_policies], NO_OPERATION)
-    negative = (uniform[:, 3:] < 0.5).astype(np.int64)
-    magnitudes = np.take_along_axis(policy.magnitudes[sub_policies], negative[..., None], axis=2)[..., 0]
+    choice = choose(uniform)
+    operations, magnitudes = choice.operations, _take_signed(_tabulate(*images.shape[-2:]), choice)
     order = np.arange(len(images))
     for place in range(2):
         resorted = np.argsort(operations[order, place], kind="stable")

@@ -98,19 +98,26 @@ def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
 
 
 def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
-    """Return the JSON of a directory's checkpoint without reading its weights; None where there is none."""
+    """Return the JSON of a directory's checkpoint without reading its weights; None where there is none.
+
+    Raises:
+        DataError: It is no checkpoint's JSON.
+    """
     files = (path / f"{stem}.json", path / f"{stem}.safetensors")
     if not all(file.is_file() for file in files):
         return None
     meta = read_json(files[0])
-    return meta if isinstance(meta, dict) else None
+    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), str):
+        raise DataError(f"{files[0]}: names no SHA-256; run its stage again")
+    return meta
 
 
 def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{file}: not a safetensors file ({error}); run its stage again") from None
+    except Exception as error:  # a hostile header can make the reader raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{file}: not a safetensors file ({reason}); run its stage again") from error
 
 
 class RunState:
@@ -221,10 +228,12 @@ def fingerprint(**parts: Any) -> str:
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's tensors into a model of the same architecture.
+    """Copy a checkpoint's tensors into a model of the same architecture, which may be on the device `meta`.
+
+    Of such a model nothing is allocated before it has been seen to fit.
 
     Raises:
-        DataError: Names, shapes or dtypes differ; the message names the first that does.
+        DataError: Names, shapes or dtypes differ, or a value is not finite; the message names the first that does.
     """
     own = model.state_dict()
     for name in sorted(own.keys() | checkpoint.tensors.keys()):
@@ -237,4 +246,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name} is {tuple(found.shape)} {found.dtype}, "
                 f"the model's is {tuple(expected.shape)} {expected.dtype}"
             )
+        if not found.isfinite().all():
+            raise DataError(f"{checkpoint.path}: tensor {name} holds values that are not finite; run its stage again")
+    if any(tensor.is_meta for tensor in own.values()):
+        model.to_empty(device="cpu")
     model.load_state_dict(dict(checkpoint.tensors))

@@ -5,11 +5,20 @@ Every message is one line that names the key, the value and the way out.
 
 from __future__ import annotations
 
+MAX_LINE = 2000
+
 
 class PipelineError(Exception):
-    """An error that ends a command with one line and `exit_code`, never with a traceback."""
+    """An error that ends a command with one line and `exit_code`, never with a traceback.
+
+    Args:
+        message: May quote what users and files say: see `one_line`.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class UsageError(PipelineError):
@@ -47,3 +56,13 @@ class Interrupted(PipelineError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line that any terminal and any file can hold.
+
+    What cannot be printed is escaped, and of more than MAX_LINE characters the middle is left out.
+    """
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -41,6 +41,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535  # JPEG's; resizing goes through an image of `image_size` times the height
 IGNORED_NAMES = ("thumbs.db", "desktop.ini")
 IGNORED_SUFFIXES = (".txt", ".md")
 NUM_NAMED = 3
@@ -82,7 +83,10 @@ def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):
-        image = Image.fromarray(((np.asarray(image, np.int64) + 128) // 257).astype(np.uint8))
+        levels = np.array(image, np.int32)
+        levels += 128
+        levels //= 257
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -105,7 +109,8 @@ def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
         `(image_size, image_size, 3)` uint8 RGB.
 
     Raises:
-        DataError: It is not an image, damaged, or has more than MAX_PIXELS pixels; the message has no path.
+        DataError: It is not an image, damaged, or has more than MAX_PIXELS pixels or a side of more than MAX_SIDE;
+            the message has no path.
 
     Differs: torchvision's ImageFolder ignores the EXIF orientation.
     """
@@ -115,6 +120,8 @@ def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            if max(image.size) > MAX_SIDE:
+                raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
             return to_rgb(upright(image), image_size)
     except UnidentifiedImageError:
         num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size

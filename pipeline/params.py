@@ -31,13 +31,15 @@ from pipeline.recipes import (
 
 T = TypeVar("T")
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
+MAX_DIGITS = 30  # of an integer; every range ends below
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 # The plain scalars that YAML 1.1 and 1.2 read alike; everything else that either reads as a number, a boolean or a
 # date must be quoted or written in one of these forms.
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+([eE][-+][0-9]+)?\Z")
-_LOOKS_NUMERIC = re.compile(r"[-+]?(\.?[0-9][0-9_.,:eE+-]*|0[xXoObB][0-9a-fA-F_]+|\.(inf|Inf|INF|nan|NaN|NAN))\Z")
+_LOOKS_NUMERIC = re.compile(r"[-+._0-9][0-9_.,:eE+-]*\Z|[-+]?(0[xXoObB][0-9a-fA-F_]+|\.(inf|Inf|INF|nan|NaN|NAN))\Z")
+_BREAKS = re.compile("[\x85\u2028\u2029]")
 _YAML11_WORDS = frozenset("y n yes no on off true false null ~".split())
 
 
@@ -45,15 +47,19 @@ class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader that refuses aliases, tags, keys given twice and scalars that YAML 1.1 and 1.2 read differently."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()  # type: ignore[no-untyped-call]
-            raise UsageError(f"params.yaml {_place(event)}: an alias; write the value out")
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise UsageError(f"params.yaml {_place(event)}: the alias *{event.anchor}; write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise UsageError(f"params.yaml {_place(event)}: the tag {event.tag}; write the value alone")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            if not isinstance(key, yaml.ScalarNode):
+                raise UsageError(f"params.yaml {_place(key)}: a {key.id} as a key; keys are names")
+            if not isinstance(_strict_scalar(self, key), str):
                 raise UsageError(f"params.yaml {_place(key)}: the key {key.value!r} is not a plain name; quote it")
             if key.value in seen:
                 raise UsageError(f"params.yaml {_place(key)}: the key {key.value!r} is given twice; keep one")
@@ -75,6 +81,8 @@ def _strict_scalar(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
     if value in ("null", "~", ""):
         return None
     if _INTEGER.match(value):
+        if len(value) > MAX_DIGITS:
+            raise UsageError(f"params.yaml {_place(node)}: {value} has more than {MAX_DIGITS} digits")
         return int(value)
     if _FLOAT.match(value):
         return float(value)
@@ -114,7 +122,7 @@ class Params:
         Raises:
             UsageError: There is no such recipe.
         """
-        name = name or self.recipe
+        name = self.recipe if name is None else name
         if name not in self.recipes:
             raise UsageError(f"--recipe {name}: no such recipe in params.yaml; choose from {', '.join(self.recipes)}")
         return self.recipes[name]
@@ -141,6 +149,8 @@ def load_params(path: Path) -> Params:
         UsageError: The file is missing, is not YAML, or holds something that is not allowed.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for its writer
+            raise UsageError(f"{path}: not a file; run the command in the project's folder")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UsageError(f"{path}: not found; run the command in the project's folder") from None
@@ -149,10 +159,28 @@ def load_params(path: Path) -> Params:
     if len(raw) > MAX_BYTES:
         raise UsageError(f"{path}: {len(raw)} bytes; at most {MAX_BYTES} are allowed")
     try:
-        tree = yaml.load(raw.decode("utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
-    return parse_params(tree)
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8: {error}") from None
+    return parse_params(_load_yaml(text, f"{path}"))
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    """Parse YAML strictly; `where` begins the message of what is not YAML.
+
+    Raises:
+        UsageError: It is not valid YAML, or read differently by different parsers.
+    """
+    odd = _BREAKS.search(text)
+    if odd is not None:
+        line = text.count("\n", 0, odd.start()) + 1
+        raise UsageError(f"{where} line {line}: {odd[0]!a} ends a line for some YAML parsers; remove it")
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError:
+        raise UsageError(f"{where}: nested too deeply; params.yaml has six levels") from None
+    except (yaml.YAMLError, ValueError, IndexError) as error:
+        raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def parse_params(tree: Any) -> Params:
@@ -191,10 +219,7 @@ def override(recipe: T, settings: Mapping[str, str], key: str) -> T:
     Raises:
         UsageError: No such field, or a value that is not allowed.
     """
-    try:
-        parsed = {name: yaml.load(text, Loader=_StrictLoader) for name, text in settings.items()}
-    except yaml.YAMLError:
-        raise UsageError(f"{key}: cannot read {dict(settings)}; write --set KEY=VALUE") from None
+    parsed = {name: _load_yaml(text, f"--set {name}={text}") for name, text in settings.items()}
     return _build(type(recipe), {**dataclasses.asdict(recipe), **parsed}, key)  # type: ignore[call-overload]
 
 

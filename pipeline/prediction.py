@@ -1,26 +1,18 @@
-"""What a trained model says of images: from a file, a PIL image or an array to probabilities.
-
-predictor = Predictor(model, class_names=..., image_size=32, mean=..., std=...)
-predictor(["cat.jpg", Image.open("dog.png")]).top(3)
-"""
+"""What a trained model says of images: all its heads together, and each alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.datasets import Channels
-from pipeline.errors import DataError, NumericalError
-from pipeline.image_folders import read_image, to_rgb, upright
-from pipeline.losses import probabilities
+from pipeline.errors import NumericalError
+from pipeline.losses import Outputs, probabilities
 from pipeline.runtime import autocast
 from pipeline.views import normalize
 
@@ -58,61 +50,67 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Predictor:
-    """A trained model and what its inputs are.
+class Network:
+    """A model with what comes before it: from uint8 pixels to logits.
 
     Attributes:
         model: Returns the logits of one head or of two, `(B, K)` each; in evaluation mode, on its device.
-        class_names: K names.
-        image_size: Side of the images it takes, pixels.
         mean: Of each channel, pixels in [0, 1].
         std: Of each channel, above 0.
         precision: `fp32` or `bf16`.
     """
 
     model: nn.Module
-    class_names: tuple[str, ...]
-    image_size: int
     mean: Channels
     std: Channels
     precision: str = "fp32"
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+    def __call__(self, images: Tensor) -> Outputs:
+        """Return the logits of images `(B, 3, H, W)` uint8 on the model's device."""
+        with autocast(images.device, self.precision):
+            outputs: Outputs = self.model(normalize(images, self.mean, self.std))
+        return outputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictor:
+    """A trained model, whatever computes it, and what its inputs are.
+
+    Attributes:
+        network: Maps images `(B, 3, image_size, image_size)` uint8 on the device to the logits of one head or of two.
+        class_names: K names.
+        image_size: Side of the images it takes, pixels.
+        device: Where it takes them.
+    """
+
+    network: Callable[[Tensor], Outputs]
+    class_names: tuple[str, ...]
+    image_size: int
+    device: torch.device
 
     @property
     def batch_size(self) -> int:
         """Images that are best answered at once."""
         return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
 
-    def transform(self, image: Path | str | bytes | Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
-        """Turn an image into pixels as the model takes them, the way `pipeline prepare` does.
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Outputs:
+        """Return the logits of one batch.
 
         Args:
-            image: A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or
-                `(H, W, 3)` RGB.
-
-        Returns:
-            `(image_size, image_size, 3)` uint8 RGB.
+            images: `(B, 3, image_size, image_size)` uint8 RGB, on the device.
 
         Raises:
-            DataError: The file is no image or a damaged one, or the array is no image.
+            NumericalError: A logit is not finite.
         """
-        if isinstance(image, Path | str | bytes):
-            return read_image(Path(image) if isinstance(image, str) else image, self.image_size)
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-                raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
-            image = Image.fromarray(image)
-        try:
-            return to_rgb(upright(image), self.image_size)
-        except ValueError as error:
-            raise DataError(f"an image of mode {image.mode}: {error}") from None
+        outputs = self.network(images)
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not torch.stack([head.isfinite().all() for head in heads]).all():
+            raise NumericalError("a logit is not finite; train the model again")
+        return outputs
 
     @torch.inference_mode()
-    def answer(self, pixels: NDArray[np.uint8] | Tensor) -> Answer:
+    def answer(self, pixels: NDArray[np.uint8]) -> Answer:
         """Answer to one batch.
 
         Args:
@@ -121,30 +119,11 @@ class Predictor:
         Raises:
             NumericalError: A logit is not finite.
         """
-        images = torch.as_tensor(pixels).to(self.device).permute(0, 3, 1, 2)
-        with autocast(self.device, self.precision):
-            outputs = self.model(normalize(images, self.mean, self.std))
+        outputs = self.logits(self.place(pixels))
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        # Together, because each transfer waits for the device.
         likely = torch.stack([probabilities(outputs), *map(probabilities, heads)]).cpu()
-        if not likely.isfinite().all():
-            raise NumericalError("prediction: a logit is not finite; train the model again")
-        named = dict(zip(HEADS, likely[1:], strict=False))
-        return Answer(likely[0], named, self.class_names)
+        return Answer(likely[0], dict(zip(HEADS, likely[1:], strict=False)), self.class_names)
 
-    def __call__(self, images: Iterable[Path | str | bytes | Image.Image | NDArray[Any]]) -> Answer:
-        """Answer to images of any kind and size, a batch at a time.
-
-        Raises:
-            DataError: As of `transform`.
-            NumericalError: A logit is not finite.
-        """
-        pixels = [self.transform(image) for image in images]
-        if not pixels:
-            raise DataError("no image; pass at least one")
-        answers = [
-            self.answer(np.stack(pixels[start : start + self.batch_size]))
-            for start in range(0, len(pixels), self.batch_size)
-        ]
-        heads = {name: torch.cat([each.heads[name] for each in answers]) for name in answers[0].heads}
-        return Answer(torch.cat([each.probabilities for each in answers]), heads, self.class_names)
+    def place(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Copy pixels `(B, H, W, 3)` to the device, as `(B, 3, H, W)`."""
+        return torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).contiguous()

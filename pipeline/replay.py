@@ -63,10 +63,12 @@ class Replay:
     """What a teacher answers now to what it once answered.
 
     Attributes:
+        num_samples: How many labels were replayed.
         differences: The labels that it would not give again.
         probability_error: Largest absolute difference of a kept probability; None where none are kept.
     """
 
+    num_samples: int
     differences: list[Difference]
     probability_error: float | None
 
@@ -88,7 +90,7 @@ def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[t
                 now = logits.softmax(1).numpy()
                 again = np.take_along_axis(now, kept.classes[part].astype(np.int64), axis=1)
                 error = max(error, float(np.abs(again - kept.probabilities[part]).max()))
-    return Replay(differences, error if cache.topk else None)
+    return Replay(len(chosen), differences, error if cache.topk else None)
 
 
 def _differences(kept: ViewLabels, view: int, samples: Tensor, logits: Tensor) -> Iterator[Difference]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ class Table:
     def to_rich(self, width: int) -> RichTable:
         """Return the table for a console of `width` columns, without the `optional` columns it has no room for."""
         shown = self._fitting(width)
+        widths = self._widths(shown, width)
         table = RichTable(
             title=escape(self.title),
             caption=escape(self.note) or None,
@@ -59,7 +62,7 @@ class Table:
         )
         for index in shown:
             justify: JustifyMethod = "left" if index == 0 else "right"
-            table.add_column(escape(self.columns[index]), justify=justify, min_width=self._width(index))
+            table.add_column(escape(self.columns[index]), justify=justify, width=widths[index])
         for row in self.rows:
             table.add_row(*(escape(row[index]) for index in shown))
         return table
@@ -68,11 +71,21 @@ class Table:
         """Return the indices of the columns that fit into `width`."""
         shown = list(range(len(self.columns)))
         for name in self.optional:
-            if sum(self._width(index) + 2 for index in shown) <= width:
+            if _total(self._width(index) for index in shown) <= width:
                 break
             if name in self.columns:
                 shown.remove(self.columns.index(name))
         return shown
+
+    def _widths(self, shown: Sequence[int], width: int) -> dict[int, int]:
+        """Return the columns' widths: that of the heading where there is room, else the heading is broken."""
+        widths = {index: max(self._width(index), len(self.columns[index])) for index in shown}
+        while _total(widths.values()) > width:
+            widest = max(shown, key=lambda index: widths[index] - self._width(index))
+            if widths[widest] == self._width(widest):
+                break
+            widths[widest] -= 1
+        return widths
 
     def _width(self, index: int) -> int:
         """Return the narrowest width of a column: its longest cell, or the longest word of its heading."""
@@ -82,15 +95,20 @@ class Table:
         """Return columns and rows as CSV."""
         return to_csv(self.columns, self.rows)
 
-    def to_markdown(self) -> str:
-        """Return the table as GitHub Markdown, with its title as a heading."""
+    def to_markdown(self, level: int = 2) -> str:
+        """Return the table as GitHub Markdown, with its title as a heading of a level."""
 
         def line(cells: Iterable[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+            return "| " + " | ".join(map(markdown_text, cells)) + " |"
 
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        parts = [f"## {self.title}", "", line(self.columns), rule, *map(line, self.rows)]
-        return "\n".join([*parts, *(["", self.note] if self.note else []), ""])
+        parts = [f"{'#' * level} {markdown_text(self.title)}", "", line(self.columns), rule, *map(line, self.rows)]
+        return "\n".join([*parts, *(["", markdown_text(self.note)] if self.note else []), ""])
+
+
+def _total(widths: Iterable[int]) -> int:
+    """Return the width of a table on a terminal: each column has two spaces, and the table one more."""
+    return sum(width + 2 for width in widths) + 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,17 @@ def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
+def printable(text: str) -> str:
+    """Return text with the replacement character in place of control characters other than white space."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def markdown_text(text: str) -> str:
+    """Return text of one line that Markdown shows as it is; an underscore within a word needs no escape."""
+    text = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\|*`\[\]~]|\b_|_\b)", r"\\\1", text)
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """Return a figure with fixed digits, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
@@ -130,7 +159,24 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def difference(value: float, reference: float | None) -> str:
     """Return value - reference with its sign, or a dash where there is no reference."""
-    return "-" if reference is None else f"{value - reference:+.2f}"
+    if reference is None:
+        return "-"
+    text = f"{value - reference:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
+
+
+def spread(values: Sequence[float | None], digits: int = 2) -> str:
+    """Return the mean of a figure over runs, of several with their sample standard deviation and number.
+
+    Args:
+        values: One for each run; a dash is returned where there is none, or one is None.
+        digits: After the point.
+    """
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    mean = number(statistics.fmean(known), digits)
+    return mean if len(known) == 1 else f"{mean} ± {number(statistics.stdev(known), digits)} ({len(known)})"
 
 
 class RunWatcher:

@@ -7,6 +7,7 @@ import ctypes
 import datetime
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def current_ranks() -> Ranks:
     values = {}
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
-        if not text.isdecimal():
+        if not re.fullmatch(r"[0-9]{1,9}", text):
             raise UsageError(f"{name}={text}: not a whole number; unset it or start with torchrun")
         values[name] = int(text)
     if not values["RANK"] < values["WORLD_SIZE"]:
@@ -75,8 +76,10 @@ def resolve_device(name: str | None = None) -> torch.device:
             )
         return torch.device("cuda", ranks.local_rank)
     try:
-        device = torch.device(name or "cpu")
+        device = torch.device("cpu" if name is None else name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise NotImplementedError
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(f"--device {name}: not available here; leave it out, or use cpu") from None
     return device

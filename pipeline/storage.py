@@ -134,6 +134,9 @@ def read_if_exists(path: Path, num_bytes: int = -1) -> bytes | None:
         StorageError: It is there and cannot be read.
     """
     try:
+        # Reading a named pipe would wait for its writer, and reading a device might not end.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise StorageError(f"cannot read {path}: not a regular file")
         with path.open("rb") as file:
             return file.read(num_bytes)
     except FileNotFoundError:

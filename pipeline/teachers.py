@@ -159,6 +159,8 @@ def _read(path: str) -> StateDict:
     """Read a state dict from a file."""
     if not Path(path).exists():
         raise UsageError(f"weights {path!r} does not exist; choose imagenet, none or the path of a state dict")
+    if not Path(path).is_file():
+        raise DataError(f"weights {path!r} is not a file; choose imagenet, none or the path of a state dict")
     try:
         content = Path(path).read_bytes()
     except OSError as error:

@@ -201,6 +201,23 @@ class Views:
             for samples, raw in zip(on_device, read, strict=True):
                 yield self._make(opened, samples, raw)
 
+    def drawn(self, view: int) -> dict[str, NDArray[Any]]:
+        """Tell what was drawn for each sample of a view.
+
+        Args:
+            view: View index, at least 0.
+
+        Returns:
+            What augmentation.parameters returns, for all N samples; with mixing also `partner` `(N,)` int64 and
+            `lambda` `(N,)` float32, the share of the first image.
+        """
+        opened = self._open(view)
+        height, width = self.images.shape[-2:]
+        drawn = augmentation.parameters(opened.uniform, self.recipe, height, width)
+        if opened.mix is not None:
+            drawn |= {"partner": opened.mix.rows, "lambda": opened.mix.lam.cpu().numpy()}
+        return drawn
+
     def digest(self, view: int) -> bytes:
         """Hash the pixels of a whole view.
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 import click
 
 import pipeline
-from pipeline.errors import Interrupted, PipelineError
-from stages.commands import data, labels, machine, results, students, teachers, trained
+from pipeline.errors import Interrupted, PipelineError, one_line
+from stages.commands import data, export, labels, machine, results, students, teachers, trained
 from stages.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
@@ -25,7 +26,7 @@ GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
         (teachers.teacher_select, teachers.teacher, teachers.select, teachers.label, labels.labels),
     ),
     ("Stage two: students", (students.distill,)),
-    ("Trained models", (trained.predict, trained.bench)),
+    ("Trained models", (trained.predict, trained.bench, export.export)),
     ("Results", (results.evaluate, results.report, results.models)),
 )
 
@@ -58,7 +59,7 @@ def main() -> None:
     code = 128
     try:
         STOP.install(is_rank="WORLD_SIZE" in os.environ)
-        code = _run()
+        code = run(sys.argv[1:])
     except Interrupted as error:  # before the command began, or while its error was being told
         code = _tell_stop(error)
     finally:
@@ -66,16 +67,23 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run() -> int:
-    """Run the command line and return the documented code."""
-    debug = "--debug" in sys.argv[1:]
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, turning whatever ends it into one line on standard error.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Returns:
+        The documented exit code.
+    """
+    debug = "--debug" in arguments
     try:
-        cli.main(standalone_mode=False)
+        cli.main(list(arguments), standalone_mode=False)
         STOP.check()
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        click.UsageError(one_line(error.format_message()), getattr(error, "ctx", None)).show()
         return 2
     except (click.Abort, KeyboardInterrupt):
         return 130
@@ -84,14 +92,15 @@ def _run() -> int:
     except PipelineError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"Error: {error}", err=True)
+        click.echo(one_line(f"Error: {error}"), err=True)
         return error.exit_code
     except BrokenPipeError:
         return 4
     except OSError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"Error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)
+        where = error.filename or "reading or writing"
+        click.echo(one_line(f"Error: {where}: {error.strerror or error}"), err=True)
         return 4
     except Exception as error:
         if debug:
@@ -99,7 +108,7 @@ def _run() -> int:
         if STOP.received is not None:  # which reached code that made another error of it
             return _tell_stop(STOP.error("stopped; run the same command again"))
         hint = "" if debug else "; --debug in front of the command shows where"
-        click.echo(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", err=True)
+        click.echo(one_line(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}"), err=True)
         return 1
     return 0
 

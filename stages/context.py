@@ -103,7 +103,13 @@ class Context:
             raise DataError(
                 f"{self.paths.dataset}: no prepared data; run `pipeline prepare --recipe {self.recipe.name}`"
             )
-        prepared = read_json(self.paths.prepared / "summary.json")["settings"]
+        summary = read_json(self.paths.prepared / "summary.json")
+        prepared = summary.get("settings") if isinstance(summary, dict) else None
+        if not isinstance(prepared, dict):
+            raise DataError(
+                f"{self.paths.prepared / 'summary.json'}: not what `prepare` writes; "
+                f"run `pipeline prepare --recipe {self.recipe.name}` again"
+            )
         for key, wanted in dataclasses.asdict(self.recipe.dataset).items():
             if prepared.get(key) != wanted:
                 raise DataError(

@@ -1,27 +1,22 @@
-"""Building models from recipes and from checkpoints, and the list of all of them."""
+"""What models are in recipes and in checkpoints, and the list of all of them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint, load_checkpoint, load_weights
+from pipeline.checkpoints import Checkpoint, load_checkpoint
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024
-from pipeline.datasets import Channels, Dataset
+from pipeline.datasets import Dataset
+from pipeline.descriptions import GEOMETRY
 from pipeline.errors import DataError
-from pipeline.prediction import Predictor
-from pipeline.recipes import PRECISIONS, StudentRecipe
+from pipeline.loading import build_model, restore
+from pipeline.recipes import StudentRecipe
 from pipeline.reporting import Table
-from pipeline.runtime import resolve_precision
-
-GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_width", "pixel_heads")
-MAX_IMAGE_SIZE = 1024
 
 
 def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: int) -> dict[str, Any]:
@@ -45,25 +40,6 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
     }
 
 
-def build(meta: dict[str, Any]) -> nn.Module:
-    """Build the untrained model that a checkpoint's JSON describes.
-
-    Raises:
-        DataError: The JSON describes no model.
-    """
-    try:
-        kind, model, arguments = meta["kind"], meta["model"], dict(meta["arguments"])
-    except (KeyError, TypeError, ValueError):
-        raise DataError("the checkpoint's JSON describes no model; name a checkpoint that a stage wrote") from None
-    if kind == "student":
-        from pipeline.students import build_student
-
-        return build_student(model, **arguments)
-    from pipeline.teachers import build_teacher
-
-    return build_teacher(model, **arguments)
-
-
 def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
     """Load a checkpoint; arguments and errors as of `load_model`."""
     checkpoint = load_checkpoint(path)
@@ -84,81 +60,14 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
         UsageError: The path does not exist.
         DataError: It holds no valid checkpoint, or one of the other kind.
     """
-    from pipeline.students import Student, use_inner_block
-
     checkpoint = load_checkpoint_of(path, kind)
-    with torch.device("meta"):
-        model = build(dict(checkpoint.meta))
-    model.to_empty(device="cpu")
-    load_weights(model, checkpoint)
-    if isinstance(model, Student):
-        use_inner_block(model, "auto", device)
-    return model.to(device).eval(), checkpoint
-
-
-def make_predictor(path: Path, device: torch.device, precision: str | None = None) -> tuple[Predictor, Checkpoint]:
-    """Load a trained model together with what its inputs are; the checkpoint alone is needed.
-
-    Args:
-        path: A directory that a stage wrote, or a .safetensors file in it.
-        device: Where to put it.
-        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
-
-    Raises:
-        UsageError: The path does not exist.
-        DataError: It holds no valid checkpoint, or its JSON does not say what the model's inputs are.
-    """
-    model, checkpoint = load_model(path, device)
-    meta, file = checkpoint.meta, checkpoint.path.with_suffix(".json")
-    if precision is None:
-        precision = _at(meta, "training", "precision")
-        if precision not in PRECISIONS:
-            raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
-    names, size = meta.get("class_names"), meta.get("image_size")
-    mean, std = _channels(meta.get("mean")), _channels(meta.get("std"))
-    valid = {
-        "class_names": isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-        and len(set(names)) == len(names) == _at(meta, "arguments", "num_classes"),
-        "image_size": type(size) is int
-        and 0 < size <= MAX_IMAGE_SIZE
-        and size == (_at(meta, "arguments", "image_size") or size),
-        "mean": mean is not None,
-        "std": std is not None and min(std) > 0,
-    }
-    if wrong := [key for key, is_valid in valid.items() if not is_valid]:
-        raise DataError(f"{file}: {', '.join(wrong)} missing or wrong; name a checkpoint that a stage wrote")
-    assert isinstance(names, list) and isinstance(size, int) and mean is not None and std is not None
-    predictor = Predictor(
-        model=model,
-        class_names=tuple(names),
-        image_size=size,
-        mean=mean,
-        std=std,
-        precision=resolve_precision(precision, device),
-    )
-    return predictor, checkpoint
-
-
-def _at(meta: Mapping[str, Any], *keys: str) -> Any:
-    """Return a value inside nested objects, or None where there is none."""
-    value: Any = meta
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _channels(values: Any) -> Channels | None:
-    """Return three finite numbers, or None where there is anything else."""
-    if not isinstance(values, list) or [type(value) for value in values] != [float] * 3:
-        return None
-    return (values[0], values[1], values[2]) if all(map(math.isfinite, values)) else None
+    return restore(checkpoint, device), checkpoint
 
 
 def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image."""
     with torch.device("meta"):
-        model = build(meta)
+        model = build_model(meta["kind"], meta["model"], meta["arguments"])
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,35 @@ from stages.context import Context
 from stages.paths import PARAMS
 
 STOP = StopSignal()
+MAX_SEED = 2**31 - 1
 LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
+
+
+class FilePath(click.Path):
+    """A path; an empty one is refused, which an unset variable of a shell gives and `Path` takes for `.`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the path."""
+        if not str(value):
+            self.fail("an empty path", param, context)
+        return super().convert(value, param, context)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number that is neither infinite nor NaN, which compares with no bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, context)
+        return number
+
+
+PATH = FilePath()
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
@@ -41,14 +70,14 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--seed",
         default=0,
         show_default=True,
-        type=click.IntRange(0, 2**31 - 1),
+        type=click.IntRange(0, MAX_SEED),
         help="Initialisation and order.",
     )(command)
     return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
 
 
 def open_context(recipe: str | None = None, device: str | None = None) -> Context:
-    """Load params.yaml, choose the recipe and open the console.
+    """Load params.yaml, choose the recipe and open the console; a device that is named must be there.
 
     Under torchrun only rank 0 prints.
 
@@ -61,7 +90,10 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
     params = load_params(PARAMS)
     console = open_console()
     console.quiet = not current_ranks().is_main
-    return Context(params, params.select(recipe), console, STOP, device)
+    context = Context(params, params.select(recipe), console, STOP, device)
+    if device is not None:
+        _ = context.device
+    return context
 
 
 def open_console() -> Console:
@@ -89,6 +121,18 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
             raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
         pairs[key] = value
     return pairs
+
+
+def parse_seeds(text: str | None) -> tuple[int, ...] | None:
+    """Read `0,1,2` as seeds."""
+    if text is None:
+        return None
+    seeds = text.split(",")
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,9}", seed) and int(seed) <= MAX_SEED for seed in seeds):
+        raise UsageError(f"--seeds {text}: write whole numbers from 0 to {MAX_SEED} separated by commas, as 0,1,2")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text}: write each seed once, as 0,1,2")
+    return tuple(map(int, seeds))
 
 
 def parse_keep(text: str | None) -> int | None:
@@ -126,5 +170,7 @@ def require_exists(path: Path) -> None:
     Raises:
         UsageError: It does not.
     """
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or directory")
+    try:
+        path.stat()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name what exists") from None

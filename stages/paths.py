@@ -62,9 +62,9 @@ class Paths:
         return DATA / self.recipe / "students" / name
 
     @property
-    def report(self) -> Path:
-        """The report; report.json lies beside it."""
-        return DATA / self.recipe / "reports" / "report.md"
+    def reports(self) -> Path:
+        """What `report` writes: report.html, report.md, report.json, tables/, figures/."""
+        return DATA / self.recipe / "reports"
 
     def run(self, name: str) -> Path:
         """A run that differs from the recipe."""

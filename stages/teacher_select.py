@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.recipes import OPTIMIZERS
-from pipeline.reporting import Table, number
+from pipeline.reporting import Table
 from pipeline.runtime import current_ranks
 from pipeline.sources import check_source
-from pipeline.storage import read_json
 from stages.context import Context
 from stages.dry_run import plan_labels, plan_run
 from stages.label import label
 from stages.prepare import prepare
-from stages.report import conditions
-from stages.selection import select, teachers_table
+from stages.reports.others import optimizers_table
+from stages.reports.runs import FinishedRun
+from stages.reports.scores import NOT_RUN
+from stages.reports.tables import candidates_table
+from stages.selection import select
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
 # Rates for Figure 5 where an optimiser is not the recipe's own; the paper gives one rate, SGD's.
@@ -54,8 +56,7 @@ def teacher_select(
         for name in names:
             train_teacher(context, name, fresh=fresh)
         comparison = group.on_main(lambda: select(context, names))
-        note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
-        tables = [teachers_table(context.recipe, comparison, note)]
+        tables = [candidates_table(context, comparison)]
         context.say(f"selected {comparison['winner']} by {comparison['by']}")
         if optimizers:
             tables.append(sweep(context, comparison["winner"], optimizers, fresh=fresh))
@@ -129,23 +130,16 @@ def _plan_labels(context: Context, view_recipe: str, *, stale: bool) -> str:
 def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bool) -> Table:
     """Train the winner with each optimiser (Figure 5) and return the comparison."""
     own = teacher_recipe(context.recipe, winner)
-    rows = []
+    outcomes: dict[str, FinishedRun | str] = {}
+    rates = {}
     for optimizer in optimizers:
         settings = {} if optimizer == own.optimizer else {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
-        rate = f"{float(settings.get('lr', own.lr)):g}"
+        rates[optimizer] = float(settings.get("lr", own.lr))
         try:
             out = train_teacher(context, winner, settings=settings, fresh=fresh and bool(settings))
         except NumericalError as error:
             context.say(f"{winner} with {optimizer}: {error}")
-            rows.append([optimizer, rate, "diverged", "-", "-"])
+            outcomes[optimizer] = "diverged"
             continue
-        metrics = read_json(out / "metrics.json")
-        best = metrics["best"]
-        rows.append([optimizer, rate, number(best["top1"]), number(best["top5"]), str(best["epoch"])])
-    note = f"Recipe {context.recipe.name}; the paper's Figure 5 on CIFAR-100: SGD 79.80 %, RMSprop 73.41 %."
-    return Table(
-        f"Figure 5. {winner} by optimiser",
-        ("optimiser", "lr", "top-1 %", "top-5 %", "best epoch"),
-        rows,
-        note,
-    )
+        outcomes[optimizer] = FinishedRun.read(out) or NOT_RUN
+    return optimizers_table(context.recipe, winner, outcomes, rates)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def checkout(reproduced: Checkout, tmp_path: Path) -> Checkout:
 def test_a_second_repro_runs_nothing(reproduced: Checkout) -> None:
     assert reproduced.repro() == set()
     assert "Data and pipelines are up to date" in reproduced.dvc("status")
-    assert (reproduced.data / "reports/report.md").is_file()
+    assert all((reproduced.data / "reports" / name).is_file() for name in ("report.html", "report.md", "report.json"))
 
 
 def test_metrics_and_plots_are_dvcs(reproduced: Checkout) -> None:
@@ -96,6 +97,33 @@ def test_metrics_and_plots_are_dvcs(reproduced: Checkout) -> None:
     assert 0 <= files["data/smoke/students/titn/metrics.json"]["data"]["best"]["top1"] <= 100
     plots = reproduced.dvc("plots", "show", "--json", "data/smoke/students/titn/curve.csv")
     assert "top1" in plots
+
+
+def plots(out: str) -> dict[str, list[dict[str, Any]]]:
+    """Find the JSON in what `dvc plots` printed; teachers that are not in the recipe give a warning."""
+    data: dict[str, list[dict[str, Any]]] = json.loads(next(line for line in out.splitlines() if line[:1] == "{"))[
+        "data"
+    ]
+    return data
+
+
+def test_dvcs_plots_show_the_curves_together_and_the_reports_pictures(checkout: Checkout) -> None:
+    shown = plots(checkout.dvc("plots", "show", "--json"))
+    for title, folder in (("Figure 4, top-1 of the teachers by epoch", "teachers"),
+                          ("Figures 6 to 8, top-1 of the students by epoch", "students")):  # fmt: skip
+        values = shown[title][0]["content"]["data"]["values"]
+        trained = {path.parent.name for path in (checkout.data / folder).glob("*/curve.csv")}
+        assert {Path(value["filename"]).parts[0] for value in values} == trained
+    assert "data/smoke/reports/figures/figure-4.png" in shown
+    confusion = shown["data/smoke/students/vit/predictions.csv"][0]["content"]["data"]["values"]
+    assert len(confusion) == 360
+    checkout.edit("      vit: {}\n", "      vit: {epochs: 1}\n")
+    checkout.repro("student@vit")
+    title = "Figures 6 to 8, top-1 of the students by epoch"
+    compared = plots(checkout.dvc("plots", "diff", "--json"))[title]
+    values = [value for one in compared for value in one["content"]["data"]["values"]]
+    epochs = {(value["rev"], value["epoch"]) for value in values if value["filename"].startswith("vit")}
+    assert epochs == {("HEAD", "1"), ("HEAD", "2"), ("workspace", "1")}
 
 
 def test_changing_one_students_recipe_reruns_that_student_alone(checkout: Checkout) -> None:
@@ -135,7 +163,7 @@ def test_more_views_extend_the_labels_and_leave_teachers_alone(checkout: Checkou
 
 def test_changed_code_reruns_the_stages_that_use_it(checkout: Checkout) -> None:
     for name, stages in (
-        ("stages/report.py", {"report"}),
+        ("stages/reports/tables.py", {"report"}),
         ("pipeline/students/vit.py", {"student@titn", "student@vit", "report"}),
     ):
         with (checkout.path / name).open("a") as file:

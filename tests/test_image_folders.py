@@ -334,3 +334,18 @@ def test_an_image_that_may_not_be_read_is_a_bad_file(tmp_path, monkeypatch):
     monkeypatch.setattr(image_folders.Image, "open", refuse)
     with pytest.raises(DataError, match=r"2 bad: train/a/x.png \(cannot be read: Permission denied\)"):
         read_folder(tmp_path, 3, skip_bad=False)
+
+
+def test_a_files_content_is_read_as_the_file_is(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    noise().save(tmp_path / "photo.png", exif=exif)
+    content = (tmp_path / "photo.png").read_bytes()
+    assert np.array_equal(read_image(content, 5), read_image(tmp_path / "photo.png", 5))
+    for damaged, words in (
+        (b"", "empty"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "known format"),
+        (content[:90], "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read_image(damaged, 5)

@@ -77,6 +77,19 @@ def small_model(dropout: float = 0.2) -> nn.Module:
     )  # fmt: skip
 
 
+class Bomb(nn.Module):
+    """Gives NaN in the sixth training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = small_model(), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += self.training
+        logits: Tensor = self.inner(images)
+        return logits * math.nan if self.calls == 6 else logits
+
+
 def objective(outputs: Outputs, batch: Batch) -> Tensor:
     if isinstance(outputs, tuple):
         assert batch.teacher_labels is not None
@@ -242,17 +255,24 @@ def test_state_is_saved_once_a_minute(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(60.0 <= later - earlier <= 70.0 for earlier, later in itertools.pairwise(saved))
 
 
+def test_a_run_without_a_state_ends_alike_and_writes_nothing(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole")
+    torch.manual_seed(7)
+    plain = make_fit(tmp_path / "nowhere")
+    plain.state = None
+    assert plain.run().curve == whole.curve
+    stop = StopSignal()
+    stopped = make_fit(tmp_path / "nowhere", stop=stop, watcher=Watcher(stop, stop_at=2))
+    broken = make_fit(tmp_path / "nowhere", model=Bomb())
+    stopped.state = broken.state = None
+    with pytest.raises(Interrupted):
+        stopped.run()
+    with pytest.raises(NumericalError, match=r"epoch 2, step 2, .* nothing is kept"):
+        broken.run()
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_loss_that_is_not_finite_names_epoch_step_and_rate(tmp_path: Path) -> None:
-    class Bomb(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.calls = small_model(), 0
-
-        def forward(self, images: Tensor) -> Tensor:
-            self.calls += self.training
-            logits: Tensor = self.inner(images)
-            return logits * math.nan if self.calls == 6 else logits
-
     with pytest.raises(NumericalError) as error:
         run(tmp_path, model=Bomb())
     message = str(error.value)

@@ -54,6 +54,8 @@ def test_the_tutorial_ends_with_a_student_and_its_tables(followed: tuple[Path, d
     assert (data / "labels/default.h5").is_file() and (data / "reports/report.md").is_file()
     assert any("3" in out and "Table 3" in out for out in printed.values())
     assert (folder / "data/runs/folder-small/titn-epochs-4-seed-1/metrics.json").is_file()
+    *_, predicted = printed.values()
+    assert "distillation head" in predicted and "my-images/train/7/7.png" in predicted
 
 
 def test_the_recipe_is_what_the_tutorial_says() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.errors import UsageError
 from pipeline.students import inner_cpp, inner_triton
+from pipeline.students.attention import attention_maps, attention_rollout
 from pipeline.students.deit import DeiT
 from pipeline.students.inner_blocks import InnerBlock
 from pipeline.students.layers import Student
@@ -22,7 +23,18 @@ FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
 TENSOR_CORES = (8, 0)
 """Least compute capability with the tf32 products that Triton's takes."""
 
-__all__ = ["STUDENTS", "TITN", "TNT", "DeiT", "Student", "ViT", "build_student", "use_inner_block"]
+__all__ = [
+    "STUDENTS",
+    "TITN",
+    "TNT",
+    "DeiT",
+    "Student",
+    "ViT",
+    "attention_maps",
+    "attention_rollout",
+    "build_student",
+    "use_inner_block",
+]
 
 
 def build_student(name: str, **geometry: int) -> Student:

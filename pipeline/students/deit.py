@@ -66,8 +66,8 @@ class DeiT(Student):
         Returns:
             `(B, K)` class logits and `(B, K)` distillation logits.
         """
-        class_token = self.class_token.expand(len(images), -1, -1)
-        distillation_token = self.distillation_token.expand(len(images), -1, -1)
+        class_token = self.class_token.expand(images.shape[0], -1, -1)
+        distillation_token = self.distillation_token.expand(images.shape[0], -1, -1)
         tokens = torch.cat([class_token, self.embedding(images), distillation_token], dim=1) + self.positions
         *blocks, last = self.blocks
         for block in blocks:

@@ -84,7 +84,7 @@ class TITN(Student):
             `(B, K)` class logits and `(B, K)` distillation logits.
         """
         pixels = self.embedding(images)
-        patches = (self.patch_tokens + self.patch_positions).expand(len(images), -1, -1)
+        patches = (self.patch_tokens + self.patch_positions).expand(images.shape[0], -1, -1)
         *blocks, last = self.blocks
         for block in blocks:
             pixels, patches = block(pixels, patches, plain=self.plain)

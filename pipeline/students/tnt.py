@@ -135,7 +135,7 @@ class NestedBlock(nn.Module):
             Pixels `(B * P, M, c)` and patches `(B, W, D)`.
         """
         pixels, normed = self._refine(pixels, plain)
-        flat = rearrange(normed, "(b p) m c -> b p (m c)", b=len(patches))
+        flat = rearrange(normed, "(b p) m c -> b p (m c)", b=patches.shape[0])
         residual = F.pad(self.pixels_to_patch(flat), (0, 0, 1, self.num_behind))
         patches = self.outer(patches + residual, wanted)
         return pixels, patches
@@ -252,7 +252,7 @@ class TNT(Student):
             `(B, K)` class logits.
         """
         pixels = self.embedding(images)
-        patches = (self.patch_tokens + self.patch_positions).expand(len(images), -1, -1)
+        patches = (self.patch_tokens + self.patch_positions).expand(images.shape[0], -1, -1)
         *blocks, last = self.blocks
         for block in blocks:
             pixels, patches = block(pixels, patches, plain=self.plain)

@@ -63,7 +63,7 @@ class ViT(Student):
         Returns:
             `(B, K)` class logits.
         """
-        class_token = self.class_token.expand(len(images), -1, -1)
+        class_token = self.class_token.expand(images.shape[0], -1, -1)
         tokens = torch.cat([class_token, self.embedding(images)], dim=1) + self.positions
         *blocks, last = self.blocks
         for block in blocks:

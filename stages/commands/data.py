@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from stages.options import dry_run_option, open_context, recipe_option
+from stages.options import PATH, dry_run_option, open_context, recipe_option
 
 
 @click.command()
 @recipe_option
 @click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
-@click.option("--from", "folder", type=click.Path(path_type=Path), help="Take the images from this folder.")
+@click.option("--from", "folder", type=PATH, help="Take the images from this folder.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files out.")
 @dry_run_option
 def prepare(recipe: str | None, download: bool, folder: Path | None, skip_bad: bool, dry_run: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import PipelineError
-from stages.options import device_option, json_option, open_context, recipe_option, require_exists
+from stages.options import PATH, FiniteFloat, device_option, json_option, open_context, recipe_option, require_exists
 
 
 @click.group()
@@ -17,7 +17,7 @@ def labels() -> None:
 
 
 @labels.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a label file holds and where it comes from."""
@@ -33,12 +33,12 @@ def inspect(file: Path, as_json: bool) -> None:
 
 
 @labels.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @recipe_option
 @device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
-@click.option("--teacher", type=click.Path(path_type=Path), help="The checkpoint; the selected teacher if left out.")
-@click.option("--margin", type=click.FloatRange(0.0), help="Largest logit margin of a difference that may pass.")
+@click.option("--teacher", type=PATH, help="The checkpoint; the selected teacher if left out.")
+@click.option("--margin", type=FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
 def verify(
     file: Path,
     recipe: str | None,
@@ -52,6 +52,8 @@ def verify(
 
     require_exists(file)
     context = open_context(recipe, device)
+    if teacher is not None:
+        require_exists(teacher)
     replay, allowed = run(context, file, teacher=teacher, num_samples=sample, margin=margin)
     failed = [difference for difference in replay.differences if difference.margin > allowed]
     for difference in replay.differences:
@@ -61,7 +63,8 @@ def verify(
             + ("" if difference.margin > allowed else " (near tie, allowed)")
         )
     context.say(
-        f"{file}: {sample} labels replayed, {len(replay.differences)} differ, {len(failed)} by more than {allowed:g}"
+        f"{file}: {replay.num_samples} labels replayed, {len(replay.differences)} differ, "
+        f"{len(failed)} by more than {allowed:g}"
     )
     if replay.probability_error is not None:
         context.say(f"{file}: probabilities differ by at most {replay.probability_error:.2g}")

@@ -7,7 +7,7 @@ import json
 import click
 
 from pipeline.errors import PipelineError
-from stages.options import STOP, device_option, json_option, open_console, recipe_option
+from stages.options import device_option, json_option, open_console, open_context, recipe_option
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -21,8 +21,6 @@ COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 )
 def doctor(recipe: str | None, device: str | None, as_json: bool, probe: bool) -> None:
     """Check whether a full run can work here, and estimate its disk, memory and time; exit 1 if it cannot."""
-    from rich.text import Text
-
     from stages.doctor import diagnose
     from stages.doctor.findings import Finding
 
@@ -33,10 +31,10 @@ def doctor(recipe: str | None, device: str | None, as_json: bool, probe: bool) -
         if finding.topic != topic:
             topic = finding.topic
             console.print(f"\n{topic}", style="bold", highlight=False)
-        line = Text(f"  {finding.mark:8}", style=COLOURS[finding.mark]).append(Text(finding.line, style="default"))
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"  {finding.mark:8}", style=COLOURS[finding.mark], end="", highlight=False)
+        console.print(finding.line, markup=False, highlight=False, soft_wrap=True)
 
-    found = diagnose(STOP, console, recipe=recipe, device=device, probing=probe, tell=tell)
+    found = diagnose(lambda: open_context(recipe, device), tell, probing=probe)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2, allow_nan=False))
     else:

@@ -9,6 +9,7 @@ import click
 
 from pipeline.errors import UsageError
 from stages.options import (
+    PATH,
     device_option,
     json_option,
     open_console,
@@ -20,11 +21,11 @@ from stages.options import (
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @recipe_option
 @device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
-@click.option("--data", type=click.Path(path_type=Path), help="Score on this folder's <class>/* or test/<class>/*.")
+@click.option("--data", type=PATH, help="Score on this folder's <class>/* or test/<class>/*.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
 @click.option("--per-class", is_flag=True, help="Show each class too, the worst first.")
 @precision_option
@@ -45,7 +46,6 @@ def evaluate(
     With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
     name; classes may be absent, others are refused.
     """
-    from pipeline.runtime import resolve_device
     from stages.evaluate import classes_table, evaluate_checkpoint, evaluate_folder, scores_table
 
     require_exists(checkpoint)
@@ -60,9 +60,8 @@ def evaluate(
         if recipe is not None or split is not None:
             given = "--recipe" if recipe is not None else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
-        on = resolve_device(device)
         result = evaluate_folder(
-            checkpoint, data, device=on, precision=precision, skip_bad=skip_bad, per_class=per_class
+            checkpoint, data, device=device, precision=precision, skip_bad=skip_bad, per_class=per_class
         )
     if as_json:
         click.echo(json.dumps(result, indent=2))
@@ -74,15 +73,18 @@ def evaluate(
 
 @click.command()
 @recipe_option
-@click.option("--out", type=click.Path(path_type=Path), help="Directory of report.md and report.json.")
-def report(recipe: str | None, out: Path | None) -> None:
-    """Print the tables of what has been run; write report.md and report.json."""
-    from stages.report import report as run
+@click.option("--out", type=PATH, help="Directory of the report; data/<recipe>/reports if left out.")
+@click.option("--no-figures", is_flag=True, help="Draw nothing; matplotlib is not needed then.")
+@click.option("--tracked-only", is_flag=True, help="Leave out data/runs, which DVC does not track.")
+def report(recipe: str | None, out: Path | None, no_figures: bool, tracked_only: bool) -> None:
+    """Write a page, tables and figures of what has been run."""
+    from stages.reports.report import report as run
 
     context = open_context(recipe)
-    for table in run(context, out):
+    written = run(context, out, with_figures=not no_figures, tracked_only=tracked_only)
+    for table in written.tables:
         context.show(table)
-    context.say(f"wrote {context.paths.report if out is None else out / 'report.md'}")
+    context.say(f"wrote {written.directory / 'report.html'}, report.md, report.json, tables/ and figures/")
     context.end()
 
 

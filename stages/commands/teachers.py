@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from stages.options import (
+    PATH,
     device_option,
     dry_run_option,
     open_context,
@@ -14,6 +15,7 @@ from stages.options import (
     parse_settings,
     parse_views,
     recipe_option,
+    require_exists,
     split_names,
     training_options,
 )
@@ -48,15 +50,12 @@ def teacher(
 @click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
 def select(recipe: str | None, teachers: str | None) -> None:
     """Compare the candidates and copy the winner."""
-    from stages.report import conditions
+    from stages.reports.tables import candidates_table
     from stages.selection import select as run
-    from stages.selection import teachers_table
 
     context = open_context(recipe)
     comparison = run(context, split_names(teachers))
-    names = [candidate["name"] for candidate in comparison["candidates"]]
-    note = conditions(comparison["candidates"], (context.paths.teacher(name) for name in names))
-    context.show(teachers_table(context.recipe, comparison, note))
+    context.show(candidates_table(context, comparison))
     context.say(f"selected {comparison['winner']} by {comparison['by']}")
     context.end()
 
@@ -65,7 +64,7 @@ def select(recipe: str | None, teachers: str | None) -> None:
 @recipe_option
 @device_option
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
-@click.option("--teacher", type=click.Path(path_type=Path), help="A checkpoint; the selected teacher where left out.")
+@click.option("--teacher", type=PATH, help="A checkpoint; the selected teacher where left out.")
 @click.option("--fresh", is_flag=True, help="Label every view again.")
 @click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; the recipe's if left out.")
 @click.option("--views", metavar="A:B", help="Label the views A to B - 1 alone; :B and A: leave out 0 and the last.")
@@ -82,6 +81,8 @@ def label(
 ) -> None:
     """Label every view of the training set with a teacher."""
     topk, part = parse_keep(keep), parse_views(views)
+    if teacher is not None:
+        require_exists(teacher)
     context = open_context(recipe, device)
     if dry_run:
         from stages.dry_run import plan_labels

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from pipeline.errors import PipelineError
 from pipeline.reporting import Table
-from pipeline.stopping import StopSignal
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text, time_text
+from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.software import gpus, software
 from stages.paths import PARAMS
 
@@ -21,6 +18,8 @@ if TYPE_CHECKING:
     from stages.doctor.estimate import Estimate
     from stages.doctor.space import Artefact
     from stages.doctor.work import Job, Sizes
+
+WIDTH = 60  # characters of a reason in a table
 
 
 @dataclass
@@ -67,35 +66,30 @@ class Diagnosis:
             f"What a full run of {self.recipe} writes, estimated",
             ("artefact", "size", "to be written", "where"),
             [(each.name, size_text(each.size), size_text(each.needed), str(each.path)) for each in self.artefacts],
+            optional=("where",),
         )
         times = Table(
             f"What `dvc repro` of {self.recipe} would take, estimated",
             ("stage", "why", "measured", "time"),
-            [(each.stage, each.why or "up to date", each.measured, each.time) for each in self.estimates],
+            [
+                (each.stage, shorten(each.why or "up to date", WIDTH, placeholder=" ..."), each.measured, each.time)
+                for each in self.estimates
+            ],
             "Scaled from a few steps on this device, as busy as it is now. Not in it: prepare, select, report, "
             "downloads, torch.compile, saved states, the start of each command.",
         )
-        return [table for table in (space, times) if table.rows]
+        return [*([space] if space.rows else []), *([times] if any(each.why for each in self.estimates) else [])]
 
 
 def diagnose(
-    stop: StopSignal,
-    console: Console,
-    *,
-    recipe: str | None = None,
-    device: str | None = None,
-    probing: bool = True,
-    tell: Callable[[Finding], None],
+    open_context: Callable[[], Context], tell: Callable[[Finding], None], *, probing: bool = True
 ) -> Diagnosis:
     """Look at everything that a full run depends on.
 
     Args:
-        stop: SIGINT and SIGTERM.
-        console: Where lines for people go.
-        recipe: Its name; None takes that of params.yaml.
-        device: As --device.
-        probing: Whether to time a few steps of each model that is not up to date.
+        open_context: Loads params.yaml and chooses recipe and device.
         tell: Is given each finding as soon as there is one.
+        probing: Whether to time a few steps of each model that is not up to date.
 
     Raises:
         UsageError: There is no such recipe or device.
@@ -110,15 +104,21 @@ def diagnose(
     note(software())
     if found.num_problems:
         return found
-    note(gpus())
-    context = _context(stop, console, recipe, device, note)
-    if context is None:
+    from pipeline.params import load_params
+
+    try:
+        params = load_params(PARAMS)
+    except FAULTS as error:
+        note([Finding("project", PROBLEM, str(error)), *gpus()])
         return found
+    context = open_context()
     from stages.doctor import computing, project, space, work
 
     found.recipe = context.recipe.name
-    note(computing.computing(context))
-    note(project.dvc())
+    text = f"params.yaml is valid: {len(params.recipes)} recipes; this is {found.recipe}"
+    note([Finding("project", OK, text)])
+    note([*project.dvc(), *gpus()])
+    note(computing.computing(context, trying=probing))
     findings, prepared = project.data(context)
     note(findings)
     jobs, findings = work.work(context, prepared=prepared)
@@ -134,23 +134,6 @@ def diagnose(
     return found
 
 
-def _context(
-    stop: StopSignal, console: Console, recipe: str | None, device: str | None, note: Callable[[list[Finding]], None]
-) -> Context | None:
-    """Load params.yaml; None where it is not valid."""
-    from pipeline.params import load_params
-    from stages.context import Context
-
-    try:
-        params = load_params(PARAMS)
-    except PipelineError as error:
-        note([Finding("project", PROBLEM, str(error))])
-        return None
-    chosen = params.select(recipe)
-    note([Finding("project", OK, f"params.yaml is valid: {len(params.recipes)} recipes; this is {chosen.name}")])
-    return Context(params, chosen, console, stop, device)
-
-
 def _estimate(
     context: Context,
     found: Diagnosis,
@@ -162,8 +145,9 @@ def _estimate(
     note: Callable[[list[Finding]], None],
 ) -> None:
     """Time what is to be done, and add it up."""
-    from stages.doctor.estimate import estimate
+    from stages.doctor.estimate import estimate, is_busy
 
+    busy = is_busy(context)
     if not probing:
         if any(job.why for job in jobs):
             note([Finding("time", OK, "not estimated (--no-probe)")])
@@ -172,4 +156,8 @@ def _estimate(
     if not any(job.why for job in jobs):
         note([Finding("time", OK, "nothing is left to train or to label")])
     elif found.seconds is not None:
-        note([Finding("time", OK, f"about {time_text(found.seconds)} for all that is left (an estimate)")])
+        text = f"about {time_text(found.seconds)} for all that is left, an estimate"
+        if busy:
+            alone = sum(each.seconds_alone for each in found.estimates if each.why)
+            text += f"; about {time_text(alone)} if nothing else ran, by the processor time of the steps"
+        note([Finding("time", OK, text)])

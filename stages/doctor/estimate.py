@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipeline.errors import PipelineError
 from stages.context import Context
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text, time_text
+from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.probe import Speed, probe
 from stages.doctor.work import Job, Sizes
+
+# Load by core from which other work is taken to slow the probe down.
+BUSY = 0.75
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Estimate:
     measured: str = "-"
 
     @property
+    def seconds_alone(self) -> float:
+        """The same, had the device nothing else to do."""
+        return (self.seconds or 0.0) * (1.0 if self.speed is None else self.speed.share)
+
+    @property
     def time(self) -> str:
         """Seconds as people say it."""
         if self.why is None:
@@ -58,6 +66,9 @@ def estimate(
     context: Context, jobs: list[Job], sizes: Sizes, *, prepared: bool, note: Callable[[list[Finding]], None]
 ) -> list[Estimate]:
     """Probe the models that are not up to date, one after another, and scale what they take."""
+    if any(job.why for job in jobs) and is_busy(context):
+        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        note([Finding("time", WARNING, f"the machine is busy ({load}), which makes the times below longer")])
     found: list[Estimate] = []
     label_rates: list[float] = []
     for job in jobs:
@@ -80,12 +91,17 @@ def estimate(
     return found
 
 
+def is_busy(context: Context) -> bool:
+    """Tell whether other work is likely to slow the probe down."""
+    return context.device.type == "cpu" and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
+
+
 def _labelling(job: Job, sizes: Sizes, rates: list[float], speed: Speed | None = None) -> Estimate:
     """Scale the rate of the teacher, or those of all that may win."""
     images = job.amount * sizes.train
     slow, fast = min(rates), max(rates)
     least = images / fast if len(rates) > 1 else None
-    measured = f"{slow:.3g} images/s" if least is None else f"{slow:.3g} to {fast:.3g} images/s"
+    measured = f"{slow:,.0f} images/s" if least is None else f"{slow:,.0f} to {fast:,.0f} images/s"
     return Estimate(job.stage, job.why, images / slow, least, speed, measured)
 
 
@@ -101,7 +117,7 @@ def _probe(
         remedy = "lower it, or set micro_batch" if job.kind == "student" else "lower it"
         note([Finding("time", PROBLEM, f"{job.name}: {batch} does not fit {device}'s memory", remedy)])
         return None
-    except PipelineError as error:
+    except FAULTS as error:
         note([Finding("time", WARNING, f"{job.name}: could not be timed: {error}")])
         return None
     finally:
@@ -109,7 +125,7 @@ def _probe(
             torch.cuda.empty_cache()
     parts = [_steps(speed)] if speed.steps else []
     if speed.label_rate is not None:
-        parts.append(f"labels {speed.label_rate:.3g} images/s")
+        parts.append(f"labels {speed.label_rate:,.0f} images/s")
     if speed.memory is not None:
         parts.append(f"peak {size_text(speed.memory)} of GPU memory")
     note([Finding("time", OK, f"{job.name}: {', '.join(parts)}")])
@@ -117,4 +133,5 @@ def _probe(
 
 
 def _steps(speed: Speed) -> str:
-    return f"{speed.steps} steps of {speed.batch} images, {time_text(speed.step_seconds)} each"
+    steps = f"{speed.steps} steps" if speed.steps > 1 else "1 step"
+    return f"{steps} of {speed.batch} images, {time_text(speed.step_seconds)} each"

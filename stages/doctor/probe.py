@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,11 +61,12 @@ class Speed:
     Attributes:
         steps: Training steps timed; 0 where only labelling was.
         batch: Images of each.
-        step_seconds: Of one of them.
+        step_seconds: Of one of them, its views included; the median.
         update_seconds: The part of it that does not grow with the batch.
         evaluation_rate: Images scored a second.
         label_rate: Images labelled a second; None for a student.
         memory: Bytes of GPU memory at the peak; None on a CPU.
+        share: What the steps got of this process's threads on a CPU, in (0, 1]; other work gets the rest.
     """
 
     steps: int = 0
@@ -72,6 +76,7 @@ class Speed:
     evaluation_rate: float = math.inf
     label_rate: float | None = None
     memory: int | None = None
+    share: float = 1.0
 
     def fit_seconds(self, recipe: FitRecipe, epochs: float, sizes: Sizes) -> float:
         """Scale to a run's epochs, its evaluations and its final test."""
@@ -89,12 +94,24 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.most, self.deadline, self.steps, self.seconds = 0, math.inf, 0, 0.0
+        self._most, self._deadline, self._times, self._worked = 0, math.inf, [0.0], 0.0
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of each step."""
+        return [later - earlier for earlier, later in itertools.pairwise(self._times)]
+
+    @property
+    def share(self) -> float:
+        """What the steps got of the threads' time."""
+        return min(1.0, (time.process_time() - self._worked) / (sum(self.steps) * torch.get_num_threads()))
 
     def begin(self, most: int, seconds: float) -> None:
         """Allow so many steps, of which the first may take longer than `seconds`."""
-        self.most, self.steps, self._began = most, 0, time.perf_counter()
-        self.deadline = self._began + seconds
+        self._worked = time.process_time()
+        _wait(self._device)
+        self._most, self._times = most, [time.perf_counter()]
+        self._deadline = self._times[0] + seconds
 
     def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
         """Do nothing."""
@@ -102,9 +119,8 @@ class _Clock:
     def stepped(self) -> None:
         """Count a step."""
         _wait(self._device)
-        now = time.perf_counter()
-        self.steps, self.seconds = self.steps + 1, now - self._began
-        if self.steps >= self.most or now > self.deadline:
+        self._times.append(time.perf_counter())
+        if len(self._times) > self._most or self._times[-1] > self._deadline:
             raise _Enough
 
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
@@ -123,7 +139,7 @@ def probe(context: Context, job: Job, sizes: Sizes, *, prepared: bool) -> Speed:
     device = context.device
     if device.type == "cpu":
         keep_freed_memory()
-    else:
+    elif device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     views_recipe = "default"
     if isinstance(job.recipe, StudentRecipe):
@@ -218,13 +234,16 @@ def _time_fit(
     fit.saved_at = math.inf
     for epoch, most in enumerate((GRAPH_WARM_UP if fit.captured else 1, steps)):
         fit.progress.epoch, fit.progress.step = epoch, 0
+        rendering = _seconds(device, functools.partial(views.prepare, epoch)) / views.num_samples
         clock.begin(most, SECONDS)
         with contextlib.suppress(_Enough):
             fit.train_epoch()
+    share = clock.share if device.type == "cpu" else 1.0
     update = _seconds(device, fit.optimizer.step)
     scoring = _seconds(device, lambda: evaluate(model, evaluation, precision=how.precision))
-    step = clock.seconds / clock.steps
-    return Speed(clock.steps, batch, step, min(update, step), scored / scoring)
+    # The first steps find memory and kernels that the later ones have.
+    step = statistics.median(clock.steps)
+    return Speed(len(clock.steps), batch, step + batch * rendering, min(update, step), scored / scoring, share=share)
 
 
 def _label_rate(context: Context, model: nn.Module, views: Views, sizes: Sizes) -> float:

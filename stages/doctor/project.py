@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import PipelineError
+from pipeline.recipes import Recipe
 from pipeline.sources import check_source
 from pipeline.teachers import weights_url
 from stages.context import Context
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding
+from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding
 from stages.doctor.work import Job
 
 DVC = Path(".dvc")
@@ -63,18 +63,32 @@ def data(context: Context) -> tuple[list[Finding], bool]:
     if paths.is_prepared:
         try:
             dataset = context.dataset()
-        except PipelineError as error:
+        except FAULTS as error:
             return [Finding("data", PROBLEM, str(error))], False
         counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
         size = f"{dataset.image_size}x{dataset.image_size}"
         return [Finding("data", OK, f"{paths.dataset}: {counts} images of {size}, {dataset.num_classes} classes")], True
     try:
         check_source(recipe, paths.raw)
-    except PipelineError as error:
+    except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
     where = "comes with scikit-learn" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
     makers = "`pipeline prepare`, teacher-select and DVC make them"
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
+
+
+def has_source(recipe: Recipe, raw: Path) -> bool:
+    """Tell whether the recipe's source lies in `raw`, as far as names tell."""
+    try:
+        check_source(recipe, raw)
+    except FAULTS:
+        return False
+    return True
+
+
+def weights_file(teacher: str) -> Path:
+    """Return where torch.hub keeps a teacher's ImageNet weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / weights_url(teacher).rsplit("/", 1)[1]
 
 
 def weights(context: Context, jobs: list[Job]) -> list[Finding]:
@@ -83,16 +97,16 @@ def weights(context: Context, jobs: list[Job]) -> list[Finding]:
     wanted = [
         (job.name, context.recipe.teachers[job.name].weights) for job in jobs if job.kind == "teacher" and job.why
     ]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name, source in wanted:
-        if source == "imagenet" and not (folder / weights_url(name).rsplit("/", 1)[1]).is_file():
+        if source == "imagenet" and not weights_file(name).is_file():
             missing.append(name)
         elif source not in ("imagenet", "none") and not Path(source).is_file():
             text = f"teachers.{name}: weights {source!r} does not exist"
             found.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
     if missing:
+        folder = weights_file(missing[0]).parent
         text = f"ImageNet weights of {', '.join(missing)} are not in {folder}: torchvision downloads them"
         found.append(Finding("data", WARNING, text, "without a network put them there, or write weights: none"))
     elif any(source == "imagenet" for _, source in wanted):
-        found.append(Finding("data", OK, f"ImageNet weights are in {folder}"))
+        found.append(Finding("data", OK, f"ImageNet weights are in {torch.hub.get_dir()}"))
     return found

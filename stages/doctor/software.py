@@ -19,7 +19,7 @@ DEVELOPMENT = ("test", "dev", "bench", "docs")
 PURPOSES = {
     "dvc": "`dvc repro`",
     "fast": "a C++ compiler, for the fused inner block",
-    "report": "figures",
+    "report": "the figures of `pipeline report`, the last stage of `dvc repro`",
     "onnx": "`pipeline export --format onnx`",
 }
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([A-Za-z0-9._-]+)['\"]")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pipeline.label_identity import label_dtype
+from pipeline.loading import build_model
 from pipeline.recipes import FitRecipe
 from pipeline.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.context import Context
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
-from stages.doctor.project import DVC, dvc_setting
+from stages.doctor.project import DVC, dvc_setting, has_source, weights_file
 from stages.doctor.work import Job, Sizes
-from stages.models import build, student_arguments
+from stages.models import student_arguments
 from stages.paths import DATA
 
 # Tensors as large as the model that an optimiser keeps.
@@ -26,6 +27,8 @@ MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "rmsprop": 2}
 # Two states are kept, and a third is written beside the one that it replaces.
 STATES = 3
 PROBABILITY_BYTES = 2
+# Archives, and what is unpacked of them.
+DOWNLOADS = {"mnist": 67_000_000, "cifar10": 357_000_000, "cifar100": 355_000_000}
 # Where less than this share of what is free would be left, it is worth a warning.
 MARGIN = 0.1
 
@@ -39,49 +42,75 @@ class Artefact:
         path: Where it lies.
         size: Bytes, estimated.
         needed: Bytes of it that are not there yet.
+        stage: The DVC stage that it is an output of, if any.
     """
 
     name: str
     path: Path
     size: int
     needed: int
+    stage: str | None = None
 
 
 def artefacts(context: Context, jobs: list[Job], sizes: Sizes) -> list[Artefact]:
     """Estimate everything that a full run writes; reports and curves, some megabytes, are not counted."""
     paths, recipe = context.paths, context.recipe
     models = {job.stage: model_bytes(context, job, sizes) for job in jobs if job.recipe is not None}
-    found = [_artefact("prepared data", paths.dataset, sizes.total * (sizes.image_bytes + 2))]
     teachers = [job for job in jobs if job.kind == "teacher"]
+    found = _downloads(context, {job.name: models[job.stage] for job in teachers if job.why})
+    found.append(_artefact("prepared data", paths.dataset, sizes.total * (sizes.image_bytes + 2), "prepare"))
     for job in teachers:
-        found.append(_artefact(f"teacher {job.name}", paths.teacher(job.name) / "best.safetensors", models[job.stage]))
+        found.append(
+            _artefact(f"teacher {job.name}", paths.teacher(job.name) / "best.safetensors", models[job.stage], job.stage)
+        )
     largest = max(models[job.stage] for job in teachers)
-    found.append(_artefact("the selected teacher, at most", paths.winner / "best.safetensors", largest))
+    found.append(_artefact("the selected teacher, at most", paths.winner / "best.safetensors", largest, "select"))
     for job in jobs:
         if job.kind == "label":
             size = recipe.views[job.name].count * view_bytes(context, sizes)
-            labels = _artefact(f"labels {job.name}", paths.labels(job.name), size)
+            labels = _artefact(f"labels {job.name}", paths.labels(job.name), size, job.stage)
             parts = Artefact(
                 f"labels {job.name} under way", paths.work("labels", job.name), size, size if job.why else 0
             )
             found += [labels, parts]
         elif job.kind == "student":
             file, size = paths.student(job.name) / "last.safetensors", 2 * models[job.stage]
-            found.append(_artefact(f"student {job.name}, best and last", file, size))
+            found.append(_artefact(f"student {job.name}, best and last", file, size, job.stage))
     states = [STATES * _state_bytes(job.recipe, models[job.stage]) for job in jobs if job.recipe and job.why]
     if states:
         found.append(Artefact("saved states of one run, at most", paths.work(), max(states), max(states)))
-    if DVC.is_dir() and dvc_setting("cache", "dir") is None:
-        done = {f"{job.kind} {job.name}".split(",")[0] for job in jobs if job.why is None}
-        outs = [each for each in found if "under way" not in each.name and "states" not in each.name]
-        size = sum(each.size for each in outs)
-        new = sum(each.size for each in outs if each.name.split(",")[0].replace("labels", "label") not in done)
-        found.append(Artefact("DVC's copies, where it cannot link", DVC / "cache", size, new))
+    return [*found, *_dvc_copies(jobs, found)]
+
+
+def _downloads(context: Context, teachers: Mapping[str, int]) -> list[Artefact]:
+    """Return what is downloaded for the data, and for teachers to be trained, given with their sizes."""
+    recipe, raw, found = context.recipe, context.paths.raw, []
+    if recipe.dataset.source in DOWNLOADS:
+        size = DOWNLOADS[recipe.dataset.source]
+        is_there = context.paths.dataset.exists() or has_source(recipe, raw)
+        found.append(Artefact(f"{recipe.dataset.source} as downloaded", raw, size, 0 if is_there else size))
+    wanted = {name: size for name, size in teachers.items() if recipe.teachers[name].weights == "imagenet"}
+    if wanted:
+        missing = sum(size for name, size in wanted.items() if not weights_file(name).is_file())
+        found.append(
+            Artefact("ImageNet weights", weights_file(next(iter(wanted))).parent, sum(wanted.values()), missing)
+        )
     return found
 
 
-def _artefact(name: str, path: Path, size: int) -> Artefact:
-    return Artefact(name, path, size, 0 if path.exists() else size)
+def _dvc_copies(jobs: list[Job], found: list[Artefact]) -> list[Artefact]:
+    """Return DVC's copies of what it tracks, unless its cache lies elsewhere."""
+    if DVC.is_dir() and dvc_setting("cache", "dir") is None:
+        current = {job.stage: job.why is None for job in jobs}
+        tracked = [each for each in found if each.stage is not None]
+        size = sum(each.size for each in tracked)
+        new = sum(each.size for each in tracked if not current.get(each.stage or "", not each.needed))
+        return [Artefact("DVC's copies, where it cannot link", DVC / "cache", size, new)]
+    return []
+
+
+def _artefact(name: str, path: Path, size: int, stage: str) -> Artefact:
+    return Artefact(name, path, size, 0 if path.exists() else size, stage)
 
 
 def model_bytes(context: Context, job: Job, sizes: Sizes) -> int:
@@ -92,7 +121,7 @@ def model_bytes(context: Context, job: Job, sizes: Sizes) -> int:
         own = context.recipe.students[job.name]
         arguments = student_arguments(own, num_classes=sizes.num_classes, image_size=sizes.image_size)
     with torch.device("meta"):
-        model = build({"kind": job.kind, "model": job.model, "arguments": arguments})
+        model = build_model(job.kind, job.model, arguments)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 

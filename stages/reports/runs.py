@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints import read_meta
 from pipeline.errors import DataError
 from pipeline.recipes import Recipe
 from pipeline.storage import read_json
@@ -64,6 +66,14 @@ class FinishedRun:
         """What differs from the recipe but for the seed, as key and value."""
         return dict(self.metrics.get("differs", {}))
 
+    @property
+    def basis(self) -> tuple[Any, ...]:
+        """What runs that differ by their seeds alone have in common."""
+        settings = ("epochs", "batch_size", "optimizer", "lr", "views", "soft", "confidence", "distilled")
+        same = [self.metrics.get(key) for key in (*settings, "num_train", "num_test", "parameters")]
+        teacher = self.metrics.get("teacher")
+        return (*same, teacher["sha256"] if teacher else None)
+
     def curve(self) -> list[dict[str, float | None]]:
         """Read one row for each epoch: epoch (from 1), lr, train_loss and the fields of pipeline.metrics.Scores."""
         return [
@@ -119,10 +129,23 @@ class FinishedRuns:
         )
 
     def seeds(self, name: str) -> list[FinishedRun]:
-        """Return the runs of a teacher or student that differ by their seeds alone, in the seeds' order."""
+        """Return the runs of a teacher or student that differ by their seeds alone, in the seeds' order.
+
+        A run under settings, data or a teacher that are not those of the recipe's own run is none of them.
+        """
         own = self.teachers.get(name) or self.students.get(name)
         same = [run for run in self.others.values() if run.name == name and not run.differs]
-        return sorted([*([own] if own else []), *same], key=lambda run: run.seed)
+        runs = sorted([*([own] if own else []), *same], key=lambda run: run.seed)
+        return [run for run in runs if run.basis == runs[0].basis]
+
+    def outdated(self, run: FinishedRun) -> list[str]:
+        """Say which settings of one of the recipe's own runs params.yaml has changed since."""
+        now = self.recipe.teachers.get(run.name) if run.kind == "teacher" else self.recipe.students.get(run.name)
+        then = (read_meta(run.directory) or {}).get("training")
+        if now is None or not isinstance(then, dict):
+            return []
+        fields = dataclasses.asdict(now)
+        return [f"{key} {then[key]}, now {fields[key]}" for key in fields if then.get(key, fields[key]) != fields[key]]
 
 
 def _finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:

@@ -1,0 +1,13 @@
+"""Figures: from plain arrays to PNG, the one home of matplotlib.
+
+Nothing of matplotlib's global state is used or kept, and equal arrays give equal bytes. All are 1200 pixels wide, with
+texts that are readable at 800, and legible in greyscale: dashes, markers and lightness differ, not colours alone.
+"""
+
+from pipeline.figures.canvas import require_matplotlib
+from pipeline.figures.dots import Row, dots
+from pipeline.figures.heat_map import heat_map
+from pipeline.figures.lines import Series, lines, smoothing
+from pipeline.figures.sheet import Cell, sheet
+
+__all__ = ["Cell", "Row", "Series", "dots", "heat_map", "lines", "require_matplotlib", "sheet", "smoothing"]

@@ -1,0 +1,98 @@
+"""The line below a table or figure: under what conditions its figures were reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipeline import paper
+from stages.reports.runs import FinishedRun, FinishedRuns
+
+
+def conditions(runs: Sequence[FinishedRun]) -> str:
+    """Return device, precision, epochs, views, seeds, batch, teacher, and which epoch counts.
+
+    Args:
+        runs: At least one; several of a model are runs that differ by their seeds.
+    """
+    metrics = [run.metrics for run in runs]
+    where = [run.environment for run in runs]
+    teachers = {f"{each['teacher']['name']} at {each['teacher']['top1']:.2f} %" for each in metrics if each["teacher"]}
+    views = {each["views"] for each in metrics if each["views"]}
+    parts = [
+        "Best epoch by "
+        + _all(f"{each['evaluated_on']} accuracy" for each in metrics)
+        + ("; all but best and last top-1 are on test" if is_held_out(runs) else ", as in the paper"),
+        "device " + _all(_device(each) for each in where),
+        "precision " + _all(each["precision"] for each in metrics),
+        "epochs " + _all(each["epochs"] for each in metrics),
+        "effective batch " + _all(each["batch_size"] for each in metrics),
+        *(["views " + _all(sorted(views))] if views else []),
+        _seeds(runs),
+        *(["teacher " + _all(sorted(teachers))] if teachers else []),
+        f"{_all(each['num_train'] for each in metrics)} training and "
+        f"{_all(each['num_test'] for each in metrics)} test images",
+        f"{sum(each['seconds'] for each in where):.0f} s of training in all",
+        "torch " + _all(each["versions"]["torch"] for each in where),
+        "commit " + _all(each["commit"] or "unknown" for each in where),
+        _all(each["date"][:10] for each in where),
+    ]
+    warnings = [f"{_label(run, runs)}: {warning}" for run in runs for warning in run.metrics["warnings"]]
+    return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
+
+
+def is_held_out(runs: Iterable[FinishedRun]) -> bool:
+    """Whether another split than test decided the best epoch of any run, so that its test scores stand apart."""
+    return any(run.metrics["evaluated_on"] != "test" for run in runs)
+
+
+def outdated(runs: FinishedRuns, names: Iterable[str]) -> str:
+    """Name the models of the recipe that were trained under other settings than params.yaml now has."""
+    own = {**runs.teachers, **runs.students}
+    changed = {name: runs.outdated(own[name]) for name in names if name in own}
+    return "".join(
+        f" {name} was trained before params.yaml changed: {', '.join(why)}." for name, why in changed.items() if why
+    )
+
+
+def missing(names: Sequence[str], command: str) -> str:
+    """Name the models that have not been run, and how the first of them is.
+
+    Args:
+        names: Theirs.
+        command: With `{}` in place of a name.
+    """
+    return f" Not run: {', '.join(names)}. To run: {command.format(names[0])}" if names else ""
+
+
+def protocol(source: str) -> str:
+    """Say how the paper's figures for a data set were reached, or that it has none."""
+    if source in paper.PROTOCOL:
+        return f" The paper: {paper.PROTOCOL[source]}."
+    return " The paper has no figures for these data."
+
+
+def _seeds(runs: Sequence[FinishedRun]) -> str:
+    """Return `seed 0`, or each model's seeds where one has several."""
+    seeds: dict[str, dict[int, None]] = {}
+    for run in runs:
+        seeds.setdefault(run.name, {})[run.seed] = None
+    if all(len(each) == 1 for each in seeds.values()):
+        return "seed " + _all(run.seed for run in runs)
+    models = ", ".join(f"{name} {' '.join(map(str, each))}" for name, each in seeds.items())
+    return f"seeds {models}: mean ± sample standard deviation (number of seeds)"
+
+
+def _label(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
+    return f"{run.name}, seed {run.seed}" if sum(other.name == run.name for other in runs) > 1 else run.name
+
+
+def _device(environment: Any) -> str:
+    """Return a run's device, with the number of ranks where there were several."""
+    ranks = environment.get("ranks", 1)  # not in the run.json of former versions
+    return str(environment["device"]) if ranks == 1 else f"{ranks} x {environment['device']}"
+
+
+def _all(values: Iterable[Any]) -> str:
+    """Return the distinct values, in the order in which they first appear."""
+    return ", ".join(dict.fromkeys(str(value) for value in values))
