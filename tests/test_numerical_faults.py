@@ -31,15 +31,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], int]] = {
 }
 MOMENTS = tuple((epoch, where) for epoch in (1, 2) for where in ("first", "middle", "last"))
 EVERY = [(command, fault, *moment) for command in COMMANDS for fault in TRAINING for moment in MOMENTS]
-# Every command, every fault and every moment at least once.
 SOME = [
-    ("student over a former result", "NaN in the loss", 2, "last"),
     ("student over a former result", "NaN in the optimiser's state", 2, "last"),
     ("student in micro-batches", "inf in the loss", 1, "first"),
-    ("student in bf16", "-inf in a gradient", 1, "last"),
-    ("student asking its teacher", "inf in a pixel", 2, "first"),
     ("teacher", "NaN in a gradient", 2, "middle"),
-    ("teacher with batch norm", "inf in a pixel", 1, "middle"),
 ]
 
 
@@ -119,7 +114,9 @@ def test_every_number_at_every_moment_of_every_command_ends_training(
 @pytest.mark.parametrize(
     ("number", "value", "words"),
     [
-        (1, math.nan, ("epoch 1, evaluation: a logit", "no epoch was finished before")),
+        pytest.param(
+            1, math.nan, ("epoch 1, evaluation: a logit", "no epoch was finished before"), marks=pytest.mark.slow
+        ),
         (2, math.inf, ("epoch 2, evaluation: a logit", "the best epoch so far (1) is kept in data/work/")),
         (3, math.nan, ("test split, evaluation: a logit", "is kept in data/work/")),
     ],
@@ -133,9 +130,10 @@ def test_a_logit_that_is_not_finite_ends_an_evaluation(
         assert word in ended.err
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_asked_and_fails_ends_its_student(setting: Setting) -> None:
-    arguments, _ = COMMANDS["student asking its teacher"]
-    ended = setting.fail(arguments, functools.partial(numerical_faults.teacher, 8, math.nan))
+    arguments, _ = COMMANDS["student asking its teacher"]  # which has labelled the clean images in 5 batches before
+    ended = setting.fail(arguments, functools.partial(numerical_faults.teacher, 5 + 6 + 2, math.nan))
     assert "epoch 2, labelling: a logit of the teacher" in ended.err and "is kept in data/work/" in ended.err
 
 
@@ -147,7 +145,13 @@ def test_variances_that_overflow_are_neither_kept_nor_evaluated(setting: Setting
     assert "epoch 2, " in ended.err and "is not finite" in ended.err
 
 
-@pytest.mark.parametrize(("batch", "value", "finished"), [(1, math.nan, 0), (6, math.inf, 1), (12, math.nan, 3)])
+@pytest.mark.parametrize(
+    ("batch", "value", "finished"),
+    [
+        (6, math.inf, 1),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, math.nan, 0), (12, math.nan, 3))),
+    ],
+)
 def test_a_view_whose_logits_are_not_finite_has_no_part(
     setting: Setting, tmp_path: Path, batch: int, value: float, finished: int
 ) -> None:
