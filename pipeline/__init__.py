@@ -24,8 +24,8 @@ def load(
 ) -> tuple[ImageClassifier, Transform]:
     """Load a trained model and the transform that makes images fit it.
 
-    model, transform = pipeline.load("exported")
-    probabilities = model(transform("cat.jpg")[None])  # (1, K); model.class_names names the columns
+        model, transform = pipeline.load("exported")
+        probabilities = model(transform("cat.jpg")[None])  # (1, K); model.class_names names the columns
 
     The file's SHA-256 is checked against the JSON beside it, which finds damage, not malice. Nothing is unpickled, and
     no code of a file runs, but for TorchScript: such an archive is a program, so it is loaded only if asked for.

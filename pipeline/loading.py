@@ -85,25 +85,6 @@ def run_safetensors(content: bytes, meta: Mapping[str, Any], file: Path, device:
     return Classifier(model, inputs.mean, inputs.std).to(device).eval().run
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Load a checkpoint, or the weights of an export.
-
-    Args:
-        path: A directory that a stage or `pipeline export` wrote, or a checkpoint's .safetensors file.
-
-    Raises:
-        UsageError: The path does not exist.
-        DataError: It holds no valid weights.
-    """
-    if not (path / CONFIG).is_file():
-        return load_checkpoint(path)
-    config, name = _read_config(path), FILES["safetensors"]
-    if "safetensors" not in config["files"]:
-        raise DataError(f"{path}: an export without {name}, which is needed here; export with --format safetensors")
-    content, digest = _read_file(path, config, "safetensors")
-    return Checkpoint(path / name, {**config, "sha256": digest}, read_tensors(content, path / name))
-
-
 def load(
     path: Path | str, *, format: str | None = None, device: str | None = "cpu"
 ) -> tuple[ImageClassifier, Transform]:
@@ -130,14 +111,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_file(directory: Path, config: Mapping[str, Any], format: str) -> tuple[bytes, str]:
-    """Return the content of one of its files and its SHA-256, which is that of the JSON."""
+def _read_file(directory: Path, config: Mapping[str, Any], format: str) -> bytes:
+    """Return the content of one of its files, whose SHA-256 is that of the JSON."""
     file, entry = directory / FILES[format], config["files"][format]
     content = read_bytes(file)
     digest = hashlib.sha256(content).hexdigest()
     if not isinstance(entry, dict) or entry.get("sha256") != digest:
         raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again")
-    return content, digest
+    return content
 
 
 def _load_export(directory: Path, format: str | None, device: torch.device) -> tuple[ImageClassifier, Transform]:
@@ -146,7 +127,7 @@ def _load_export(directory: Path, format: str | None, device: torch.device) -> t
     format = _choose(directory, [name for name in FILES if name in config["files"]], format)
     if format.startswith("onnx") and device.type != "cpu":
         raise UsageError(f"device {device}: ONNX files run on the CPU here; use format='safetensors', or onnxruntime")
-    content, _ = _read_file(directory, config, format)
+    content = _read_file(directory, config, format)
     inputs = Description.read(config, directory / CONFIG)
     try:
         if format.startswith("onnx"):

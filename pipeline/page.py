@@ -164,7 +164,7 @@ def _row(cells: Sequence[str], classes: Sequence[str]) -> str:
     kept = ' class="kept"' if len(cells[0]) <= LONGEST_NAME_ON_A_LINE else ""
     first = f'<th scope="row"{kept}>{_text(cells[0])}</th>'
     rest = (
-        f"<td{NONE if cell in EMPTY else kind}>{_text(cell)}</td>"
+        f"<td{kind if kind or cell not in EMPTY else NONE}>{_text(cell)}</td>"
         for cell, kind in zip(cells[1:], classes[1:], strict=True)
     )
     return f"<tr>{first}{''.join(rest)}</tr>"
@@ -233,7 +233,7 @@ td.none { color: #666; font-style: italic; }
   nav { display: none; }
   h2, h3 { break-after: avoid; }
   article.figure, article.missing, article.short, tr { break-inside: avoid; }
-  article.figure img { max-height: 150mm; }
+  article.figure img { width: auto; max-height: 140mm; }
   .wide { overflow: visible; }
   .note { font-size: 7.5pt; max-width: none; break-before: avoid; }
   thead { display: table-header-group; }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.datasets import Channels
 from pipeline.errors import NumericalError
-from pipeline.losses import probabilities
+from pipeline.losses import Outputs, probabilities
 from pipeline.runtime import autocast
 from pipeline.views import normalize
 
@@ -50,29 +50,43 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Predictor:
-    """A trained model and what its inputs are.
+class Network:
+    """A model with what comes before it: from uint8 pixels to logits.
 
     Attributes:
         model: Returns the logits of one head or of two, `(B, K)` each; in evaluation mode, on its device.
-        class_names: K names.
-        image_size: Side of the images it takes, pixels.
         mean: Of each channel, pixels in [0, 1].
         std: Of each channel, above 0.
         precision: `fp32` or `bf16`.
     """
 
     model: nn.Module
-    class_names: tuple[str, ...]
-    image_size: int
     mean: Channels
     std: Channels
     precision: str = "fp32"
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+    def __call__(self, images: Tensor) -> Outputs:
+        """Return the logits of images `(B, 3, H, W)` uint8 on the model's device."""
+        with autocast(images.device, self.precision):
+            outputs: Outputs = self.model(normalize(images, self.mean, self.std))
+        return outputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictor:
+    """A trained model, whatever computes it, and what its inputs are.
+
+    Attributes:
+        network: Maps images `(B, 3, image_size, image_size)` uint8 on the device to the logits of one head or of two.
+        class_names: K names.
+        image_size: Side of the images it takes, pixels.
+        device: Where it takes them.
+    """
+
+    network: Callable[[Tensor], Outputs]
+    class_names: tuple[str, ...]
+    image_size: int
+    device: torch.device
 
     @property
     def batch_size(self) -> int:
@@ -80,7 +94,23 @@ class Predictor:
         return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
 
     @torch.inference_mode()
-    def answer(self, pixels: NDArray[np.uint8] | Tensor) -> Answer:
+    def logits(self, images: Tensor) -> Outputs:
+        """Return the logits of one batch.
+
+        Args:
+            images: `(B, 3, image_size, image_size)` uint8 RGB, on the device.
+
+        Raises:
+            NumericalError: A logit is not finite.
+        """
+        outputs = self.network(images)
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not torch.stack([head.isfinite().all() for head in heads]).all():
+            raise NumericalError("a logit is not finite; train the model again")
+        return outputs
+
+    @torch.inference_mode()
+    def answer(self, pixels: NDArray[np.uint8]) -> Answer:
         """Answer to one batch.
 
         Args:
@@ -89,13 +119,11 @@ class Predictor:
         Raises:
             NumericalError: A logit is not finite.
         """
-        images = torch.as_tensor(pixels).to(self.device).permute(0, 3, 1, 2)
-        with autocast(self.device, self.precision):
-            outputs = self.model(normalize(images, self.mean, self.std))
+        outputs = self.logits(self.place(pixels))
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        # Together, because each transfer waits for the device.
         likely = torch.stack([probabilities(outputs), *map(probabilities, heads)]).cpu()
-        if not likely.isfinite().all():
-            raise NumericalError("prediction: a logit is not finite; train the model again")
-        named = dict(zip(HEADS, likely[1:], strict=False))
-        return Answer(likely[0], named, self.class_names)
+        return Answer(likely[0], dict(zip(HEADS, likely[1:], strict=False)), self.class_names)
+
+    def place(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Copy pixels `(B, H, W, 3)` to the device, as `(B, 3, H, W)`."""
+        return torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).contiguous()

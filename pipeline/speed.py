@@ -57,7 +57,7 @@ def measure_speed(predictors: Mapping[str, Predictor], batch_sizes: Sequence[int
     them timed. Of single images enough are timed for a 95th percentile.
 
     Args:
-        predictors: Name to model, all on one device.
+        predictors: Name to model, on the CPU and at most one other device.
         batch_sizes: At least 1 each.
         rounds: Turns of each.
 
@@ -67,7 +67,6 @@ def measure_speed(predictors: Mapping[str, Predictor], batch_sizes: Sequence[int
     Raises:
         UsageError: A batch does not fit the device's memory.
     """
-    device = next(iter(predictors.values())).device
     generator = np.random.default_rng(0)
     contenders, repeats, peaks = {}, {}, {}
     for size in batch_sizes:
@@ -76,11 +75,15 @@ def measure_speed(predictors: Mapping[str, Predictor], batch_sizes: Sequence[int
             run = functools.partial(predictor.answer, generator.integers(0, 256, shape, np.uint8))
             contenders[name, size] = run
             try:
-                seconds, peaks[name, size] = _warm_up(run, device)
+                seconds, peaks[name, size] = _warm_up(run, predictor.device)
             except torch.OutOfMemoryError:
-                raise UsageError(f"batch size {size}: {name} runs out of memory on {device}; take smaller") from None
+                raise UsageError(
+                    f"batch size {size}: {name} runs out of memory on {predictor.device}; take smaller"
+                ) from None
             least = math.ceil(MIN_FOR_P95 / rounds) if size == 1 else 1
             repeats[name, size] = max(least, min(MAX_REPEATS, math.ceil(SECONDS_OF_A_TURN / seconds)))
+    devices = [predictor.device for predictor in predictors.values()]
+    device = next((each for each in devices if each.type != "cpu"), devices[0])
     timed = interleave(contenders, rounds=rounds, device=device, repeats=repeats)
     return [_speed(name, size, values, peaks[name, size]) for (name, size), values in timed.items()]
 

@@ -13,27 +13,27 @@ import torch
 from pipeline.counting import flops_per_image, num_parameters, paper_macs
 from pipeline.errors import UsageError
 from pipeline.loading import build_model
-from pipeline.prediction import Predictor
+from pipeline.prediction import Network, Predictor
 from pipeline.reporting import Table, number
 from pipeline.runtime import device_name, environment
 from pipeline.speed import Speed
-from stages.models import make_predictor
+from stages.trained import load_trained
 
 
 def load(
-    paths: Sequence[Path], device: torch.device, precision: str
+    paths: Sequence[Path], device: str | None, precision: str
 ) -> tuple[dict[str, Predictor], list[dict[str, Any]]]:
     """Load models and count what they cost.
 
     Args:
-        paths: Directories that a stage wrote, or .safetensors files in them.
-        device: Where to put them.
+        paths: As of stages.trained.load_trained.
+        device: As of stages.trained.load_trained.
         precision: `auto`, `fp32` or `bf16`.
 
     Returns:
-        Path to model, and for each a row of plain JSON values: checkpoint, model, kind, inner_block, image_size,
-        num_classes, parameters, file_bytes, paper_macs and flops_per_image (of one image), top1 (of its own
-        evaluation while it was trained, percent, or None).
+        Path to model, and for each a row of plain JSON values: checkpoint, model, kind, format, precision, device,
+        inner_block, image_size, num_classes, parameters, file_bytes, paper_macs and flops_per_image (of one image),
+        top1 (of its own evaluation while it was trained, percent; None of a quantised one).
 
     Raises:
         UsageError: A path does not exist, or is named twice.
@@ -44,24 +44,27 @@ def load(
     for path in paths:
         if str(path) in predictors:
             raise UsageError(f"{path}: named twice; name each checkpoint once")
-        predictor, checkpoint = make_predictor(path, device, precision)
-        predictors[str(path)], meta = predictor, dict(checkpoint.meta)
+        trained = load_trained(path, device, precision)
+        predictors[str(path)], described = trained.predictor, trained.description
         with torch.device("meta"):
-            model = build_model(meta["kind"], meta["model"], meta["arguments"])
-        scores = meta.get("scores")
+            model = build_model(described.kind, described.model, described.arguments)
+        scores = trained.meta.get("scores")
         rows.append(
             {
                 "checkpoint": str(path),
-                "model": meta["model"],
-                "kind": meta["kind"],
-                "inner_block": _inner_block(predictor, device),
-                "image_size": predictor.image_size,
-                "num_classes": len(predictor.class_names),
+                "model": described.model,
+                "kind": described.kind,
+                "format": trained.format,
+                "precision": trained.precision,
+                "device": trained.predictor.device.type,
+                "inner_block": _inner_block(trained.predictor),
+                "image_size": described.image_size,
+                "num_classes": len(described.class_names),
                 "parameters": num_parameters(model),
-                "file_bytes": checkpoint.path.stat().st_size,
-                "paper_macs": paper_macs(model, predictor.image_size),
-                "flops_per_image": flops_per_image(model, predictor.image_size),
-                "top1": scores.get("top1") if isinstance(scores, dict) else None,
+                "file_bytes": trained.file.stat().st_size,
+                "paper_macs": paper_macs(model, described.image_size),
+                "flops_per_image": flops_per_image(model, described.image_size),
+                "top1": scores.get("top1") if isinstance(scores, dict) and trained.precision != "int8" else None,
             }
         )
     return predictors, rows
@@ -79,13 +82,12 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def conditions(device: torch.device, precision: str, rounds: int) -> dict[str, Any]:
+def conditions(device: torch.device, rounds: int) -> dict[str, Any]:
     """Say where and how is measured, as plain JSON values."""
     return {
         **environment(device),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
-        "precision": precision,
         "rounds": rounds,
     }
 
@@ -101,6 +103,8 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "MACs, M",
         "FLOPs, M",
         "inner block",
+        "precision",
+        "on",
         "image",
     )
     cells = [
@@ -112,7 +116,9 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             number(row["file_bytes"] / 1e6, 1),
             number(row["paper_macs"] / 1e6, 1),
             number(row["flops_per_image"] / 1e6, 1),
-            row["inner_block"].partition(" ")[0],
+            (row["inner_block"] or "-").partition(" ")[0],
+            row["precision"],
+            row["device"],
             str(row["image_size"]),
         ]
         for row in rows
@@ -136,14 +142,19 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch
         columns.append("memory, MiB")
     note = (
         f"From uint8 pixels in RAM to probabilities in RAM, in turns, {where['rounds']} rounds. {device_name(device)}, "
-        f"{where['precision']}, load {where['load_average']} at the start, torch {where['versions']['torch']}, "
+        f"load {where['load_average']} at the start, torch {where['versions']['torch']}, "
         f"{where['date']} UTC."
     )
     return Table("How fast they answer", columns, rows, note)
 
 
-def _inner_block(predictor: Predictor, device: torch.device) -> str:
-    """Say how a model's inner blocks are computed."""
+def _inner_block(predictor: Predictor) -> str | None:
+    """Say how a checkpoint's inner blocks are computed; None of an export."""
     from pipeline.students import Student, use_inner_block
 
-    return use_inner_block(predictor.model, "auto", device) if isinstance(predictor.model, Student) else "none"
+    network = predictor.network
+    if not isinstance(network, Network):
+        return None
+    if not isinstance(network.model, Student):
+        return "none"
+    return use_inner_block(network.model, "auto", predictor.device)

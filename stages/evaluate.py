@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.batches import EvaluationData
 from pipeline.class_scores import class_scores, worst_first
 from pipeline.errors import DataError, UsageError
-from pipeline.evaluation import tally
 from pipeline.image_files import NUM_NAMED, ImageFile, find_labelled_images, read_images
 from pipeline.image_folders import BadFile, printable, refusal
 from pipeline.metrics import Meter
@@ -22,7 +20,7 @@ from pipeline.prediction import Predictor
 from pipeline.reporting import Table, number
 from stages.context import Context
 from stages.fitting import evaluation_data
-from stages.models import make_predictor
+from stages.trained import Trained, load_trained
 
 
 def evaluate_checkpoint(
@@ -32,7 +30,7 @@ def evaluate_checkpoint(
 
     Args:
         context: The command's setting.
-        path: A directory that a stage wrote, or a .safetensors file in it.
+        path: As of stages.trained.load_trained.
         split: `train`, `val` or `test`.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training.
         per_class: Whether to add the scores of each class.
@@ -45,7 +43,8 @@ def evaluate_checkpoint(
         UsageError: The path does not exist, or there is no such split.
         DataError: It holds no valid checkpoint, or one of other classes or image size.
     """
-    predictor, checkpoint = make_predictor(path, context.device, precision)
+    trained = load_trained(path, context.device_name, precision)
+    predictor = trained.predictor
     dataset = context.dataset()
     if split not in dataset.splits:
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
@@ -54,20 +53,20 @@ def evaluate_checkpoint(
         ("image_size", predictor.image_size, dataset.image_size),
     ):
         if own != expected:
-            raise DataError(f"{checkpoint.path}: its {key} is not that of recipe {context.recipe.name}; name its own")
+            raise DataError(f"{trained.file}: its {key} is not that of recipe {context.recipe.name}; name its own")
     data = evaluation_data(dataset, dataset.splits[split], predictor.device)
     meter = Meter(dataset.num_classes, predictor.device)
-    data = dataclasses.replace(data, mean=predictor.mean, std=predictor.std)
-    tally(predictor.model, data, meter, precision=predictor.precision)
-    where = {"checkpoint": str(checkpoint.path), "recipe": context.recipe.name, "split": split}
-    return {"model": checkpoint.meta["model"], **where, **_scores(predictor, meter, per_class)}
+    for part, images in data.batches(predictor.batch_size, slice(0, len(data.labels))):
+        meter.add(predictor.logits(images), data.labels[part])
+    where = {"checkpoint": str(trained.file), "recipe": context.recipe.name, "split": split}
+    return {"model": trained.meta["model"], **where, **_scores(trained, meter, per_class)}
 
 
 def evaluate_folder(
     path: Path,
     folder: Path,
     *,
-    device: torch.device,
+    device: str | None = None,
     precision: str | None = None,
     skip_bad: bool = False,
     per_class: bool = False,
@@ -75,9 +74,9 @@ def evaluate_folder(
     """Score a checkpoint on a folder of images; nothing else is needed.
 
     Args:
-        path: A directory that a stage wrote, or a .safetensors file in it.
+        path: As of stages.trained.load_trained.
         folder: As of pipeline.image_files.find_labelled_images.
-        device: Where to run.
+        device: As of stages.trained.load_trained.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
         per_class: Whether to add the scores of each class.
@@ -90,9 +89,10 @@ def evaluate_folder(
         UsageError: A path does not exist.
         DataError: There is no valid checkpoint, a folder has the name of no class, or there are bad files.
     """
-    predictor, checkpoint = make_predictor(path, device, precision)
+    trained = load_trained(path, device, precision)
+    predictor = trained.predictor
     files, bad = find_labelled_images(folder, predictor.class_names)
-    meter = Meter(len(predictor.class_names), device)
+    meter = Meter(len(predictor.class_names), predictor.device)
     # Pillow warns of damaged metadata, which does no harm.
     quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
     with quiet, contextlib.closing(read_images(files, predictor.image_size, predictor.batch_size)) as batches:
@@ -105,9 +105,9 @@ def evaluate_folder(
     if not any(supports):
         raise DataError(f"{printable(folder)}: none of its {len(files)} images can be read")
     absent = [name for name, support in zip(predictor.class_names, supports, strict=True) if not support]
-    where = {"checkpoint": str(checkpoint.path), "data": printable(folder), "absent_classes": absent}
+    where = {"checkpoint": str(trained.file), "data": printable(folder), "absent_classes": absent}
     skipped = [dataclasses.asdict(file) for file in bad]
-    return {"model": checkpoint.meta["model"], **where, "skipped": skipped, **_scores(predictor, meter, per_class)}
+    return {"model": trained.meta["model"], **where, "skipped": skipped, **_scores(trained, meter, per_class)}
 
 
 def scores_table(result: dict[str, Any]) -> Table:
@@ -152,25 +152,18 @@ def _add(meter: Meter, predictor: Predictor, files: list[ImageFile]) -> None:
     """Count a batch of images that have been read."""
     if not files:
         return
-    images = torch.from_numpy(np.stack([file.pixels for file in files if file.pixels is not None]))
+    images = predictor.place(np.stack([file.pixels for file in files if file.pixels is not None]))
     labels = torch.tensor([file.label for file in files], device=predictor.device)
-    data = EvaluationData(
-        images=images.to(predictor.device).permute(0, 3, 1, 2),
-        labels=labels,
-        mean=predictor.mean,
-        std=predictor.std,
-        num_classes=len(predictor.class_names),
-    )
-    tally(predictor.model, data, meter, precision=predictor.precision)
+    meter.add(predictor.logits(images), labels)
 
 
-def _scores(predictor: Predictor, meter: Meter, per_class: bool) -> dict[str, Any]:
+def _scores(trained: Trained, meter: Meter, per_class: bool) -> dict[str, Any]:
     """Return what an evaluation found, as plain JSON values."""
-    classes = worst_first(class_scores(meter.confusion, predictor.class_names))
+    classes = worst_first(class_scores(meter.confusion, trained.predictor.class_names))
     return {
         "num_images": int(meter.confusion.sum()),
-        "autocast": predictor.precision,
-        "device": predictor.device.type,
+        "autocast": trained.precision,
+        "device": trained.predictor.device.type,
         **dataclasses.asdict(meter.scores()),
         **({"classes": [dataclasses.asdict(each) for each in classes]} if per_class else {}),
     }

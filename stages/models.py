@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint
+from pipeline.checkpoints import Checkpoint, load_checkpoint
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024
 from pipeline.datasets import Dataset
-from pipeline.descriptions import GEOMETRY, Description
+from pipeline.descriptions import GEOMETRY
 from pipeline.errors import DataError
-from pipeline.loading import build_model, open_checkpoint, restore
-from pipeline.prediction import Predictor
-from pipeline.recipes import PRECISIONS, StudentRecipe
+from pipeline.loading import build_model, restore
+from pipeline.recipes import StudentRecipe
 from pipeline.reporting import Table
-from pipeline.runtime import resolve_precision
 
 
 def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: int) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
 
 def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
     """Load a checkpoint; arguments and errors as of `load_model`."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     if kind is not None and checkpoint.meta.get("kind") != kind:
         raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
     return checkpoint
@@ -54,7 +52,7 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
     """Load a trained model in evaluation mode.
 
     Args:
-        path: A directory that a stage or `pipeline export` wrote, or a checkpoint's .safetensors file.
+        path: A directory that a stage wrote, or a .safetensors file in it.
         device: Where to put it.
         kind: `teacher` or `student`, where only one will do.
 
@@ -64,37 +62,6 @@ def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> 
     """
     checkpoint = load_checkpoint_of(path, kind)
     return restore(checkpoint, device), checkpoint
-
-
-def make_predictor(path: Path, device: torch.device, precision: str | None = None) -> tuple[Predictor, Checkpoint]:
-    """Load a trained model together with what its inputs are; the checkpoint alone is needed.
-
-    Args:
-        path: A directory that a stage or `pipeline export` wrote, or a checkpoint's .safetensors file.
-        device: Where to put it.
-        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
-
-    Raises:
-        UsageError: The path does not exist.
-        DataError: It holds no valid checkpoint, or its JSON does not say what the model's inputs are.
-    """
-    model, checkpoint = load_model(path, device)
-    file = checkpoint.path.with_suffix(".json")
-    if precision is None:
-        training = checkpoint.meta.get("training")
-        precision = training.get("precision") if isinstance(training, dict) else None
-        if precision not in PRECISIONS:
-            raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
-    described = Description.read(checkpoint.meta, file)
-    predictor = Predictor(
-        model=model,
-        class_names=described.class_names,
-        image_size=described.image_size,
-        mean=described.mean,
-        std=described.std,
-        precision=resolve_precision(precision, device),
-    )
-    return predictor, checkpoint
 
 
 def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from PIL import Image
 
 from tests.fuzz_cli import Case as Line
 from tests.fuzz_cli import judge as judge_line
@@ -28,10 +29,14 @@ RIGHT = frozenset({0, 3})
 FOLDER = "hostile"
 COMMANDS = {
     "evaluate": ("evaluate", FOLDER),
+    "predict": ("predict", FOLDER, "good.png"),
+    "export": ("export", FOLDER, "--format", "safetensors", "--out", "exported"),
+    "bench": ("bench", FOLDER, "--rounds", "1", "--batch-sizes", "1"),
     "label": ("label", "--teacher", FOLDER),
     "distill": ("distill", "--student", "deit", "--labels", "online", "--teacher", FOLDER),
 }
-SLOWLY = ("label", "distill")  # they need a second each to say no
+QUICKLY = ("evaluate", "predict")
+SLOWLY = ("label", "distill", "export", "bench")
 NUMBERS = (0, 1, 7, 8, 255, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 10**9, 2**63, 10**30, 0.5, -0.5, 1e300, "", "x", "titn", "squeezenet1_1",
@@ -207,9 +212,10 @@ def fuzz_checkpoints(project: Project, count: int, rng: random.Random) -> Tally:
     tally, files = Tally(), read_files(project.data / "teacher")
     folder = project.path / FOLDER
     folder.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(project.path / "good.png")
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        command = rng.choice(SLOWLY) if number % 10 == 9 else "evaluate"
+        command = rng.choice(SLOWLY if number % 10 == 9 else QUICKLY)
         changed = kind(files, rng)
         write_files(folder, changed)
         code, _, wrong = judge_line(project.path, Line(COMMANDS[command], REFUSED | {0}))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.errors import Interrupted
 from pipeline.params import load_params
 from stages.doctor import project as doctor_project
 from stages.doctor.findings import OK, PROBLEM, WARNING, size_text, time_text
@@ -169,6 +170,24 @@ def test_a_batch_that_does_not_fit_is_a_problem(empty: Project, monkeypatch: pyt
     found = examine(empty, code=1)
     assert "titn: batch_size 128 does not fit cpu's memory; lower it, or set micro_batch" in lines(found, PROBLEM)
     assert found["seconds"] is None
+
+
+def test_a_signal_ends_it(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(*arguments: object, **options: object) -> None:
+        raise Interrupted("stopped", 2)
+
+    monkeypatch.setattr("stages.doctor.estimate.probe", probe)
+    invoke(empty, "doctor", code=130)
+
+
+@pytest.mark.slow
+def test_torch_compile_is_tried_where_the_recipe_uses_it(empty: Project) -> None:
+    empty.edit("vit: {}", "vit: {compile: true}")
+    assert "torch.compile works (students.vit)" in empty.run("doctor")
+    without = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(empty.path / "cache")}
+    out = empty.run("doctor", code=1, **without)
+    assert "compile: true of students.vit: torch.compile fails here" in out and "install a C++ compiler" in out
+    assert "was not tried" in empty.run("doctor", "--no-probe", **without)
 
 
 def test_weights_to_be_downloaded_are_a_warning(

@@ -302,15 +302,6 @@ def test_a_model_answers_alike_on_a_gpu(exported: Project, images: torch.Tensor)
         pipeline.load(exported.path / "exported", format="onnx", device="cuda")
 
 
-def test_commands_take_an_export_for_its_checkpoint(project: Project) -> None:
-    scores = [json.loads(run(project, "evaluate", path, "--json")) for path in (STUDENT, "exported")]
-    assert scores[0].pop("checkpoint") != scores[1].pop("checkpoint")
-    assert scores[0] == scores[1]
-    entries = config(project)["files"]
-    rewrite(project, files={"onnx": entries["onnx"]})
-    assert "--format safetensors" in run(project, "evaluate", "exported", code=3)
-
-
 def test_a_directory_of_other_files_is_left_alone(project: Project) -> None:
     (project.path / "mine").mkdir()
     (project.path / "mine/README.md").write_text("mine")
@@ -339,7 +330,7 @@ def test_nothing_is_written_where_outputs_differ(project: Project, monkeypatch: 
     assert not (project.path / "new").exists()
 
 
-def test_a_model_that_is_not_finite_is_not_exported(project: Project) -> None:
+def test_a_model_whose_outputs_are_not_finite_is_not_exported(project: Project) -> None:
     checkpoint = load_checkpoint(project.path / STUDENT)
     tensors = {name: tensor * 1e30 for name, tensor in checkpoint.tensors.items()}
     save_checkpoint(project.path / "huge", "best", tensors, checkpoint.meta)

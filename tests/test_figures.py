@@ -148,11 +148,12 @@ def test_a_hundred_classes_fit() -> None:
     check(dots([Row(name, [50.0, None]) for name in names[:40]], ["a", "b"], x_label="%"))
 
 
-def test_weights_darken_an_image() -> None:
-    white = np.full((4, 4, 3), 200, np.uint8)
-    dark = overlaid(white, np.array([[1.0, 0.0], [0.5, 1.0]]))
-    assert dark[:2, :2].tolist() == white[:2, :2].tolist()
-    assert (dark[:2, 2:] == 24).all() and (dark[2:, :2] == 112).all()
+@pytest.mark.parametrize("shade", [0, 255])
+def test_weights_are_lighter_the_larger_they_are_on_black_and_on_white(shade: int) -> None:
+    image = np.full((4, 4, 3), shade, np.uint8)
+    grey = overlaid(image, np.array([[1.0, 0.0], [0.5, 1.0]])) @ np.array([0.299, 0.587, 0.114])
+    assert grey[0, 0] == grey[3, 3] > grey[2, 0] + 30 > grey[0, 3] + 60
+    assert (grey[:2, :2] == grey[0, 0]).all() and (grey[:2, 2:] == grey[0, 3]).all()
 
 
 def test_without_matplotlib_one_line_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import UsageError, one_line
 from pipeline.params import load_params
 from tests.fuzz_campaign import NUM_PARAMS
+from tests.project import ROOT
 
 pytest.importorskip("ruamel.yaml", reason="DVC's parser, comes with the extra dvc")
 
@@ -27,7 +28,6 @@ def test_a_file_is_read_as_dvc_reads_it_or_refused_in_one_line(tmp_path: Path, c
     ("old", "new", "words"),
     [
         ("recipe: digits", "recipe: !!str digits", "the tag tag:yaml.org,2002:str"),
-        ("recipe: digits", "recipe: &a digits", "digits"),
         ("count: 16", "count: " + "1" * 31, "more than 30 digits"),
         ("# What `dvc repro`", "# What\u2028`dvc repro`", "'\\u2028' ends a line"),
         ("  titn: default", "  1e3: default", "'1e3' is read differently"),
@@ -36,12 +36,9 @@ def test_a_file_is_read_as_dvc_reads_it_or_refused_in_one_line(tmp_path: Path, c
     ],
 )
 def test_what_parsers_might_not_agree_about_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:
-    file, text = tmp_path / "params.yaml", Path("params.yaml").read_text()
+    file, text = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text()
     assert old in text
     file.write_text(text.replace(old, new, 1))
-    if words in text:  # an anchor that nothing refers to changes no value
-        assert load_params(file) == load_params(Path("params.yaml"))
-        return
     with pytest.raises(UsageError) as error:
         load_params(file)
     assert words in str(error.value)

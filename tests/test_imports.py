@@ -33,6 +33,7 @@ LAYERS = (
         "seals",
         "label_identity",
         "view_labels",
+        "view_scores",
         "label_file",
         "label_parts",
         "labels",

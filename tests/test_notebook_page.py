@@ -47,6 +47,11 @@ def test_its_student_learns_and_is_scored(notebook: dict[str, Any]) -> None:
     assert torch.isclose(notebook["likely"].sum(), torch.tensor(1.0)) and notebook["likely"].shape == (10,)
 
 
+def test_its_teacher_answers_in_probabilities(notebook: dict[str, Any]) -> None:
+    assert notebook["probability"].sum() == pytest.approx(1.0, abs=1e-5)
+    assert notebook["model"].class_names == notebook["data"].class_names
+
+
 def test_its_arrays_make_a_data_set_of_their_own(notebook: dict[str, Any]) -> None:
     own, data = notebook["own"], notebook["data"]
     assert len(own.train) + len(own.test) == len(data.train) and own.sha256 != data.sha256

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import NumericalError
-from pipeline.prediction import Predictor
+from pipeline.prediction import Network, Predictor
 
 BLACK, WHITE = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
 
@@ -28,13 +28,9 @@ class Brightness(nn.Module):
 
 
 def predictor(model: nn.Module | None = None, image_size: int = 2) -> Predictor:
-    return Predictor(
-        model=model or Brightness(),
-        class_names=("bright", "grey", "dark"),
-        image_size=image_size,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-    )
+    network = Network(model=model or Brightness(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    names = ("bright", "grey", "dark")
+    return Predictor(network=network, class_names=names, image_size=image_size, device=torch.device("cpu"))
 
 
 def softmax(*logits: float) -> list[float]:

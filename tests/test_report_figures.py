@@ -61,7 +61,7 @@ def test_several_seeds_are_a_mean_with_a_band(tmp_path: Path) -> None:
     other = finished(tmp_path, "titn", [99.0] * 5, seed=3)  # from before the recipe's epochs changed
     figure = draw(*seeds, other)["figure-6"]
     assert rows(figure)[0] == ["epoch", "titn, seed 0", "titn, seed 1", "titn, seed 2"]
-    assert "mean and standard deviation of the seeds of titn 0 1 2" in figure.note
+    assert "a band of one standard deviation" in figure.note and "titn 0 1 2" in figure.note
     assert "Highest: titn 62.00 %" in figure.alt
 
 

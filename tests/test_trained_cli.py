@@ -24,7 +24,7 @@ from pipeline.image_folders import read_image
 from pipeline.loading import build_model
 from pipeline.prediction import Answer, Predictor
 from stages.cli import cli
-from stages.models import make_predictor
+from stages.trained import load_trained
 from tests.project import Project
 
 GEOMETRY = {
@@ -99,7 +99,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(folder: Path, files: list[Path]) -> Answer:
-    predictor = make_predictor(folder, torch.device("cpu"))[0]
+    predictor = load_trained(folder, "cpu").predictor
     return predictor.answer(np.stack([read_image(file, predictor.image_size) for file in files]))
 
 
@@ -214,6 +214,31 @@ def test_a_checkpoint_that_does_not_say_what_its_inputs_are_is_refused(
     assert "best.json" in ended.err and word in ended.err
 
 
+# Exports
+
+
+def test_an_export_is_used_as_its_checkpoint_is(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "images", tmp_path / "data/test")
+    source = str(place / "titn")
+    run(tmp_path, "export", source, "--format", "safetensors", "--data", "data", "--out", "exported")
+    told = [run(tmp_path, "predict", path, "data", "--json").out.splitlines() for path in (source, "exported")]
+    assert len(told[0]) == 9
+    for line, other in zip(*(map(json.loads, lines) for lines in told), strict=True):
+        assert list(line["heads"]) == list(other["heads"]) == ["class", "distillation"]
+        for ours, theirs in zip(line["top"], other["top"], strict=True):
+            assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-4)
+    scored = [
+        json.loads(run(tmp_path, "evaluate", path, "--data", "data", "--json").out)
+        for path in (source, "exported/model.safetensors")
+    ]
+    assert scored[0]["loss"] == pytest.approx(scored[1]["loss"], abs=1e-4)
+    assert scored[0]["top1"] == scored[1]["top1"]
+    out = run(tmp_path, "bench", source, "exported", "--batch-sizes", "2", "--rounds", "1", "--json").out
+    assert [row["format"] for row in json.loads(out)["models"]] == ["checkpoint", "safetensors"]
+    assert "--precision bf16" in run(tmp_path, "predict", "exported", "x.png", "--precision", "bf16", code=2).err
+    assert "safetensors" in run(tmp_path, "predict", "exported/model.onnx", "x.png", code=2).err
+
+
 # evaluate
 
 
@@ -308,7 +333,10 @@ def test_bench_says_what_models_cost_and_how_fast_they_answer(place: Path) -> No
         assert each["peak_bytes"] is None
     assert all(each["p95_ms"] >= each["median_ms"] for each in found["speeds"] if each["batch_size"] == 1)
     where = found["environment"]
-    assert (where["precision"], where["rounds"], where["threads"]) == ("fp32", 2, 1)
+    assert (where["rounds"], where["threads"]) == (2, 1)
+    assert [(row["precision"], row["device"], row["format"]) for row in (titn, vit)] == [
+        ("fp32", "cpu", "checkpoint")
+    ] * 2
     out = " ".join(run(place, "bench", "vit", "--batch-sizes", "2", "--rounds", "1").out.split())
     for word in ("What they cost", "How fast they answer", "images/s", "1 rounds", "load"):
         assert word in out

@@ -84,6 +84,8 @@ def new_figure(height: float, *, constrained: bool = True) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained" if constrained else None)
+    if constrained:
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     FigureCanvasAgg(figure)
     return figure
 

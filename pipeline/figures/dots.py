@@ -36,7 +36,13 @@ class Row:
 
 
 def dots(
-    rows: Sequence[Row], series: Sequence[str], *, x_label: str, overall: Sequence[float | None] = (), remarks: str = ""
+    rows: Sequence[Row],
+    series: Sequence[str],
+    *,
+    x_label: str,
+    y_label: str = "",
+    overall: Sequence[float | None] = (),
+    remarks: str = "",
 ) -> bytes:
     """Draw a dot for each row and series.
 
@@ -44,6 +50,7 @@ def dots(
         rows: From top to bottom, at least one.
         series: Names of the series, at most 8.
         x_label: With unit.
+        y_label: What the rows are.
         overall: Value of each series over everything, drawn as a dotted line.
         remarks: Heading of the rows' remarks.
 
@@ -71,6 +78,7 @@ def dots(
             axes.text(1.01, -1, remarks, transform=beside, va="center", fontsize=8.5, color=PAPER)
         axes.set_ylim(bottom + 0.6, -0.9)
         axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         figure.legend(loc="outside upper center", ncols=min(len(series), 4), handlelength=1.2)
         return to_png(figure)
 

@@ -18,6 +18,8 @@ LINE = 0.165  # inches, height of a line of a caption
 CHARACTER = 0.077  # inches, width of a character of it, about
 GAP = 0.14  # inches, between columns and between rows
 HEADING = 0.5  # inches
+DARK, LIGHT = (0, 20, 90), (255, 225, 40)
+"""Red, green and blue of the weights 0 and 1."""
 MAX_SIDE = 1.25  # inches, of an image
 
 
@@ -29,7 +31,7 @@ class Cell:
         image: `(H, W, 3)` uint8.
         caption: Lines below it.
         marked: Whether it is framed and its caption bold.
-        weights: `(R, C)` float in [0, 1], a grid over the image that is dark where they are small; None draws none.
+        weights: `(R, C)` float in [0, 1], laid over the image, see `overlaid`; None draws none.
         grid: Patches along a side, whose borders are drawn; 0 draws none.
     """
 
@@ -75,18 +77,21 @@ def sheet(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str]) -> byte
 
 
 def overlaid(image: NDArray[np.uint8], weights: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Darken an image where weights are small.
+    """Lay weights over an image, which shows through in grey: dark blue where they are 0, yellow where they are 1.
 
     Args:
         image: `(H, W, 3)` uint8.
         weights: `(R, C)` float in [0, 1]; R divides H, and C divides W.
 
     Returns:
-        `(H, W, 3)` uint8: nearly black where the weight is 0, the image itself where it is 1.
+        `(H, W, 3)` uint8, the lighter the larger the weight.
     """
     height, width = image.shape[:2]
     scale = np.kron(weights, np.ones((height // weights.shape[0], width // weights.shape[1])))[..., None]
-    return np.rint(image * (0.12 + 0.88 * scale)).astype(np.uint8)
+    tint = np.array(DARK) * (1 - scale) + np.array(LIGHT) * scale
+    grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]
+    laid: NDArray[np.uint8] = np.rint(0.4 * grey + 0.6 * tint).astype(np.uint8)
+    return laid
 
 
 def _draw(axes: Axes, cell: Cell, left: float, top: float, side: float, length: int) -> None:

@@ -46,7 +46,6 @@ def evaluate(
     With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
     name; classes may be absent, others are refused.
     """
-    from pipeline.runtime import resolve_device
     from stages.evaluate import classes_table, evaluate_checkpoint, evaluate_folder, scores_table
 
     require_exists(checkpoint)
@@ -61,9 +60,8 @@ def evaluate(
         if recipe is not None or split is not None:
             given = "--recipe" if recipe is not None else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
-        on = resolve_device(device)
         result = evaluate_folder(
-            checkpoint, data, device=on, precision=precision, skip_bad=skip_bad, per_class=per_class
+            checkpoint, data, device=device, precision=precision, skip_bad=skip_bad, per_class=per_class
         )
     if as_json:
         click.echo(json.dumps(result, indent=2))

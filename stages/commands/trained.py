@@ -26,8 +26,8 @@ def predict(
 ) -> None:
     """Name the classes of images, by a student or a teacher.
 
-    CHECKPOINT is a directory that a stage wrote, or a .safetensors file in it; nothing else is needed. An IMAGE is a
-    file; a folder, of which all PNG, JPEG, WebP, PPM and BMP files are taken at any depth, in the order of their names'
+    CHECKPOINT is a directory that a stage or export wrote, or a file in it; nothing else is needed. An IMAGE is a file;
+    a folder, of which all PNG, JPEG, WebP, PPM and BMP files are taken at any depth, in the order of their names'
     bytes; or -, one image's bytes on standard input. For a list of files use xargs.
 
     Of two heads the prediction is the mean of their probabilities; what each says alone stands beside it. What can't
@@ -36,11 +36,10 @@ def predict(
     from collections import Counter
 
     from pipeline.image_folders import BadFile, printable
-    from pipeline.runtime import resolve_device
-    from stages.models import make_predictor
     from stages.predict import predict as run
+    from stages.trained import load_trained
 
-    predictor, _ = make_predictor(checkpoint, resolve_device(device), precision)
+    predictor = load_trained(checkpoint, device, precision).predictor
     # A heading as wide as its columns.
     width = max(len("distillation head") - 9, *(len(printable(name)) for name in predictor.class_names))
     left_out: Counter[str] = Counter()
@@ -84,14 +83,15 @@ def bench(
     Several checkpoints take turns, so that what else the machine does hits all of them. Timed are batches of pixels;
     reading image files is left out.
     """
-    from pipeline.runtime import resolve_device, resolve_precision
     from pipeline.speed import measure_speed
     from stages.bench import conditions, costs_table, cpu_threads, load, speed_table
 
-    sizes, on, console = parse_batch_sizes(batch_sizes), resolve_device(device), open_console()
+    sizes, console = parse_batch_sizes(batch_sizes), open_console()
     with cpu_threads(threads):
-        predictors, costs = load(checkpoints, on, precision)
-        where = conditions(on, resolve_precision(precision, on), rounds)
+        predictors, costs = load(checkpoints, device, precision)
+        devices = [each.device for each in predictors.values()]
+        on = next((each for each in devices if each.type != "cpu"), devices[0])
+        where = conditions(on, rounds)
         if not as_json:
             console.print(costs_table(costs).to_rich(console.width))
         speeds = measure_speed(predictors, sizes, rounds=rounds)

@@ -22,8 +22,13 @@ from stages.models import student_arguments
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def computing(context: Context) -> list[Finding]:
-    """Say how the recipe's models are computed on the device at hand, and what of it does not work."""
+def computing(context: Context, *, trying: bool) -> list[Finding]:
+    """Say how the recipe's models are computed on the device at hand, and what of it does not work.
+
+    Args:
+        context: The command's setting.
+        trying: Whether to try torch.compile where the recipe uses it; that takes up to a minute.
+    """
     device = context.device
     wanted = _fits(context)
     return [
@@ -31,7 +36,7 @@ def computing(context: Context) -> list[Finding]:
         *_precision(context, wanted, device),
         *_graphs(wanted, device),
         *_inner_blocks(context, device),
-        *_compile(context, wanted, device),
+        *_compile(context, wanted, device, trying=trying),
     ]
 
 
@@ -113,7 +118,7 @@ def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
     ]
 
 
-def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
+def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.device, *, trying: bool) -> list[Finding]:
     users = [name for name, recipe in wanted.items() if recipe.compile] + (
         ["label"] if context.recipe.label.compile else []
     )
@@ -122,6 +127,8 @@ def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.devic
         text = "torch.compile is not used by this recipe; "
         text += f"it would find the C++ compiler {compiler}" if compiler else "it would find no C++ compiler"
         return [Finding("device", OK, text)]
+    if not trying:
+        return [Finding("device", OK, f"compile: true of {', '.join(users)} was not tried (--no-probe)")]
     try:
         torch.compile(lambda x: torch.sin(x) + x)(torch.ones(64, device=device))
     except Exception as error:  # what a compiler does not do, torch reports in many ways

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import PipelineError
 from pipeline.reporting import Table
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text, time_text
+from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.software import gpus, software
 from stages.paths import PARAMS
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from stages.doctor.estimate import Estimate
     from stages.doctor.space import Artefact
     from stages.doctor.work import Job, Sizes
+
+WIDTH = 60  # characters of a reason in a table
 
 
 @dataclass
@@ -69,11 +71,14 @@ class Diagnosis:
         times = Table(
             f"What `dvc repro` of {self.recipe} would take, estimated",
             ("stage", "why", "measured", "time"),
-            [(each.stage, each.why or "up to date", each.measured, each.time) for each in self.estimates],
+            [
+                (each.stage, shorten(each.why or "up to date", WIDTH, placeholder=" ..."), each.measured, each.time)
+                for each in self.estimates
+            ],
             "Scaled from a few steps on this device, as busy as it is now. Not in it: prepare, select, report, "
             "downloads, torch.compile, saved states, the start of each command.",
         )
-        return [table for table in (space, times) if table.rows]
+        return [*([space] if space.rows else []), *([times] if any(each.why for each in self.estimates) else [])]
 
 
 def diagnose(
@@ -103,7 +108,7 @@ def diagnose(
 
     try:
         params = load_params(PARAMS)
-    except PipelineError as error:
+    except FAULTS as error:
         note([Finding("project", PROBLEM, str(error)), *gpus()])
         return found
     context = open_context()
@@ -113,7 +118,7 @@ def diagnose(
     text = f"params.yaml is valid: {len(params.recipes)} recipes; this is {found.recipe}"
     note([Finding("project", OK, text)])
     note([*project.dvc(), *gpus()])
-    note(computing.computing(context))
+    note(computing.computing(context, trying=probing))
     findings, prepared = project.data(context)
     note(findings)
     jobs, findings = work.work(context, prepared=prepared)

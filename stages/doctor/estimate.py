@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import PipelineError
 from stages.context import Context
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text, time_text
+from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.probe import Speed, probe
 from stages.doctor.work import Job, Sizes
 
@@ -118,7 +117,7 @@ def _probe(
         remedy = "lower it, or set micro_batch" if job.kind == "student" else "lower it"
         note([Finding("time", PROBLEM, f"{job.name}: {batch} does not fit {device}'s memory", remedy)])
         return None
-    except PipelineError as error:
+    except FAULTS as error:
         note([Finding("time", WARNING, f"{job.name}: could not be timed: {error}")])
         return None
     finally:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.errors import DataError, NumericalError, StorageError, UsageError
+
+# What becomes a finding; a signal ends the doctor like any command.
+FAULTS = (UsageError, DataError, StorageError, NumericalError)
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 

@@ -139,7 +139,7 @@ def probe(context: Context, job: Job, sizes: Sizes, *, prepared: bool) -> Speed:
     device = context.device
     if device.type == "cpu":
         keep_freed_memory()
-    else:
+    elif device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     views_recipe = "default"
     if isinstance(job.recipe, StudentRecipe):

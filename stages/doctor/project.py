@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import PipelineError
 from pipeline.recipes import Recipe
 from pipeline.sources import check_source
 from pipeline.teachers import weights_url
 from stages.context import Context
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding
+from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding
 from stages.doctor.work import Job
 
 DVC = Path(".dvc")
@@ -64,14 +63,14 @@ def data(context: Context) -> tuple[list[Finding], bool]:
     if paths.is_prepared:
         try:
             dataset = context.dataset()
-        except PipelineError as error:
+        except FAULTS as error:
             return [Finding("data", PROBLEM, str(error))], False
         counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
         size = f"{dataset.image_size}x{dataset.image_size}"
         return [Finding("data", OK, f"{paths.dataset}: {counts} images of {size}, {dataset.num_classes} classes")], True
     try:
         check_source(recipe, paths.raw)
-    except PipelineError as error:
+    except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
     where = "comes with scikit-learn" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
     makers = "`pipeline prepare`, teacher-select and DVC make them"
@@ -82,7 +81,7 @@ def has_source(recipe: Recipe, raw: Path) -> bool:
     """Tell whether the recipe's source lies in `raw`, as far as names tell."""
     try:
         check_source(recipe, raw)
-    except PipelineError:
+    except FAULTS:
         return False
     return True
 

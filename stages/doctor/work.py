@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.checkpoints import RunState, read_meta
-from pipeline.errors import DataError, PipelineError
 from pipeline.recipes import FitRecipe
 from pipeline.sources import KNOWN_SIZES
 from stages.context import Context
 from stages.distill import plan_student, student_recipe
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding
+from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding
 from stages.dry_run import plan_labels
 from stages.runs import Run
 from stages.teacher import plan_teacher
@@ -141,7 +140,7 @@ def _labels(context: Context, name: str, found: list[Finding], *, is_stale: bool
         return Job("label", name, "teachers come first" if is_stale else "no teacher is selected", count)
     try:
         plan = plan_labels(context, name)
-    except DataError as error:
+    except FAULTS as error:
         found.append(Finding("data", PROBLEM, str(error)))
         return Job("label", name, "refused", count, model=str(winner["model"]))
     why = f"{len(plan.missing)} of {count} views are not labelled" if plan.missing else None
@@ -156,6 +155,6 @@ def _student(context: Context, name: str, *, is_stale: bool) -> Job:
         dataset, distillation = context.dataset(), Distillation()
         source = TeacherSource(context, dataset, recipe, distillation)
         run = plan_student(context, dataset, name, recipe, source, distillation, settings={}, seed=0)
-    except PipelineError as error:
+    except FAULTS as error:
         return Job("student", name, str(error), recipe.epochs, recipe, recipe.model)
     return _fit("student", name, run, recipe.model)

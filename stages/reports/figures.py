@@ -13,6 +13,7 @@ from pipeline.errors import DataError
 from pipeline.figures import Series, lines, smoothing
 from pipeline.reporting import Figure, Table, number
 from stages.context import Context
+from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRun, FinishedRuns
 
 STUDENTS = {"cifar100": "Figure 6", "cifar10": "Figure 7", "mnist": "Figure 8"}
@@ -80,7 +81,7 @@ def _optimizers(runs: FinishedRuns) -> Figure | None:
             optimizer = f"{run.metrics['optimizer']}, lr {run.metrics['lr']:g}"
             if run not in found.setdefault(optimizer, []):
                 found[optimizer].append(run)
-    found = {name: _alike(each) for name, each in found.items()}
+    found = {name: [run for run in each if run.basis == each[0].basis] for name, each in found.items()}
     if not any("optimizer" in run.differs for each in found.values() for run in each):
         return None
     is_papers = runs.recipe.dataset.source == "cifar100"
@@ -110,13 +111,8 @@ def _students(runs: FinishedRuns) -> Figure | None:
 
 def _curves(runs: FinishedRuns, names: Iterable[str], reported: Mapping[str, paper.Reported]) -> list[Curve]:
     """Return a curve for each name that has been run."""
-    found = [(name, _alike(runs.seeds(name))) for name in names]
+    found = [(name, runs.seeds(name)) for name in names]
     return [Curve(name, each, reported[name].top1 if name in reported else None) for name, each in found if each]
-
-
-def _alike(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
-    """Return the runs with as many epochs as the first: the recipe may have changed since another's."""
-    return [run for run in runs if run.metrics["epochs"] == runs[0].metrics["epochs"]]
 
 
 def _accuracies(run: FinishedRun) -> NDArray[np.float64]:
@@ -159,23 +155,14 @@ def _note(curves: Sequence[Curve], split: str, has_paper: bool) -> str:
     """Say how the figure came about."""
     every = [run for curve in curves for run in curve.runs]
     parts = [f"Top-1 on {split} images after each epoch"]
-    several = [curve for curve in curves if len(curve.runs) > 1]
-    seeds = ", ".join(f"{curve.name} {' '.join(str(run.seed) for run in curve.runs)}" for curve in several)
-    parts.append(f"mean and standard deviation of the seeds of {seeds}" if several else f"seed {_all(every, 'seed')}")
+    if any(len(curve.runs) > 1 for curve in curves):
+        parts.append("of several seeds the mean, and a band of one standard deviation to either side")
     widths = {smoothing(run.metrics["epochs"]) for run in every} - {1}
     if widths:
         parts.append(f"bold: running mean of {' or '.join(map(str, sorted(widths)))} epochs")
     if has_paper:
         parts.append("dotted: the paper's highest test accuracies")
-    for key, word in (("epochs", "epochs"), ("batch_size", "effective batch"), ("precision", "precision")):
-        parts.append(f"{word} {_all(every, key)}")
-    devices = dict.fromkeys(str(run.environment["device"]) for run in every)
-    return "; ".join([*parts, f"device {', '.join(devices)}"]) + "."
-
-
-def _all(runs: Sequence[FinishedRun], key: str) -> str:
-    """Return the distinct values of metrics.json, in the order in which they first appear."""
-    return ", ".join(dict.fromkeys(str(run.metrics[key]) for run in runs))
+    return f"{'; '.join(parts)}. {conditions(every)}"
 
 
 def _data(title: str, curves: Sequence[Curve]) -> Table:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline import paper
+from pipeline.errors import DataError
 from pipeline.page import Item, Missing, Section
 from pipeline.reporting import Figure, Table
 from stages.context import Context
+from stages.reports.attention import attention
+from stages.reports.classes import by_class
 from stages.reports.figures import STUDENTS as STUDENTS_FIGURES
 from stages.reports.figures import figures
 from stages.reports.others import optimizer_runs, optimizers_table, others_table
@@ -15,6 +18,7 @@ from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.scores import NOT_RUN
 from stages.reports.settings import distilled_students, settings_table
 from stages.reports.tables import all_teachers, drops_table, students_tables
+from stages.reports.views import teacher_on_views
 
 LEFT_OUT = "left out by --no-figures"
 
@@ -35,7 +39,37 @@ def make_sections(context: Context, runs: FinishedRuns, *, with_figures: bool = 
         Section("What was run", [overview_table(runs), settings_table(runs.recipe)]),
         Section("Teachers", _teachers(runs, drawn)),
         Section("Students", students),
+        *_details(context, runs, with_figures=with_figures),
     ]
+
+
+def _details(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
+    """Return what lies behind the tables: by class, by view, and where students look."""
+    name = runs.recipe.name
+    student = f"pipeline distill --recipe {name} --student titn"
+    confusion, views, maps = "Confusion and agreement by class", "The teacher on augmented views", "Attention maps"
+    if not with_figures:
+        parts: list[Sequence[Item]] = [[Missing(title, LEFT_OUT)] for title in (confusion, views, maps)]
+    else:
+        parts = [
+            by_class(runs) or [Missing(confusion, NOT_RUN, student)],
+            _on_views(context, runs, views) or [Missing(views, NOT_RUN, f"pipeline label --recipe {name}")],
+            attention(context, runs) or [Missing(maps, NOT_RUN, student)],
+        ]
+    return [
+        Section("By class", parts[0]),
+        Section("What the student learns from", parts[1]),
+        Section("Attention", parts[2]),
+    ]
+
+
+def _on_views(context: Context, runs: FinishedRuns, title: str) -> Sequence[Item]:
+    """Return the teacher on views; labels that don't belong to the recipe as it is now keep nothing else from view."""
+    try:
+        return teacher_on_views(context, runs)
+    except DataError as error:
+        context.say(f"left out: {title}: {error}")
+        return [Missing(title, f"left out: {error}")]
 
 
 def overview_table(runs: FinishedRuns) -> Table:

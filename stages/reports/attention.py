@@ -1,0 +1,119 @@
+"""Where students look: the attention of class and distillation token over some test images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.checkpoints import read_meta
+from pipeline.datasets import Dataset
+from pipeline.figures import Cell, sheet
+from pipeline.reporting import Figure, Table, number
+from pipeline.students import STUDENTS, Student, attention_maps, attention_rollout
+from pipeline.views import normalize
+from stages.context import Context
+from stages.models import load_model
+from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.reports.views import prepared
+
+NUM_IMAGES = 6
+COLUMNS = (
+    "class token,\nlast block",
+    "distillation token,\nlast block",
+    "class token,\nrollout",
+    "distillation token,\nrollout",
+)
+EXPLANATION = (
+    "Light: attended most; the rest of a token's attention is on the two tokens themselves. Last block: mean over "
+    "heads. Rollout: through all blocks (arXiv:2005.00928), each of which passes on half of a token as it was; what "
+    "MLPs do, and what pixel tokens add to patches, is left out."
+)
+
+
+def attention(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
+    """Draw attention maps of the recipe's students that have both tokens.
+
+    Args:
+        context: The command's setting.
+        runs: What has been run.
+
+    Returns:
+        Nothing where the prepared data are missing, or are not those that the student was trained on.
+
+    Raises:
+        DataError: A checkpoint or the data are damaged.
+    """
+    able = [run for run in runs.students.values() if _has_both(run)]
+    dataset = prepared(context) if able else None
+    if dataset is None:
+        return []
+    drawn: list[Figure | Table] = []
+    for run in able:
+        if (read_meta(run.directory) or {}).get("dataset_sha256") == dataset.sha256:
+            drawn.append(_figure(run, dataset))
+    return drawn
+
+
+def _has_both(run: FinishedRun) -> bool:
+    """Whether a student has a distillation token, and its weights are there."""
+    meta = read_meta(run.directory)
+    model = STUDENTS.get(str(meta.get("model"))) if meta else None
+    return model is not None and model.has_distillation_head
+
+
+def _figure(run: FinishedRun, dataset: Dataset) -> Figure:
+    """Draw one student's maps."""
+    model, checkpoint = load_model(run.directory, torch.device("cpu"), kind="student")
+    assert isinstance(model, Student)
+    samples = _choose(dataset.test.labels)
+    pixels = dataset.test.images[samples]
+    mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
+    images = normalize(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2), mean, std)
+    maps = attention_maps(model, images)
+    with torch.no_grad():
+        class_logits, distillation_logits = model(images)
+    said = [logits.argmax(dim=1).tolist() for logits in (class_logits, distillation_logits)]
+    shares = token_shares(maps)
+    side = round((maps.shape[-1] - 2) ** 0.5)
+    names, rows, data = dataset.class_names, [], []
+    for row, (sample, image) in enumerate(zip(samples.tolist(), pixels, strict=True)):
+        target = names[dataset.test.labels[sample]]
+        heads = [f"its head: {names[each[row]]}" for each in said]
+        cells = [Cell(image, [f"#{sample}", f"target: {target}"], grid=side)]
+        for column in range(len(COLUMNS)):
+            patches = shares[row, column].reshape(side, side)
+            lines = [f"up to {100 * patches.max():.0f} % a patch", f"{100 * patches.sum():.0f} % on patches"]
+            lines += heads[column : column + 1]
+            cells.append(Cell(image, lines, weights=patches / patches.max()))
+            name = COLUMNS[column].replace("\n", " ")
+            data.append([str(sample), target, name, *(number(value, 4) for value in patches.flatten())])
+        rows.append(cells)
+    epoch = f"epoch {run.metrics['test']['epoch']} of {run.metrics['epochs']}"
+    note = f"{run.name}, {epoch}, seed {run.seed}; {len(samples)} test images of as many classes. {EXPLANATION}"
+    title = f"Attention over the patches, {run.name}"
+    table = Table(title, ["sample", "target", "map", *(f"patch {number_ + 1}" for number_ in range(side**2))], data)
+    alt = f"{len(samples)} test images, and four maps of each that are light where the student's tokens attend."
+    return Figure(f"attention-{run.name}", title, sheet(rows, ["image, patches", *COLUMNS]), alt, note, table)
+
+
+def token_shares(maps: torch.Tensor) -> NDArray[np.float64]:
+    """Return how much the class and the distillation token attend to each patch.
+
+    Args:
+        maps: `(B, L, heads, T, T)` float, of pipeline.students.attention_maps.
+
+    Returns:
+        `(B, 4, T - 2)` float64 in [0, 1]: of the last block, mean over heads, class and distillation token; of the
+        rollout the same.
+    """
+    last, rollout = maps[:, -1].mean(dim=1), attention_rollout(maps)
+    wanted = [matrix[:, token, 1:-1] for matrix in (last, rollout) for token in (0, -1)]
+    return torch.stack(wanted, dim=1).double().numpy()
+
+
+def _choose(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the first test images of classes chosen evenly."""
+    classes, first = np.unique(labels, return_index=True)
+    chosen: NDArray[np.int64] = first[np.linspace(0, len(classes) - 1, min(NUM_IMAGES, len(classes))).astype(np.int64)]
+    return chosen

@@ -1,0 +1,272 @@
+"""What a student learns from: how often the teacher's labels of views are right, and some views to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline import autoaugment
+from pipeline.datasets import Dataset
+from pipeline.errors import DataError
+from pipeline.figures import Cell, Row, dots, sheet
+from pipeline.labels import LabelCache
+from pipeline.replay import check_canaries
+from pipeline.reporting import Figure, Table, number
+from pipeline.view_scores import EVERYTHING, SUB_POLICY, OperationMeter, OperationScores, wilson_interval
+from pipeline.views import Views
+from stages.context import Context
+from stages.fitting import make_views
+from stages.reports.runs import FinishedRuns
+from stages.teacher_labels import open_labels
+
+NUM_VIEWS = 8
+NUM_SAMPLES = 6
+NUM_WRONG = 3  # of the samples, as far as there are any
+NUM_COLUMNS = 4  # of views, where they do not mix
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A view recipe's views, and the teacher's labels of them.
+
+    Attributes:
+        name: Of the view recipe.
+        dataset: The data set, whose training split the views are of.
+        cache: The labels.
+        views: The views.
+    """
+
+    name: str
+    dataset: Dataset
+    cache: LabelCache
+    views: Views
+
+    @property
+    def suffix(self) -> str:
+        """What tells its figures from those of other view recipes."""
+        return "" if self.name == "default" else f"-{self.name}"
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name."""
+        return str(self.cache.provenance["teacher"])
+
+    @property
+    def note(self) -> str:
+        """Whose labels of which views these are."""
+        mixing = {"none": "no mixing", "cutmix": "CutMix", "mixup": "MixUp"}[self.views.recipe.mixing]
+        precision = self.cache.provenance["precision"]
+        return f"Views {self.name} ({mixing}); labels of {self.teacher}, {precision}, from the label cache"
+
+
+def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
+    """Show the teacher's accuracy on views by operation, and sample views, of each view recipe that is labelled.
+
+    Args:
+        context: The command's setting.
+        runs: What has been run.
+
+    Returns:
+        Nothing where labels or prepared data are missing.
+
+    Raises:
+        DataError: Labels or data are damaged, or belong to something else.
+    """
+    names = [name for name in runs.recipe.views if runs.paths.labels(name).is_file()]
+    dataset = prepared(context) if names else None
+    if dataset is None:
+        return []
+    shown: list[Figure | Table] = []
+    for name in names:
+        cache = open_labels(runs.paths, runs.recipe, dataset, name)
+        labelled = Labelled(name, dataset, cache, make_views(context, dataset, name))
+        if check_canaries(cache, labelled.views) is not None:
+            path = runs.paths.labels(name)
+            raise DataError(f"{path}: its views are no longer what was labelled; run `pipeline label --fresh`")
+        shown += [*by_operation(labelled), sample_views(labelled)]
+    return shown
+
+
+def prepared(context: Context) -> Dataset | None:
+    """Return the prepared data set; None where there is none.
+
+    Raises:
+        DataError: It is damaged, or another than the recipe's.
+    """
+    files = [context.paths.prepared / name for name in ("dataset.h5", "summary.json")]
+    return context.dataset() if all(file.is_file() for file in files) else None
+
+
+def by_operation(labelled: Labelled) -> list[Figure | Table]:
+    """Show how often the teacher's labels are right, by what was drawn for the image."""
+    count = labelled.cache.num_views
+    chosen = sorted({int(view) for view in np.linspace(0, count - 1, min(count, NUM_VIEWS))})
+    meter = OperationMeter(labelled.views.recipe, labelled.dataset.image_size)
+    for view in chosen:
+        meter.add(labelled.cache.labels[view], labelled.dataset.train.labels, labelled.views.drawn(view))
+    scores = meter.scores()
+    has_mixing = labelled.views.recipe.mixing != "none"
+    shown = f"view {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} of {count} views ({_listed(chosen)})"
+    note = f"{labelled.note}; {shown} of {len(labelled.dataset.train)} training images. "
+    if has_mixing:
+        note += "Right: the target of the image with the larger share, by whose operations images are grouped. "
+    note += (
+        "Lines: 95 % confidence, images taken as independent. The teacher was trained on these images, in other views."
+    )
+    title = f"{labelled.teacher} on augmented views by operation{_of(labelled)}"
+    columns = ["operation", "drawn", "images", "right %", *(["either target %"] if has_mixing else [])]
+    rows = [[each.operation, each.drawn, str(each.num_images), *_shares(each, has_mixing)] for each in scores]
+    table = Table(title, columns, rows, note)
+    total = scores[0]
+    assert total.operation == EVERYTHING
+    drawn = [_row(each) for each in scores if each.operation not in (EVERYTHING, SUB_POLICY)]
+    if not drawn:
+        return [table]
+    overall = 100 * total.num_right / total.num_images
+    png = dots(drawn, ["right"], x_label="the teacher's labels that are right, %", overall=[overall], remarks="images")
+    alt = f"Dots: share of the teacher's labels that are right, by operation. Overall {overall:.1f} %."
+    figure = Figure(f"teacher-on-views{labelled.suffix}", title, png, alt, note, table)
+    shortened = [row for row in rows if row[0] != SUB_POLICY]
+    return [figure, Table(title, columns, shortened, note)]
+
+
+def _of(labelled: Labelled) -> str:
+    return f", views {labelled.name}" if labelled.suffix else ""
+
+
+def _listed(views: Sequence[int]) -> str:
+    return ", ".join(map(str, views))
+
+
+def _shares(scores: OperationScores, has_mixing: bool) -> list[str]:
+    counts = [scores.num_right, *([scores.num_either] if has_mixing else [])]
+    return [number(100 * count / scores.num_images, 1) for count in counts]
+
+
+def _row(scores: OperationScores) -> Row:
+    share = 100 * scores.num_right / scores.num_images
+    interval = wilson_interval(scores.num_right, scores.num_images)
+    return Row(scores.drawn, [share], [interval], scores.operation, f"{scores.num_images:,}")
+
+
+def sample_views(labelled: Labelled) -> Figure:
+    """Draw a sheet of samples: the image, its view, its partner, what they mix to, targets and the teacher's label."""
+    has_mixing = labelled.views.recipe.mixing != "none"
+    samples = _choose(labelled)
+    indices = torch.from_numpy(samples)
+    originals = labelled.dataset.train.images[samples]
+    names = labelled.dataset.class_names
+    targets = labelled.dataset.train.labels
+    rows: list[list[Cell | None]] = [
+        [Cell(image, [f"#{index}", f"target: {names[targets[index]]}"])]
+        for index, image in zip(samples, originals, strict=True)
+    ]
+    data: list[list[str]] = []
+    if has_mixing:
+        columns = ["image and target", "its view", "partner's view", "mixed view: targets,\nteacher's label"]
+        _add_mixed(labelled, indices, rows, data)
+        shown = [0]
+    else:
+        shown = list(range(min(NUM_COLUMNS, labelled.cache.num_views)))
+        columns = ["image and target", *(f"view {view},\nteacher's label" for view in shown)]
+        for view in shown:
+            _add_plain(labelled, view, indices, rows, data)
+    table = Table(
+        f"Sample views{_of(labelled)}",
+        ["sample", "view", "target", "partner", "partner's target", "lambda", "teacher's label", "drawn"],
+        data,
+    )
+    note = f"{labelled.note}; view{'s' if len(shown) > 1 else ''} {_listed(shown)}. Framed and bold: the label is no "
+    note += f"target. Up to {NUM_WRONG} of the samples were chosen because it is not in view 0; the others evenly."
+    note += " Beside targets: lambda and 1 - lambda." if has_mixing else ""
+    note += " Crop: pixels by which the frame moves down and right." if labelled.views.recipe.crop else ""
+    alt = f"{len(samples)} training images, what their views make of them, and the teacher's labels of these."
+    return Figure(f"sample-views{labelled.suffix}", table.title, sheet(rows, columns), alt, note, table)
+
+
+def _choose(labelled: Labelled) -> NDArray[np.int64]:
+    """Return the samples to be shown, ascending: some whose label is no target, the others evenly."""
+    targets, labels = labelled.dataset.train.labels, labelled.cache.labels[0]
+    partners = labelled.views.drawn(0).get("partner", np.arange(len(targets)))
+    is_wrong = (labels != targets) & (labels != targets[partners])
+    wrong, others = np.flatnonzero(is_wrong), np.flatnonzero(~is_wrong)
+
+    def spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        count = min(count, len(indices))
+        return indices[np.linspace(0, len(indices) - 1, count).astype(np.int64)] if count else indices[:0]
+
+    some = spread(wrong, NUM_WRONG)
+    chosen: NDArray[np.int64] = np.sort(np.concatenate([some, spread(others, NUM_SAMPLES - len(some))]))
+    return chosen
+
+
+def _add_mixed(labelled: Labelled, indices: torch.Tensor, rows: list[list[Cell | None]], data: list[list[str]]) -> None:
+    """Add view, partner's view and mixed view of view 0."""
+    names, views, drawn = labelled.dataset.class_names, labelled.views, labelled.views.drawn(0)
+    partners = drawn["partner"][indices.numpy()]
+    unmixed = Views(views.images, views.labels, dataclasses.replace(views.recipe, mixing="none"))
+    own, others = (_pixels(unmixed, 0, each) for each in (indices, torch.from_numpy(partners)))
+    mixed = _pixels(views, 0, indices)
+    for row, index in enumerate(indices.tolist()):
+        share, partner = float(drawn["lambda"][index]), int(partners[row])
+        targets = [int(labelled.dataset.train.labels[each]) for each in (index, partner)]
+        label = int(labelled.cache.labels[0, index])
+        lines = [f"{part:.2f}: {names[target]}" for part, target in zip((share, 1 - share), targets, strict=True)]
+        lines.append(f"teacher: {names[label]}")
+        rows[row] += [
+            Cell(own[row], _described(drawn, index)),
+            Cell(others[row], [f"#{partner}", f"target: {names[targets[1]]}", *_described(drawn, partner)]),
+            Cell(mixed[row], lines, marked=label not in targets),
+        ]
+        told = [str(index), "0", names[targets[0]], str(partner), names[targets[1]], f"{share:.4f}", names[label]]
+        data.append([*told, "; ".join(_described(drawn, index))])
+
+
+def _add_plain(
+    labelled: Labelled, view: int, indices: torch.Tensor, rows: list[list[Cell | None]], data: list[list[str]]
+) -> None:
+    """Add a view that does not mix."""
+    names, drawn = labelled.dataset.class_names, labelled.views.drawn(view)
+    pixels = _pixels(labelled.views, view, indices)
+    for row, index in enumerate(indices.tolist()):
+        target, label = int(labelled.dataset.train.labels[index]), int(labelled.cache.labels[view, index])
+        described = _described(drawn, index)
+        rows[row].append(Cell(pixels[row], [f"teacher: {names[label]}", *described], marked=label != target))
+        told = [str(index), str(view), names[target], "", "", "", names[label]]
+        data.append([*told, "; ".join(described)])
+
+
+def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]:
+    """Return samples of a view, `(B, H, W, 3)` uint8."""
+    return views.batch(view, indices).images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
+    """Say what was drawn for an image: a line of geometry, one of jitter, one for each operation of AutoAugment."""
+    own = {name: values[index] for name, values in drawn.items()}
+    moved = [f"crop {own['crop'][0]:+d},{own['crop'][1]:+d}"] if "crop" in own else []
+    moved += ["flip"] if own.get("flip") else []
+    moved += [f"{own['rotation']:+.0f}°"] if "rotation" in own else []
+    moved += [f"by {own['translate'][0]:+d},{own['translate'][1]:+d}"] if "translate" in own else []
+    moved += [f"×{own['scale']:.2f}"] if "scale" in own else []
+    moved += [f"shear {own['shear']:+.0f}°"] if "shear" in own else []
+    colours = [f"{name} ×{own[name]:.2f}" for name in ("brightness", "contrast") if name in own]
+    lines = [", ".join(each) for each in (moved, colours) if each]
+    applied = zip(own["operations"], own["magnitudes"], strict=True) if "operations" in own else []
+    lines += [_strength(int(operation), float(value)) for operation, value in applied if operation >= 0]
+    return lines
+
+
+def _strength(operation: int, magnitude: float) -> str:
+    """Name an operation of AutoAugment with its magnitude, if it has one."""
+    name = autoaugment.OPERATIONS[operation]
+    if not magnitude:
+        return name
+    sign = "" if name in autoaugment.UNSIGNED_OPERATIONS else "+"
+    return f"{name} {magnitude:{sign}.0f}" if abs(magnitude) >= 2 else f"{name} {magnitude:{sign}.2g}"
