@@ -94,7 +94,7 @@ def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
     digest = hashlib.sha256(data).hexdigest()
     if not isinstance(meta, dict) or digest != meta.get("sha256"):
         raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {meta_file.name} says; run its stage again")
-    return Checkpoint(file, meta, read_tensors(data, file))
+    return Checkpoint(file, meta, _read_tensors(data, file))
 
 
 def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
@@ -112,12 +112,7 @@ def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
     return meta
 
 
-def read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file's content.
-
-    Raises:
-        DataError: It is none; the message names `file`.
-    """
+def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except Exception as error:  # a hostile header can make the reader raise anything

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Checkpoint, load_checkpoint, load_weights, read_tensors
+from pipeline.checkpoints import Checkpoint, load_checkpoint, load_weights
 from pipeline.classifier import Classifier, ImageClassifier, Runner, Transform
 from pipeline.descriptions import Description
 from pipeline.errors import DataError, UsageError
@@ -61,7 +63,7 @@ def restore(checkpoint: Checkpoint, device: torch.device, *, inner_block: str = 
         with torch.device("meta"):
             model = build_model(described.kind, described.model, described.arguments)
     except UsageError as error:
-        raise DataError(f"{checkpoint.path}: {error}") from error
+        raise DataError(f"{file}: {error}") from error
     load_weights(model, checkpoint)
     if isinstance(model, Student):
         use_inner_block(model, inner_block, device)
@@ -81,7 +83,11 @@ def run_safetensors(content: bytes, meta: Mapping[str, Any], file: Path, device:
         DataError: It is no such file, or not of that model.
     """
     inputs = Description.read(meta, file)
-    model = restore(Checkpoint(file, meta, read_tensors(content, file)), device)
+    try:
+        tensors = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"{file}: not a safetensors file ({error}); export it again") from None
+    model = restore(Checkpoint(file, meta, tensors), device)
     return Classifier(model, inputs.mean, inputs.std).to(device).eval().run
 
 
@@ -93,8 +99,9 @@ def load(
     target = resolve_device(device)
     if not directory.exists():
         raise UsageError(f"{path}: no such model; name what `pipeline export` wrote, or a stage's checkpoint")
-    if (directory / CONFIG).is_file():
-        return _load_export(directory, format, target)
+    config_file = directory / CONFIG
+    if config_file.is_file():
+        return _load_export(directory, read_json(config_file), format, target)
     if format not in (None, "checkpoint"):
         raise UsageError(f"format {format!r}: {path} is no export, which a {CONFIG} belongs to; leave it out")
     checkpoint = load_checkpoint(directory)
@@ -103,32 +110,24 @@ def load(
     return _ready(inputs, "checkpoint", checkpoint.meta, runner)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """Read the JSON of a directory that `pipeline export` wrote."""
-    config = read_json(directory / CONFIG)
-    if not isinstance(config, dict) or config.get("schema") != SCHEMA or not isinstance(config.get("files"), dict):
-        raise DataError(f"{directory / CONFIG}: not of an export ({SCHEMA}); run `pipeline export` again")
-    return config
-
-
-def _read_file(directory: Path, config: Mapping[str, Any], format: str) -> bytes:
-    """Return the content of one of its files, whose SHA-256 is that of the JSON."""
-    file, entry = directory / FILES[format], config["files"][format]
-    content = read_bytes(file)
-    digest = hashlib.sha256(content).hexdigest()
-    if not isinstance(entry, dict) or entry.get("sha256") != digest:
-        raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again")
-    return content
-
-
-def _load_export(directory: Path, format: str | None, device: torch.device) -> tuple[ImageClassifier, Transform]:
+def _load_export(
+    directory: Path, config: Any, format: str | None, device: torch.device
+) -> tuple[ImageClassifier, Transform]:
     """Load one of the files of a directory that `pipeline export` wrote."""
-    config = _read_config(directory)
+    file = directory / CONFIG
+    if not isinstance(config, dict) or config.get("schema") != SCHEMA or not isinstance(config.get("files"), dict):
+        raise DataError(f"{file}: not of an export ({SCHEMA}); run `pipeline export` again")
     format = _choose(directory, [name for name in FILES if name in config["files"]], format)
     if format.startswith("onnx") and device.type != "cpu":
         raise UsageError(f"device {device}: ONNX files run on the CPU here; use format='safetensors', or onnxruntime")
-    content = _read_file(directory, config, format)
-    inputs = Description.read(config, directory / CONFIG)
+    content = read_bytes(directory / FILES[format])
+    digest = hashlib.sha256(content).hexdigest()
+    entry = config["files"][format]
+    if not isinstance(entry, dict) or entry.get("sha256") != digest:
+        raise DataError(
+            f"{directory / FILES[format]}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again"
+        )
+    inputs = Description.read(config, file)
     try:
         if format.startswith("onnx"):
             runner = run_onnx(content)

@@ -73,7 +73,7 @@ class Interruptions:
             trial.signals.append((number, ended.code != 0))
             trial.wrong += [f"{each} at {moment:.3f} s" for each in self._check_stopped(number, ended)]
         ended = run(self.scratch, *self.arguments, before=save_often)
-        trial.wrong += self._check_end(ended)
+        trial.wrong += self.check_end(ended)
         trial.resumed = any("going on from epoch" in out for out in (*outs, ended.out))
         shutil.rmtree(self.scratch)
         return trial
@@ -84,7 +84,7 @@ class Interruptions:
         ended = run(self.scratch, *self.arguments, fault=Fault(at))
         wrong = [] if ended.code == -signal.SIGKILL else [f"alive: exit {ended.code}"]
         wrong += self._check_stopped(signal.SIGKILL, ended)
-        wrong += self._check_end(run(self.scratch, *self.arguments))
+        wrong += self.check_end(run(self.scratch, *self.arguments))
         shutil.rmtree(self.scratch)
         return wrong
 
@@ -131,7 +131,7 @@ class Interruptions:
             ):
                 yield f"mixed: {folder}"
 
-    def _check_end(self, ended: Ended) -> Iterator[str]:
+    def check_end(self, ended: Ended) -> Iterator[str]:
         """Say what is wrong after the last run."""
         if ended.code or ended.err:
             yield f"failed: exit {ended.code}, {ended.err}"
