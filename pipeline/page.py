@@ -150,14 +150,19 @@ def _head(columns: Sequence[str], classes: Sequence[str]) -> str:
     while index < len(columns):
         name = columns[index]
         if list(columns[index + 1 : index + 3]) == [f"paper: {name}", f"{name}: difference"]:
-            upper += f'<th scope="colgroup" colspan="3" class="group">{_text(name)}</th>'
+            upper += f'<th scope="colgroup" colspan="3" class="group">{_heading(name)}</th>'
             lower += "".join(f'<th scope="col">{word}</th>' for word in ("ours", "paper", "difference"))
             index += 3
         else:
-            upper += f'<th scope="col" rowspan="ROWS"{classes[index]}>{_text(name)}</th>'
+            upper += f'<th scope="col" rowspan="ROWS"{classes[index]}>{_heading(name)}</th>'
             index += 1
     head = f"<tr>{upper}</tr>" + (f"<tr>{lower}</tr>" if lower else "")
     return head.replace('rowspan="ROWS"', 'rowspan="2"' if lower else "")
+
+
+def _heading(text: str) -> str:
+    """Return a heading that is broken between words alone: `top-1` stays whole."""
+    return re.sub(r"(\S*-\S*)", r'<span class="kept">\1</span>', _text(text))
 
 
 def _row(cells: Sequence[str], classes: Sequence[str]) -> str:
@@ -218,7 +223,7 @@ tbody th { font-weight: 600; }
 tr:first-child > th:first-child, tbody th { text-align: left; max-width: 18rem; position: sticky; left: 0;
   background: #fff; }
 td { white-space: nowrap; }
-tbody th.kept { white-space: nowrap; }
+tbody th.kept, span.kept { white-space: nowrap; }
 th.words, td.words { text-align: left; white-space: normal; }
 td.words { max-width: 22rem; }
 td.none { color: #666; font-style: italic; }

@@ -94,7 +94,7 @@ def test_the_contents_lead_to_every_section_and_item() -> None:
 
 def test_ours_the_papers_and_the_difference_have_one_heading() -> None:
     page = to_html("Title", "Lead", SECTIONS).decode()
-    assert '<th scope="colgroup" colspan="3" class="group">top-1 %</th>' in page
+    assert '<th scope="colgroup" colspan="3" class="group"><span class="kept">top-1</span> %</th>' in page
     assert '<tr><th scope="col">ours</th><th scope="col">paper</th><th scope="col">difference</th></tr>' in page
 
 

@@ -249,3 +249,13 @@ def test_damaged_labels_are_named(trained: Project, tmp_path: Path) -> None:
     file.write_bytes(data)
     with opened(project) as (context, runs), pytest.raises(DataError, match=r"default\.h5"):
         teacher_on_views(context, runs)
+
+
+def test_labels_of_other_views_keep_nothing_else_from_the_report(trained: Project, tmp_path: Path) -> None:
+    shutil.copytree(trained.path, tmp_path / "project")
+    project = Project(tmp_path / "project")
+    project.edit("crop: 2, flip: false", "crop: 1, flip: false")
+    out = run(project, "report")
+    assert "left out: The teacher on augmented views: " in out and "default.h5" in out
+    text = (project.data / "reports/report.md").read_text()
+    assert "### Attention over the patches" in text and "### Sample views" not in text

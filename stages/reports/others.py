@@ -71,7 +71,7 @@ def optimizers_table(
         if isinstance(outcome, str):
             beside = [number(value), "-"] if reported else []
             rate = f"{rates[optimizer]:g}" if optimizer in rates else "-"
-            rows.append([optimizer, rate, outcome, outcome, *beside, outcome, outcome, outcome])
+            rows.append([optimizer, rate, outcome, "-", *beside, "-", "-", "-"])
             continue
         best, last, test = (outcome.metrics[key] for key in ("best", "last", "test"))
         cells = [optimizer, f"{outcome.metrics['lr']:g}", number(best["top1"]), number(test["top1"])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pipeline import paper
 from pipeline.errors import DataError
@@ -53,8 +53,9 @@ def _details(context: Context, runs: FinishedRuns, *, with_figures: bool) -> lis
     else:
         parts = [
             by_class(runs) or [Missing(confusion, NOT_RUN, student)],
-            _on_views(context, runs, views) or [Missing(views, NOT_RUN, f"pipeline label --recipe {name}")],
-            attention(context, runs) or [Missing(maps, NOT_RUN, student)],
+            _unless_stale(context, views, teacher_on_views, runs)
+            or [Missing(views, NOT_RUN, f"pipeline label --recipe {name}")],
+            _unless_stale(context, maps, attention, runs) or [Missing(maps, NOT_RUN, student)],
         ]
     return [
         Section("By class", parts[0]),
@@ -63,10 +64,15 @@ def _details(context: Context, runs: FinishedRuns, *, with_figures: bool) -> lis
     ]
 
 
-def _on_views(context: Context, runs: FinishedRuns, title: str) -> Sequence[Item]:
-    """Return the teacher on views; labels that don't belong to the recipe as it is now keep nothing else from view."""
+def _unless_stale(
+    context: Context, title: str, draw: Callable[[Context, FinishedRuns], Sequence[Item]], runs: FinishedRuns
+) -> Sequence[Item]:
+    """Return what reads data, labels or weights; where they don't belong to the recipe as it now is, say so instead.
+
+    Tables and curves of finished runs are right all the same.
+    """
     try:
-        return teacher_on_views(context, runs)
+        return draw(context, runs)
     except DataError as error:
         context.say(f"left out: {title}: {error}")
         return [Missing(title, f"left out: {error}")]
