@@ -138,19 +138,25 @@ class ImageClassifier:
 
         Raises:
             UsageError: The images have another shape or dtype.
+            DataError: The file holds another model than its config.json says.
             NumericalError: An output is not finite.
         """
         return self.outputs(images)["probabilities"]
 
     def outputs(self, images: Tensor) -> Mapping[str, Tensor]:
         """Return `probabilities`, `class_logits` and, of two heads, `distillation_logits`; else as of a call."""
-        shape = (3, self.image_size, self.image_size)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+        sides = (3, self.image_size, self.image_size)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != sides or not len(images):
             raise UsageError(
-                f"images: {tuple(images.shape)} {images.dtype}; (B, {', '.join(map(str, shape))}) uint8 is "
+                f"images: {tuple(images.shape)} {images.dtype}; (B, {', '.join(map(str, sides))}) uint8 is "
                 "needed: stack what the transform returns, or add [None] to one"
             )
         outputs = self.runner(images)
+        shape = (len(images), len(self.class_names))
+        if "probabilities" not in outputs or not all(
+            isinstance(output, Tensor) and output.shape == shape for output in outputs.values()
+        ):
+            raise DataError("the model's outputs are not what an export's are; export it again")
         if not all(bool(output.isfinite().all()) for output in outputs.values()):
             raise NumericalError("the model's output is not finite; train it again")
         return outputs

@@ -161,15 +161,18 @@ def run_onnx(content: bytes) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes of its own, which share no base
-        raise DataError(f"not a valid ONNX file: {' '.join(str(error).split())}; export it again") from error
+        raise DataError(f"not a valid ONNX file: {_reason(error)}; export it again") from error
     names = [output.name for output in session.get_outputs()]
     if [each.name for each in session.get_inputs()] != [INPUT] or tuple(names) != OUTPUTS[: len(names)]:
         raise DataError("the ONNX file's inputs and outputs are not an export's; export it again")
 
     def run(images: Tensor) -> dict[str, Tensor]:
-        values = session.run(names, {INPUT: images.cpu().contiguous().numpy()})
+        try:
+            values = session.run(names, {INPUT: images.cpu().contiguous().numpy()})
+        except Exception as error:
+            raise DataError(f"the ONNX file cannot be computed: {_reason(error)}; export it again") from error
         return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
     return run
@@ -184,13 +187,15 @@ def run_torchscript(content: bytes, device: torch.device) -> Runner:
     try:
         with _torchscript():
             module = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"not a valid TorchScript archive: {reason}; export it again") from error
+    except Exception as error:  # its unpickler and its parser fail in many ways
+        raise DataError(f"not a valid TorchScript archive: {_reason(error)}; export it again") from error
 
     @torch.inference_mode()
     def run(images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(OUTPUTS, module(images.to(device)), strict=False))
+        try:
+            return dict(zip(OUTPUTS, module(images.to(device)), strict=False))
+        except Exception as error:
+            raise DataError(f"the TorchScript archive cannot be computed: {_reason(error)}; export it again") from error
 
     return run
 
@@ -251,6 +256,10 @@ def top1(runner: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         num_right += int((predicted == labels).sum())
         num_images += len(labels)
     return 100 * num_right / num_images
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _require(*names: str) -> None:

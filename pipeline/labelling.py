@@ -147,7 +147,10 @@ def label_view(teacher: Teacher, views: Views, view: int, topk: int = 0) -> View
     """
     parts = torch.split(torch.arange(views.num_samples), teacher.batch_size)
     with contextlib.closing(views.batches(view, parts)) as batches:
-        return teacher.answers((batch.images for batch in batches), topk)
+        try:
+            return teacher.answers((batch.images for batch in batches), topk)
+        except NumericalError as error:
+            raise NumericalError(f"view {view}, {error}") from None
 
 
 def top_classes(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from tests.interruptions import (
 from tests.tally import Tally
 
 DISTILL = ("distill", "--student", "titn", "--set", "epochs=4")
-NUM_TRIALS = {"teacher_select": 30, "distill": 50, "distill_over_a_former_result": 30}
+NUM_TRIALS = {"teacher_select": 30, "distill": 60, "distill_over_a_former_result": 30}
 
 
 def teacher_select(folder: Path) -> Tally:

@@ -73,7 +73,7 @@ class Interruptions:
             trial.signals.append((number, ended.code != 0))
             trial.wrong += [f"{each} at {moment:.3f} s" for each in self._check_stopped(number, ended)]
         ended = run(self.scratch, *self.arguments, before=save_often)
-        trial.wrong += self._check_end(ended)
+        trial.wrong += self.check_end(ended)
         trial.resumed = any("going on from epoch" in out for out in (*outs, ended.out))
         shutil.rmtree(self.scratch)
         return trial
@@ -84,7 +84,7 @@ class Interruptions:
         ended = run(self.scratch, *self.arguments, fault=Fault(at))
         wrong = [] if ended.code == -signal.SIGKILL else [f"alive: exit {ended.code}"]
         wrong += self._check_stopped(signal.SIGKILL, ended)
-        wrong += self._check_end(run(self.scratch, *self.arguments))
+        wrong += self.check_end(run(self.scratch, *self.arguments))
         shutil.rmtree(self.scratch)
         return wrong
 
@@ -104,10 +104,15 @@ class Interruptions:
 
     def _interrupt(self, number: int, seconds: float) -> Ended:
         """Start the command, and send it a signal some seconds after it has begun."""
-        command = self._start()
+        command, began = self._start(), time.monotonic()
         command.wait(seconds)
+        elapsed = time.monotonic() - began
         command.send(number)
-        return command.finish()
+        ended = command.finish()
+        if ended.code == 0 and elapsed < self.seconds:
+            # The machine was busier when it was measured; else most signals would come after the end.
+            self.seconds = (self.seconds + elapsed) / 2
+        return ended
 
     def _check_stopped(self, number: signal.Signals, ended: Ended) -> Iterator[str]:
         """Say what is wrong with how the command was stopped, and with what it left for others to see."""
@@ -131,7 +136,7 @@ class Interruptions:
             ):
                 yield f"mixed: {folder}"
 
-    def _check_end(self, ended: Ended) -> Iterator[str]:
+    def check_end(self, ended: Ended) -> Iterator[str]:
         """Say what is wrong after the last run."""
         if ended.code or ended.err:
             yield f"failed: exit {ended.code}, {ended.err}"

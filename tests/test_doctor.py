@@ -183,11 +183,11 @@ def test_a_signal_ends_it(empty: Project, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_torch_compile_is_tried_where_the_recipe_uses_it(empty: Project) -> None:
     empty.edit("vit: {}", "vit: {compile: true}")
-    assert "torch.compile works (students.vit)" in empty.run("doctor")
+    assert "torch.compile works (students.vit)" in empty.run_anew("doctor")
     without = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(empty.path / "cache")}
-    out = empty.run("doctor", code=1, **without)
+    out = empty.run_anew("doctor", code=1, **without)
     assert "compile: true of students.vit: torch.compile fails here" in out and "install a C++ compiler" in out
-    assert "was not tried" in empty.run("doctor", "--no-probe", **without)
+    assert "was not tried" in empty.run_anew("doctor", "--no-probe", **without)
 
 
 def test_weights_to_be_downloaded_are_a_warning(

@@ -233,6 +233,14 @@ def test_a_file_that_is_another_kind_is_refused_though_its_digest_fits(project: 
         load(project, format)
 
 
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_a_file_of_other_classes_is_refused(project: Project, images: torch.Tensor, format: str) -> None:
+    arguments = {**config(project)["arguments"], "num_classes": 3}
+    rewrite(project, class_names=["a", "b", "c"], arguments=arguments)
+    with pytest.raises(DataError, match="outputs"):
+        load(project, format)(images[:2])
+
+
 def test_torchscript_is_loaded_only_by_name(project: Project) -> None:
     entries = config(project)["files"]
     rewrite(project, files={"torchscript": entries["torchscript"]})

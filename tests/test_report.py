@@ -158,7 +158,7 @@ def test_a_run_whose_settings_have_changed_is_named_and_is_no_seed_of_the_recipe
     invoke(project, *REPORT, "--no-figures")
     assert table(project, "table-3")["titn"]["best top-1 %"] == "76.00 ± 1.41 (2)", "75 and 77"
     assert (
-        "titn was trained before params.yaml changed: epochs 20, now 600."
+        "titn was trained before params.yaml changed: epochs 20 -> 600."
         in (project.path / REPORTS / "report.md").read_text()
     )
 

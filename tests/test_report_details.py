@@ -228,22 +228,16 @@ def test_views_that_do_not_mix_are_shown_beside_each_other(trained: Project) -> 
     assert "either target %" not in (figures["teacher-on-views-plain"].data or Table("", (), ())).columns
 
 
-@pytest.mark.parametrize(
-    ("gone", "left"),
-    [
-        ("prepared", ["confusion-student", "confusion-teacher", "agreement"]),
-        ("labels", ["confusion-student", "confusion-teacher", "agreement", "attention-titn"]),
-        ("students", ["confusion-teacher", "teacher-on-views", "sample-views"]),
-    ],
-)
-def test_what_is_missing_leaves_out_what_it_is_needed_for(
-    trained: Project, tmp_path: Path, gone: str, left: list[str]
-) -> None:
-    shutil.copytree(trained.path, tmp_path / "project")
-    project = Project(tmp_path / "project")
-    shutil.rmtree(project.data / gone)
-    with opened(project) as (context, runs):
-        assert list(named(details(context, runs))[0]) == left
+def test_what_is_missing_leaves_out_what_it_is_needed_for(trained: Project, tmp_path: Path) -> None:
+    for gone, drawing in (("prepared", (teacher_on_views, attention)), ("labels", (teacher_on_views,))):
+        shutil.copytree(trained.path, tmp_path / gone)
+        project = Project(tmp_path / gone)
+        shutil.rmtree(project.data / gone)
+        with opened(project) as (context, runs):
+            assert runs.students and [draw(context, runs) for draw in drawing] == [[]] * len(drawing)
+    (tmp_path / "labels/data/smoke/students/titn/best.safetensors").unlink()
+    with opened(Project(tmp_path / "labels")) as (context, runs):
+        assert runs.students and attention(context, runs) == []
 
 
 def test_damaged_labels_are_named(trained: Project, tmp_path: Path) -> None:
@@ -254,7 +248,7 @@ def test_damaged_labels_are_named(trained: Project, tmp_path: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     with opened(project) as (context, runs), pytest.raises(DataError, match=r"default\.h5"):
-        details(context, runs)
+        teacher_on_views(context, runs)
 
 
 def test_labels_of_other_views_keep_nothing_else_from_the_report(trained: Project, tmp_path: Path) -> None:

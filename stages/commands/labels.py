@@ -21,7 +21,7 @@ def labels() -> None:
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a label file holds and where it comes from."""
-    from stages.label import inspect as run
+    from stages.label_checks import inspect as run
 
     require_exists(file)
     found = run(file)
@@ -48,7 +48,7 @@ def verify(
     margin: float | None,
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others."""
-    from stages.label import verify as run
+    from stages.label_checks import verify as run
 
     require_exists(file)
     context = open_context(recipe, device)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline import paper
 from pipeline.errors import DataError
 from pipeline.figures import Series, lines, smoothing
-from pipeline.reporting import Figure, Table, number
+from pipeline.reporting import Figure, Table, number, spread
 from stages.context import Context
 from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRun, FinishedRuns
@@ -42,6 +42,11 @@ class Curve:
             DataError: A curve is damaged.
         """
         return np.stack([_accuracies(run) for run in self.runs])
+
+    def highest(self) -> str:
+        """Return the highest top-1 in percent, of several runs the mean of theirs with its standard deviation."""
+        values = self.accuracies()
+        return spread([float(np.nanmax(row)) if np.isfinite(row).any() else None for row in values])
 
 
 def figures(context: Context, runs: FinishedRuns) -> list[Figure]:
@@ -134,8 +139,8 @@ def _figure(name: str, title: str, kind: str, curves: Sequence[Curve]) -> Figure
     has_paper = any(curve.reference is not None for curve in curves)
     legend = "highest, % (hollow: the paper's)" if has_paper else "highest, %"
     png = lines(series, x_label="epoch", y_label=f"{split} accuracy, %", legend=legend)
-    best = ", ".join(f"{one.name} {np.nanmax(one.y):.2f} %" for one in series if np.isfinite(one.y).any())
-    alt = f"Lines: {split} accuracy over the epochs, one line for each {kind}. Highest: {best}."
+    best = ", ".join(f"{curve.name} {curve.highest()}" for curve in curves)
+    alt = f"Lines: {split} accuracy over the epochs, one line for each {kind}. Highest, in percent: {best}."
     return Figure(name, title, png, alt, _note(curves, split, has_paper), _data(title, curves))
 
 
@@ -143,12 +148,9 @@ def _series(curve: Curve) -> Series:
     """Return a curve's mean over seeds, with one standard deviation as its band."""
     values = curve.accuracies()
     mean = values.mean(axis=0)
-    spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
-    highest = values.max(axis=1, where=np.isfinite(values), initial=0.0)
-    detail = f"{highest.mean():.2f}" + (f" ± {highest.std(ddof=1):.2f}" if len(values) > 1 else "")
-    if curve.reference is not None:
-        detail += f", paper {curve.reference:.2f}"
-    return Series(curve.name, np.arange(1.0, len(mean) + 1), mean, spread, curve.reference, detail)
+    band = values.std(axis=0, ddof=1) if len(values) > 1 else None
+    detail = curve.highest() + ("" if curve.reference is None else f", paper {curve.reference:.2f}")
+    return Series(curve.name, np.arange(1.0, len(mean) + 1), mean, band, curve.reference, detail)
 
 
 def _note(curves: Sequence[Curve], split: str, has_paper: bool) -> str:

@@ -15,6 +15,7 @@ from pipeline.recipes import Recipe
 from pipeline.storage import read_json
 from stages.paths import Paths
 from stages.runs import OUTPUTS
+from stages.staleness import differences
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,12 @@ class FinishedRuns:
     def outdated(self, run: FinishedRun) -> list[str]:
         """Say which settings of one of the recipe's own runs params.yaml has changed since."""
         now = self.recipe.teachers.get(run.name) if run.kind == "teacher" else self.recipe.students.get(run.name)
-        then = (read_meta(run.directory) or {}).get("training")
-        if now is None or not isinstance(then, dict):
+        meta = read_meta(run.directory)
+        if now is None or meta is None or not isinstance(meta.get("training"), dict):
             return []
-        fields = dataclasses.asdict(now)
-        return [f"{key} {then[key]}, now {fields[key]}" for key in fields if then.get(key, fields[key]) != fields[key]]
+        # A field of a later version has no former value.
+        wanted = {key: value for key, value in dataclasses.asdict(now).items() if key in meta["training"]}
+        return differences(meta, {"training": wanted})
 
 
 def _finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
