@@ -148,7 +148,7 @@ def printable(text: str) -> str:
 
 def markdown_text(text: str) -> str:
     """Return text of one line that Markdown shows as it is; an underscore within a word needs no escape."""
-    text = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\|*`\[\]~]|\b_|_\b)", r"\\\1", text)
 
 

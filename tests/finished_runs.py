@@ -47,6 +47,7 @@ def finished(
         "epochs": len(curve), "batch_size": 1024, "precision": "fp32", "optimizer": "sgd", "lr": 0.1, "views": None,
         "teacher": None, "best": best, "last": {**best, "epoch": len(curve)}, "test": best, "warnings": [],
         "num_train": 50000, "num_test": 10000, "distilled": False, "soft": None, "confidence": False, "parameters": 1,
+        "at_chance": False,
         **metrics,
     }  # fmt: skip
     (out / "metrics.json").write_text(json.dumps(content))

@@ -158,7 +158,7 @@ def test_a_run_whose_settings_have_changed_is_named_and_is_no_seed_of_the_recipe
     invoke(project, *REPORT, "--no-figures")
     assert table(project, "table-3")["titn"]["best top-1 %"] == "76.00 ± 1.41 (2)", "75 and 77"
     assert (
-        "titn was trained before params.yaml changed: epochs 20, now 600."
+        "titn was trained before params.yaml changed: epochs 20 -> 600."
         in (project.path / REPORTS / "report.md").read_text()
     )
 
@@ -177,8 +177,21 @@ def test_rows_stay_where_nothing_has_been_run(tmp_path: Path) -> None:
 
 
 def test_a_damaged_run_is_refused_by_its_file(project: Project) -> None:
-    (project.path / "data/cifar100/students/titn/metrics.json").write_text("{")
-    assert "students/titn/metrics.json" in invoke(project, *REPORT, code=3)
+    data = project.path / "data/cifar100"
+    file = data / "students/titn/metrics.json"
+    whole = json.loads(file.read_text())
+    for text, wrong in (
+        ("{", "metrics.json"), ("[]", "not an object"),
+        (json.dumps({**whole, "epochs": "many"}), "epochs: 'many'"),
+        (json.dumps({key: value for key, value in whole.items() if key != "warnings"}), "no warnings"),
+        (json.dumps({**whole, "best": {"epoch": 1}}), "best: no top1"),
+    ):  # fmt: skip
+        file.write_text(text)
+        error = invoke(project, *REPORT, code=3)
+        assert "students/titn/metrics.json" in error and wrong in error
+    file.write_text(json.dumps(whole))
+    (data / "selection.json").write_text("[1]")
+    assert "selection.json: not an object; run `pipeline select`" in invoke(project, *REPORT, code=3)
 
 
 def test_data_that_the_paper_has_not_get_the_form_without_its_columns(tmp_path: Path) -> None:

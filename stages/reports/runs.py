@@ -15,6 +15,39 @@ from pipeline.recipes import Recipe
 from pipeline.storage import read_json
 from stages.paths import Paths
 from stages.runs import OUTPUTS
+from stages.staleness import differences
+
+Form = Mapping[str, Any]
+NUMBER = (int, float)
+SCORES = {"epoch": int, "top1": NUMBER}
+METRICS: Form = {
+    "name": str, "kind": str, "seed": int, "evaluated_on": str, "best": SCORES, "last": SCORES, "test": SCORES,
+    "epochs": int, "batch_size": int, "precision": str, "num_train": int, "num_test": int, "parameters": int,
+    "distilled": bool, "at_chance": bool, "warnings": list,
+}  # fmt: skip
+ENVIRONMENT: Form = {"device": str, "seconds": NUMBER, "date": str, "versions": {"torch": str}}
+"""What a report needs of metrics.json and run.json at least."""
+
+
+def misfit(content: object, form: Form) -> str | None:
+    """Say which field of a JSON value is missing or of a wrong kind; None where all fit.
+
+    Args:
+        content: The value, which must be an object.
+        form: Field, then its type, its types, or the form of the object that it is.
+    """
+    if not isinstance(content, dict):
+        return "not an object"
+    for key, kind in form.items():
+        if key not in content:
+            return f"no {key}"
+        if isinstance(kind, Mapping):
+            inner = misfit(content[key], kind)
+            if inner is not None:
+                return f"{key}: {inner}"
+        elif not isinstance(content[key], kind):
+            return f"{key}: {str(content[key])[:40]!r}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -41,9 +74,10 @@ class FinishedRun:
         if not all((directory / name).is_file() for name in OUTPUTS):
             return None
         metrics, environment = read_json(directory / "metrics.json"), read_json(directory / "run.json")
-        for file, content in (("metrics.json", metrics), ("run.json", environment)):
-            if not isinstance(content, dict):
-                raise DataError(f"{directory / file}: not an object; train the model again")
+        for file, content, form in (("metrics.json", metrics, METRICS), ("run.json", environment, ENVIRONMENT)):
+            wrong = misfit(content, form)
+            if wrong is not None:
+                raise DataError(f"{directory / file}: {wrong}; train the model again")
         return cls(directory, metrics, environment)
 
     @property
@@ -125,7 +159,7 @@ class FinishedRuns:
             teachers=_finished({name: paths.teacher(name) for name in recipe.teachers}),
             students=_finished({name: paths.student(name) for name in recipe.students}),
             others=_finished({path.name: path for path in others}),
-            winner=str(read_json(paths.selection)["winner"]) if paths.selection.is_file() else None,
+            winner=_winner(paths.selection),
         )
 
     def seeds(self, name: str) -> list[FinishedRun]:
@@ -141,11 +175,21 @@ class FinishedRuns:
     def outdated(self, run: FinishedRun) -> list[str]:
         """Say which settings of one of the recipe's own runs params.yaml has changed since."""
         now = self.recipe.teachers.get(run.name) if run.kind == "teacher" else self.recipe.students.get(run.name)
-        then = (read_meta(run.directory) or {}).get("training")
-        if now is None or not isinstance(then, dict):
+        meta = read_meta(run.directory)
+        if now is None or meta is None or not isinstance(meta.get("training"), dict):
             return []
-        fields = dataclasses.asdict(now)
-        return [f"{key} {then[key]}, now {fields[key]}" for key in fields if then.get(key, fields[key]) != fields[key]]
+        # A field of a later version has no former value.
+        wanted = {key: value for key, value in dataclasses.asdict(now).items() if key in meta["training"]}
+        return differences(meta, {"training": wanted})
+
+
+def _winner(path: Path) -> str | None:
+    """Read the selected teacher's name from selection.json."""
+    selection = read_json(path) if path.is_file() else None
+    wrong = None if selection is None else misfit(selection, {"winner": str})
+    if wrong is not None:
+        raise DataError(f"{path}: {wrong}; run `pipeline select`")
+    return None if selection is None else str(selection["winner"])
 
 
 def _finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
