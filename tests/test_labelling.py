@@ -93,7 +93,7 @@ def test_a_replay_names_view_sample_labels_and_margin() -> None:
     teacher, views = make_teacher(), make_views()
     cache = make_cache(teacher, views)
     everything = [(view, sample) for view in range(3) for sample in range(NUM_SAMPLES)]
-    assert replay(cache, teacher, views, everything) == Replay([], None)
+    assert replay(cache, teacher, views, everything) == Replay(len(everything), [], None)
     labels = np.array(cache.labels)
     labels[1, 5] = (labels[1, 5] + 1) % NUM_CLASSES
     [difference] = replay(dataclasses.replace(cache, labels=labels), teacher, views, everything).differences
