@@ -115,7 +115,7 @@ def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
 def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
-    except Exception as error:  # a hostile header can make the reader raise anything
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{file}: not a safetensors file ({reason}); run its stage again") from error
 

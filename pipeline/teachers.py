@@ -159,7 +159,7 @@ def _read(path: str) -> StateDict:
     """Read a state dict from a file."""
     if not Path(path).exists():
         raise UsageError(f"weights {path!r} does not exist; choose imagenet, none or the path of a state dict")
-    if not Path(path).is_file():
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # a device might not end
         raise DataError(f"weights {path!r} is not a file; choose imagenet, none or the path of a state dict")
     try:
         content = Path(path).read_bytes()

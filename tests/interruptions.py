@@ -78,6 +78,18 @@ class Interruptions:
         shutil.rmtree(self.scratch)
         return trial
 
+    def stopped_at_step(self, step: int) -> list[str]:
+        """Stop the command in a step of training, and let it go on; return what went wrong."""
+        shutil.copytree(self.project.path, self.scratch)
+        ended = run(self.scratch, *self.arguments, before=functools.partial(stop_at_step, step))
+        wrong = [] if ended.code == 128 + signal.SIGTERM else [f"code: exit {ended.code}"]
+        wrong += self._check_stopped(signal.SIGTERM, ended)
+        ended = run(self.scratch, *self.arguments)
+        wrong += [] if "going on from epoch" in ended.out else ["lost: begins anew"]
+        wrong += self.check_end(ended)
+        shutil.rmtree(self.scratch)
+        return wrong
+
     def killed_at(self, at: int) -> list[str]:
         """Kill the command before a call that changes files, and let it run again; return what went wrong."""
         shutil.copytree(self.project.path, self.scratch)

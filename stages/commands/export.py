@@ -61,7 +61,7 @@ def export(
         console, real = open_console(), from_folder(data, inputs, labelled=int8)
     else:
         own = found.meta.get("recipe")
-        context = open_context(recipe or (own if isinstance(own, str) else None))
+        context = open_context(own if recipe is None and isinstance(own, str) else recipe)
         console, real = context.console, from_recipe(context, inputs)
 
     def say(line: str) -> None:
