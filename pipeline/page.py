@@ -130,7 +130,13 @@ def _item(name: str, item: Item) -> str:
         return f'<article class="table{short}" id="{name}">{heading}{_table(item)}{note}</article>'
     source = base64.b64encode(item.png).decode()
     picture = f'<img src="data:image/png;base64,{source}" alt="{_text(item.alt)}">'
-    return f'<article class="figure" id="{name}">{heading}{picture}{note}</article>'
+    tall = " tall" if _is_tall(item.png) else ""
+    return f'<article class="figure{tall}" id="{name}">{heading}{picture}{note}</article>'
+
+
+def _is_tall(png: bytes) -> bool:
+    """Whether a picture is higher than wide, by the PNG's header."""
+    return int.from_bytes(png[20:24], "big") > int.from_bytes(png[16:20], "big")
 
 
 def _table(table: Table) -> str:
@@ -239,6 +245,8 @@ td.none { color: #666; font-style: italic; }
   h2, h3 { break-after: avoid; }
   article.figure, article.missing, article.short, tr { break-inside: avoid; }
   article.figure img { width: auto; max-height: 140mm; }
+  @page upright { size: A4 portrait; margin: 12mm; }
+  @supports (page: upright) { article.tall, h2:has(+ .tall) { page: upright; } article.tall img { max-height: 225mm; } }
   .wide { overflow: visible; }
   .note { font-size: 7.5pt; max-width: none; break-before: avoid; }
   thead { display: table-header-group; }
