@@ -294,7 +294,7 @@ def test_a_running_variance_that_is_not_finite_is_not_kept_though_its_logits_are
             self.calls += self.training
             logits: Tensor = self.inner(images)
             if self.calls == 8:
-                self.inner[1].running_var.fill_(math.inf)
+                self.inner[1].running_var = torch.full((6,), math.inf)
             return logits
 
     with pytest.raises(NumericalError, match=r"epoch 2, after step 4: inner\.1\.running_var is not finite"):
