@@ -117,7 +117,12 @@ def test_every_number_at_every_moment_of_every_command_ends_training(
         pytest.param(
             1, math.nan, ("epoch 1, evaluation: a logit", "no epoch was finished before"), marks=pytest.mark.slow
         ),
-        (2, math.inf, ("epoch 2, evaluation: a logit", "the best epoch so far (1) is kept in data/work/")),
+        pytest.param(
+            2,
+            math.inf,
+            ("epoch 2, evaluation: a logit", "the best epoch so far (1) is kept in data/work/"),
+            marks=pytest.mark.slow,
+        ),
         (3, math.nan, ("test split, evaluation: a logit", "is kept in data/work/")),
     ],
 )
@@ -137,6 +142,7 @@ def test_a_teacher_that_is_asked_and_fails_ends_its_student(setting: Setting) ->
     assert "epoch 2, labelling: a logit of the teacher" in ended.err and "is kept in data/work/" in ended.err
 
 
+@pytest.mark.slow
 def test_variances_that_overflow_are_neither_kept_nor_evaluated(setting: Setting) -> None:
     """Batch norm divides by an infinite variance: what comes out is 0, and finite."""
     arguments, steps = COMMANDS["teacher with batch norm"]

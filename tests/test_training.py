@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batches import Batch, EvaluationData, TeacherLabels, TrainingData, epoch_order, split_batches
-from pipeline.checkpoints import RunState
+from pipeline.checkpoints import RunState, load_checkpoint
 from pipeline.distributed import ALONE, Group
 from pipeline.errors import Interrupted, NumericalError
 from pipeline.evaluation import evaluate
@@ -282,6 +282,25 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_rate(tmp_path: Path) -> 
     kept = tmp_path / "last-good.safetensors"
     assert str(kept) in message
     assert kept.is_file()
+
+
+def test_a_running_variance_that_is_not_finite_is_not_kept_though_its_logits_are(tmp_path: Path) -> None:
+    class Overflow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = small_model(), 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += self.training
+            logits: Tensor = self.inner(images)
+            if self.calls == 8:
+                self.inner[1].running_var = torch.full((6,), math.inf)
+            return logits
+
+    with pytest.raises(NumericalError, match=r"epoch 2, after step 4: inner\.1\.running_var is not finite"):
+        run(tmp_path, model=Overflow())
+    kept = load_checkpoint(tmp_path / "last-good.safetensors").tensors
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
