@@ -142,14 +142,13 @@ def carry_out(
             ).run()
             last = _take_best(run, group, model, result)
             test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
-            predictions = Predictions.of(test)
             try:
-                scores = evaluate(model, test, precision=how.precision, group=group, predictions=predictions)
+                scores, predictions = _score(model, test, how, group)
             except NumericalError as error:
                 raise NumericalError(f"test split, {error}; {keep_best(state, result, group)}") from None
 
             def end() -> None:
-                metrics = _metrics(run, dataset, result, dataclasses.asdict(scores), how.precision)
+                metrics = _metrics(run, dataset, result, scores, how.precision)
                 where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
                 where["seconds"] = round(time.monotonic() - began, 1)
                 _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
@@ -195,6 +194,13 @@ def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> d
         model.load_state_dict(result.best)
     group.broadcast_(model.state_dict().values())
     return last
+
+
+def _score(model: nn.Module, test: EvaluationData, how: Execution, group: Group) -> tuple[dict[str, Any], Predictions]:
+    """Return the fields of pipeline.metrics.Scores, and what the model says of each image."""
+    predictions = Predictions.of(test)
+    scores = evaluate(model, test, precision=how.precision, group=group, predictions=predictions)
+    return dataclasses.asdict(scores), predictions
 
 
 def _metrics(
