@@ -26,7 +26,7 @@ def make_canaries(views: Views, count: int) -> list[Canary]:
     """Return pixel digests of a few samples of the first, middle and last of `count` views."""
     samples = np.linspace(0, views.num_samples - 1, min(NUM_CANARY_SAMPLES, views.num_samples)).astype(np.int64)
     return [
-        Canary(view=view, samples=tuple(samples.tolist()), sha256=views.canary_digest(view, samples))
+        Canary(view=view, samples=tuple(samples.tolist()), sha256=views.digest(view, samples).hex())
         for view in sorted({0, (count - 1) // 2, count - 1})
     ]
 
@@ -34,7 +34,7 @@ def make_canaries(views: Views, count: int) -> list[Canary]:
 def check_canaries(cache: LabelCache, views: Views) -> int | None:
     """Return the first canary view whose pixels are no longer what was labelled, or None."""
     for canary in cache.canaries:
-        if views.canary_digest(canary.view, np.array(canary.samples, dtype=np.int64)) != canary.sha256:
+        if views.digest(canary.view, np.array(canary.samples, dtype=np.int64)).hex() != canary.sha256:
             return canary.view
     return None
 

@@ -218,32 +218,19 @@ class Views:
             drawn |= {"partner": opened.mix.rows, "lambda": opened.mix.lam.cpu().numpy()}
         return drawn
 
-    def digest(self, view: int) -> bytes:
-        """Hash the pixels of a whole view.
+    def digest(self, view: int, indices: NDArray[np.int64] | None = None) -> bytes:
+        """Hash the pixels of a view, or of a few of its samples, by which a change is noticed cheaply.
 
         Args:
             view: View index, at least 0.
+            indices: `(B,)` int64 in [0, N); None for all.
 
         Returns:
-            32 bytes: SHA-256 of the mixed images `(N, 3, H, W)`, uint8, in C order.
+            32 bytes: SHA-256 of the mixed images `(B, 3, H, W)`, uint8, in C order.
         """
-        self.prepare(view)
-        return self._hash(view, np.arange(self.num_samples))
-
-    def canary_digest(self, view: int, indices: NDArray[np.int64]) -> str:
-        """Hash the pixels of a few samples, to notice cheaply that a view is no longer what it was.
-
-        Args:
-            view: View index, at least 0.
-            indices: `(B,)` int64 in [0, N).
-
-        Returns:
-            64 hexadecimal digits: SHA-256 of the mixed images `(B, 3, H, W)`, uint8, in C order.
-        """
-        return self._hash(view, indices).hex()
-
-    def _hash(self, view: int, indices: NDArray[np.int64]) -> bytes:
-        """SHA-256 of some samples' pixels, rendered a batch at a time."""
+        if indices is None:
+            self.prepare(view)
+            indices = np.arange(self.num_samples)
         sha256 = hashlib.sha256()
         for start in range(0, len(indices), CPU_CHUNK):
             images = self.batch(view, indices[start : start + CPU_CHUNK]).images
