@@ -248,16 +248,16 @@ def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]
 
 
 def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
-    """Say what was drawn for an image: a line of geometry, one of jitter, one for each operation of AutoAugment."""
+    """Say what was drawn for an image, in lines short enough to stand below it."""
     own = {name: values[index] for name, values in drawn.items()}
-    moved = [f"crop {own['crop'][0]:+d},{own['crop'][1]:+d}"] if "crop" in own else []
-    moved += ["flip"] if own.get("flip") else []
-    moved += [f"{own['rotation']:+.0f}°"] if "rotation" in own else []
+    framed = [f"crop {own['crop'][0]:+d},{own['crop'][1]:+d}"] if "crop" in own else []
+    framed += ["flip"] if own.get("flip") else []
+    moved = [f"{own['rotation']:+.0f}°"] if "rotation" in own else []
     moved += [f"by {own['translate'][0]:+d},{own['translate'][1]:+d}"] if "translate" in own else []
-    moved += [f"×{own['scale']:.2f}"] if "scale" in own else []
-    moved += [f"shear {own['shear']:+.0f}°"] if "shear" in own else []
-    colours = [f"{name} ×{own[name]:.2f}" for name in ("brightness", "contrast") if name in own]
-    lines = [", ".join(each) for each in (moved, colours) if each]
+    formed = [f"×{own['scale']:.2f}"] if "scale" in own else []
+    formed += [f"shear {own['shear']:+.0f}°"] if "shear" in own else []
+    lines = [", ".join(each) for each in (framed, moved, formed) if each]
+    lines += [f"{name} ×{own[name]:.2f}" for name in ("brightness", "contrast") if name in own]
     applied = zip(own["operations"], own["magnitudes"], strict=True) if "operations" in own else []
     lines += [_strength(int(operation), float(value)) for operation, value in applied if operation >= 0]
     return lines
