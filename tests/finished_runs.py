@@ -20,6 +20,11 @@ ENVIRONMENT = {
     "versions": {"torch": "2.6"},
 }  # fmt: skip
 
+SCORES = {
+    "top5": 90.0, "precision": 0.5, "recall": 0.5, "f1": 0.5, "class_top1": 50.0, "distillation_top1": None,
+    "agreement": None,
+}  # fmt: skip
+
 
 def recipe(name: str) -> Recipe:
     return load_params(ROOT / "params.yaml").recipes[name]
@@ -41,13 +46,13 @@ def finished(
     out = folder / label
     out.mkdir(parents=True)
     known = [value for value in curve if value is not None]
-    best = {"epoch": curve.index(max(known)) + 1 if known else 1, "top1": max(known, default=0.0)}
+    best = {**SCORES, "epoch": curve.index(max(known)) + 1 if known else 1, "top1": max(known, default=0.0)}
     content = {
         "name": name, "kind": kind, "differs": dict(differs or {}), "seed": seed, "evaluated_on": "test",
         "epochs": len(curve), "batch_size": 1024, "precision": "fp32", "optimizer": "sgd", "lr": 0.1, "views": None,
         "teacher": None, "best": best, "last": {**best, "epoch": len(curve)}, "test": best, "warnings": [],
         "num_train": 50000, "num_test": 10000, "distilled": False, "soft": None, "confidence": False, "parameters": 1,
-        "at_chance": False,
+        "at_chance": False, "paper_gmacs_1024": 1.0, "flops_per_image": 1,
         **metrics,
     }  # fmt: skip
     (out / "metrics.json").write_text(json.dumps(content))

@@ -25,6 +25,7 @@ NUM_IMAGES = 10_000
 NUM_FOLDERS = 60
 NUM_CHECKPOINTS = 1_000
 NUM_PREPARED = 500
+NUM_RESULTS = 1_000
 
 
 def command_lines(folder: Path, kind: str) -> Tally:
@@ -78,6 +79,13 @@ def prepared_data(folder: Path) -> Tally:
     return fuzz_prepared(Project(folder / "project"), NUM_PREPARED, random.Random(5))
 
 
+def results(folder: Path) -> Tally:
+    from tests import report_project
+    from tests.fuzz_results import fuzz_results
+
+    return fuzz_results(report_project.create(folder / "project"), NUM_RESULTS, random.Random(6))
+
+
 PARTS: dict[str, Callable[[Path], Tally]] = {
     "params": params,
     "command_lines_outside_a_project": lambda folder: command_lines(folder, "nothing"),
@@ -87,6 +95,7 @@ PARTS: dict[str, Callable[[Path], Tally]] = {
     "folders": folders,
     "checkpoints": checkpoints,
     "prepared_data": prepared_data,
+    "results": results,
 }
 
 

@@ -160,7 +160,8 @@ def worst_classes(student: Answers, teacher: Answers | None) -> Table:
         confused = f"{scores.confused_with} ({scores.num_confused})" if scores.confused_with is not None else "-"
         row = [scores.name, str(scores.support), _percent(scores.recall), _percent(scores.precision), confused]
         if beside:
-            row += [_percent(beside[scores.name].recall), _percent(beside[scores.name].precision)]
+            teachers = beside.get(scores.name)  # none of a class that is no target and that it never predicts
+            row += [_percent(teachers.recall), _percent(teachers.precision)] if teachers else ["-", "-"]
         rows.append(row)
     count = min(NUM_WORST, len(student.names))
     what = "All classes" if count == len(student.names) else f"The {count} worst classes"

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import paper
-from pipeline.errors import DataError
 from pipeline.figures import Series, lines, smoothing
 from pipeline.reporting import Figure, Table, number, spread
 from stages.context import Context
@@ -122,12 +121,7 @@ def _curves(runs: FinishedRuns, names: Iterable[str], reported: Mapping[str, pap
 
 def _accuracies(run: FinishedRun) -> NDArray[np.float64]:
     """Return a run's top-1 by epoch, `(E,)` percent; NaN where there is none."""
-    try:
-        values = [row["top1"] for row in run.curve()]
-    except (KeyError, TypeError, ValueError):
-        values = []
-    if len(values) != run.metrics["epochs"]:
-        raise DataError(f"{run.directory / 'curve.csv'}: not a curve of {run.metrics['epochs']} epochs; train again")
+    values = [row["top1"] for row in run.curve()]
     return np.array([np.nan if value is None else value for value in values])
 
 

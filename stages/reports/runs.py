@@ -19,12 +19,18 @@ from stages.staleness import differences
 
 Form = Mapping[str, Any]
 NUMBER = (int, float)
-SCORES = {"epoch": int, "top1": NUMBER}
+MAYBE = (int, float, type(None))
+SCORES = {
+    "epoch": int, "top1": NUMBER, "top5": NUMBER, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER,
+    "class_top1": NUMBER, "distillation_top1": MAYBE, "agreement": MAYBE,
+}  # fmt: skip
 METRICS: Form = {
     "name": str, "kind": str, "seed": int, "evaluated_on": str, "best": SCORES, "last": SCORES, "test": SCORES,
-    "epochs": int, "batch_size": int, "precision": str, "num_train": int, "num_test": int, "parameters": int,
-    "distilled": bool, "at_chance": bool, "warnings": list,
+    "epochs": int, "batch_size": int, "optimizer": str, "lr": NUMBER, "precision": str, "views": MAYBE, "soft": MAYBE,
+    "num_train": int, "num_test": int, "parameters": int, "paper_gmacs_1024": NUMBER, "flops_per_image": NUMBER,
+    "distilled": bool, "at_chance": bool, "warnings": list, "differs": dict, "teacher": (dict, type(None)),
 }  # fmt: skip
+TEACHER: Form = {"name": str, "sha256": str, "top1": NUMBER}
 ENVIRONMENT: Form = {"device": str, "seconds": NUMBER, "date": str, "versions": {"torch": str}}
 """What a report needs of metrics.json and run.json at least."""
 
@@ -76,6 +82,9 @@ class FinishedRun:
         metrics, environment = read_json(directory / "metrics.json"), read_json(directory / "run.json")
         for file, content, form in (("metrics.json", metrics, METRICS), ("run.json", environment, ENVIRONMENT)):
             wrong = misfit(content, form)
+            if wrong is None and content.get("teacher") is not None:
+                inner = misfit(content["teacher"], TEACHER)
+                wrong = inner and f"teacher: {inner}"
             if wrong is not None:
                 raise DataError(f"{directory / file}: {wrong}; train the model again")
         return cls(directory, metrics, environment)
@@ -109,19 +118,39 @@ class FinishedRun:
         return (*same, teacher["sha256"] if teacher else None)
 
     def curve(self) -> list[dict[str, float | None]]:
-        """Read one row for each epoch: epoch (from 1), lr, train_loss and the fields of pipeline.metrics.Scores."""
-        return [
-            {key: float(value) if value else None for key, value in row.items()}
-            for row in self._rows(self.directory / "curve.csv")
-        ]
+        """Read one row for each epoch: epoch (from 1), lr, train_loss and the fields of pipeline.metrics.Scores.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        file, epochs = self.directory / "curve.csv", self.metrics["epochs"]
+        rows = self._rows(file)
+        try:
+            curve = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+        except ValueError:
+            curve = []
+        if len(curve) != epochs or any("top1" not in row for row in curve):
+            raise DataError(f"{file}: not a curve of {epochs} epochs; train the model again")
+        return curve
 
     def predictions(self) -> list[dict[str, str]]:
-        """Read one row for each test image, with pipeline.evaluation.PREDICTION_COLUMNS."""
+        """Read one row for each test image, with pipeline.evaluation.PREDICTION_COLUMNS.
+
+        Raises:
+            DataError: The file is damaged.
+        """
         return self._rows(self.directory / "predictions.csv")
 
     def _rows(self, path: Path) -> list[dict[str, str]]:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        """Read a CSV file, each row as wide as the headings."""
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: no CSV file ({error}); train the model again") from None
+        if any(None in row or None in row.values() for row in rows):
+            raise DataError(f"{path}: a row is not as wide as the headings; train the model again")
+        return rows
 
 
 @dataclass(frozen=True)
