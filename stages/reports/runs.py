@@ -31,7 +31,9 @@ METRICS: Form = {
     "distilled": bool, "at_chance": bool, "warnings": list, "differs": dict, "teacher": (dict, type(None)),
 }  # fmt: skip
 TEACHER: Form = {"name": str, "sha256": str, "top1": NUMBER}
-ENVIRONMENT: Form = {"device": str, "seconds": NUMBER, "date": str, "versions": {"torch": str}}
+ENVIRONMENT: Form = {
+    "device": str, "seconds": NUMBER, "commit": (str, type(None)), "date": str, "versions": {"torch": str},
+}  # fmt: skip
 """What a report needs of metrics.json and run.json at least."""
 
 
