@@ -74,7 +74,8 @@ def to_html(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     contents, bodies = [], []
     for index, section in enumerate(sections, 1):
         entries = [(next(names), item) for item in section.items]
-        lines = "".join(f'<li><a href="#{name}">{_text(item.title)}</a></li>' for name, item in entries)
+        first = {item.title: name for name, item in reversed(entries)}  # a figure's table has its title
+        lines = "".join(f'<li><a href="#{name}">{_text(each)}</a></li>' for each, name in reversed(first.items()))
         contents.append(f'<li><a href="#section-{index}">{_text(section.title)}</a><ul>{lines}</ul></li>')
         body = "".join(_item(name, item) for name, item in entries)
         text = f"<p>{_text(section.text)}</p>" if section.text else ""
