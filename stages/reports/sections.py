@@ -123,7 +123,9 @@ def lead(runs: FinishedRuns, *, tracked_only: bool) -> str:
         )
     parts.append("The paper is arXiv:2502.16762; a difference is ours less the paper's.")
     if tracked_only:
-        parts.append("Runs in data/runs are left out, since DVC does not track them; pipeline report without --tracked-only shows them.")
+        parts.append(
+            "Runs in data/runs are left out, since DVC does not track them; without --tracked-only they are shown."
+        )
     return " ".join(parts)
 
 
