@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints import read_meta
+from pipeline.errors import DataError
 
 NOT_TRAINED = "not trained"
 MAX_NAMED = 3
@@ -26,7 +27,10 @@ def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mappi
         fingerprint: Of everything that decides the result.
         expected: The same as plain JSON values, as far as the checkpoint's JSON keeps it.
     """
-    meta = read_meta(out)
+    try:
+        meta = read_meta(out)
+    except DataError:
+        return "its checkpoint is damaged"  # what runs the stage again must not be stopped by it
     if meta is None:
         return "a checkpoint without its other files" if any((out / name).exists() for name in files) else NOT_TRAINED
     missing = [name for name in files if not (out / name).is_file()]

@@ -76,6 +76,17 @@ def test_a_result_that_is_made_again_says_why(project: Project) -> None:
     assert "vit: trains again (epochs 2 -> 1)" in invoke(project, "distill", "--student", "vit")
 
 
+@pytest.mark.parametrize("damage", ['{"seed": 0}', "{"])
+def test_a_damaged_checkpoint_is_trained_again(project: Project, damage: str) -> None:
+    student = project.data / "students/vit"
+    before = (student / "best.safetensors").read_bytes()
+    (student / "best.json").write_text(damage)
+    assert "its checkpoint is damaged" in dry(project, "distill", "--student", "vit")
+    assert "vit: trains again (its checkpoint is damaged)" in invoke(project, "distill", "--student", "vit")
+    assert (student / "best.safetensors").read_bytes() == before
+    assert "vit: up to date" in invoke(project, "distill", "--student", "vit")
+
+
 def test_labels_of_other_views_are_labelled_again(project: Project) -> None:
     project.edit("count: 2\n        seed: 0", "count: 2\n        seed: 5")
     out = dry(project, "label")
