@@ -19,9 +19,9 @@ INNER_BLOCKS = ("auto", "plain", "fused")
 MAX_VIEWS = 100_000
 
 
-def _number(low: float, high: float, default: Any = dataclasses.MISSING) -> Any:
-    """A field holding a number in [low, high]."""
-    return dataclasses.field(default=default, metadata={"range": (low, high)})
+def _number(low: float, high: float, default: Any = dataclasses.MISSING, *, later: bool = False) -> Any:
+    """A field holding a number in [low, high]; `later` as `deciding_values` explains."""
+    return dataclasses.field(default=default, metadata={"range": (low, high), "later": later})
 
 
 def _choice(choices: tuple[str, ...], default: Any = dataclasses.MISSING) -> Any:
@@ -149,6 +149,9 @@ class StudentRecipe(FitRecipe):
         num_heads: Heads of the outer attention.
         pixel_width: Width c of the inner tokens (tnt and titn).
         pixel_heads: Heads of the inner attention (tnt and titn).
+        soft: Temperature of soft distillation, T; 0 learns from the argmax. The label cache must keep probabilities.
+        ema: Share of the old value that an exponential moving average of the weights keeps in each step; the average
+            is what is evaluated and kept. 0 keeps none.
         inner_block: How inner blocks are computed (tnt and titn): `plain`, by PyTorch's own operations; `fused`, in
             C++ on a CPU or Triton on CUDA; `auto`: fused where it is available.
         micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
@@ -166,7 +169,22 @@ class StudentRecipe(FitRecipe):
     pixel_width: int = _number(1, 1024, 12)
     pixel_heads: int = _number(1, 256, 2)
     micro_batch: int = _number(0, 1_000_000, 0)
+    soft: float = _number(0.0, 1000.0, 0.0, later=True)
+    ema: float = _number(0.0, 0.999999, 0.0, later=True)
     inner_block: str = _choice(INNER_BLOCKS, "auto")
+
+
+def deciding_values(recipe: FitRecipe) -> dict[str, Any]:
+    """Return a recipe's fields as plain values, for what decides a run's result.
+
+    A field that came after models had been trained is left out while it has its default, which does what was done
+    before: so they stay up to date.
+    """
+    return {
+        field.name: getattr(recipe, field.name)
+        for field in dataclasses.fields(recipe)
+        if not (field.metadata.get("later") and getattr(recipe, field.name) == field.default)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pipeline
 from pipeline.checkpoints import RunState, fingerprint
 from pipeline.errors import StorageError
-from pipeline.recipes import FitRecipe
+from pipeline.recipes import FitRecipe, deciding_values
 from pipeline.storage import lock, remove_leftovers
 from stages.paths import Paths
 from stages.staleness import why_stale
@@ -64,7 +63,7 @@ class Run:
         """SHA-256 of everything that decides the result, the code's version included."""
         return fingerprint(
             model=dict(self.description),
-            recipe=dataclasses.asdict(self.recipe),
+            recipe=deciding_values(self.recipe),
             seed=self.seed,
             inputs=dict(self.inputs),
             version=pipeline.__version__,
@@ -73,7 +72,7 @@ class Run:
     @property
     def decided_by(self) -> dict[str, Any]:
         """What decides the result, as the checkpoint's JSON keeps it."""
-        own = {"training": dataclasses.asdict(self.recipe), "seed": self.seed, "inputs": dict(self.inputs)}
+        own = {"training": deciding_values(self.recipe), "seed": self.seed, "inputs": dict(self.inputs)}
         return {**self.description, **own, "version": pipeline.__version__}
 
     def why_stale(self) -> str | None:

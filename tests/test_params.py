@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
 from pipeline.params import load_params, override, parse_params
-from pipeline.recipes import StudentRecipe
+from pipeline.recipes import StudentRecipe, deciding_values
 
 FILE = Path(__file__).parent.parent / "params.yaml"
 TREE = yaml.safe_load(FILE.read_text())
@@ -188,3 +188,12 @@ def test_overrides_are_checked_like_the_file() -> None:
     ):
         with pytest.raises(UsageError, match=words):
             override(recipe, settings_, "titn")
+
+
+def test_a_later_field_at_its_default_leaves_former_results_up_to_date() -> None:
+    """What was trained before `ema` and `soft` were fields decides the same as what is trained without them."""
+    plain = StudentRecipe(model="titn", epochs=1, batch_size=8, lr=0.1)
+    values = deciding_values(plain)
+    assert not {"ema", "soft"} & values.keys()
+    assert {"model", "epochs", "lr", "micro_batch", "inner_block", "alpha"} <= values.keys()
+    assert deciding_values(dataclasses.replace(plain, ema=0.99, soft=2.0)) == {**values, "ema": 0.99, "soft": 2.0}

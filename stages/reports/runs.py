@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from pipeline.checkpoints import read_meta
 from pipeline.errors import DataError
-from pipeline.recipes import Recipe
+from pipeline.recipes import Recipe, deciding_values
 from pipeline.storage import read_json
 from stages.paths import Paths
 from stages.runs import OUTPUTS
@@ -209,9 +208,7 @@ class FinishedRuns:
         meta = read_meta(run.directory)
         if now is None or meta is None or not isinstance(meta.get("training"), dict):
             return []
-        # A field of a later version has no former value.
-        wanted = {key: value for key, value in dataclasses.asdict(now).items() if key in meta["training"]}
-        return differences(meta, {"training": wanted})
+        return differences(meta, {"training": deciding_values(now)})
 
 
 def _winner(path: Path) -> str | None:
