@@ -28,6 +28,7 @@ def test_every_recipe_of_the_project_loads() -> None:
         "cifar10",
         "cifar100",
         "cifar100-small",
+        "mnist-small",
         "folder",
         "folder-small",
         "smoke",
