@@ -46,6 +46,24 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
+class Duration(click.ParamType):
+    """A span of time, as 9m, 90s or 1h30m; the value is in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        """Return the seconds, at least 1."""
+        parts = re.fullmatch(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,6})s)?", str(value))
+        seconds = (
+            sum(int(count or 0) * unit for count, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+            if parts
+            else 0
+        )
+        if seconds < 1:
+            self.fail(f"{value!r}: write a span of time as 9m, 90s or 1h30m", param, context)
+        return float(seconds)
+
+
 PATH = FilePath()
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
@@ -53,6 +71,14 @@ device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
 precision_option = click.option(
     "--precision", type=click.Choice(PRECISIONS), help="That of the training where left out."
+)
+time_limit_option = click.option(
+    "--time-limit",
+    type=Duration(),
+    metavar="9m",
+    callback=lambda context, param, seconds: STOP.limit(math.inf if seconds is None else seconds),
+    expose_value=False,
+    help="Stop at the next step once this time is over, saved, with exit code 75; run again to go on.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
