@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,12 +42,21 @@ class Progress:
         epoch: Epochs done.
         step: Steps done of the epoch under way.
         result: What the epochs done have given.
+        began: When this process took the run up, by the monotonic clock.
+        earlier_seconds: How long the processes before it had been at work on it.
     """
 
     loss_sum: Tensor
     epoch: int = 0
     step: int = 0
     result: FitResult = field(default_factory=FitResult)
+    began: float = field(default_factory=time.monotonic)
+    earlier_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has been at work, the time before its stops included."""
+        return self.earlier_seconds + time.monotonic() - self.began
 
 
 def save_progress(
@@ -61,11 +71,12 @@ def save_progress(
     group.sum_(progress.loss_sum)
     if not group.is_main:
         progress.loss_sum.zero_()
+    seconds = progress.seconds
     tensors = _of_ranks("rng.cpu", group.gather(torch.get_rng_state()))
     if device.type == "cuda":
         tensors |= _of_ranks("rng.cuda", group.gather(torch.cuda.get_rng_state(device)))
     meta = {"epoch": progress.epoch, "step": progress.step, "curve": result.curve, "best_epoch": result.best_epoch}
-    meta |= {"warnings": result.warnings, "at_chance": result.at_chance}
+    meta |= {"warnings": result.warnings, "at_chance": result.at_chance, "seconds": seconds}
 
     def write() -> None:
         tensors["loss_sum"] = progress.loss_sum
@@ -123,6 +134,8 @@ def load_progress(
     _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
     progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
     device = progress.loss_sum.device
+    # A state of a former version does not tell its seconds.
+    progress.earlier_seconds = float(meta.get("seconds", 0.0))
     if (cpu := tensors.get(_of_rank("rng.cpu", group.rank))) is not None:
         torch.set_rng_state(cpu)
     if (cuda := tensors.get(_of_rank("rng.cuda", group.rank))) is not None and device.type == "cuda":

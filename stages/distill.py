@@ -93,6 +93,8 @@ def distill(
             return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
+        source.ask(context, dataset)
+        run = dataclasses.replace(run, teacher=source.teacher)
         views = make_views(context, dataset, recipe.views)
         source.check(views)
         torch.manual_seed(seed)

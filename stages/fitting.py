@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -123,10 +122,9 @@ def carry_out(
             model.compile()
         split_name, split = dataset.evaluation
         evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
-        began = time.monotonic()
         watching = RunWatcher(context.console, run.name, len(dataset.train))
         with context.stop.deferred(), explaining_compilation(how), watching as watcher:
-            result = Fit(
+            fit = Fit(
                 model=model,
                 data=data,
                 evaluation=evaluation,
@@ -141,7 +139,8 @@ def carry_out(
                 micro_batch=how.micro_batch,
                 captured=how.step == "graph",
                 group=group,
-            ).run()
+            )
+            result = fit.run()
             last = _take_best(run, group, model, result)
             test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
             try:
@@ -152,7 +151,7 @@ def carry_out(
             def end() -> None:
                 metrics = _metrics(run, dataset, result, scores, how.precision)
                 where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
-                where["seconds"] = round(time.monotonic() - began, 1)
+                where["seconds"] = round(fit.progress.seconds, 1)
                 _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
                 state.delete()
 

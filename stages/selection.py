@@ -27,6 +27,21 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         UsageError: The recipe has no such teacher.
         DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
     """
+    paths, comparison = context.paths, compare(context, teachers)
+    checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
+    files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
+    with lock(paths.work("select.lock")):
+        for path in (*(paths.winner / file.name for file in files), paths.selection):
+            remove_leftovers(path)
+        for file in files:
+            write_atomic(paths.winner / file.name, read_bytes(file))
+        write_json(paths.selection, comparison)
+    context.changed("select")
+    return comparison
+
+
+def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
+    """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
     for name in names:
@@ -43,17 +58,7 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     if not able:
         raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
     winner = max(able, key=lambda candidate: candidate["best"][recipe.select.by])["name"]
-    checkpoint = load_checkpoint(paths.teacher(winner))
-    comparison = {"winner": winner, "by": recipe.select.by, "candidates": candidates}
-    files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
-    with lock(paths.work("select.lock")):
-        for path in (*(paths.winner / file.name for file in files), paths.selection):
-            remove_leftovers(path)
-        for file in files:
-            write_atomic(paths.winner / file.name, read_bytes(file))
-        write_json(paths.selection, comparison)
-    context.changed("select")
-    return comparison
+    return {"winner": winner, "by": recipe.select.by, "candidates": candidates}
 
 
 def read_metrics(paths: Paths, name: str) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from pipeline.students import STUDENTS
 from pipeline.teacher_answers import cached_labels, online_labels
 from pipeline.views import Views
 from stages.context import Context
-from stages.label import identity_of, label_clean, load_teacher
+from stages.label import check_teacher, identity_of, label_clean, load_teacher
 from stages.label_plan import kept_name
+from stages.models import load_checkpoint_of
 from stages.paths import Paths
 
 TEMPERATURES = (0.01, 1000.0)
@@ -117,6 +118,8 @@ class Distillation:
 class TeacherSource:
     """Where a student's teacher labels come from.
 
+    Of a teacher that is to be asked online only the checkpoint is read at first: `ask` loads it.
+
     Attributes:
         is_distilled: Whether the student learns from them.
         cache: The label cache, where there is one.
@@ -137,7 +140,10 @@ class TeacherSource:
         self._distillation = distillation
         self._online: TeacherLabels | None = None
         if distillation.labels == "online":
-            self._ask(context, dataset)
+            assert distillation.teacher is not None
+            checkpoint = load_checkpoint_of(distillation.teacher, "teacher")
+            check_teacher(context, dataset, checkpoint)
+            self.digest = checkpoint.sha256
         elif self.is_distilled or context.paths.labels(recipe.views).exists():
             self._open(context, dataset, recipe)
 
@@ -185,17 +191,21 @@ class TeacherSource:
             "top1": 100.0 * float(np.mean(self.clean[split] == truth)),
         }
 
-    def _ask(self, context: Context, dataset: Dataset) -> None:
-        """Load the teacher that is asked at every step."""
+    def ask(self, context: Context, dataset: Dataset) -> None:
+        """Load the teacher that is asked at every step, if there is one.
+
+        Raises:
+            DataError: As of the class.
+        """
         distillation = self._distillation
-        assert distillation.teacher is not None
+        if distillation.teacher is None:
+            return
         teacher, checkpoint = load_teacher(context, dataset, distillation.teacher)
         self._online = online_labels(teacher, soft=distillation.soft is not None, confidence=distillation.confidence)
-        self.digest = checkpoint.sha256
         self.clean = label_clean(context, dataset, teacher)
         split, part = dataset.evaluation
         top1 = 100.0 * float(np.mean(self.clean[split] == part.labels))
-        self.teacher = {"name": checkpoint.meta["model"], "sha256": self.digest, "top1": top1}
+        self.teacher = {"name": checkpoint.meta["model"], "sha256": checkpoint.sha256, "top1": top1}
 
 
 def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str) -> LabelCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.errors import DataError, NumericalError, UsageError
-from pipeline.recipes import OPTIMIZERS
+from pipeline.recipes import OPTIMIZERS, TeacherRecipe
 from pipeline.reporting import Table
 from pipeline.runtime import current_ranks
 from pipeline.sources import check_source
@@ -52,7 +52,7 @@ def teacher_select(
             f"{context.paths.labels('default').parent} first, and train with `teacher NAME --fresh`"
         )
     with context.joined() as group:
-        group.on_main(lambda: _prepare(context))
+        group.on_main(lambda: prepare_from_raw(context))
         for name in names:
             train_teacher(context, name, fresh=fresh)
         comparison = group.on_main(lambda: select(context, names))
@@ -65,11 +65,11 @@ def teacher_select(
     return tables
 
 
-def _prepare(context: Context) -> None:
-    """Prepare the data unless it is there."""
+def prepare_from_raw(context: Context, *, download: bool = False) -> None:
+    """Prepare the data unless it is there, from data/raw; `download` fetches there what is missing."""
     if context.paths.is_prepared:
         return
-    prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw)
+    prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw, download=download)
     context.changed("prepare")
     context.say(f"{context.paths.dataset}: prepared")
 
@@ -127,13 +127,18 @@ def _plan_labels(context: Context, view_recipe: str, *, stale: bool) -> str:
         return f"refused: {error}"
 
 
+def sweep_settings(own: TeacherRecipe, optimizer: str) -> dict[str, str]:
+    """Return what Figure 5 replaces in a teacher's recipe for an optimiser; nothing for the recipe's own."""
+    return {} if optimizer == own.optimizer else {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
+
+
 def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bool) -> Table:
     """Train the winner with each optimiser (Figure 5) and return the comparison."""
     own = teacher_recipe(context.recipe, winner)
     outcomes: dict[str, FinishedRun | str] = {}
     rates = {}
     for optimizer in optimizers:
-        settings = {} if optimizer == own.optimizer else {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
+        settings = sweep_settings(own, optimizer)
         rates[optimizer] = float(settings.get("lr", own.lr))
         try:
             out = train_teacher(context, winner, settings=settings, fresh=fresh and bool(settings))
