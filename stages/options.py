@@ -46,24 +46,6 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
-class Duration(click.ParamType):
-    """A span of time, as 9m, 90s or 1h30m; the value is in seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
-        """Return the seconds, at least 1."""
-        parts = re.fullmatch(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,6})s)?", str(value))
-        seconds = (
-            sum(int(count or 0) * unit for count, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-            if parts
-            else 0
-        )
-        if seconds < 1:
-            self.fail(f"{value!r}: write a span of time as 9m, 90s or 1h30m", param, context)
-        return float(seconds)
-
-
 PATH = FilePath()
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
@@ -72,11 +54,17 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be
 precision_option = click.option(
     "--precision", type=click.Choice(PRECISIONS), help="That of the training where left out."
 )
+
+
+def begin_time_limit(context: click.Context, param: click.Parameter, text: str | None) -> None:
+    """Begin to count the limit that the command was given; none where it was given none."""
+    STOP.limit(math.inf if text is None else parse_duration(text))
+
+
 time_limit_option = click.option(
     "--time-limit",
-    type=Duration(),
     metavar="9m",
-    callback=lambda context, param, seconds: STOP.limit(math.inf if seconds is None else seconds),
+    callback=begin_time_limit,
     expose_value=False,
     help="Stop at the next step once this time is over, saved, with exit code 75; run again to go on.",
 )
@@ -179,6 +167,16 @@ def parse_views(text: str | None) -> tuple[int, int | None] | None:
     if bounds is None or text == ":":
         raise UsageError(f"--views {text}: write A:B for the views A to B - 1, as 0:300; or :B, or A:")
     return int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
+
+
+def parse_duration(text: str) -> float:
+    """Read `9m`, `90s` or `1h30m` as seconds."""
+    parts = re.fullmatch(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,6})s)?", text)
+    counts = parts.groups() if parts else ()
+    seconds = sum(int(count or 0) * unit for count, unit in zip(counts, (3600, 60, 1), strict=False))
+    if seconds < 1:
+        raise UsageError(f"--time-limit {text!r}: write a span of time as 9m, 90s or 1h30m")
+    return float(seconds)
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.stopping import StopSignal
+from stages.options import parse_duration
 from tests.in_process import invoke
 from tests.interruptions import files, small_project_with_labels
 from tests.project import Project
@@ -84,6 +85,4 @@ def test_what_is_no_span_of_time_is_refused(labelled: Project, text: str) -> Non
 
 @pytest.mark.parametrize(("text", "seconds"), [("9m", 540), ("90s", 90), ("1h30m", 5400), ("1h0m1s", 3601)])
 def test_spans_of_time(text: str, seconds: float) -> None:
-    from stages.options import Duration
-
-    assert Duration().convert(text, None, None) == seconds
+    assert parse_duration(text) == seconds
