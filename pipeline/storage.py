@@ -201,7 +201,7 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, *, attempts: int = LOCK_ATTEMPTS) -> Iterator[None]:
     """Hold a run's lock, without waiting for it.
 
     The kernel releases it when the holder dies, however that happens; the file itself stays, because removing
@@ -210,6 +210,7 @@ def lock(path: Path) -> Iterator[None]:
 
     Args:
         path: The lock file, made where missing. It names its holder while held.
+        attempts: How often it is tried, SECONDS_BETWEEN_ATTEMPTS apart, where others hold it for an instant.
 
     Yields:
         Nothing; the lock is held until the block is left.
@@ -223,7 +224,7 @@ def lock(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot lock {path}: {_reason(error)}") from error
     try:
-        _acquire(descriptor, path)
+        _acquire(descriptor, path, attempts)
         try:
             yield
         finally:
@@ -264,10 +265,10 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _acquire(descriptor: int, path: Path) -> None:
+def _acquire(descriptor: int, path: Path, attempts: int) -> None:
     """Lock an open file and write its holder into it."""
     try:
-        for attempt in reversed(range(LOCK_ATTEMPTS)):
+        for attempt in reversed(range(attempts)):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break

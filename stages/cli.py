@@ -15,7 +15,7 @@ import click
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError, one_line
-from stages.commands import data, export, labels, machine, results, students, teachers, trained
+from stages.commands import data, export, labels, machine, reproduction, results, students, teachers, trained
 from stages.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
@@ -28,6 +28,7 @@ GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("Stage two: students", (students.distill,)),
     ("Trained models", (trained.predict, trained.bench, export.export)),
     ("Results", (results.evaluate, results.report, results.models)),
+    ("The paper's results", (reproduction.reproduce, reproduction.record)),
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 DATA = Path("data")
+RECORDS = Path("results") / "runs.jsonl"
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ HOMES = {
         "stages/commands/export.py",
         "stages/commands/labels.py",
         "stages/commands/machine.py",
+        "stages/commands/reproduction.py",
         "stages/commands/results.py",
         "stages/commands/students.py",
         "stages/commands/teachers.py",

@@ -1,0 +1,151 @@
+"""`pipeline record`: one JSON line for each finished run in results/runs.jsonl, and its curve beside it.
+
+Data are not kept in git; what was reached is. A line is a whole record, so that those of several machines can be
+put into one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import read_meta
+from pipeline.errors import DataError
+from pipeline.storage import lock, read_bytes, read_if_exists, write_atomic
+from stages.paths import RECORDS
+from stages.reports.runs import FinishedRun
+
+ID_DIGITS = 12
+LOCK_ATTEMPTS = 200
+SCORES = ("epoch", "top1", "top5", "precision", "recall", "f1")
+METRICS = (
+    "recipe", "kind", "name", "precision", "seed", "epochs", "views", "evaluated_on", "num_train", "num_test",
+)  # fmt: skip
+ENVIRONMENT = ("commit", "device", "seconds", "date", "versions")
+
+
+class Records:
+    """The file of records.
+
+    Args:
+        path: Its place; the curves go to `curves/` beside it.
+    """
+
+    def __init__(self, path: Path = RECORDS) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records, in the file's order; a last line that was cut short is none.
+
+        Raises:
+            DataError: Another line is no record.
+            StorageError: The file cannot be read.
+        """
+        return [record for _, record in self._lines()]
+
+    def add(self, directory: Path) -> str | None:
+        """Append a finished run unless it is there, and see to its curve.
+
+        Args:
+            directory: Of the run.
+
+        Returns:
+            The id of a record that was appended; None where it was there already.
+
+        Raises:
+            DataError: The directory is no finished run or a damaged one, or the file holds what is no record.
+            StorageError: The file cannot be written, or another process keeps it locked.
+        """
+        record = describe(directory)
+        with lock(self.path.with_name(f".{self.path.name}.lock"), attempts=LOCK_ATTEMPTS):
+            lines = self._lines()
+            curve, data = self.curve(record["id"]), read_bytes(directory / "curve.csv")
+            if read_if_exists(curve) != data:
+                write_atomic(curve, data)
+            if any(former["id"] == record["id"] for _, former in lines):
+                return None
+            own = json.dumps(record, sort_keys=True, allow_nan=False).encode()
+            write_atomic(self.path, b"".join(line + b"\n" for line in [*(line for line, _ in lines), own]))
+        return str(record["id"])
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Return the lines as they stand, each with its record."""
+        data = read_if_exists(self.path) or b""
+        lines, found = data.splitlines(), []
+        for number, line in enumerate(lines, start=1):
+            record = _parse(line)
+            is_torn = number == len(lines) and not data.endswith(b"\n")
+            if record is not None:
+                found.append((line, record))
+            elif not is_torn:
+                raise DataError(f"{self.path}: line {number} is no record; delete it, and record its run again")
+        return found
+
+    def curve(self, identifier: str) -> Path:
+        """Return where a run's curve lies."""
+        return self.path.parent / "curves" / f"{identifier}.csv"
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Return the record of a finished run.
+
+    Its `id` follows from what decides the run's result and from the weights that came out, so that the same run has
+    the same id whoever records it, and one that was trained again has another.
+
+    Raises:
+        DataError: The directory is no finished run, or one of its files is damaged.
+    """
+    run, meta = FinishedRun.read(directory), read_meta(directory)
+    if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):
+        raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")
+    run.curve()
+    metrics, teacher = run.metrics, run.metrics["teacher"]
+    decided = f"{meta['fingerprint']} {meta['sha256']}"
+    training = meta.get("training")
+    weights = training.get("weights") if isinstance(training, Mapping) else None
+    return {
+        "id": hashlib.sha256(decided.encode()).hexdigest()[:ID_DIGITS],
+        **{key: metrics.get(key) for key in METRICS},
+        "overrides": run.differs,
+        "teacher": teacher and {"name": teacher["name"], "top1": teacher["top1"]},
+        "weights": weights if run.kind == "teacher" else "random",
+        **{epoch: {key: metrics[epoch][key] for key in SCORES} for epoch in ("best", "last", "test")},
+        **{key: run.environment[key] for key in ENVIRONMENT},
+    }
+
+
+def record(say: Callable[[str], None], directories: Sequence[Path], out: Path) -> None:
+    """Record finished runs, and say of each what became of it.
+
+    Args:
+        say: Takes a line for people.
+        directories: Of the runs.
+        out: The file of records.
+
+    Raises:
+        DataError: One of them is no finished run; the others are recorded.
+    """
+    records, wrong = Records(out), []
+    records.read()
+    for directory in directories:
+        try:
+            describe(directory)
+        except DataError as error:
+            wrong.append(str(error))
+            continue
+        added = records.add(directory)
+        say(f"{directory}: " + (f"recorded as {added} in {out}" if added else f"is in {out} already"))
+    if wrong:
+        raise DataError("; ".join(wrong))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Read a line; None where it is no record."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("id"), str) else None

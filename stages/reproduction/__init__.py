@@ -1,0 +1,1 @@
+"""What reproducing the paper takes: jobs, their order, and how far each of them is."""
