@@ -148,7 +148,10 @@ class SelectJob(Job):
         own = None if maker is None else read_meta(paths.teacher(maker))
         if cache is not None and own is None:
             return ELSEWHERE
-        comparison = compare(context, self._trained(context))
+        names = self._trained(context)
+        if not names:
+            return State("runs, once one of them is trained")
+        comparison = compare(context, names)
         best = comparison["winner"]
         is_kept = cache is not None and own is not None and own["sha256"] == cache.provenance["checkpoint_sha256"]
         if is_kept and best != maker:
@@ -165,14 +168,17 @@ class SelectJob(Job):
     def run(self, context: Context) -> None:
         """Select."""
         with context.joined() as group:
-            found: dict[str, Any] = group.on_main(lambda: select(context, self._trained(context)))
+            found: dict[str, Any] = group.on_main(lambda: self._select(context))
         context.say(f"selected {found['winner']} by {found['by']}")
 
+    def _select(self, context: Context) -> dict[str, Any]:
+        names = self._trained(context)
+        if not names:
+            raise DataError(f"none of {', '.join(self.names)} is trained")
+        return select(context, names)
+
     def _trained(self, context: Context) -> tuple[str, ...]:
-        trained = tuple(name for name in self.names if plan_teacher(context, name).why_stale() is None)
-        if not trained:
-            raise DataError(f"none of {', '.join(self.names)} is trained; see above")
-        return trained
+        return tuple(name for name in self.names if plan_teacher(context, name).why_stale() is None)
 
 
 @dataclass(frozen=True)
