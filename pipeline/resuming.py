@@ -50,7 +50,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     result: FitResult = field(default_factory=FitResult)
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     earlier_seconds: float = 0.0
 
     @property

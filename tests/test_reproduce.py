@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,7 +80,11 @@ def test_what_is_done_costs_nothing_and_is_recorded_once(project: Project) -> No
 
 
 @pytest.mark.usefixtures("ticking")
-def test_slices_of_time_end_as_an_unbroken_run(reproduced: Project, tmp_path: Path) -> None:
+def test_slices_of_time_end_as_an_unbroken_run(
+    reproduced: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(step=100)
+    monkeypatch.setattr("pipeline.resuming.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     project = small_project(tmp_path / "project")
     slices = 0
     while "time limit reached" in invoke(project, *DEIT, "--time-limit", "40s", code=None):
@@ -88,6 +94,7 @@ def test_slices_of_time_end_as_an_unbroken_run(reproduced: Project, tmp_path: Pa
     assert files(project.path) == files(reproduced.path)
     ids = [{each["id"] for each in records(one)} for one in (project, reproduced)]
     assert ids[0] == ids[1]
+    assert max(each["seconds"] for each in records(project)) >= 200, "the sessions' seconds add up"
 
 
 def test_ablations_leave_their_runs_beside_the_recipes_own(project: Project) -> None:
@@ -134,7 +141,8 @@ def test_a_job_that_diverges_is_said_and_the_others_go_on(project: Project, monk
     out = invoke(project, *DEIT, code=5)
     assert out.splitlines()[-1].endswith("smoke teacher squeezenet1_1: epoch 1, step 3: not finite")
     assert "4 of 5 jobs are done" in out
-    shutil.rmtree(project.data / "teachers")
+    for name in ("teachers", "labels"):
+        shutil.rmtree(project.data / name)
     out = invoke(project, *DEIT, "--seeds", "1", code=5)
     assert "student deit, seed 1: left out, it takes labels of the views default" in out
 
