@@ -65,11 +65,12 @@ class Records:
             curve, data = self.curve(record["id"]), read_bytes(directory / "curve.csv")
             if read_if_exists(curve) != data:
                 write_atomic(curve, data)
-            if any(former["id"] == record["id"] for _, former in lines):
-                return None
-            own = json.dumps(record, sort_keys=True, allow_nan=False).encode()
-            write_atomic(self.path, b"".join(line + b"\n" for line in [*(line for line, _ in lines), own]))
-        return str(record["id"])
+            is_new = all(former["id"] != record["id"] for _, former in lines)
+            own = [json.dumps(record, sort_keys=True, allow_nan=False).encode()] if is_new else []
+            whole = b"".join(line + b"\n" for line in [*(line for line, _ in lines), *own])
+            if read_if_exists(self.path) != whole:  # or its last line was cut short
+                write_atomic(self.path, whole)
+        return str(record["id"]) if is_new else None
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         """Return the lines as they stand, each with its record."""
