@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 HEIGHT = 4.2  # inches
 MOST_TICKS = 8
+TITLE_LENGTH, NAME_LENGTH = 20, 24
+LEGEND_LENGTH = 44  # of all names, in one line
 # Runs stand a little beside their mean, and a series beside the one before: this share of the width.
 APART = 0.02
 
@@ -68,12 +70,19 @@ def over_counts(panels: Sequence[Panel], *, x_label: str, y_label: str) -> bytes
         for axes, panel in zip(every, panels, strict=True):
             for index, one in enumerate(panel.series):
                 _draw(axes, one, index, (high / low) ** APART)
-            axes.set_title(shown(panel.title, 40), fontsize=10.5)
+            axes.set_title(shown(panel.title, TITLE_LENGTH), fontsize=10.5)
             axes.set_xlabel(x_label)
             _set_x_axis(axes, counts, low, high)
         every[0].set_ylabel(y_label)
         handles, names = every[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=3, handlelength=3.0)
+        columns = len(names) if sum(map(len, names)) <= LEGEND_LENGTH else 1
+        figure.legend(
+            handles,
+            names,
+            loc="outside upper center",
+            ncols=columns,
+            handlelength=3.0,
+        )
         return to_png(figure)
 
 
@@ -106,7 +115,7 @@ def _draw(axes: Axes, series: Repeats, index: int, apart: float) -> None:
         linewidth=1.5,
         marker=marker,
         markersize=6.5,
-        label=shown(series.name, 28),
+        label=shown(series.name, NAME_LENGTH),
         zorder=4,
     )
 
