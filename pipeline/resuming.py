@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints import Checkpoint, RunState
+from pipeline.checkpoints import RunState, SavedState
 from pipeline.distributed import Group
 
 
@@ -19,14 +19,14 @@ class FitResult:
 
     Attributes:
         curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
-        best: Weights of the best epoch, the earliest of equals, on the CPU; on rank 0 alone.
+        best: Weights of the best epoch, the earliest of equals, on the CPU; on rank 0 alone. Replaced, never changed.
         best_epoch: Its number, from 1.
         warnings: What went wrong without ending the run.
         at_chance: Whether the run ended without having learned anything.
     """
 
     curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
+    best: Mapping[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
     warnings: list[str] = field(default_factory=list)
     at_chance: bool = False
@@ -70,9 +70,8 @@ def save_progress(
     def write() -> None:
         tensors["loss_sum"] = progress.loss_sum
         tensors.update({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
-        tensors.update({f"best.{name}": tensor for name, tensor in result.best.items()})
         tensors.update(moments(optimizer))
-        state.save(tensors, meta)
+        state.save(tensors, meta, result.best)
 
     group.on_main(write)
 
@@ -107,7 +106,7 @@ def load_progress(
 
     A state may have been written by another number of ranks.
     """
-    saved: list[Checkpoint] = []
+    saved: list[SavedState] = []
 
     def read() -> dict[str, Any] | None:
         saved.extend(found for found in [state.load()] if found is not None)
@@ -116,9 +115,8 @@ def load_progress(
     meta = group.on_main(read)
     if meta is None:
         return
-    read_tensors = saved[0].tensors if saved else {}
-    best = _part(read_tensors, "best.")
-    tensors = group.distribute({name: each for name, each in read_tensors.items() if not name.startswith("best.")})
+    tensors, best = (saved[0].tensors, saved[0].best) if saved else ({}, {})
+    tensors = group.distribute(tensors)
     model.load_state_dict(_part(tensors, "model."))
     _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
     progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
