@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.averaging import MovingAverage
 from pipeline.checkpoints import RunState, SavedState
 from pipeline.distributed import Group
 
@@ -50,7 +51,12 @@ class Progress:
 
 
 def save_progress(
-    state: RunState, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+    state: RunState,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    average: MovingAverage | None = None,
 ) -> None:
     """Write the resumable state; every rank calls it, rank 0 writes.
 
@@ -71,6 +77,7 @@ def save_progress(
         tensors["loss_sum"] = progress.loss_sum
         tensors.update({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
         tensors.update(moments(optimizer))
+        tensors.update(averages(average))
         state.save(tensors, meta, result.best)
 
     group.on_main(write)
@@ -83,6 +90,11 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
+
+
+def averages(average: MovingAverage | None) -> dict[str, Tensor]:
+    """Return the tensors of a moving average, `average.<parameter>`; none where there is none."""
+    return {f"average.{name}": tensor for name, tensor in average.tensors.items()} if average is not None else {}
 
 
 def keep_best(state: RunState | None, result: FitResult, group: Group) -> str:
@@ -100,7 +112,12 @@ def keep_best(state: RunState | None, result: FitResult, group: Group) -> str:
 
 
 def load_progress(
-    state: RunState, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+    state: RunState,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    average: MovingAverage | None = None,
 ) -> None:
     """Go on from the saved state, if there is one: rank 0 reads it, every rank gets what it read.
 
@@ -119,6 +136,8 @@ def load_progress(
     tensors = group.distribute(tensors)
     model.load_state_dict(_part(tensors, "model."))
     _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
+    if average is not None:
+        average.load(_part(tensors, "average."))
     progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
     device = progress.loss_sum.device
     if (cpu := tensors.get(_of_rank("rng.cpu", group.rank))) is not None:

@@ -42,6 +42,7 @@ LAYERS = (
         "descriptions",
     },
     {
+        "averaging",
         "batches",
         "optimization",
         "labelling",
