@@ -108,6 +108,7 @@ def distill(
             clean=source.clean,
             objective=student_objective(recipe, distilled=source.is_distilled, soft=soft),
             how=execution(recipe, device, group, micro_batch=micro_batch_on(device, recipe), inner_block=inner_block),
+            ema=recipe.ema,
             fresh=fresh,
         )
     return run.out

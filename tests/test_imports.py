@@ -55,6 +55,7 @@ LAYERS = (
         "descriptions",
     },
     {
+        "averaging",
         "batches",
         "optimization",
         "labelling",
