@@ -46,16 +46,16 @@ class NumericalError(PipelineError):
 
 
 class Interrupted(PipelineError):
-    """The run was asked to stop (SIGINT, SIGTERM); its state has been saved.
+    """The run was asked to stop (SIGINT, SIGTERM, its time limit); its state has been saved.
 
     Args:
         message: The line shown to the user.
-        signal_number: The signal received; the exit code is 128 + signal_number.
+        exit_code: 128 plus the signal's number, or 75 at the time limit.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
 
 
 def one_line(text: str) -> str:

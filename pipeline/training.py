@@ -24,12 +24,12 @@ from pipeline.batches import Batch, EvaluationData, TrainingData, epoch_order, s
 from pipeline.captured_step import CapturedStep
 from pipeline.checkpoints import RunState
 from pipeline.distributed import ALONE, Group, has_batch_norm, parallel
-from pipeline.errors import Interrupted, NumericalError
+from pipeline.errors import NumericalError
 from pipeline.evaluation import evaluate
 from pipeline.optimization import build_optimizer, learning_rate, set_learning_rate
 from pipeline.recipes import FitRecipe
 from pipeline.resuming import FitResult, Progress, keep_best, load_progress, moments, save_progress
-from pipeline.stopping import StopSignal
+from pipeline.stopping import StopSignal, stopped
 from pipeline.training_step import Objective, train_step
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -133,7 +133,7 @@ class Fit:
             NumericalError: Loss, gradient norm, logits, weights or the optimiser's state are not finite. The message
                 names epoch, step, lr and what to try; the best epoch so far is kept beside the state, and no state
                 that is not finite is saved.
-            Interrupted: A signal came; the state has been saved.
+            Interrupted: A signal came, or the time limit has been reached; the state has been saved.
         """
         if not self.group.is_main:
             # Else all ranks would drop the same units out.
@@ -170,7 +170,7 @@ class Fit:
             progress.step += 1
             self.watcher.stepped()
             finite.append(is_finite)
-            wishes = (self.stop.received or 0, int(self._save_is_due()))
+            wishes = (self.stop.after_step(), int(self._save_is_due()))
             due = len(finite) == check_every or progress.step == len(self.batches)
             if due or (self.group.is_alone and any(wishes)):
                 self._check(finite, lr, *wishes)
@@ -265,11 +265,8 @@ class Fit:
         if stop:
             if self.state is not None:
                 self.state.wait()
-            raise Interrupted(
-                f"stopped in epoch {self.progress.epoch + 1} of {self.recipe.epochs} after step {self.progress.step}; "
-                "run the same command again to go on",
-                stop,
-            )
+            epoch = f"epoch {self.progress.epoch + 1} of {self.recipe.epochs}"
+            raise stopped(stop, f"in {epoch} after step {self.progress.step}")
 
     def _fail(self, step: int, lr: float) -> NoReturn:
         """Stop at a step that was not finite."""

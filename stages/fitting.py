@@ -28,6 +28,7 @@ from pipeline.metrics import Scores
 from pipeline.reporting import RunWatcher, to_csv
 from pipeline.resuming import FitResult, keep_best
 from pipeline.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
+from pipeline.stopping import stopped
 from pipeline.storage import lock, write_atomic, write_json
 from pipeline.streaming import HostImages, place_images
 from pipeline.training import Fit
@@ -114,6 +115,7 @@ def carry_out(
     device = context.device
     if device.type == "cpu":
         keep_freed_memory()
+    _stop_before(context, run, group)
     with _claimed(run, group, fresh=fresh) as state:
         context.say(f"{run.name}: {how.describe(device, run.recipe.batch_size)}")
         _say_ranks(context, run, group, model)
@@ -157,6 +159,17 @@ def carry_out(
             group.on_main(end)
     if run.stage is not None:
         context.changed(run.stage)
+
+
+def _stop_before(context: Context, run: Run, group: Group) -> None:
+    """End before a run begins where the time is up; the ranks' clocks differ, so they agree on it.
+
+    Raises:
+        Interrupted: The time limit has been reached.
+    """
+    code = int(group.max_(torch.tensor(context.stop.before_step(), device=context.device)))
+    if code:
+        raise stopped(code, f"before {run.name}")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from pipeline.recipes import ViewRecipe
 from pipeline.replay import make_canaries
 from pipeline.reporting import progress_bar
 from pipeline.runtime import current_ranks, resident_limit, resolve_precision, versions
+from pipeline.stopping import stopped
 from pipeline.storage import lock, remove_leftovers
 from pipeline.streaming import place_images
 from pipeline.views import Views
@@ -118,6 +119,8 @@ def label(
                 context.say(f"{path}: up to date, {cache.num_views} views; --fresh labels them again")
                 return path
             parts.adopt(cache)
+        if missing and (code := context.stop.before_step()):
+            raise stopped(code, f"before the labels of {view_recipe}")
         views = make_views(context, dataset, view_recipe)
         _label_share(context, model, views, parts, [view for view in missing if view >= parts.num_sealed])
         if ranks.is_main:
@@ -258,9 +261,16 @@ def _label_share(context: Context, teacher: Teacher, views: Views, parts: LabelP
 
 
 def _label_view(context: Context, teacher: Teacher, views: Views, parts: LabelParts, view: int) -> None:
-    """Label a view whole, or not at all."""
+    """Label a view whole, or not at all.
+
+    Raises:
+        Interrupted: A signal came, or the time limit has been reached; this view is saved.
+    """
     with context.stop.deferred():
         parts.write(view, label_view(teacher, views, view, parts.topk))
+        code = context.stop.after_step()
+    if code:
+        raise stopped(code, f"after view {view}")
 
 
 def _end_of_finished(parts: LabelParts, stop: int) -> int:

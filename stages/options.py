@@ -55,6 +55,20 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be
 precision_option = click.option(
     "--precision", type=click.Choice(PRECISIONS), help="That of the training where left out."
 )
+
+
+def begin_time_limit(context: click.Context, param: click.Parameter, text: str | None) -> None:
+    """Begin to count the limit that the command was given; none where it was given none."""
+    STOP.limit(math.inf if text is None else parse_duration(text))
+
+
+time_limit_option = click.option(
+    "--time-limit",
+    metavar="9m",
+    callback=begin_time_limit,
+    expose_value=False,
+    help="Stop at the next step once this time is over, saved, with exit code 75; run again to go on.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 
@@ -156,6 +170,16 @@ def parse_views(text: str | None) -> tuple[int, int | None] | None:
     if bounds is None or text == ":":
         raise UsageError(f"--views {text}: write A:B for the views A to B - 1, as 0:300; or :B, or A:")
     return int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
+
+
+def parse_duration(text: str) -> float:
+    """Read `9m`, `90s` or `1h30m` as seconds."""
+    parts = re.fullmatch(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,6})s)?", text)
+    counts = parts.groups() if parts else ()
+    seconds = sum(int(count or 0) * unit for count, unit in zip(counts, (3600, 60, 1), strict=False))
+    if seconds < 1:
+        raise UsageError(f"--time-limit {text!r}: write a span of time as 9m, 90s or 1h30m")
+    return float(seconds)
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:

@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_fit_is_a_problem(empty: Project, monkeypatch: pyt
 
 def test_a_signal_ends_it(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def probe(*arguments: object, **options: object) -> None:
-        raise Interrupted("stopped", 2)
+        raise Interrupted("stopped", 130)
 
     monkeypatch.setattr("stages.doctor.estimate.probe", probe)
     invoke(empty, "doctor", code=130)

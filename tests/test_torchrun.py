@@ -157,6 +157,28 @@ def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on_to_the_same_result(
     assert same_curve(curve(project), curve(alone))
 
 
+def hurry_rank_1() -> None:
+    """Let any time limit be over at once, for rank 1."""
+    from pipeline.stopping import StopSignal
+
+    limit = StopSignal.limit
+
+    def hurried(self: StopSignal, seconds: float) -> None:
+        limit(self, -1.0 if os.environ["RANK"] == "1" else seconds)
+
+    StopSignal.limit = hurried  # type: ignore[method-assign]
+
+
+def test_ranks_reach_their_time_limit_together(project: Project) -> None:
+    rendezvous, limited = Rendezvous(), (*DISTILL, *CPU, "--time-limit", "1h")
+    commands = [
+        Command(project.path, *limited, before=hurry_rank_1, **rendezvous.variables(rank, 2)) for rank in range(2)
+    ]
+    ended = [command.finish() for command in commands]
+    assert [each.code for each in ended] == [75, 75], ended
+    assert all(f"time limit reached in epoch 1 of {EPOCHS} after step 1" in each.err for each in ended)
+
+
 @pytest.mark.slow
 def test_all_of_stage_one_ends_with_the_labels_of_one_process(project: Project) -> None:
     labels = project.data / "labels/default.h5"

@@ -20,6 +20,7 @@ from stages.options import (
     parse_settings,
     recipe_option,
     require_exists,
+    time_limit_option,
     training_options,
 )
 
@@ -46,6 +47,7 @@ from stages.options import (
 @click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
 @click.option("--seeds", metavar="A,B,...", help="Train with each of these seeds, and say mean and standard deviation.")
 @click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Train on the first views only.")
+@time_limit_option
 @dry_run_option
 def distill(
     student: str,

@@ -17,6 +17,7 @@ from stages.options import (
     recipe_option,
     require_exists,
     split_names,
+    time_limit_option,
     training_options,
 )
 
@@ -26,6 +27,7 @@ from stages.options import (
 @recipe_option
 @device_option
 @training_options
+@time_limit_option
 @dry_run_option
 def teacher(
     name: str,
@@ -68,6 +70,7 @@ def select(recipe: str | None, teachers: str | None) -> None:
 @click.option("--fresh", is_flag=True, help="Label every view again.")
 @click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; the recipe's if left out.")
 @click.option("--views", metavar="A:B", help="Label the views A to B - 1 alone; :B and A: leave out 0 and the last.")
+@time_limit_option
 @dry_run_option
 def label(
     recipe: str | None,
@@ -102,6 +105,7 @@ def label(
 @click.option("--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out.")
 @click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
 @click.option("--fresh", is_flag=True, help="Train and label everything again.")
+@time_limit_option
 @dry_run_option
 def teacher_select(
     recipe: str | None,
