@@ -67,10 +67,11 @@ class ViewRecipe:
         shear: Largest shear along x, degrees, drawn uniformly.
         brightness: Colour jitter: factor drawn uniformly from [1 - brightness, 1 + brightness].
         contrast: Colour jitter: factor drawn uniformly from [1 - contrast, 1 + contrast].
-        autoaugment: AutoAugment policy, `none` or `cifar10`.
+        autoaugment: `none`; `cifar10`, AutoAugment with its policy for CIFAR-10; `randaugment`, RandAugment with 2
+            operations of magnitude 9 of 31; or `trivialaugment`, TrivialAugment with its wide magnitudes.
         mixing: `none`, `cutmix` or `mixup`, each with lambda from Beta(1/2, 1/2).
 
-    Source: arXiv:2502.16762 §3.4, §4.1.
+    Source: arXiv:2502.16762 §3.4, §4.1; RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158.
     """
 
     seed: int = _number(0, 2**31 - 1, 0)
@@ -83,7 +84,7 @@ class ViewRecipe:
     shear: float = _number(0.0, 60.0, 0.0)
     brightness: float = _number(0.0, 1.0, 0.0)
     contrast: float = _number(0.0, 1.0, 0.0)
-    autoaugment: str = _choice(("none", "cifar10"), "none")
+    autoaugment: str = _choice(("none", "cifar10", "randaugment", "trivialaugment"), "none")
     mixing: str = _choice(("none", "cutmix", "mixup"), "none")
 
 
