@@ -48,7 +48,8 @@ def finished(
     known = [value for value in curve if value is not None]
     best = {**SCORES, "epoch": curve.index(max(known)) + 1 if known else 1, "top1": max(known, default=0.0)}
     content = {
-        "name": name, "kind": kind, "differs": dict(differs or {}), "seed": seed, "evaluated_on": "test",
+        "name": name, "kind": kind, "recipe": "smoke", "differs": dict(differs or {}), "seed": seed,
+        "evaluated_on": "test",
         "epochs": len(curve), "batch_size": 1024, "precision": "fp32", "optimizer": "sgd", "lr": 0.1, "views": None,
         "teacher": None, "best": best, "last": {**best, "epoch": len(curve)}, "test": best, "warnings": [],
         "num_train": 50000, "num_test": 10000, "distilled": False, "soft": None, "confidence": False, "parameters": 1,

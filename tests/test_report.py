@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import paper
+from pipeline.recipes import deciding_values
 from pipeline.reporting import Table
 from stages.reports.runs import FinishedRuns
 from stages.reports.tables import all_teachers, drops_table, students_tables
@@ -154,7 +155,8 @@ def test_a_run_whose_settings_have_changed_is_named_and_is_no_seed_of_the_recipe
     file.write_text(json.dumps({**json.loads(file.read_text()), "epochs": 10}))
     directory = project.path / "data/cifar100/students/titn"
     (directory / "best.safetensors").write_bytes(b"")
-    (directory / "best.json").write_text(json.dumps({"sha256": "0" * 64, "training": {"epochs": 20, "lr": 0.1}}))
+    former = {**deciding_values(recipe("cifar100").students["titn"]), "epochs": 20}
+    (directory / "best.json").write_text(json.dumps({"sha256": "0" * 64, "training": former}))
     invoke(project, *REPORT, "--no-figures")
     assert table(project, "table-3")["titn"]["best top-1 %"] == "76.00 ± 1.41 (2)", "75 and 77"
     assert (
@@ -216,3 +218,18 @@ def test_a_browser_shows_every_figure_and_every_row(written: Project, tmp_path: 
     assert len(found["rows"]) >= 7 and min(found["cells"]) >= 3
     assert found["fetched"] == []
     assert found["wider"] <= 0, "wide tables scroll within their frames"
+
+
+def test_tables_say_what_teachers_began_from(project: Project) -> None:
+    teacher = project.path / "data/cifar100/teachers/vgg16_bn"
+    (teacher / "best.safetensors").write_bytes(b"")
+    metrics = json.loads((project.path / "data/cifar100/students/titn/metrics.json").read_text())
+    meta = {"sha256": metrics["teacher"]["sha256"], "training": {"weights": "none"}}
+    (teacher / "best.json").write_text(json.dumps(meta))
+    invoke(project, *REPORT, "--no-figures")
+    report = (project.path / REPORTS / "report.md").read_text()
+    assert "teachers trained from random weights" in report
+    assert "learned from vgg16_bn at 72.00 %, itself from random weights" in report
+    (teacher / "best.json").write_text(json.dumps({**meta, "training": {"weights": "imagenet"}}))
+    invoke(project, *REPORT, "--no-figures")
+    assert "teachers trained from ImageNet weights" in (project.path / REPORTS / "report.md").read_text()

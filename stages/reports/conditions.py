@@ -17,7 +17,8 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
     """
     metrics = [run.metrics for run in runs]
     where = [run.environment for run in runs]
-    teachers = {f"{each['teacher']['name']} at {each['teacher']['top1']:.2f} %" for each in metrics if each["teacher"]}
+    teachers = {_teacher(run) for run in runs if run.metrics["teacher"]}
+    began = [run.initial_weights for run in runs if run.kind == "teacher"]
     views = {each["views"] for each in metrics if each["views"]}
     parts = [
         "Best epoch by "
@@ -29,7 +30,8 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
         "effective batch " + _all(each["batch_size"] for each in metrics),
         *(["views " + _all(sorted(views))] if views else []),
         _seeds(runs),
-        *(["teacher " + _all(sorted(teachers))] if teachers else []),
+        *(["teachers trained from " + _all(filter(None, began))] if any(began) else []),
+        *(["learned from " + _all(sorted(teachers))] if teachers else []),
         f"{_all(each['num_train'] for each in metrics)} training and "
         f"{_all(each['num_test'] for each in metrics)} test images",
         f"{sum(each['seconds'] for each in where):.0f} s of training in all",
@@ -81,6 +83,13 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
         return "seed " + _all(run.seed for run in runs)
     models = ", ".join(f"{name} {' '.join(map(str, each))}" for name, each in seeds.items())
     return f"seeds {models}: mean ± sample standard deviation (number of seeds)"
+
+
+def _teacher(run: FinishedRun) -> str:
+    """Return the teacher of a run, with its top-1 and what it began from."""
+    name, top1 = (run.metrics["teacher"][key] for key in ("name", "top1"))
+    began = run.teacher_weights
+    return f"{name} at {top1:.2f} %" + (f", itself from {began}" if began else "")
 
 
 def _label(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:

@@ -24,7 +24,8 @@ SCORES = {
     "class_top1": NUMBER, "distillation_top1": MAYBE, "agreement": MAYBE,
 }  # fmt: skip
 METRICS: Form = {
-    "name": str, "kind": str, "seed": int, "evaluated_on": str, "best": SCORES, "last": SCORES, "test": SCORES,
+    "name": str, "kind": str, "recipe": str, "seed": int, "evaluated_on": str,
+    "best": SCORES, "last": SCORES, "test": SCORES,
     "epochs": int, "batch_size": int, "optimizer": str, "lr": NUMBER, "precision": str, "views": MAYBE, "soft": MAYBE,
     "num_train": int, "num_test": int, "parameters": int, "paper_gmacs_1024": NUMBER, "flops_per_image": NUMBER,
     "distilled": bool, "at_chance": bool, "warnings": list, "differs": dict, "teacher": (dict, type(None)),
@@ -118,6 +119,22 @@ class FinishedRun:
         teacher = self.metrics.get("teacher")
         return (*same, teacher["sha256"] if teacher else None)
 
+    @property
+    def initial_weights(self) -> str | None:
+        """What its training began from, as `random weights`; None where its checkpoint does not say.
+
+        Raises:
+            DataError: Its checkpoint's JSON is damaged.
+        """
+        return _initial_weights(read_meta(self.directory), self.kind)
+
+    @property
+    def teacher_weights(self) -> str | None:
+        """What its teacher's training began from, as `initial_weights`; None without the teacher's checkpoint."""
+        teacher = self.metrics["teacher"]
+        meta = read_meta(Paths(str(self.metrics["recipe"])).teacher(teacher["name"])) if teacher else None
+        return _initial_weights(meta, "teacher") if meta and meta["sha256"] == teacher["sha256"] else None
+
     def curve(self) -> list[dict[str, float | None]]:
         """Read one row for each epoch: epoch (from 1), lr, train_loss and the fields of pipeline.metrics.Scores.
 
@@ -209,6 +226,15 @@ class FinishedRuns:
         if now is None or meta is None or not isinstance(meta.get("training"), dict):
             return []
         return differences(meta, {"training": deciding_values(now)})
+
+
+def _initial_weights(meta: Mapping[str, Any] | None, kind: str) -> str | None:
+    """Read from a checkpoint's JSON what its training began from."""
+    training = meta.get("training") if meta else None
+    if not isinstance(training, dict):
+        return None
+    weights = training.get("weights", "none") if kind == "teacher" else "none"
+    return {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, f"the weights {weights}")
 
 
 def _winner(path: Path) -> str | None:
