@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from benchmarks import training, view_peers
 from benchmarks.measure import Report, Row, begin, compare, interleave, option_parser, positive, quartiles
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD, images_and_labels
-from pipeline import autoaugment
+from pipeline import autoaugment, operations
 from pipeline.batches import epoch_order, split_batches
 from pipeline.recipes import ViewRecipe
 from pipeline.runtime import keep_freed_memory
@@ -39,6 +39,8 @@ SINGLE = {
     "crop": ViewRecipe(count=1, crop=view_peers.PADDING),
     "flip": ViewRecipe(count=1, flip=True),
     "AutoAugment": ViewRecipe(count=1, autoaugment="cifar10"),
+    "RandAugment": ViewRecipe(count=1, autoaugment="randaugment"),
+    "TrivialAugment": ViewRecipe(count=1, autoaugment="trivialaugment"),
     "CutMix": ViewRecipe(count=1, mixing="cutmix"),
 }
 
@@ -165,19 +167,21 @@ def single_operations(report: Report, images: Tensor, labels: Tensor, options: a
         "crop": (ON_ONE_CORE, view_peers.each(transforms.RandomCrop(SIZE, padding=view_peers.PADDING), pictures)),
         "flip": (ON_ONE_CORE, view_peers.each(transforms.RandomHorizontalFlip(), pictures)),
         "AutoAugment": (ON_ONE_CORE, view_peers.each(transforms.AutoAugment(view_peers.POLICY), pictures)),
+        "RandAugment": (ON_ONE_CORE, view_peers.each(transforms.RandAugment(), pictures)),
+        "TrivialAugment": (ON_ONE_CORE, view_peers.each(transforms.TrivialAugmentWide(), pictures)),
         "CutMix": (IN_BATCHES, view_peers.in_batches(cutmix, images, labels, batch_size)),
         "normalise": (ON_ONE_CORE, view_peers.each(normalize_pil, pictures)),
     }
-    operations = policy_operations()
-    for name, single in operations.items():
+    singles = policy_operations()
+    for name, single in singles.items():
         ours[name] = _ours_single(single, images, batch_size)
-        value = autoaugment.magnitude(name, single.magnitude_bin, SIZE, SIZE)
+        value = operations.magnitude(autoaugment.SPACE, name, single.magnitude_bin or 0, SIZE, SIZE)
         peers[name] = ON_ONE_CORE, view_peers.each_with_magnitude(name, pictures, [value] * len(pictures))
     in_kornia: dict[str, Callable[[Tensor, Tensor], object]] = {}
     if report.has("kornia"):
         from benchmarks import kornia_peer
 
-        bins = {name: single.magnitude_bin for name, single in operations.items()}
+        bins = {name: single.magnitude_bin for name, single in singles.items()}
         in_kornia = kornia_peer.single_operations(bins, options.device)
     floats = images.float().div_(255)
     rows = []
@@ -207,7 +211,7 @@ def _ours_single(single: Single, images: Tensor, batch_size: int) -> Callable[[]
     def run() -> None:
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            autoaugment.apply(images[part], uniform[part])
+            operations.apply(images[part], autoaugment.choose(uniform[part], SIZE, SIZE))
 
     return run
 

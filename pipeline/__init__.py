@@ -32,8 +32,8 @@ def load(
 
     Args:
         path: What `pipeline export` wrote, a directory that a stage wrote, or a checkpoint's .safetensors file in it.
-        format: Of an export: `safetensors`, `onnx`, `onnx-int8` or `torchscript`; None takes the first that is there,
-            never the last.
+        format: Of an export: `safetensors`, `safetensors-bf16`, `onnx`, `onnx-int8` or `torchscript`; None takes the
+            first that is there, never the last.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one. ONNX files run on the CPU.
 
     Returns:

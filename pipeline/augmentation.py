@@ -9,19 +9,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import autoaugment, draws, geometry, imageops
+from pipeline import autoaugment, draws, geometry, imageops, operations, randaugment, trivialaugment
 from pipeline.recipes import ViewRecipe
 
 Draws = Mapping[str, NDArray[np.float64]]
 Parameters = Mapping[str, NDArray[Any]]
+
+
+class Policy(NamedTuple):
+    """A way to choose operations for each image.
+
+    Attributes:
+        title: What people call it.
+        draws: Name of its draws.
+        num_draws: Their number for each sample.
+        choose: From draws `(B, num_draws)`, height and width to what is done to B images.
+    """
+
+    title: str
+    draws: str
+    num_draws: int
+    choose: Callable[[NDArray[np.float64], int, int], operations.Choice]
+
+
+# By the value of the view recipe's `autoaugment`.
+POLICIES = {
+    "cifar10": Policy("AutoAugment", "autoaugment", autoaugment.NUM_DRAWS, autoaugment.choose),
+    "randaugment": Policy("RandAugment", "randaugment", randaugment.NUM_DRAWS, randaugment.choose),
+    "trivialaugment": Policy("TrivialAugment", "trivialaugment", trivialaugment.NUM_DRAWS, trivialaugment.choose),
+}
 
 
 def num_draws(recipe: ViewRecipe) -> dict[str, int]:
@@ -42,12 +66,14 @@ def num_draws(recipe: ViewRecipe) -> dict[str, int]:
         "shear": 1,
         "brightness": 1,
         "contrast": 1,
-        "autoaugment": autoaugment.NUM_DRAWS,
     }
     fields = [field.name for field in dataclasses.fields(recipe) if field.name in per_field]
-    drawn = {name: per_field[name] for name in fields if getattr(recipe, name) not in (0, False, "none")}
+    drawn = {name: per_field[name] for name in fields if getattr(recipe, name)}
     if recipe.brightness and recipe.contrast:
         drawn["jitter-order"] = 1
+    if recipe.autoaugment != "none":
+        policy = POLICIES[recipe.autoaugment]
+        drawn[policy.draws] = policy.num_draws
     if recipe.mixing != "none":
         drawn |= {"partner": 1, "lambda": 1}
     if recipe.mixing == "cutmix":
@@ -68,20 +94,28 @@ def parameters(own: Draws, recipe: ViewRecipe, height: int, width: int) -> dict[
         Of the operations that the recipe has: `crop` `(B, 2)` int64, pixels by which the frame moves down and right;
         `flip` `(B,)` bool; `rotation` `(B,)` degrees, counter-clockwise; `translate` `(B, 2)` int64, pixels right and
         down; `scale` `(B,)`; `shear` `(B,)` degrees along x; `brightness` and `contrast` `(B,)`, factors; where there
-        are both, `brightness_first` `(B,)` bool. With AutoAugment `sub_policy` `(B,)` int64, and of its two operations
-        `operations` `(B, 2)` int64, indices into autoaugment.OPERATIONS or autoaugment.NO_OPERATION, and `magnitudes`
-        `(B, 2)` float64, signed, in the units of autoaugment.magnitude; 0 where none is applied.
+        are both, `brightness_first` `(B,)` bool. With a policy, of the P operations that it chooses (2; TrivialAugment
+        1) `operations` `(B, P)` int64, indices into operations.OPERATIONS or operations.NO_OPERATION, and `magnitudes`
+        `(B, P)` float64, signed, in the units of operations.magnitude; 0 where none is applied. With AutoAugment also
+        `sub_policy` `(B,)` int64.
     """
     given = _plain_parameters(own, recipe, height, width)
-    if "autoaugment" in own:
-        choice = autoaugment.choose(own["autoaugment"])
-        given |= {"sub_policy": choice.sub_policies, "operations": choice.operations}
-        given["magnitudes"] = autoaugment.signed_magnitudes(choice, height, width)
+    if recipe.autoaugment == "cifar10":
+        given["sub_policy"] = autoaugment.sub_policies(own["autoaugment"])
+    if recipe.autoaugment != "none":
+        choice = _choose(own, recipe, height, width)
+        given |= {"operations": choice.operations, "magnitudes": choice.magnitudes}
     return given
 
 
+def _choose(own: Draws, recipe: ViewRecipe, height: int, width: int) -> operations.Choice:
+    """Return what the recipe's policy does to each image."""
+    policy = POLICIES[recipe.autoaugment]
+    return policy.choose(own[policy.draws], height, width)
+
+
 def _plain_parameters(own: Draws, recipe: ViewRecipe, height: int, width: int) -> dict[str, NDArray[Any]]:
-    """Return what `parameters` does, without AutoAugment."""
+    """Return what `parameters` does, without a policy's choice."""
     given: dict[str, NDArray[Any]] = {}
     if "crop" in own:
         given["crop"] = draws.integers(own["crop"], 2 * recipe.crop + 1) - recipe.crop
@@ -122,8 +156,8 @@ def augment(images: Tensor, own: Draws, recipe: ViewRecipe) -> Tensor:
         images = geometry.gather(images, maps)
     if recipe.brightness or recipe.contrast:
         images = _jitter(images, given)
-    if recipe.autoaugment == "cifar10":
-        images = autoaugment.apply(images, own["autoaugment"])
+    if recipe.autoaugment != "none":
+        images = operations.apply(images, _choose(own, recipe, height, width))
     return images
 
 

@@ -1,7 +1,8 @@
 """Exported models: ONNX, TorchScript and safetensors files, made, run, and compared with PyTorch.
 
 An ONNX or TorchScript file holds the whole of pipeline.classifier.Classifier: uint8 images `(B, 3, H, W)` in,
-probabilities `(B, K)` float32 out, any B. A safetensors file holds the model's weights alone.
+probabilities `(B, K)` float32 out, any B. A safetensors file holds the model's weights alone, in float32, or rounded
+to bfloat16 for carrying away: half the size, and computed with in float32 again.
 
 A TorchScript archive is a program: loading one from a stranger can read and write files here. ONNX and safetensors
 files hold no code.
@@ -28,11 +29,14 @@ from pipeline.errors import DataError, NumericalError, UsageError
 
 FILES = {
     "safetensors": "model.safetensors",
+    "safetensors-bf16": "model.bf16.safetensors",
     "onnx": "model.onnx",
     "onnx-int8": "model.int8.onnx",
     "torchscript": "model.torchscript",
 }
 """Format to its file."""
+ROUNDED = ("safetensors-bf16", "onnx-int8")
+"""Formats with fewer bits than the checkpoint, whose scores are not theirs."""
 CARD, CONFIG = "README.md", "config.json"
 SCHEMA = "titn-pipeline/export/1"
 
@@ -41,6 +45,7 @@ BATCH_AT_EXPORT = 2
 CHECK_BATCHES = (1, BATCH_AT_EXPORT, 5, 64)
 """The sizes of the batches that an export is checked on; the last is repeated."""
 TOLERANCE = 1e-4
+BF16_TOLERANCE = 0.1  # of weights with 8 significant bits; what the rounding costs, top-1 tells
 QUANTIZED_OPERATORS = ("MatMul", "Gemm")
 
 
@@ -61,9 +66,12 @@ class Agreement:
     batch_sizes: tuple[int, ...]
 
 
-def to_safetensors(classifier: Classifier) -> bytes:
-    """Return the weights of a classifier's model, names as of its `state_dict`."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.model.state_dict().items()}
+def to_safetensors(classifier: Classifier, dtype: torch.dtype = torch.float32) -> bytes:
+    """Return the weights of a classifier's model, names as of its `state_dict`, rounded to `dtype` but for integers."""
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in classifier.model.state_dict().items()
+    }
     return safetensors.torch.save(tensors)
 
 

@@ -87,6 +87,8 @@ def run_safetensors(content: bytes, meta: Mapping[str, Any], file: Path, device:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise DataError(f"{file}: not a safetensors file ({error}); export it again") from None
+    # Weights rounded for carrying away are computed with in float32.
+    tensors = {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in tensors.items()}
     model = restore(Checkpoint(file, meta, tensors), device)
     return Classifier(model, inputs.mean, inputs.std).to(device).eval().run
 

@@ -179,6 +179,11 @@ def _recipe(name: str, section: Any) -> Recipe:
                 f"{path}.students.{student}.views: {own.views!r} is no view recipe; "
                 f"choose from {', '.join(recipe.views)}"
             )
+        if own.soft and not recipe.label.topk:
+            raise UsageError(
+                f"{path}.students.{student}.soft: {own.soft:g} needs the teacher's probabilities, and "
+                f"{path}.label.topk is 0; keep some, as label: {{topk: 5}}, or set soft to 0"
+            )
     return recipe
 
 
@@ -230,9 +235,10 @@ def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) 
     if type(value) is not expected:
         raise UsageError(f"{path}: {value!r} is not {_TYPE_NAMES[expected]}")
     if "range" in field.metadata:
-        low, high = field.metadata["range"]
-        if not (math.isfinite(value) and low <= value <= high):
-            raise UsageError(f"{path}: {value!r} is out of range; allowed is {low} to {high}")
+        (low, high), off = field.metadata["range"], field.metadata["off"]
+        if not (math.isfinite(value) and (low <= value <= high or value == off)):
+            beside = "" if off is None else f", or {off:g}"
+            raise UsageError(f"{path}: {value!r} is out of range; allowed is {low} to {high}{beside}")
     if "choices" in field.metadata and value not in field.metadata["choices"]:
         raise UsageError(f"{path}: {value!r} is not allowed; choose from {', '.join(field.metadata['choices'])}")
     return value

@@ -19,9 +19,11 @@ INNER_BLOCKS = ("auto", "plain", "fused")
 MAX_VIEWS = 100_000
 
 
-def _number(low: float, high: float, default: Any = dataclasses.MISSING, *, later: bool = False) -> Any:
-    """A field holding a number in [low, high]; `later` as `deciding_values` explains."""
-    return dataclasses.field(default=default, metadata={"range": (low, high), "later": later})
+def _number(
+    low: float, high: float, default: Any = dataclasses.MISSING, *, off: float | None = None, later: bool = False
+) -> Any:
+    """A field holding a number in [low, high], or `off`; `later` as `deciding_values` explains."""
+    return dataclasses.field(default=default, metadata={"range": (low, high), "off": off, "later": later})
 
 
 def _choice(choices: tuple[str, ...], default: Any = dataclasses.MISSING) -> Any:
@@ -65,10 +67,11 @@ class ViewRecipe:
         shear: Largest shear along x, degrees, drawn uniformly.
         brightness: Colour jitter: factor drawn uniformly from [1 - brightness, 1 + brightness].
         contrast: Colour jitter: factor drawn uniformly from [1 - contrast, 1 + contrast].
-        autoaugment: AutoAugment policy, `none` or `cifar10`.
+        autoaugment: `none`; `cifar10`, AutoAugment with its policy for CIFAR-10; `randaugment`, RandAugment with 2
+            operations of magnitude 9 of 31; or `trivialaugment`, TrivialAugment with its wide magnitudes.
         mixing: `none`, `cutmix` or `mixup`, each with lambda from Beta(1/2, 1/2).
 
-    Source: arXiv:2502.16762 §3.4, §4.1.
+    Source: arXiv:2502.16762 §3.4, §4.1; RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158.
     """
 
     seed: int = _number(0, 2**31 - 1, 0)
@@ -81,7 +84,7 @@ class ViewRecipe:
     shear: float = _number(0.0, 60.0, 0.0)
     brightness: float = _number(0.0, 1.0, 0.0)
     contrast: float = _number(0.0, 1.0, 0.0)
-    autoaugment: str = _choice(("none", "cifar10"), "none")
+    autoaugment: str = _choice(("none", "cifar10", "randaugment", "trivialaugment"), "none")
     mixing: str = _choice(("none", "cutmix", "mixup"), "none")
 
 
@@ -149,7 +152,8 @@ class StudentRecipe(FitRecipe):
         num_heads: Heads of the outer attention.
         pixel_width: Width c of the inner tokens (tnt and titn).
         pixel_heads: Heads of the inner attention (tnt and titn).
-        soft: Temperature of soft distillation, T; 0 learns from the argmax. The label cache must keep probabilities.
+        soft: Temperature of soft distillation, T; 0 learns from the argmax. Above 0 it needs a distillation head and
+            the teacher's probabilities, which `LabelRecipe.topk` keeps.
         ema: Share of the old value that an exponential moving average of the weights keeps in each step; the average
             is what is evaluated and kept. 0 keeps none.
         inner_block: How inner blocks are computed (tnt and titn): `plain`, by PyTorch's own operations; `fused`, in
@@ -169,7 +173,7 @@ class StudentRecipe(FitRecipe):
     pixel_width: int = _number(1, 1024, 12)
     pixel_heads: int = _number(1, 256, 2)
     micro_batch: int = _number(0, 1_000_000, 0)
-    soft: float = _number(0.0, 1000.0, 0.0, later=True)
+    soft: float = _number(0.01, 1000.0, 0.0, off=0.0, later=True)
     ema: float = _number(0.0, 0.999999, 0.0, later=True)
     inner_block: str = _choice(INNER_BLOCKS, "auto")
 

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.autoaugment import CIFAR10_POLICY, OPERATIONS
+from pipeline.augmentation import POLICIES
+from pipeline.autoaugment import CIFAR10_POLICY
+from pipeline.operations import NO_OPERATION, OPERATIONS
 from pipeline.recipes import ViewRecipe
 
 NUM_BINS = 4
@@ -101,7 +103,7 @@ class OperationMeter:
             if name in of:
                 yield from _ranges(f"{name}, times", of[name], 1 - reach, 1 + reach, "{:.2f} to {:.2f}")
         if "operations" in of:
-            yield from _autoaugment(of)
+            yield from _chosen(POLICIES[recipe.autoaugment].title, of)
 
 
 def wilson_interval(num_right: int, num_images: int) -> tuple[float, float]:
@@ -139,11 +141,13 @@ def _pixels(operation: str, shifts: NDArray[np.int64], reach: int) -> Members:
         yield operation, name, (distance >= start) & (distance <= end)
 
 
-def _autoaugment(of: Mapping[str, NDArray[Any]]) -> Members:
-    """Group by each operation that was applied, and by sub-policy."""
-    yield "AutoAugment", "nothing applied", np.all(of["operations"] < 0, axis=1)
+def _chosen(title: str, of: Mapping[str, NDArray[Any]]) -> Members:
+    """Group by each operation that a policy chose, and by sub-policy where there are any."""
+    yield title, "nothing applied", np.all(of["operations"] == NO_OPERATION, axis=1)
     for number, name in sorted(enumerate(OPERATIONS), key=lambda entry: entry[1]):
-        yield "AutoAugment", name, np.any(of["operations"] == number, axis=1)
+        yield title, name, np.any(of["operations"] == number, axis=1)
+    if "sub_policy" not in of:
+        return
     for number, sub_policy in enumerate(CIFAR10_POLICY):
         name = ", ".join(f"{operation} {probability:g}" for operation, probability, _ in sub_policy)
         yield SUB_POLICY, f"{number + 1}: {name}", of["sub_policy"] == number

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.counting import flops_per_image, num_parameters, paper_macs
 from pipeline.errors import UsageError
+from pipeline.exporting import ROUNDED
 from pipeline.loading import build_model
 from pipeline.prediction import Network, Predictor
 from pipeline.reporting import Table, number
@@ -64,7 +65,7 @@ def load(
                 "file_bytes": trained.file.stat().st_size,
                 "paper_macs": paper_macs(model, described.image_size),
                 "flops_per_image": flops_per_image(model, described.image_size),
-                "top1": scores.get("top1") if isinstance(scores, dict) and trained.precision != "int8" else None,
+                "top1": scores.get("top1") if isinstance(scores, dict) and trained.format not in ROUNDED else None,
             }
         )
     return predictors, rows

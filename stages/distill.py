@@ -23,7 +23,7 @@ from stages.execution import execution
 from stages.fitting import carry_out, make_views, up_to_date
 from stages.models import describe, student_arguments
 from stages.runs import Run, place
-from stages.teacher_labels import Distillation, TeacherSource
+from stages.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
 CPU_MICRO_BATCH = 128
 
@@ -32,7 +32,7 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
     """Return a student's recipe.
 
     Raises:
-        UsageError: The recipe has no such student, or the student no such architecture.
+        UsageError: The recipe has no such student, the student no such architecture, or that no head for `soft`.
     """
     if name not in recipe.students:
         raise UsageError(f"--student {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.students)}")
@@ -41,7 +41,23 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
         raise UsageError(f"students.{name}.model: {own.model!r} is no student; choose from {', '.join(STUDENTS)}")
     if own.views not in recipe.views:
         raise UsageError(f"students.{name}.views: {own.views!r}; choose from {', '.join(recipe.views)}")
+    if own.soft:
+        require_distillation_head(soft_name(own, name, given="soft" in settings), name, own)
     return own
+
+
+def distilled_recipe(
+    recipe: Recipe, name: str, distillation: Distillation, settings: Mapping[str, str]
+) -> StudentRecipe:
+    """Return a student's recipe as it follows from what the student learns from its teacher.
+
+    Raises:
+        UsageError: As of `student_recipe`, or the two do not go together.
+    """
+    own = student_recipe(recipe, name, settings)
+    distillation.check(name, own)
+    # Without a teacher there is nothing to learn from, softly or not.
+    return dataclasses.replace(own, soft=0.0) if distillation.labels == "none" else own
 
 
 def distill(
@@ -50,7 +66,6 @@ def distill(
     *,
     labels: str = "cached",
     teacher: Path | None = None,
-    soft: float | None = None,
     confidence: bool = False,
     num_views: int | None = None,
     settings: Mapping[str, str] | None = None,
@@ -66,10 +81,9 @@ def distill(
         labels: `cached`; or a control that goes to data/runs: `none` trains both heads on the ground truth, `online`
             asks the teacher at every step.
         teacher: The checkpoint that `online` asks.
-        soft: Learn from the teacher's probabilities at this temperature, in 0.01 to 1000, instead of its argmax.
         confidence: Weigh each sample's distillation term by the teacher's probability of its label.
         num_views: Train on the first of the views only. Such runs go to data/runs too.
-        settings: Fields of the student's recipe to replace; such a run goes to data/runs.
+        settings: Fields of the student's recipe to replace, `soft` among them; such a run goes to data/runs.
         seed: Of initialisation and order; one that is not 0 goes to data/runs.
         fresh: Whether to start over.
         dry_run: Whether only to say what would be done, and why.
@@ -81,13 +95,15 @@ def distill(
         UsageError: A name or option that does not exist, or options that do not go together.
         DataError: Prepared data or labels are missing, do not belong together, or hold less than is asked for.
     """
-    recipe = student_recipe(context.recipe, name, settings or {})
-    distillation = Distillation(labels=labels, teacher=teacher, soft=soft, confidence=confidence, num_views=num_views)
-    distillation.check(name, recipe)
+    settings = settings or {}
+    distillation = Distillation(
+        labels=labels, teacher=teacher, soft_given="soft" in settings, confidence=confidence, num_views=num_views
+    )
+    recipe = distilled_recipe(context.recipe, name, distillation, settings)
     with context.joined() as group:
         device, dataset = context.device, context.dataset()
-        source = TeacherSource(context, dataset, recipe, distillation)
-        run = plan_student(context, dataset, name, recipe, source, distillation, settings=settings or {}, seed=seed)
+        source = TeacherSource(context, dataset, name, recipe, distillation)
+        run = plan_student(context, dataset, name, recipe, source, distillation, settings=settings, seed=seed)
         if dry_run:
             context.say(plan_run(run, fresh=fresh))
             return run.out
@@ -108,8 +124,9 @@ def distill(
             dataset=dataset,
             data=TrainingData(views, dataset.mean, dataset.std, run.num_views, source.teacher_labels(device)),
             clean=source.clean,
-            objective=student_objective(recipe, distilled=source.is_distilled, soft=soft),
+            objective=student_objective(recipe, distilled=source.is_distilled),
             how=execution(recipe, device, group, micro_batch=micro_batch_on(device, recipe), inner_block=inner_block),
+            ema=recipe.ema,
             fresh=fresh,
         )
     return run.out
@@ -135,13 +152,14 @@ def plan_student(
 ) -> Run:
     """Say what training a student means: its recipe, inputs and outputs."""
     paths, view_recipe = context.paths, context.recipe.views[recipe.views]
-    differs = {**distillation.differences(view_recipe.count), **settings}
+    others = {key: value for key, value in settings.items() if key != "soft"}
+    differs = {**distillation.differences(context.recipe, name, recipe), **others}
     if distillation.num_views is not None:
         view_recipe = dataclasses.replace(view_recipe, count=distillation.num_views)
     inputs: dict[str, Any] = {"views": dataclasses.asdict(view_recipe), "labels": distillation.labels}
     inputs["teacher"] = source.digest
-    if distillation.soft is not None:
-        inputs |= {"soft": distillation.soft, "topk": source.cache.topk if source.cache else None}
+    if recipe.soft:
+        inputs["topk"] = source.cache.topk if source.cache else None
     if distillation.confidence:
         inputs["confidence"] = True
     out, work, stage = place(paths, f"students/{name}", name, differs, seed, paths.student(name), f"student@{name}")
@@ -159,19 +177,18 @@ def plan_student(
         teacher=source.teacher,
         is_distilled=source.is_distilled,
         num_views=view_recipe.count,
-        soft=distillation.soft,
+        soft=recipe.soft or None,
         confidence=distillation.confidence,
         keep_last=True,
     )
 
 
-def student_objective(recipe: StudentRecipe, *, distilled: bool, soft: float | None = None) -> Objective:
+def student_objective(recipe: StudentRecipe, *, distilled: bool) -> Objective:
     """Return loss (10) for two heads with a teacher, its control without one, or loss (9) for one head.
 
     Args:
-        recipe: The student's.
+        recipe: The student's; its `soft` is the temperature where the teacher's labels are distributions.
         distilled: Whether there is a teacher.
-        soft: Temperature, where the teacher's labels are distributions.
     """
 
     def objective(outputs: Outputs, batch: Batch) -> torch.Tensor:
@@ -188,7 +205,7 @@ def student_objective(recipe: StudentRecipe, *, distilled: bool, soft: float | N
             batch.teacher_labels,
             alpha=alpha,
             label_smoothing=smoothing,
-            temperature=1.0 if soft is None else soft,
+            temperature=recipe.soft or 1.0,
             confidence=batch.confidence,
             mean_confidence=batch.mean_confidence,
         )

@@ -69,7 +69,7 @@ def export(
     Args:
         checkpoint: The model.
         inputs: Its inputs.
-        real: What it is checked on; with labels for int8.
+        real: What it is checked on; with labels for int8 and bf16.
         out: Directory of the files, as `check_out` allows it; a former export there is replaced.
         formats: Of FORMATS.
         int8: Whether to quantise the ONNX file too.
@@ -94,13 +94,16 @@ def export(
         contents[name] = _make(name, classifier, inputs, checkpoint)
         runner = _run(name, contents[name], checkpoint)
         entries[name] = _entry(name, contents[name], classifier, runner, sample)
+        if name == "safetensors-bf16":
+            entries[name] |= {"dtype": "bfloat16", **_measured(runner, real)}
+            entries[name]["top1_of_checkpoint"] = exporting.top1(classifier.run, real.batches())
         say(f"{_described(entries[name])}, {_agreed(entries[name], real)}")
     if int8:
         contents["onnx-int8"] = exporting.to_onnx_int8(contents["onnx"])
         runners = {name: exporting.run_onnx(contents[name]) for name in ("onnx", "onnx-int8")}
         entries["onnx-int8"] = _entry("onnx-int8", contents["onnx-int8"], classifier, runners["onnx-int8"], sample)
         for name, runner in runners.items():
-            entries[name] |= {"top1": exporting.top1(runner, real.batches()), "top1_images": len(real.images)}
+            entries[name] |= _measured(runner, real)
         say(f"{_described(entries['onnx-int8'])}, {_compared(entries, real)}")
     config = _config(checkpoint, inputs, real, classifier, entries, license)
     _write(out, contents, config)
@@ -116,7 +119,7 @@ def _make(name: str, classifier: Classifier, inputs: Description, checkpoint: Ch
         return exporting.to_onnx(classifier, inputs.image_size, kept)
     if name == "torchscript":
         return exporting.to_torchscript(classifier, inputs.image_size)
-    return exporting.to_safetensors(classifier)
+    return exporting.to_safetensors(classifier, torch.bfloat16 if name == "safetensors-bf16" else torch.float32)
 
 
 def _run(name: str, content: bytes, checkpoint: Checkpoint) -> Runner:
@@ -132,7 +135,8 @@ def _run(name: str, content: bytes, checkpoint: Checkpoint) -> Runner:
 def _entry(name: str, content: bytes, classifier: Classifier, runner: Runner, sample: torch.Tensor) -> dict[str, Any]:
     """Compare what was made with the original, and return what config.json says of the file."""
     # Of int8 the accuracy tells what it is worth; the difference is noted.
-    tolerance = math.inf if name == "onnx-int8" else exporting.TOLERANCE
+    rounded = {"onnx-int8": math.inf, "safetensors-bf16": exporting.BF16_TOLERANCE}
+    tolerance = rounded.get(name, exporting.TOLERANCE)
     try:
         agreement = exporting.compare(classifier.run, runner, sample, tolerance=tolerance)
     except NumericalError as error:
@@ -142,6 +146,10 @@ def _entry(name: str, content: bytes, classifier: Classifier, runner: Runner, sa
     return {**entry, "agreement": dataclasses.asdict(agreement)}
 
 
+def _measured(runner: Runner, real: RealImages) -> dict[str, Any]:
+    return {"top1": exporting.top1(runner, real.batches()), "top1_images": len(real.images)}
+
+
 def _described(entry: Mapping[str, Any]) -> str:
     return f"{entry['file']}: {entry['bytes'] / 1e6:.2f} MB"
 
@@ -149,10 +157,13 @@ def _described(entry: Mapping[str, Any]) -> str:
 def _agreed(entry: Mapping[str, Any], real: RealImages) -> str:
     agreement = entry["agreement"]
     sizes = ", ".join(map(str, agreement["batch_sizes"]))
-    return (
+    text = (
         f"within {agreement['max_difference']:.1e} of PyTorch's probabilities on {agreement['num_images']} images "
         f"({real.description}) in batches of {sizes}"
     )
+    if "top1_of_checkpoint" in entry:
+        text += f"; top-1 {entry['top1']:.2f} % beside {entry['top1_of_checkpoint']:.2f} % in float32"
+    return text
 
 
 def _compared(entries: Mapping[str, Mapping[str, Any]], real: RealImages) -> str:

@@ -109,8 +109,8 @@ def from_folder(folder: Path, inputs: Description, *, labelled: bool) -> RealIma
         for path in paths:
             if path.parent.name not in classes:
                 raise DataError(
-                    f"{printable(path)}: not in a folder named after a class, without which --int8 can't be measured; "
-                    "use <class>/<image>, or leave --int8 out"
+                    f"{printable(path)}: not in a folder named after a class, without which --int8 and --dtype bf16 "
+                    "can't be measured; use <class>/<image>, or leave them out"
                 )
         labels = np.array([classes[path.parent.name] for path in paths], np.int64)
     elif len(paths) > NUM_CHECKED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,13 @@ def split_names(text: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
-    """Split KEY=VALUE pairs."""
-    pairs = {}
+def parse_settings(settings: tuple[str, ...], *, soft: float | None = None) -> dict[str, str]:
+    """Split KEY=VALUE pairs; `--soft T` is another way to write `--set soft=T`."""
+    pairs = {} if soft is None else {"soft": f"{Decimal(str(soft)):f}"}  # YAML's parsers disagree on 1e-05
     for setting in settings:
         key, equals, value = setting.partition("=")
+        if key == "soft" and soft is not None:
+            raise UsageError(f"--set {setting} --soft {soft:g}: both set the temperature; give one of them")
         if not equals or not key or not value or key in pairs:
             raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
         pairs[key] = value

@@ -27,7 +27,6 @@ from stages.label_plan import kept_name
 from stages.models import load_checkpoint_of
 from stages.paths import Paths
 
-TEMPERATURES = (0.01, 1000.0)
 USUAL_TOPK = 5
 
 
@@ -35,17 +34,19 @@ USUAL_TOPK = 5
 class Distillation:
     """How a run differs from the recipe in what it learns from the teacher; by default in nothing.
 
+    The temperature is no part of it, but the student's recipe's field `soft`.
+
     Attributes:
         labels: `cached`; `none` trains both heads on the ground truth, `online` asks the teacher at every step.
         teacher: The checkpoint that `online` asks.
-        soft: Temperature of soft distillation; None learns from the argmax.
+        soft_given: Whether the command gave the temperature, in place of the recipe's own.
         confidence: Whether the teacher's probability of its label weighs each sample's distillation term.
         num_views: Views that the epochs cycle through, always the first ones; None takes the recipe's number.
     """
 
     labels: str = "cached"
     teacher: Path | None = None
-    soft: float | None = None
+    soft_given: bool = False
     confidence: bool = False
     num_views: int | None = None
 
@@ -57,37 +58,32 @@ class Distillation:
         """
         if (self.labels == "online") != (self.teacher is not None):
             raise UsageError(f"--labels {self.labels}: --teacher CHECKPOINT belongs to --labels online, and only to it")
-        low, high = TEMPERATURES
-        if self.soft is not None and not low <= self.soft <= high:
-            raise UsageError(f"--soft {self.soft:g}: not a temperature in {low:g} to {high:g}; usual are 1 to 4")
-        for option in self._needing_probabilities:
+        given = (soft_name(recipe, name, given=True),) if self.soft_given and recipe.soft else ()
+        for option in (*given, *(("--confidence",) if self.confidence else ())):
             if self.labels == "none":
                 raise UsageError(f"{option}: --labels none has no teacher; leave one of them out")
-            if not STUDENTS[recipe.model].has_distillation_head:
-                able = [each for each, student in STUDENTS.items() if student.has_distillation_head]
-                raise UsageError(
-                    f"{option}: student {name} ({recipe.model}) has no distillation head; choose from {', '.join(able)}"
-                )
+            require_distillation_head(option, name, recipe)
 
-    def differences(self, count: int) -> dict[str, str]:
-        """Name what differs from the recipe, whose number of views is `count`, for the run's directory."""
+    def differences(self, recipe: Recipe, name: str, own: StudentRecipe) -> dict[str, str]:
+        """Name what a student's run under `own` differs in from its recipe, for the run's directory."""
         found = {}
         if self.labels != "cached":
             found["labels"] = self.labels
-        if self.soft is not None:
-            found["soft"] = str(self.soft).removesuffix(".0")
+        if self.soft_given and own.soft != recipe.students[name].soft:
+            found["soft"] = str(own.soft).removesuffix(".0")
         if self.confidence:
             found["confidence"] = "on"
-        if self.num_views not in (None, count):
+        if self.num_views not in (None, recipe.views[own.views].count):
             found["num_views"] = str(self.num_views)
         return found
 
-    def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, view_recipe: str) -> None:
+    def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, name: str, own: StudentRecipe) -> None:
         """Refuse a cache that holds less than this run needs.
 
         Raises:
             DataError: Too few views, or no probabilities.
         """
+        view_recipe = own.views
         command = "pipeline label" + ("" if view_recipe == "default" else f" --view-recipe {view_recipe}")
         count = recipe.views[view_recipe].count
         if self.num_views is not None and cache.num_views < self.num_views:
@@ -100,19 +96,32 @@ class Distillation:
                 f"{path}: {cache.num_views} views, the recipe asks for {count} "
                 f"(recipes.{recipe.name}.views.{view_recipe}.count); run `{command}`, or train on fewer with --views"
             )
-        for option in self._needing_probabilities:
-            if cache.topk == 0:
-                topk = min(USUAL_TOPK, cache.num_classes)
-                raise DataError(
-                    f"{path}: keeps {kept_name(cache.topk)}, {option} needs the teacher's probabilities; "
-                    f"run `{command} --keep {kept_name(topk)} --fresh`"
-                )
+        if cache.topk == 0 and (own.soft or self.confidence):
+            option = soft_name(own, name, given=self.soft_given) if own.soft else "--confidence"
+            keep = "" if recipe.label.topk else f" --keep {kept_name(min(USUAL_TOPK, cache.num_classes))}"
+            raise DataError(
+                f"{path}: keeps {kept_name(cache.topk)}, {option} needs the teacher's probabilities; "
+                f"run `{command}{keep} --fresh`"
+            )
 
-    @property
-    def _needing_probabilities(self) -> tuple[str, ...]:
-        """The options given that need more than labels."""
-        soft = () if self.soft is None else (f"--soft {self.soft:g}",)
-        return (*soft, "--confidence") if self.confidence else soft
+
+def soft_name(own: StudentRecipe, name: str, *, given: bool) -> str:
+    """Return what a student's temperature is called where it came from: the command, or params.yaml."""
+    return f"--soft {own.soft:g}" if given else f"students.{name}.soft: {own.soft:g}"
+
+
+def require_distillation_head(option: str, name: str, recipe: StudentRecipe) -> None:
+    """Refuse an option or field for a student that has no head for the teacher's answers.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if not STUDENTS[recipe.model].has_distillation_head:
+        able = [each for each, student in STUDENTS.items() if student.has_distillation_head]
+        way_out = "choose from" if option.startswith("--") else "set it to 0 there, or choose from"
+        raise UsageError(
+            f"{option}: student {name} ({recipe.model}) has no distillation head; {way_out} {', '.join(able)}"
+        )
 
 
 class TeacherSource:
@@ -131,12 +140,15 @@ class TeacherSource:
         DataError: The cache or the teacher is missing, damaged, belongs to something else or holds too little.
     """
 
-    def __init__(self, context: Context, dataset: Dataset, recipe: StudentRecipe, distillation: Distillation) -> None:
+    def __init__(
+        self, context: Context, dataset: Dataset, name: str, recipe: StudentRecipe, distillation: Distillation
+    ) -> None:
         self.is_distilled = STUDENTS[recipe.model].has_distillation_head and distillation.labels != "none"
         self.cache: LabelCache | None = None
         self.clean: Mapping[str, np.ndarray[Any, Any]] = {}
         self.teacher: Mapping[str, Any] | None = None
         self.digest: str | None = None
+        self._is_soft = recipe.soft > 0
         self._distillation = distillation
         self._online: TeacherLabels | None = None
         if distillation.labels == "online":
@@ -145,15 +157,15 @@ class TeacherSource:
             check_teacher(context, dataset, checkpoint)
             self.digest = checkpoint.sha256
         elif self.is_distilled or context.paths.labels(recipe.views).exists():
-            self._open(context, dataset, recipe)
+            self._open(context, dataset, name, recipe)
 
     def teacher_labels(self, device: torch.device) -> TeacherLabels | None:
         """Return what gives each batch its teacher labels."""
         if not self.is_distilled:
             return None
-        soft, confidence = self._distillation.soft is not None, self._distillation.confidence
+        confidence = self._distillation.confidence
         return self._online or (
-            cached_labels(self.cache, device, soft=soft, confidence=confidence) if self.cache else None
+            cached_labels(self.cache, device, soft=self._is_soft, confidence=confidence) if self.cache else None
         )
 
     def check(self, views: Views) -> None:
@@ -169,7 +181,7 @@ class TeacherSource:
                 "its libraries made them); run `pipeline label --fresh`"
             )
 
-    def _open(self, context: Context, dataset: Dataset, recipe: StudentRecipe) -> None:
+    def _open(self, context: Context, dataset: Dataset, student: str, recipe: StudentRecipe) -> None:
         """Open the cache, checking that it belongs to the data, the views and the teacher at hand."""
         paths, name = context.paths, recipe.views
         path = paths.labels(name)
@@ -179,7 +191,7 @@ class TeacherSource:
                 f"`pipeline label --view-recipe {name}` where a teacher is selected"
             )
         self.cache = open_labels(paths, context.recipe, dataset, name)
-        self._distillation.check_cache(self.cache, path, context.recipe, name)
+        self._distillation.check_cache(self.cache, path, context.recipe, student, recipe)
         self.clean = self.cache.clean
         provenance = self.cache.provenance
         self.digest = str(provenance["checkpoint_sha256"])
@@ -201,7 +213,7 @@ class TeacherSource:
         if distillation.teacher is None:
             return
         teacher, checkpoint = load_teacher(context, dataset, distillation.teacher)
-        self._online = online_labels(teacher, soft=distillation.soft is not None, confidence=distillation.confidence)
+        self._online = online_labels(teacher, soft=self._is_soft, confidence=distillation.confidence)
         self.clean = label_clean(context, dataset, teacher)
         split, part = dataset.evaluation
         top1 = 100.0 * float(np.mean(self.clean[split] == part.labels))

@@ -80,10 +80,15 @@ def load_trained(path: Path, device: str | None = None, precision: str | None = 
     )
 
 
+def _has_weights(directory: Path) -> bool:
+    """Whether an export holds weights, which are computed with on any device."""
+    return any((directory / FILES[name]).is_file() for name in ("safetensors", "safetensors-bf16"))
+
+
 def _load_export(path: Path, directory: Path, device: str | None) -> Trained:
     """Load what `pipeline export` wrote."""
     formats = {file: format for format, file in FILES.items()}
-    if device is None and (path.suffix == ".onnx" or not (directory / FILES["safetensors"]).is_file()):
+    if device is None and (path.suffix == ".onnx" or not _has_weights(directory)):
         device = "cpu"
     on = resolve_device(device)
     classifier, _ = load(directory, format=None if path == directory else formats[path.name], device=str(on))

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from benchmarks import measure, synthetic, view_peers, views
-from pipeline import autoaugment
+from pipeline import autoaugment, operations
 from tests.benchmark_reports import rows, run
 from tests.pillow_reference import on_pil, sample_images
 
@@ -64,15 +64,16 @@ def test_a_module_that_is_not_committed_is_noticed(tmp_path: Path) -> None:
 def test_an_operation_alone_does_what_its_peer_does(name: str) -> None:
     images = sample_images(synthetic.SIZE, synthetic.SIZE)
     single = views.policy_operations()[name]
-    value = autoaugment.magnitude(name, single.magnitude_bin, synthetic.SIZE, synthetic.SIZE)
+    size = synthetic.SIZE
+    value = operations.magnitude(autoaugment.SPACE, name, single.magnitude_bin or 0, size, size)
     uniform = single.draws(len(images))
-    negative = (uniform[:, 3 + single.place] < 0.5) & (name not in autoaugment.UNSIGNED_OPERATIONS)
+    negative = (uniform[:, 3 + single.place] < 0.5) & (name not in operations.UNSIGNED_OPERATIONS)
     expected = on_pil(
         lambda image, magnitude: _apply_op(image, name, magnitude, InterpolationMode.NEAREST, None),
         images,
         np.where(negative, -value, value).tolist(),
     )
-    assert torch.equal(autoaugment.apply(images, uniform), expected)
+    assert torch.equal(operations.apply(images, autoaugment.choose(uniform, size, size)), expected)
 
 
 def test_every_loader_gives_what_a_network_takes() -> None:
@@ -113,7 +114,7 @@ def test_views_are_compared_and_a_missing_peer_is_named(
     assert whole[PEER_OF_THE_GOAL]["goal"] == 10.0
     assert [row["goal"] for name, row in whole.items() if name != PEER_OF_THE_GOAL] == [None] * (len(whole) - 1)
     measured = {row["what"] for row in report["rows"]}
-    assert measured >= {"crop", "flip", "AutoAugment", "CutMix", "normalise", *views.policy_operations()}
+    assert measured >= {*views.SINGLE, "normalise", *views.policy_operations()}
     [share] = rows(report, "views, share of a TITN training step").values()
     assert share["goal"] == 1.0 and share["ratio"] == pytest.approx(10 / share["ours"])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from PIL import Image
@@ -85,7 +86,11 @@ def test_every_file_is_named_with_its_size_and_digest(exported: Project) -> None
     folder = exported.path / "exported"
     entries = config(exported)["files"]
     assert set(entries) == set(FORMATS)
-    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", *exporting.FILES.values()}
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        *(exporting.FILES[name] for name in FORMATS),
+    }
     for entry in entries.values():
         content = (folder / entry["file"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
@@ -146,6 +151,54 @@ def test_int8_is_measured_beside_float(exported: Project, images: torch.Tensor) 
         predicted = torch.cat([load(exported, format)(batch).argmax(dim=1) for batch in images.split(64)])
         top1 = 100 * float((predicted == labels).double().mean())
         assert entries[format]["top1"] == pytest.approx(top1) and entries[format]["top1_images"] == len(labels)
+
+
+def test_weights_in_bf16_are_half_the_size_and_measured(project: Project, images: torch.Tensor) -> None:
+    bf16 = ("export", STUDENT, "--format", "safetensors", "--dtype", "bf16")
+    out = run(project, *bf16, "--out", "small")
+    folder = project.path / "small"
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.bf16.safetensors"}
+    described = json.loads((folder / "config.json").read_text())
+    (entry,) = described["files"].values()
+    assert entry["dtype"] == "bfloat16"
+    assert entry["bytes"] < 0.6 * (project.path / "exported/model.safetensors").stat().st_size
+    exact = load_checkpoint(project.path / STUDENT).tensors
+    found = safetensors.torch.load_file(folder / "model.bf16.safetensors")
+    assert found.keys() == exact.keys()
+    assert all(tensor.equal(exact[name].bfloat16()) for name, tensor in found.items())
+    model, _ = pipeline.load(folder)
+    assert model.format == "safetensors-bf16"
+    torch.testing.assert_close(model(images[:9]), load(project)(images[:9]), atol=0.02, rtol=0)
+    labels = torch.from_numpy(Dataset.load(project.data / "prepared/dataset.h5").test.labels)
+    for key, each in (("top1", model), ("top1_of_checkpoint", load(project))):
+        top1 = 100 * float((each(images).argmax(dim=1) == labels).double().mean())
+        assert entry[key] == pytest.approx(top1) and f"{top1:.2f} %" in out
+    card = (folder / "README.md").read_text()
+    assert "bfloat16" in card and f"reach {entry['top1_of_checkpoint']:.2f} %" in card
+    test = json.loads(run(project, "evaluate", "small/model.bf16.safetensors", "--recipe", "smoke", "--json"))
+    assert test["top1"] == pytest.approx(entry["top1"])
+    (row,) = json.loads(run(project, "bench", "small", "--batch-sizes", "1", "--rounds", "1", "--json"))["models"]
+    assert (row["format"], row["precision"], row["top1"]) == ("safetensors-bf16", "fp32", None)
+    Image.new("L", (9, 9), 200).save(project.path / "grey.png")
+    assert "grey.png" in run(project, "predict", "small", "grey.png")
+
+
+def test_bf16_is_refused_where_it_cannot_be_measured_or_is_too_far_off(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bf16 = ("export", STUDENT, "--format", "safetensors", "--dtype", "bf16", "--out", "new")
+    Image.new("L", (9, 9), 200).save(project.path / "grey.png")
+    assert "not in a folder named after a class" in run(project, *bf16, "--data", ".", code=3)
+    monkeypatch.setattr(exporting, "BF16_TOLERANCE", 1e-9)
+    assert "model.bf16.safetensors" in run(project, *bf16, code=5)
+    assert not (project.path / "new").exists()
+
+
+def test_the_papers_titn_in_bf16_takes_less_than_12_mb() -> None:
+    with torch.device("meta"):
+        model = build_student("titn", num_classes=100)
+    classifier = Classifier(model.to_empty(device="cpu"), [0.5] * 3, [0.25] * 3)
+    assert len(exporting.to_safetensors(classifier, torch.bfloat16)) < 12e6
 
 
 def test_the_card_is_what_hubs_read_and_says_what_was_measured(exported: Project) -> None:
@@ -375,6 +428,10 @@ def test_images_come_from_a_folder_where_there_is_no_data_set(project: Project) 
     ("arguments", "words"),
     [
         (("--format", "safetensors", "--int8"), "only ONNX"),
+        (("--format", "onnx", "--int8", "--dtype", "bf16"), "--dtype bf16 --int8: only a safetensors file"),
+        (("--format", "safetensors", "--format", "onnx", "--dtype", "bf16"), "--dtype bf16 --format onnx: only"),
+        (("--format", "torchscript", "--dtype", "bf16"), "--dtype bf16 --format torchscript: only"),
+        (("--format", "safetensors", "--dtype", "fp16"), "fp16"),
         (("--format", "onnx", "--data", ".", "--recipe", "smoke"), "one of them"),
         (("--format", "onnx", "--license", "a b"), "--license"),
         (("--format", "onnx", "--data", "missing"), "no such folder"),

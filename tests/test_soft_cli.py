@@ -227,10 +227,13 @@ def test_a_student_can_train_on_fewer_views_than_the_recipes(project: Project) -
         (("vit", "--confidence"), ["--confidence", "vit", "no distillation head"]),
         (("deit", "--soft", "2", "--labels", "none"), ["--soft 2", "--labels none"]),
         (("deit", "--confidence", "--labels", "none"), ["--confidence", "--labels none"]),
-        (("deit", "--soft", "0"), ["--soft 0", "0.01 to 1000"]),
-        (("deit", "--soft", "-1"), ["--soft -1"]),
-        (("deit", "--soft", "nan"), ["--soft nan"]),
-        (("deit", "--soft", "inf"), ["--soft inf"]),
+        (("deit", "--soft", "0.00001"), ["students.deit.soft: 1e-05", "0.01 to 1000.0, or 0"]),
+        (("deit", "--set", "soft=1001"), ["students.deit.soft: 1001", "0.01 to 1000.0, or 0"]),
+        (("deit", "--soft", "-1"), ["-1.0", "0.0<=x<=1000.0"]),
+        (("deit", "--soft", "nan"), ["nan", "not a finite number"]),
+        (("deit", "--soft", "inf"), ["inf", "0.0<=x<=1000.0"]),
+        (("deit", "--soft", "2", "--set", "soft=3"), ["--set soft=3 --soft 2", "one of them"]),
+        (("vit", "--set", "soft=2"), ["--soft 2", "vit", "no distillation head", "deit"]),
         (("deit", "--views", "0"), ["0 is not in the range"]),
     ],
 )
@@ -246,3 +249,56 @@ def test_a_cache_without_probabilities_names_the_way_out(project: Project) -> No
         out = run(project, "distill", "--student", "deit", *options, code=3)
         for word in (FILE, "keeps argmax", " ".join(options), "pipeline label --keep topk=5 --fresh"):
             assert word in out
+
+
+# A recipe that is soft
+
+
+def test_a_soft_recipe_needs_no_option_and_the_command_goes_before_it(project: Project) -> None:
+    project.edit("label: {batch_size: 256", "label: {topk: 5, batch_size: 256")
+    run(project, "label")
+    deit = ("distill", "--student", "deit")
+    run(project, *deit)
+    hard = project.data / "students/deit"
+    before = (hard / "best.json").read_bytes()
+    project.edit("      deit: {}", "      deit: {soft: 2}")
+    assert "deit: trains again (soft none -> 2, topk none -> 5)" in run(project, *deit)
+    own = project.data / "students/deit"
+    meta = json.loads((own / "best.json").read_text())
+    assert (metrics(own)["soft"], metrics(own)["differs"]) == (2.0, {})
+    assert (meta["training"]["soft"], meta["inputs"]["topk"], meta["soft"]) == (2.0, 5, 2.0)
+    for same in (["--soft", "2"], ["--set", "soft=2.0"]):
+        assert "up to date (data/smoke/students/deit)" in run(project, *deit, *same), "it is what the recipe says"
+    run(project, *deit, "--soft", "0")
+    run(project, *deit, "--set", "soft=4")
+    run(project, *deit, "--labels", "none")
+    runs = project.path / "data/runs/smoke"
+    found = {path.name: metrics(path)["soft"] for path in runs.iterdir()}
+    assert found == {"deit-soft-0": None, "deit-soft-4": 4.0, "deit-labels-none": None}
+    off = json.loads((runs / "deit-soft-0/best.json").read_text())
+    assert off["fingerprint"] == json.loads(before)["fingerprint"], "as if the recipe had never been soft"
+    assert off["sha256"] == json.loads(before)["sha256"]
+    dry = run(project, *deit, "--soft", "4", "--dry-run")
+    assert "up to date (data/runs/smoke/deit-soft-4)" in dry
+
+
+def test_a_soft_recipe_that_cannot_be_is_refused_early(project: Project) -> None:
+    project.edit("label: {batch_size: 256", "label: {topk: 5, batch_size: 256")
+    project.edit("      vit: {}", "      vit: {soft: 2}")
+    out = run(project, "distill", "--student", "vit", code=2)
+    for word in ("students.vit.soft: 2", "no distillation head", "set it to 0", "deit"):
+        assert word in out
+    run(project, "distill", "--student", "vit", "--soft", "0", "--dry-run")
+    run(project, "label", "--keep", "topk=5")
+    project.edit("topk: 5, ", "")
+    out = run(project, "prepare", code=2)
+    for word in ("recipes.smoke.students.vit.soft: 2", "recipes.smoke.label.topk is 0", "topk: 5", "set soft to 0"):
+        assert word in out
+
+
+def test_a_soft_recipe_names_what_its_labels_lack(project: Project) -> None:
+    run(project, "label")
+    project.edit("label: {batch_size: 256", "label: {topk: 5, batch_size: 256")
+    project.edit("      deit: {}", "      deit: {soft: 2}")
+    out = run(project, "distill", "--student", "deit", code=3)
+    assert "students.deit.soft: 2 needs the teacher's probabilities; run `pipeline label --fresh`" in out

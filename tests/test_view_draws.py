@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline import autoaugment, draws, mixing
+from pipeline import autoaugment, draws, mixing, operations
 from pipeline.recipes import ViewRecipe
 from pipeline.views import Views
 
@@ -42,6 +42,9 @@ DRAWN: dict[str, Callable[..., Cells]] = {
     "second applied": lambda **of: in_cells(uniforms("autoaugment", 5, **of)[:, 2], 10),
     "first sign": lambda **of: in_cells(uniforms("autoaugment", 5, **of)[:, 3], 2),
     "second sign": lambda **of: in_cells(uniforms("autoaugment", 5, **of)[:, 4], 2),
+    "RandAugment, second": lambda **of: in_cells(uniforms("randaugment", 4, **of)[:, 1], 14),
+    "TrivialAugment": lambda **of: in_cells(uniforms("trivialaugment", 3, **of)[:, 0], 14),
+    "TrivialAugment, magnitude": lambda **of: in_cells(uniforms("trivialaugment", 3, **of)[:, 1], 31),
     "partner": lambda **of: in_cells(uniforms("partner", 1, **of)[:, 0], 16),
     "lambda": lambda **of: in_cells(uniforms("lambda", 1, **of)[:, 0]),
     "box, x": lambda **of: in_cells(uniforms("box", 2, **of)[:, 0]),
@@ -93,7 +96,8 @@ def test_operations_are_applied_as_often_as_the_policy_says() -> None:
         uniform = np.concatenate([np.full((NUM_SAMPLES, 1), (row + 0.5) / 25), uniforms("autoaugment", 5)[:, 1:]], 1)
         images = torch.tensor([[60, 90], [100, 201], [30, 61]], dtype=torch.uint8)[:, None].expand(-1, 8, -1)
         batch = images.repeat(NUM_SAMPLES, 1, 1, 1)
-        num_untouched = int((autoaugment.apply(batch, uniform) == batch).flatten(1).all(1).sum())
+        choice = autoaugment.choose(uniform, *batch.shape[-2:])
+        num_untouched = int((operations.apply(batch, choice) == batch).flatten(1).all(1).sum())
         expected = (1 - first[1]) * (1 - second[1])
         assert stats.binomtest(num_untouched, NUM_SAMPLES, expected).pvalue > ALPHA, (first, second)
 

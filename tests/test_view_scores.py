@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline import autoaugment
+from pipeline import operations
 from pipeline.recipes import ViewRecipe
 from pipeline.view_scores import EVERYTHING, OperationMeter, wilson_interval
 
@@ -75,13 +75,26 @@ def test_crops_fall_by_the_larger_shift_a_pixel_or_several_at_a_time() -> None:
 
 
 def test_an_image_counts_under_each_operation_that_was_applied() -> None:
-    invert, contrast = (autoaugment.OPERATIONS.index(name) for name in ("Invert", "Contrast"))
-    operations = [[invert, contrast], [-1, -1], [-1, contrast], [invert, -1]]
-    drawn = {"sub_policy": [0, 0, 0, 0], "operations": operations, "magnitudes": np.zeros((4, 2))}
+    invert, contrast = (operations.OPERATIONS.index(name) for name in ("Invert", "Contrast"))
+    applied = [[invert, contrast], [-1, -1], [-1, contrast], [invert, -1]]
+    drawn = {"sub_policy": [0, 0, 0, 0], "operations": applied, "magnitudes": np.zeros((4, 2))}
     found = count([0, 1, 0, 3], drawn, autoaugment="cifar10")
     assert found["AutoAugment", "Invert"] == (2, 2, 2) and found["AutoAugment", "Contrast"] == (2, 1, 1)
     assert found["AutoAugment", "nothing applied"] == (1, 1, 1)
     assert found["sub-policy", "1: Invert 0.1, Contrast 0.2"] == (4, 3, 3)
+
+
+def test_a_policy_without_sub_policies_has_groups_of_its_own_name() -> None:
+    equalize = operations.OPERATIONS.index("Equalize")
+    drawn = {"operations": [[equalize], [-1], [equalize], [0]], "magnitudes": np.zeros((4, 1))}
+    assert count([0, 1, 0, 3], drawn, autoaugment="trivialaugment") == {
+        (EVERYTHING, EVERYTHING): (4, 3, 3),
+        ("TrivialAugment", "nothing applied"): (1, 1, 1),
+        ("TrivialAugment", "Equalize"): (2, 1, 1),
+        ("TrivialAugment", "ShearX"): (1, 1, 1),
+    }
+    found = count([0, 1, 0, 3], drawn, autoaugment="randaugment")
+    assert found["RandAugment", "Equalize"] == (2, 1, 1)
 
 
 def test_wilsons_interval_is_that_of_statsmodels() -> None:

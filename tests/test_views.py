@@ -4,6 +4,7 @@ import hashlib
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import autoaugment, draws
+from pipeline import autoaugment, draws, operations, randaugment, trivialaugment
+from pipeline.operations import Choice
 from pipeline.recipes import ViewRecipe
 from pipeline.views import Views, normalize
 from tests.pillow_reference import on_pil
@@ -41,6 +43,8 @@ RECIPES = {
     "crop, flip, autoaugment, cutmix": ViewRecipe(count=3, crop=4, flip=True, autoaugment="cifar10", mixing="cutmix"),
     "everything": EVERYTHING,
     "everything, mixup": replace(EVERYTHING, mixing="mixup"),
+    "randaugment": ViewRecipe(count=3, autoaugment="randaugment"),
+    "trivialaugment": ViewRecipe(count=3, autoaugment="trivialaugment"),
 }
 # Changing one of these changes what every label cache was made from: raise labels.SCHEMA_VERSION with it.
 GOLDEN_DIGESTS = {
@@ -48,6 +52,8 @@ GOLDEN_DIGESTS = {
     "crop, flip, autoaugment, cutmix": "ac70fbb70b3e0b3f00e6025c4798036c060c260604561d7226968670a9c9cdec",
     "everything": "effabbb3b2b3cf3b72d5bae1e3c01760a3e7ca22baa84c004d3e326a7ca753b1",
     "everything, mixup": "3f05b13c1234d1fb0c5979279870399f6961e24c6b4a948add351ce6b9af7216",
+    "randaugment": "bbfc4f8b3a72ee78b830a1888f373ccb08caa9c5053227c5f71633b1e9808678",
+    "trivialaugment": "b26dab85437abf9679894fb5f17f398164bc77fae1db950e6a8f31d9f5b9a032",
 }
 
 
@@ -100,7 +106,7 @@ def test_a_view_made_ahead_is_the_same(name: str, prepared: list[int], chunk: in
 def test_images_of_a_prepared_view_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     views = make_views(EVERYTHING)
     views.prepare(1)
-    monkeypatch.setattr(autoaugment, "apply", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr(operations, "apply", lambda *_: pytest.fail("made twice"))
     views.prepare(1)
     assert whole(views, 1).shape == (NUM_SAMPLES, 3, SIZE, SIZE)
 
@@ -228,10 +234,19 @@ def test_one_half_of_the_colour_jitter_may_be_left_out(jitter: str) -> None:
     assert torch.equal(whole(views, 2), expected)
 
 
-def test_autoaugment_follows_the_jitter() -> None:
-    unmixed = replace(EVERYTHING, mixing="none")
+@pytest.mark.parametrize(
+    ("policy", "drawn", "choose"),
+    [
+        ("cifar10", ("autoaugment", 0, 5), autoaugment.choose),
+        ("randaugment", ("randaugment", 0, 4), randaugment.choose),
+        ("trivialaugment", ("trivialaugment", 0, 3), trivialaugment.choose),
+    ],
+)
+def test_a_policy_follows_the_jitter(policy: str, drawn: tuple[str, int, int], choose: Callable[..., Choice]) -> None:
+    unmixed = replace(EVERYTHING, autoaugment=policy, mixing="none")
     before = whole(make_views(replace(unmixed, autoaugment="none")), 0)
-    expected = autoaugment.apply(before, column(unmixed, "autoaugment", 0, 5))
+    choice = choose(column(unmixed, *drawn), SIZE, SIZE)
+    expected = operations.apply(before, choice)
     assert torch.equal(whole(make_views(unmixed), 0), expected)
 
 

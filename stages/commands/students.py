@@ -12,6 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.recipes import MAX_VIEWS
 from stages.options import (
     PATH,
+    FiniteFloat,
     device_option,
     dry_run_option,
     open_context,
@@ -37,7 +38,12 @@ from stages.options import (
     help="none and online are controls; they go to data/runs.",
 )
 @click.option("--teacher", type=PATH, help="The checkpoint that --labels online asks.")
-@click.option("--soft", type=float, metavar="T", help="Learn from the teacher's probabilities at temperature T.")
+@click.option(
+    "--soft",
+    type=FiniteFloat(0.0, 1000.0),
+    metavar="T",
+    help="Learn from the teacher's probabilities at temperature T; 0 from its label alone.",
+)
 @click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
 @click.option("--seeds", metavar="A,B,...", help="Train with each of these seeds, and say mean and standard deviation.")
 @click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Train on the first views only.")
@@ -77,10 +83,9 @@ def distill(
                 student,
                 labels=labels,
                 teacher=teacher,
-                soft=soft,
                 confidence=confidence,
                 num_views=num_views,
-                settings=parse_settings(settings),
+                settings=parse_settings(settings, soft=soft),
                 seed=each,
                 fresh=fresh,
                 dry_run=dry_run,

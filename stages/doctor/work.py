@@ -153,7 +153,7 @@ def _student(context: Context, name: str, *, is_stale: bool) -> Job:
         return Job("student", name, "teachers and labels come first", recipe.epochs, recipe, recipe.model)
     try:
         dataset, distillation = context.dataset(), Distillation()
-        source = TeacherSource(context, dataset, recipe, distillation)
+        source = TeacherSource(context, dataset, name, recipe, distillation)
         run = plan_student(context, dataset, name, recipe, source, distillation, settings={}, seed=0)
     except FAULTS as error:
         return Job("student", name, str(error), recipe.epochs, recipe, recipe.model)

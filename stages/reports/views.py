@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline import autoaugment
+from pipeline import operations
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError
 from pipeline.figures import Cell, Row, dots, sheet
@@ -264,9 +264,11 @@ def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
 
 
 def _strength(operation: int, magnitude: float) -> str:
-    """Name an operation of AutoAugment with its magnitude, if it has one."""
-    name = autoaugment.OPERATIONS[operation]
-    if not magnitude:
+    """Name an operation that a policy chose with its magnitude, if it has one."""
+    name = operations.OPERATIONS[operation]
+    if name in operations.WITHOUT_MAGNITUDE:
         return name
-    sign = "" if name in autoaugment.UNSIGNED_OPERATIONS else "+"
+    if name.startswith("Translate"):
+        return f"{name} {int(magnitude):+d}"
+    sign = "" if name in operations.UNSIGNED_OPERATIONS else "+"
     return f"{name} {magnitude:{sign}.0f}" if abs(magnitude) >= 2 else f"{name} {magnitude:{sign}.2g}"

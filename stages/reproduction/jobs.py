@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.labels import LabelCache
 from pipeline.storage import read_json
 from stages.context import Context
-from stages.distill import distill, plan_student, student_recipe
+from stages.distill import distill, distilled_recipe, plan_student
 from stages.dry_run import plan_labels
 from stages.label import label
 from stages.runs import Run
@@ -247,9 +247,10 @@ class StudentJob(Job):
         return self._plan(context).out
 
     def _plan(self, context: Context) -> Run:
-        recipe, dataset = student_recipe(context.recipe, self.name, {}), context.dataset()
+        dataset = context.dataset()
         how = Distillation(labels=self.labels, teacher=self._asked(context), num_views=self.num_views)
-        source = TeacherSource(context, dataset, recipe, how)
+        recipe = distilled_recipe(context.recipe, self.name, how, {})
+        source = TeacherSource(context, dataset, self.name, recipe, how)
         return plan_student(context, dataset, self.name, recipe, source, how, settings={}, seed=self.seed)
 
     def _asked(self, context: Context) -> Path | None:
