@@ -94,8 +94,8 @@ class Reproduction:
         num_recorded = 0
         for job in self._jobs:
             context = self._contexts[job.recipe]
-            if self._has_data(context) and self._do(job, context):
-                num_recorded += self._record(job, context)
+            if self._has_data(context):
+                num_recorded += self._do(job, context)
         self._say(
             f"{len(self._done)} of {len(self._jobs)} jobs are done; {num_recorded} new records in {self._records.path}"
         )
@@ -103,26 +103,26 @@ class Reproduction:
             context.end()
         self._tell_failures()
 
-    def _do(self, job: Job, context: Context) -> bool:
-        """Do a job unless it is done; tell whether it is."""
+    def _do(self, job: Job, context: Context) -> int:
+        """Do a job unless it is done, and record it; return the number of new records."""
         failed = next((each for each in job.after if each not in self._done), None)
         if failed is not None:
             self._say(f"{job.recipe} {job.title}: left out, it takes {failed.title}")
-            return False
+            return 0
         try:
             with context.joined() as group:
                 text, is_done = group.on_main(lambda: tuple(job.state(context)))
             self._say(f"{job.recipe} {job.title}: {text}")
             if not is_done:
                 job.run(context)
+            self._done.add(job)
+            return self._record(job, context)
         except PipelineError as error:
             if error.exit_code not in PASSED_OVER:
                 raise
             self._say(f"{job.recipe} {job.title}: {error}")
             self._errors.append((error.exit_code, f"{job.recipe} {job.title}: {error}"))
-            return False
-        self._done.add(job)
-        return True
+            return 0
 
     def _record(self, job: Job, context: Context) -> int:
         """Record what a job has left, if that is a run; return the number of new records."""

@@ -147,6 +147,15 @@ def test_a_job_that_diverges_is_said_and_the_others_go_on(project: Project, monk
     assert "student deit, seed 1: left out, it takes labels of the views default" in out
 
 
+def test_a_damaged_result_is_said_and_the_others_go_on(project: Project) -> None:
+    file = project.data / "teachers/squeezenet1_1/curve.csv"
+    file.write_text("epoch,top1\n")
+    for path in (project.path / "results").rglob("*.*"):
+        path.unlink()
+    out = invoke(project, *DEIT, code=3)
+    assert "2 new records" in out and "curve.csv: not a curve of 3 epochs; train the model again" in out
+
+
 # Records
 
 

@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 
 from pipeline.checkpoints import RunState, read_meta
 from pipeline.errors import DataError
-from pipeline.labels import LabelCache
 from pipeline.storage import read_json
 from stages.context import Context
 from stages.distill import distill, distilled_recipe, plan_student
 from stages.dry_run import plan_labels
 from stages.label import label
+from stages.reproduction.standing_labels import any_labels, labels_of, selected
 from stages.runs import Run
 from stages.selection import compare, select
 from stages.staleness import NOT_TRAINED
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
-from stages.teacher_labels import Distillation, TeacherSource, open_labels
+from stages.teacher_labels import Distillation, TeacherSource
 from stages.teacher_select import sweep_settings
 
 
@@ -260,37 +260,6 @@ class StudentJob(Job):
         if read_meta(context.paths.winner) is None:
             raise DataError(f"{context.paths.winner}: no teacher is here, which labels online need")
         return context.paths.winner
-
-
-def labels_of(context: Context, view_recipe: str) -> LabelCache | None:
-    """Open a view recipe's labels; None where there are none of these data, these views and the selected teacher."""
-    if not context.paths.labels(view_recipe).exists():
-        return None
-    try:
-        return open_labels(context.paths, context.recipe, context.dataset(), view_recipe)
-    except DataError:
-        return None
-
-
-def any_labels(context: Context) -> LabelCache | None:
-    """Open the labels of the first view recipe that has any, as `labels_of`."""
-    found = (labels_of(context, name) for name in context.recipe.views)
-    return next((cache for cache in found if cache is not None), None)
-
-
-def selected(context: Context) -> str:
-    """Return the name of the selected teacher, or of the one that labelled what is here.
-
-    Raises:
-        DataError: There is none.
-    """
-    chosen = read_meta(context.paths.winner)
-    if chosen is not None:
-        return str(chosen["model"])
-    cache = any_labels(context)
-    if cache is None:
-        raise DataError(f"{context.paths.winner}: no teacher is selected")
-    return str(cache.provenance["teacher"])
 
 
 def _state_of(run: Run) -> State:
