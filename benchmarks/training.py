@@ -91,6 +91,7 @@ def make_fit(
         stop=StopSignal(),
         micro_batch=how.micro_batch,
         captured=how.step == "graph",
+        ema=own.ema,
     )
 
 

@@ -39,6 +39,8 @@ SINGLE = {
     "crop": ViewRecipe(count=1, crop=view_peers.PADDING),
     "flip": ViewRecipe(count=1, flip=True),
     "AutoAugment": ViewRecipe(count=1, autoaugment="cifar10"),
+    "RandAugment": ViewRecipe(count=1, autoaugment="randaugment"),
+    "TrivialAugment": ViewRecipe(count=1, autoaugment="trivialaugment"),
     "CutMix": ViewRecipe(count=1, mixing="cutmix"),
 }
 
@@ -165,6 +167,8 @@ def single_operations(report: Report, images: Tensor, labels: Tensor, options: a
         "crop": (ON_ONE_CORE, view_peers.each(transforms.RandomCrop(SIZE, padding=view_peers.PADDING), pictures)),
         "flip": (ON_ONE_CORE, view_peers.each(transforms.RandomHorizontalFlip(), pictures)),
         "AutoAugment": (ON_ONE_CORE, view_peers.each(transforms.AutoAugment(view_peers.POLICY), pictures)),
+        "RandAugment": (ON_ONE_CORE, view_peers.each(transforms.RandAugment(), pictures)),
+        "TrivialAugment": (ON_ONE_CORE, view_peers.each(transforms.TrivialAugmentWide(), pictures)),
         "CutMix": (IN_BATCHES, view_peers.in_batches(cutmix, images, labels, batch_size)),
         "normalise": (ON_ONE_CORE, view_peers.each(normalize_pil, pictures)),
     }

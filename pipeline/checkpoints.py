@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +120,28 @@ def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
         raise DataError(f"{file}: not a safetensors file ({reason}); run its stage again") from error
 
 
+@dataclass(frozen=True)
+class SavedState(Checkpoint):
+    """A run's state as it was saved.
+
+    Attributes:
+        best: The best epoch's weights, on the CPU; empty before the first epoch's end.
+    """
+
+    best: Mapping[str, Tensor]
+
+
 class RunState:
-    """The resumable state of a run under way: the two newest checkpoints, outside DVC's outs.
+    """The resumable state of a run under way: the two newest, outside DVC's outs.
+
+    Its directory holds
+      - state-a.safetensors, state-b.safetensors and the JSON beside each, which names the SHA-256 of its tensors and,
+        as `best`, that of the best epoch's weights (null before there are any);
+      - best-<12 digits>.safetensors, the best epoch's weights, named after their SHA-256: never changed, written before
+        a state that names them, deleted once neither state does;
+      - last-good.safetensors and its JSON, once numbers that are not finite have ended the run.
+    A state is whole where its tensors and the best that it names have their SHA-256. It does not tell the machine:
+    copied to the same place elsewhere, the directory is resumed there; so are a state's two files with their best.
 
     Digesting, writing and flushing a state takes longer than a copy of it, so a thread does it while the run goes on.
 
@@ -139,46 +159,41 @@ class RunState:
         self._directory = directory
         self._fingerprint = fingerprint
         self._serial = 0
+        # The best that is on disk, and its SHA-256.
+        self._best: tuple[Mapping[str, Tensor], str] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._writing: Future[None] | None = None
         self.seconds: float | None = None
 
-    def load(self) -> Checkpoint | None:
+    def load(self) -> SavedState | None:
         """Return the newest state that is whole and of this run; None where there is none."""
-        states = []
-        for slot in self._SLOTS:
-            try:
+        for slot, meta in self._newest_first():
+            with contextlib.suppress(DataError, StorageError, UsageError):
                 state = load_checkpoint(self._directory / f"{slot}.safetensors")
-            except (DataError, UsageError):
-                continue
-            if state.meta.get("fingerprint") == self._fingerprint:
-                states.append(state)
-        if not states:
-            return None
-        newest = max(states, key=lambda state: int(state.meta["serial"]))
-        self._serial = int(newest.meta["serial"])
-        return newest
+                best = self._load_best(meta["best"])
+                self._serial = int(meta["serial"])
+                return SavedState(state.path, state.meta, state.tensors, best)
+        return None
 
     def peek(self) -> Mapping[str, Any] | None:
         """Return the JSON of the state that `load` would return, without loading it."""
-        found = []
-        for slot in self._SLOTS:
-            with contextlib.suppress(DataError, StorageError):
-                meta = read_meta(self._directory, stem=slot)
-                if meta is not None and meta.get("fingerprint") == self._fingerprint:
-                    found.append((int(meta["serial"]), slot, meta))
-        for _, slot, meta in sorted(found, reverse=True):
+        for slot, meta in self._newest_first():
             with contextlib.suppress(StorageError):
-                if sha256_file(self._directory / f"{slot}.safetensors") == meta["sha256"]:
+                files = {self._directory / f"{slot}.safetensors": meta["sha256"]}
+                if meta["best"] is not None:
+                    files[self._best_file(meta["best"])] = meta["best"]
+                if all(sha256_file(file) == digest for file, digest in files.items()):
                     return meta
         return None
 
-    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
         """Copy a state, and begin to write it over the older of the two.
 
         Args:
             tensors: On any device; they may change as soon as this returns.
             meta: Plain JSON values, likewise.
+            best: The best epoch's weights, on the CPU, which never change: the same object is written once. Empty
+                before there are any.
 
         Raises:
             StorageError: The state before this one could not be written; the one before that is unharmed.
@@ -187,7 +202,7 @@ class RunState:
         self._serial += 1
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         meta = copy.deepcopy({**meta, "fingerprint": self._fingerprint, "serial": self._serial})
-        self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta)
+        self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta, best)
 
     def wait(self) -> None:
         """Return when the state saved last is safe.
@@ -199,10 +214,64 @@ class RunState:
         if writing is not None:
             writing.result()
 
-    def _write(self, slot: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def _write(
+        self, slot: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], best: Mapping[str, Tensor]
+    ) -> None:
         began = time.monotonic()
-        save_checkpoint(self._directory, slot, tensors, meta)
+        digest = self._write_best(best)
+        save_checkpoint(self._directory, slot, tensors, {**meta, "best": digest})
+        self._remove_unnamed()
         self.seconds = time.monotonic() - began
+
+    def _write_best(self, best: Mapping[str, Tensor]) -> str | None:
+        """Write the best epoch's weights unless they are there, and return their SHA-256."""
+        if not best:
+            return None
+        if self._best is None or self._best[0] is not best:
+            data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in best.items()})
+            digest = hashlib.sha256(data).hexdigest()
+            write_atomic(self._best_file(digest), data)
+            self._best = best, digest
+        return self._best[1]
+
+    def _load_best(self, digest: str | None) -> Mapping[str, Tensor]:
+        """Load the best epoch's weights that a state names.
+
+        Raises:
+            DataError: They are not what it names.
+            StorageError: They are missing.
+        """
+        if digest is None:
+            return {}
+        file = self._best_file(digest)
+        data = read_bytes(file)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DataError(f"{file}: its SHA-256 is not {digest}")
+        self._best = _read_tensors(data, file), digest
+        return self._best[0]
+
+    def _best_file(self, digest: str) -> Path:
+        return self._directory / f"best-{digest[:12]}.safetensors"
+
+    def _newest_first(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the slots that by their JSON hold a state of this run, and that JSON."""
+        own = [(slot, meta) for slot, meta in self._states() if meta["fingerprint"] == self._fingerprint]
+        return sorted(own, key=lambda each: int(each[1]["serial"]), reverse=True)
+
+    def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the slots that by their JSON hold a state, of whatever run, and that JSON."""
+        for slot in self._SLOTS:
+            with contextlib.suppress(DataError, StorageError):
+                meta = read_meta(self._directory, stem=slot)
+                if meta is not None and {"fingerprint", "serial", "best"} <= meta.keys():
+                    yield slot, meta
+
+    def _remove_unnamed(self) -> None:
+        """Remove what neither state needs: former bests, and what killed writers left."""
+        named = {self._best_file(meta["best"]) for _, meta in self._states() if meta["best"] is not None}
+        for file in {*self._directory.glob("best-*.safetensors"), *self._directory.glob(".*.tmp")} - named:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     @property
     def last_good(self) -> Path:

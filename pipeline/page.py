@@ -196,7 +196,7 @@ def _text(text: str) -> str:
 LONGEST_NAME_ON_A_LINE = 30
 MOST_ROWS_KEPT_TOGETHER = 15  # of a table on paper
 EMPTY, NONE = ("-", "not run"), ' class="none"'
-FIGURE = re.compile(r"[-+]?[\d.,]+( ± [\d.]+ \(\d+\)| \([\d.]+\))?%?|[\d, ]+of \d+|")
+FIGURE = re.compile(r"[-+]?[\d.,]+( ± [\d.]+ \(\d+\)| \([\d.]+\)| to [-+]?[\d.]+)?%?|[\d, ]+of \d+|")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints import Checkpoint, RunState
+from pipeline.averaging import MovingAverage
+from pipeline.checkpoints import RunState, SavedState
 from pipeline.distributed import Group
 
 
@@ -19,14 +20,14 @@ class FitResult:
 
     Attributes:
         curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
-        best: Weights of the best epoch, the earliest of equals, on the CPU; on rank 0 alone.
+        best: Weights of the best epoch, the earliest of equals, on the CPU; on rank 0 alone. Replaced, never changed.
         best_epoch: Its number, from 1.
         warnings: What went wrong without ending the run.
         at_chance: Whether the run ended without having learned anything.
     """
 
     curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
+    best: Mapping[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
     warnings: list[str] = field(default_factory=list)
     at_chance: bool = False
@@ -50,7 +51,12 @@ class Progress:
 
 
 def save_progress(
-    state: RunState, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+    state: RunState,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    average: MovingAverage | None = None,
 ) -> None:
     """Write the resumable state; every rank calls it, rank 0 writes.
 
@@ -70,9 +76,9 @@ def save_progress(
     def write() -> None:
         tensors["loss_sum"] = progress.loss_sum
         tensors.update({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
-        tensors.update({f"best.{name}": tensor for name, tensor in result.best.items()})
         tensors.update(moments(optimizer))
-        state.save(tensors, meta)
+        tensors.update(averages(average))
+        state.save(tensors, meta, result.best)
 
     group.on_main(write)
 
@@ -84,6 +90,11 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
+
+
+def averages(average: MovingAverage | None) -> dict[str, Tensor]:
+    """Return the tensors of a moving average, `average.<parameter>`; none where there is none."""
+    return {f"average.{name}": tensor for name, tensor in average.tensors.items()} if average is not None else {}
 
 
 def keep_best(state: RunState | None, result: FitResult, group: Group) -> str:
@@ -101,13 +112,18 @@ def keep_best(state: RunState | None, result: FitResult, group: Group) -> str:
 
 
 def load_progress(
-    state: RunState, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+    state: RunState,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    average: MovingAverage | None = None,
 ) -> None:
     """Go on from the saved state, if there is one: rank 0 reads it, every rank gets what it read.
 
     A state may have been written by another number of ranks.
     """
-    saved: list[Checkpoint] = []
+    saved: list[SavedState] = []
 
     def read() -> dict[str, Any] | None:
         saved.extend(found for found in [state.load()] if found is not None)
@@ -116,11 +132,12 @@ def load_progress(
     meta = group.on_main(read)
     if meta is None:
         return
-    read_tensors = saved[0].tensors if saved else {}
-    best = _part(read_tensors, "best.")
-    tensors = group.distribute({name: each for name, each in read_tensors.items() if not name.startswith("best.")})
+    tensors, best = (saved[0].tensors, saved[0].best) if saved else ({}, {})
+    tensors = group.distribute(tensors)
     model.load_state_dict(_part(tensors, "model."))
     _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
+    if average is not None:
+        average.load(_part(tensors, "average."))
     progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
     device = progress.loss_sum.device
     if (cpu := tensors.get(_of_rank("rng.cpu", group.rank))) is not None:

@@ -10,6 +10,7 @@ loss that is not finite, scores) is agreed on first, so that all take the same s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -20,6 +21,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.averaging import MovingAverage
 from pipeline.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
 from pipeline.captured_step import CapturedStep
 from pipeline.checkpoints import RunState
@@ -28,7 +30,7 @@ from pipeline.errors import NumericalError
 from pipeline.evaluation import evaluate
 from pipeline.optimization import build_optimizer, learning_rate, set_learning_rate
 from pipeline.recipes import FitRecipe
-from pipeline.resuming import FitResult, Progress, keep_best, load_progress, moments, save_progress
+from pipeline.resuming import FitResult, Progress, averages, keep_best, load_progress, moments, save_progress
 from pipeline.stopping import StopSignal, stopped
 from pipeline.training_step import Objective, train_step
 
@@ -82,7 +84,7 @@ class Fit:
     """One training run; `run` starts it, or goes on with it after a stop.
 
     Attributes:
-        model: On the device of the data; holds the last epoch's weights afterwards.
+        model: On the device of the data; holds the last epoch's weights, or their average, afterwards.
         data: Training batches.
         evaluation: The split that decides the best epoch.
         objective: The loss.
@@ -95,6 +97,8 @@ class Fit:
         metric: The score that decides the best epoch, higher is better.
         micro_batch: As for `train_step`.
         captured: Whether steps are replayed from CUDA graphs; for one process on a CUDA device.
+        ema: Share of the old value that a moving average of the weights keeps in each step; 0 keeps none. The average
+            is what is evaluated and what becomes the best and the last weights; the resumable state holds both.
         group: The ranks that train it together; each has all of the data, and the same seed.
     """
 
@@ -111,10 +115,12 @@ class Fit:
     metric: str = "top1"
     micro_batch: int | None = None
     captured: bool = False
+    ema: float = 0.0
     group: Group = ALONE
 
     def __post_init__(self) -> None:
         self.parallel = parallel(self.model, self.group)
+        self.average = MovingAverage(self.model, self.ema) if self.ema else None
         self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=self.captured)
         self.device = self.evaluation.images.device
         self.replay = CapturedStep(self._eager_step, self.device) if self.captured else None
@@ -141,7 +147,7 @@ class Fit:
         with self.stop.deferred():
             progress = self.progress
             if self.state is not None:
-                load_progress(self.state, progress, self.model, self.optimizer, self.group)
+                load_progress(self.state, progress, self.model, self.optimizer, self.group, self.average)
             self.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
             try:
                 while progress.epoch < self.recipe.epochs:
@@ -150,6 +156,8 @@ class Fit:
             except NumericalError as error:
                 kept = keep_best(self.state, progress.result, self.group)
                 raise NumericalError(f"epoch {progress.epoch + 1}, {error}; {kept}") from None
+            if self.average is not None:
+                self.average.give()
         return progress.result
 
     def train_epoch(self) -> None:
@@ -166,6 +174,8 @@ class Fit:
             set_learning_rate(self.optimizer, lr)
             batch = self._with_mean_of_all(own, share)
             loss, is_finite = self._step(batch, share.count * ranks / share.size)
+            if self.average is not None:
+                self.average.update(self._steps_done(progress.step))
             progress.loss_sum += loss.double() * (share.size / ranks)
             progress.step += 1
             self.watcher.stepped()
@@ -178,10 +188,20 @@ class Fit:
 
     def end_epoch(self) -> None:
         """Evaluate, extend the curve, keep the best weights."""
-        progress, result = self.progress, self.progress.result
+        progress = self.progress
         self.group.broadcast_(self.model.buffers())
         # A running variance of infinity gives finite logits, so that scores alone would not tell.
-        self._require_finite(self.model.state_dict())
+        self._require_finite({**self.model.state_dict(), **averages(self.average)})
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            row = self._score()
+        self.watcher.epoch_ended(row)
+        self._warn_at_chance(row)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum.zero_()
+
+    def _score(self) -> dict[str, Any]:
+        """Evaluate the model as it is, extend the curve, keep its weights where they are the best; return the row."""
+        progress, result = self.progress, self.progress.result
         scores = evaluate(self.model, self.evaluation, precision=self.precision, group=self.group)
         self.group.sum_(progress.loss_sum)
         row = {
@@ -196,15 +216,12 @@ class Fit:
             result.best_epoch = progress.epoch + 1
             if self.group.is_main:
                 result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-        self.watcher.epoch_ended(row)
-        self._warn_at_chance(row)
-        progress.epoch, progress.step = progress.epoch + 1, 0
-        progress.loss_sum.zero_()
+        return row
 
     def save(self) -> None:
         """Write the resumable state, if there is to be one."""
         if self.state is not None:
-            save_progress(self.state, self.progress, self.model, self.optimizer, self.group)
+            save_progress(self.state, self.progress, self.model, self.optimizer, self.group, self.average)
         self.saved_at = time.monotonic()
 
     def _step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
@@ -260,7 +277,7 @@ class Fit:
         if any(broken):
             self._fail(self.progress.step - len(broken) + broken.index(1) + 1, lr)
         if stop or save:
-            self._require_finite({**self.model.state_dict(), **moments(self.optimizer)})
+            self._require_finite({**self.model.state_dict(), **moments(self.optimizer), **averages(self.average)})
             self.save()
         if stop:
             if self.state is not None:
@@ -283,7 +300,11 @@ class Fit:
 
     def _learning_rate(self, step: int) -> float:
         """Return the learning rate of a step of this epoch."""
-        return learning_rate(self.recipe, self.progress.epoch * len(self.batches) + step, len(self.batches))
+        return learning_rate(self.recipe, self._steps_done(step), len(self.batches))
+
+    def _steps_done(self, step: int) -> int:
+        """Return the steps of all epochs before a step of this one."""
+        return self.progress.epoch * len(self.batches) + step
 
     def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
         """Warn of an epoch after warm-up whose loss has not left that of guessing, ln K; recorded while it lasts."""

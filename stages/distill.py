@@ -113,6 +113,7 @@ def distill(
             clean=source.clean,
             objective=student_objective(recipe, distilled=source.is_distilled),
             how=execution(recipe, device, group, micro_batch=micro_batch_on(device, recipe), inner_block=inner_block),
+            ema=recipe.ema,
             fresh=fresh,
         )
     return run.out

@@ -34,8 +34,8 @@ class Execution:
     micro_batch: int | None = None
     inner_block: str = "none"
 
-    def describe(self, device: torch.device, batch_size: int) -> str:
-        """Say it in one line."""
+    def describe(self, device: torch.device, batch_size: int, ema: float = 0.0) -> str:
+        """Say it in one line, with what the recipe says of batches and of the weights' moving average."""
         parts = [device_name(device), self.precision]
         if self.inner_block != "none":
             parts.append(f"inner block {self.inner_block}")
@@ -46,7 +46,10 @@ class Execution:
         batch = f"batch {batch_size}"
         if self.micro_batch is not None and self.micro_batch < batch_size:
             batch += f" in parts of {self.micro_batch}"
-        return "; ".join([*parts, batch])
+        parts.append(batch)
+        if ema:
+            parts.append(f"EMA {ema:g}")
+        return "; ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""

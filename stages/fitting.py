@@ -95,6 +95,7 @@ def carry_out(
     objective: Objective,
     how: Execution,
     metric: str = "top1",
+    ema: float = 0.0,
     fresh: bool = False,
 ) -> None:
     """Train a model and write its outputs, or go on where a former run stopped.
@@ -110,6 +111,7 @@ def carry_out(
         objective: The loss.
         how: How it is computed.
         metric: The score that decides the best epoch.
+        ema: As for pipeline.training.Fit.
         fresh: Whether to leave a saved state aside.
     """
     device = context.device
@@ -117,7 +119,7 @@ def carry_out(
         keep_freed_memory()
     _stop_before(context, run, group)
     with _claimed(run, group, fresh=fresh) as state:
-        context.say(f"{run.name}: {how.describe(device, run.recipe.batch_size)}")
+        context.say(f"{run.name}: {how.describe(device, run.recipe.batch_size, ema)}")
         _say_ranks(context, run, group, model)
         if how.compiled:
             model.compile()
@@ -140,6 +142,7 @@ def carry_out(
                 metric=metric,
                 micro_batch=how.micro_batch,
                 captured=how.step == "graph",
+                ema=ema,
                 group=group,
             ).run()
             last = _take_best(run, group, model, result)

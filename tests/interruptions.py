@@ -78,17 +78,32 @@ class Interruptions:
         shutil.rmtree(self.scratch)
         return trial
 
-    def stopped_at_step(self, step: int) -> list[str]:
-        """Stop the command in a step of training, and let it go on; return what went wrong."""
+    def stopped_at_step(self, step: int, *, moved: bool = False) -> list[str]:
+        """Stop the command in a step of training, and let it go on; return what went wrong.
+
+        Args:
+            step: Counted from 1.
+            moved: Whether it goes on in another copy of the project, which is given the run's directory in data/work.
+        """
         shutil.copytree(self.project.path, self.scratch)
         ended = run(self.scratch, *self.arguments, before=functools.partial(stop_at_step, step))
         wrong = [] if ended.code == 128 + signal.SIGTERM else [f"code: exit {ended.code}"]
         wrong += self._check_stopped(signal.SIGTERM, ended)
+        if moved:
+            self._move()
         ended = run(self.scratch, *self.arguments)
         wrong += [] if "going on from epoch" in ended.out else ["lost: begins anew"]
         wrong += self.check_end(ended)
         shutil.rmtree(self.scratch)
         return wrong
+
+    def _move(self) -> None:
+        """Replace the project by a fresh copy, and bring nothing but the directory of the run under way."""
+        left = self.scratch.rename(self.scratch.with_name("left"))
+        shutil.copytree(self.project.path, self.scratch)
+        [folder] = {file.parent for file in left.glob("data/work/**/state-?.json")}
+        shutil.copytree(folder, self.scratch / folder.relative_to(left))
+        shutil.rmtree(left)
 
     def killed_at(self, at: int) -> list[str]:
         """Kill the command before a call that changes files, and let it run again; return what went wrong."""

@@ -52,8 +52,8 @@ def add(
     costs = {"parameters": 5_845_220, "paper_gmacs_1024": 111.4, "flops_per_image": 220_000_000}
     run = finished(
         project.path / "made", name, curve, kind=kind, seed=seed, differs=differs, predictions=predictions(top1, seed),
-        recipe="cifar100", best=best, last=last, test=best, teacher=teacher, views=None if kind == "teacher" else EPOCHS,
-        **{**costs, **metrics},
+        recipe="cifar100", best=best, last=last, test=best, teacher=teacher,
+        **{"views": None if kind == "teacher" else EPOCHS, **costs, **metrics},
     )  # fmt: skip
     paths = Paths(RECIPE)
     own = paths.teacher(name) if kind == "teacher" else paths.student(name)

@@ -33,6 +33,7 @@ def make_fit(
     inner_block: str = "plain",
     watcher: Watcher | None = None,
     stop: StopSignal | None = None,
+    ema: float = 0.0,
     **settings: Any,
 ) -> Fit:
     """A tiny TITN's run on the GPU, with a batch of another size at the end of every epoch."""
@@ -55,6 +56,7 @@ def make_fit(
         watcher=watcher or Watcher(),
         stop=stop or StopSignal(),
         captured=captured,
+        ema=ema,
     )
 
 
@@ -73,7 +75,7 @@ def answer(indices: Tensor) -> TeacherAnswer:
 @pytest.mark.parametrize("inner_block", ["plain", "fused"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
 def test_a_captured_run_is_the_eager_one(tmp_path: Path, optimizer: str, inner_block: str) -> None:
-    settings: dict[str, Any] = {"optimizer": optimizer, "lr": 0.002, "inner_block": inner_block}
+    settings: dict[str, Any] = {"optimizer": optimizer, "lr": 0.002, "inner_block": inner_block, "ema": 0.5}
     eager, weights = fit(tmp_path / "eager", captured=False, **settings)
     captured, same = fit(tmp_path / "captured", captured=True, **settings)
     for row, expected in zip(captured.curve, eager.curve, strict=True):
@@ -84,12 +86,13 @@ def test_a_captured_run_is_the_eager_one(tmp_path: Path, optimizer: str, inner_b
 
 
 @pytest.mark.gpu
-def test_a_captured_run_goes_on_after_a_stop(tmp_path: Path) -> None:
-    whole, weights = fit(tmp_path / "whole", captured=True)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_captured_run_goes_on_after_a_stop(tmp_path: Path, ema: float) -> None:
+    whole, weights = fit(tmp_path / "whole", captured=True, ema=ema)
     stop = StopSignal()
     with pytest.raises(Interrupted):
-        fit(tmp_path / "cut", captured=True, stop=stop, watcher=Watcher(stop, 18))
-    resumed, same = fit(tmp_path / "cut", captured=True)
+        fit(tmp_path / "cut", captured=True, stop=stop, watcher=Watcher(stop, 18), ema=ema)
+    resumed, same = fit(tmp_path / "cut", captured=True, ema=ema)
     assert [row["train_loss"] for row in resumed.curve] == pytest.approx(
         [row["train_loss"] for row in whole.curve], abs=1e-5
     )
@@ -100,14 +103,16 @@ def test_a_captured_run_goes_on_after_a_stop(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True])
 def test_no_step_waits_for_the_gpu(tmp_path: Path, captured: bool) -> None:
-    run = make_fit(tmp_path, captured=captured, batch_size=10)
+    run = make_fit(tmp_path, captured=captured, batch_size=10, ema=0.9)
+    assert run.average is not None
     for epoch in range(2):  # the second is past warming up and capturing
         batches = run.data.batches(epoch, [share.indices for share in run._shares(torch.arange(50))])
         run._step(next(batches), 1.0)
         torch.cuda.set_sync_debug_mode("error" if epoch else "default")
         try:
-            for batch in batches:
+            for step, batch in enumerate(batches):
                 run._step(batch, 1.0)
+                run.average.update(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -126,6 +131,7 @@ def test_the_device_decides_what_a_recipe_leaves_open() -> None:
     assert (on_cpu.step, on_cpu.micro_batch) == ("eager", 128)
     assert on_cpu.describe(CPU, 1024).endswith("; fp32; inner block c++; batch 1024 in parts of 128")
     assert on_cpu.describe(CPU, 64).endswith("; batch 64")
+    assert on_cpu.describe(CPU, 64, 0.9995).endswith("; batch 64; EMA 0.9995")
     on_gpu = execution(recipe, CUDA, ALONE, micro_batch=micro_batch_on(CUDA, recipe))
     assert (on_gpu.step, on_gpu.micro_batch) == ("graph", None)
     several = execution(recipe, CUDA, Group(Ranks(0, 2, 0)))

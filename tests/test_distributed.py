@@ -47,10 +47,10 @@ def teacher(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
 
 
 def train_student(
-    group: Group, directory: Path, micro_batch: int | None
+    group: Group, directory: Path, micro_batch: int | None, ema: float
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """50 samples in batches of 16, 16, 16 and 2."""
-    fit = make_fit(directory, model=TwoHeads(), teacher_labels=teacher, group=group, micro_batch=micro_batch)
+    fit = make_fit(directory, model=TwoHeads(), teacher_labels=teacher, group=group, micro_batch=micro_batch, ema=ema)
     fit.objective = weighing_objective
     return fit.run().curve, fit.model.state_dict()
 
@@ -66,13 +66,13 @@ def test_shares_are_contiguous_and_equal_but_for_one(size: int, world_size: int,
     assert len(used) < 2 or min(used) >= least
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, None), (3, 5)])
+@pytest.mark.parametrize(("world_size", "micro_batch", "ema"), [(2, None, 0.0), (2, None, 0.8), (3, 5, 0.0)])
 def test_the_number_of_ranks_changes_neither_losses_nor_weights(
-    tmp_path: Path, world_size: int, micro_batch: int | None
+    tmp_path: Path, world_size: int, micro_batch: int | None, ema: float
 ) -> None:
     """Of a batch of 2 the last of three ranks gets none, of one of 16 it gets 6: a part more than the others."""
-    curve, weights = train_student(ALONE, tmp_path, None)
-    for other_curve, other_weights in on_ranks(world_size, train_student, tmp_path, micro_batch):
+    curve, weights = train_student(ALONE, tmp_path, None, ema)
+    for other_curve, other_weights in on_ranks(world_size, train_student, tmp_path, micro_batch, ema):
         assert [row.keys() for row in other_curve] == [row.keys() for row in curve]
         for row, other in zip(curve, other_curve, strict=True):
             assert other["top1"] == row["top1"] and other["epoch"] == row["epoch"]
@@ -127,7 +127,7 @@ def train_until_stopped(
     """Train with dropout; rank 1 alone gets a signal."""
     stop = StopSignal()
     watcher = Watcher(stop, stop_at if group.rank == 1 else None)
-    fit = make_fit(directory, watcher=watcher, stop=stop, group=group, optimizer="adamw", lr=0.01)
+    fit = make_fit(directory, watcher=watcher, stop=stop, group=group, optimizer="adamw", lr=0.01, ema=0.9)
     if saving:
         training.SECONDS_BETWEEN_SAVES, training.SAVING_SHARE = 0.0, math.inf
     said = ""

@@ -191,7 +191,7 @@ def test_a_state_can_be_looked_at_without_loading_it(tmp_path: Path) -> None:
     state = RunState(tmp_path, "f")
     assert state.peek() is None
     for step in range(3):
-        state.save({"step": torch.tensor(step)}, {"step": step})
+        state.save({"step": torch.tensor(step)}, {"step": step}, {})
     state.wait()
     newest = RunState(tmp_path, "f").peek()
     assert newest is not None and newest["step"] == 2
@@ -199,7 +199,7 @@ def test_a_state_can_be_looked_at_without_loading_it(tmp_path: Path) -> None:
     (tmp_path / "state-b.safetensors").write_bytes(b"cut")
     (tmp_path / "state-a.json").write_text("{")
     assert RunState(tmp_path, "f").peek() is None
-    state.save({"step": torch.tensor(9)}, {"step": 9})
+    state.save({"step": torch.tensor(9)}, {"step": 9}, {})
     state.wait()
     found = RunState(tmp_path, "f").peek()
     assert found is not None and found["step"] == 9

@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import UsageError
-from pipeline.figures import Cell, Row, Series, dots, heat_map, lines, sheet, smoothing
+from pipeline.figures import (
+    Cell,
+    Panel,
+    Repeats,
+    Row,
+    Series,
+    dots,
+    heat_map,
+    lines,
+    over_counts,
+    sheet,
+    smoothing,
+)
 from pipeline.figures.canvas import COLOURS, DASHES, MARKERS, shown
 from pipeline.figures.lines import running_mean
 from pipeline.figures.sheet import overlaid
@@ -54,6 +66,12 @@ def check(png: bytes) -> NDArray[np.uint8]:
     return picture
 
 
+def panel(name: str) -> Panel:
+    """Means of two and of one count."""
+    several = Repeats(name, [1, 5], [[40.0, 50.0], [60.0]], [45.0, 60.0], [(30.0, 60.0), None])
+    return Panel(name, [several, Repeats(f"{name} 2", [5], [[55.0, 57.0]], [56.0], [(43.0, 69.0)])])
+
+
 def examples(name: str = "class") -> dict[str, bytes]:
     """A figure of each kind, with texts that contain `name`."""
     counts = np.diag([9, 8, 7]) + np.eye(3, dtype=np.int64)[[1, 2, 0]]
@@ -63,6 +81,7 @@ def examples(name: str = "class") -> dict[str, bytes]:
         "lines": lines([Series(name, EPOCHS, EPOCHS * 10, reference=75.0)], x_label="epoch", y_label="%"),
         "dots": dots([Row(each, [50.0], [(40.0, 60.0)], name) for each in names], [name], x_label="%", overall=[55.0]),
         "heat_map": heat_map(shades, names, x_label="x", y_label="y", bar_label="%", numbers=counts),
+        "repeats": over_counts([panel(name), panel("best")], x_label="views", y_label="%"),
         "sheet": sheet([[Cell(IMAGE, [name], marked=True), Cell(IMAGE, grid=4)]], ["a", "b"]),
     }
 
@@ -136,6 +155,17 @@ def test_a_running_mean_is_that_of_hand_arithmetic() -> None:
     assert running_mean(np.array([1.0, 2, 6, 7]), 3).tolist() == [1.5, 3, 5, 6.5]
     assert running_mean(np.array([1.0, np.nan, 6, 7]), 3).tolist()[2:] == [6.5, 6.5]
     assert np.isnan(running_mean(np.array([1.0, np.nan, 6]), 3)[1])
+
+
+def test_counts_are_drawn_by_their_logarithm_and_many_share_their_ticks() -> None:
+    counts = [2**power for power in range(20)]
+    means = [float(power) for power in range(20)]
+    picture = check(
+        over_counts([Panel("a", [Repeats("a", counts, [[]] * 20, means, [None] * 20)])], x_label="x", y_label="%")
+    )
+    blue = (picture[..., 2] > 120) & (picture[..., 0] < 60)
+    rows, columns = np.nonzero(blue[150:])
+    assert np.corrcoef(rows, columns)[0, 1] < -0.99, "a straight line"
 
 
 def test_a_hundred_classes_fit() -> None:

@@ -47,6 +47,7 @@ LAYERS = (
         "label_identity",
         "view_labels",
         "view_scores",
+        "intervals",
         "label_file",
         "label_parts",
         "labels",
@@ -54,6 +55,7 @@ LAYERS = (
         "descriptions",
     },
     {
+        "averaging",
         "batches",
         "optimization",
         "labelling",
@@ -106,6 +108,7 @@ HOMES = {
         "pipeline/figures/dots.py",
         "pipeline/figures/heat_map.py",
         "pipeline/figures/lines.py",
+        "pipeline/figures/repeats.py",
         "pipeline/figures/sheet.py",
     },
     "einops": {"pipeline/students/attention.py", "pipeline/students/layers.py", "pipeline/students/tnt.py"},

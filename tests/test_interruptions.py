@@ -33,7 +33,7 @@ def test_a_student_interrupted_at_random_moments_ends_like_an_undisturbed_one(
     interruptions = Interruptions(labelled, tmp_path / "scratch", *DISTILL)
     tally = interrupt_at_random(interruptions, 4, random.Random(0))
     assert tally.wrong == [] and tally.counts["trials"] == 4
-    assert interruptions.stopped_at_step(13) == []
+    assert interruptions.stopped_at_step(13, moved=True) == []
     tally = kill_at_calls(interruptions, range(interruptions.num_calls())[20::40])
     assert tally.wrong == [] and tally.counts["kills"] > 1
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from pipeline import operations
 from pipeline.errors import DataError
 from pipeline.labels import LabelCache
 from pipeline.params import load_params
@@ -226,6 +227,35 @@ def test_views_that_do_not_mix_are_shown_beside_each_other(trained: Project) -> 
     assert list(figures) == ["sample-views-plain", "teacher-on-views-plain"]
     assert [row[1] for row in cells(figures["sample-views-plain"].data)] == ["0"] * 6 + ["1"] * 6
     assert "either target %" not in (figures["teacher-on-views-plain"].data or Table("", (), ())).columns
+
+
+def test_an_operation_is_told_with_what_it_was_given_even_nothing(trained: Project) -> None:
+    cache = LabelCache.open(trained.data / "labels/default.h5")
+    told: list[str] = []
+    with opened(trained) as (context, _):
+        dataset = context.dataset()
+        images = torch.from_numpy(np.ascontiguousarray(dataset.train.images[:])).permute(0, 3, 1, 2)
+        for seed in range(4):
+            views = Views(
+                images,
+                torch.from_numpy(dataset.train.labels),
+                ViewRecipe(count=2, seed=seed, autoaugment="trivialaugment"),
+            )
+            for row in cells(sample_views(Labelled("plain", dataset, cache, views)).data):
+                drawn = views.drawn(int(row[1]))
+                number, magnitude = (drawn[name][int(row[0]), 0] for name in ("operations", "magnitudes"))
+                told.append(row[7])
+                if number == operations.NO_OPERATION:
+                    assert row[7] == ""
+                    continue
+                name, *rest = row[7].split()
+                assert name == operations.OPERATIONS[number]
+                assert len(rest) == (name not in operations.WITHOUT_MAGNITUDE)
+                if name.startswith("Translate"):
+                    assert rest == [f"{int(magnitude):+d}"]
+                elif rest:
+                    assert float(rest[0]) == pytest.approx(magnitude, rel=0.05, abs=0.5 * (abs(magnitude) >= 2))
+    assert {"Solarize 0", "TranslateX +0", "ShearY +0"} & set(told), told
 
 
 def test_what_is_missing_leaves_out_what_it_is_needed_for(trained: Project, tmp_path: Path) -> None:

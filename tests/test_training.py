@@ -121,6 +121,7 @@ def make_fit(
     teacher_labels: TeacherLabels | None = None,
     group: Group = ALONE,
     micro_batch: int | None = None,
+    ema: float = 0.0,
     **settings: Any,
 ) -> Fit:
     recipe = FitRecipe(**{"epochs": 4, "batch_size": 16, "lr": 0.05, "optimizer": "sgd", "clip": 1.0, **settings})
@@ -138,6 +139,7 @@ def make_fit(
         stop=stop or StopSignal(),
         group=group,
         micro_batch=micro_batch,
+        ema=ema,
     )
 
 

@@ -8,6 +8,20 @@ from pipeline.figures.canvas import require_matplotlib
 from pipeline.figures.dots import Row, dots
 from pipeline.figures.heat_map import heat_map
 from pipeline.figures.lines import Series, lines, smoothing
+from pipeline.figures.repeats import Panel, Repeats, over_counts
 from pipeline.figures.sheet import Cell, sheet
 
-__all__ = ["Cell", "Row", "Series", "dots", "heat_map", "lines", "require_matplotlib", "sheet", "smoothing"]
+__all__ = [
+    "Cell",
+    "Panel",
+    "Repeats",
+    "Row",
+    "Series",
+    "dots",
+    "heat_map",
+    "lines",
+    "over_counts",
+    "require_matplotlib",
+    "sheet",
+    "smoothing",
+]

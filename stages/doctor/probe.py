@@ -230,6 +230,7 @@ def _time_fit(
         stop=StopSignal(),
         micro_batch=how.micro_batch,
         captured=how.step == "graph",
+        ema=recipe.ema if isinstance(recipe, StudentRecipe) else 0.0,
     )
     fit.saved_at = math.inf
     for epoch, most in enumerate((GRAPH_WARM_UP if fit.captured else 1, steps)):

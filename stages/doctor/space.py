@@ -13,7 +13,7 @@ import torch
 
 from pipeline.label_identity import label_dtype
 from pipeline.loading import build_model
-from pipeline.recipes import FitRecipe
+from pipeline.recipes import FitRecipe, StudentRecipe
 from pipeline.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.context import Context
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
@@ -133,8 +133,9 @@ def view_bytes(context: Context, sizes: Sizes) -> int:
 
 
 def _state_bytes(recipe: FitRecipe, model: int) -> int:
-    """Weights, the best epoch's, and the optimiser's moments."""
-    return (2 + MOMENTS[recipe.optimizer]) * model
+    """Weights, the best epoch's or gradients, the optimiser's moments, and the average of the weights."""
+    average = isinstance(recipe, StudentRecipe) and recipe.ema > 0
+    return (2 + MOMENTS[recipe.optimizer] + average) * model
 
 
 def disk(found: Iterable[Artefact]) -> Finding:
@@ -166,7 +167,7 @@ def memory(context: Context, jobs: list[Job], sizes: Sizes) -> list[Finding]:
     models = [(model_bytes(context, job, sizes), job) for job in jobs if job.why and job.recipe is not None]
     if not models:
         return found
-    needs = [(size * (2 + MOMENTS[job.recipe.optimizer]), job) for size, job in models if job.recipe is not None]
+    needs = [(_state_bytes(job.recipe, size), job) for size, job in models if job.recipe is not None]
     need, job = max(needs, key=lambda pair: pair[0])
     need += 2 * size if size <= limit else 0
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_ram()

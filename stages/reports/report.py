@@ -15,8 +15,9 @@ from pipeline.page import Section, file_names
 from pipeline.reporting import Figure, Table
 from pipeline.storage import read_json, write_atomic, write_json
 from stages.context import Context
+from stages.reports.comparisons import Comparisons
 from stages.reports.runs import FinishedRun, FinishedRuns
-from stages.reports.sections import lead, make_sections
+from stages.reports.sections import detail_sections, lead, main_sections
 
 OWN_FILE = re.compile(r"tables/[a-z0-9-]+\.csv|figures/[a-z0-9-]+\.png")
 
@@ -28,7 +29,7 @@ class Report:
     Attributes:
         directory: Where.
         files: Its files, relative to it.
-        tables: The paper's tables, and other runs, for the terminal.
+        tables: The paper's tables, other runs and comparisons, for the terminal.
     """
 
     directory: Path
@@ -60,17 +61,22 @@ def report(
             raise UsageError(f"{error}; or leave them out: pipeline report --no-figures") from None
     runs = FinishedRuns.read(context.recipe, context.paths)
     runs = replace(runs, others={}) if tracked_only else runs
-    sections = make_sections(context, runs, with_figures=with_figures)
+    comparisons = Comparisons.find(runs)
+    main = main_sections(context, runs, comparisons, with_figures=with_figures)
+    sections = [*main, *detail_sections(context, runs, with_figures=with_figures)]
     directory = context.paths.reports if out is None else out
     text = lead(runs, tracked_only=tracked_only)
-    files = _write(directory, f"Report on {runs.recipe.name}", text, sections, runs)
+    figures = {**_figures(runs), "comparisons": comparisons.as_json()}
+    files = _write(directory, f"Report on {runs.recipe.name}", text, sections, figures)
     if out is None:
         context.changed("report")
-    tables = [item for section in sections[:3] for item in section.items if isinstance(item, Table)]
+    tables = [item for section in main for item in section.items if isinstance(item, Table)]
     return Report(directory, files, tables)
 
 
-def _write(directory: Path, title: str, text: str, sections: Sequence[Section], runs: FinishedRuns) -> list[str]:
+def _write(
+    directory: Path, title: str, text: str, sections: Sequence[Section], figures: Mapping[str, Any]
+) -> list[str]:
     """Write all files, report.json last, delete what a former report wrote and this one does not, and name them."""
     items = [item for section in sections for item in section.items]
     files: dict[str, bytes] = {}
@@ -87,7 +93,7 @@ def _write(directory: Path, title: str, text: str, sections: Sequence[Section], 
     former = _former_files(directory / "report.json")
     for name, content in files.items():
         write_atomic(directory / name, content)
-    write_json(directory / "report.json", {**_figures(runs), "files": sorted(files)})
+    write_json(directory / "report.json", {**figures, "files": sorted(files)})
     for name in former - set(files):
         (directory / name).unlink(missing_ok=True)
     return [*files, "report.json"]

@@ -112,12 +112,24 @@ class FinishedRun:
         return dict(self.metrics.get("differs", {}))
 
     @property
+    def budget(self) -> tuple[Any, ...]:
+        """What runs that may be compared have in common, whatever they learn from."""
+        settings = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "parameters")
+        return tuple(self.metrics[key] for key in settings)
+
+    @property
+    def lesson(self) -> tuple[Any, ...] | None:
+        """What a student learns from its teacher: temperature, weighting, whose labels; None without one."""
+        if not self.metrics["distilled"]:
+            return None
+        return (self.metrics["soft"], self.metrics.get("confidence"), (self.metrics["teacher"] or {}).get("sha256"))
+
+    @property
     def basis(self) -> tuple[Any, ...]:
         """What runs that differ by their seeds alone have in common."""
-        settings = ("epochs", "batch_size", "optimizer", "lr", "views", "soft", "confidence", "distilled")
-        same = [self.metrics.get(key) for key in (*settings, "num_train", "num_test", "parameters")]
+        same = [self.metrics.get(key) for key in ("views", "soft", "confidence", "distilled")]
         teacher = self.metrics.get("teacher")
-        return (*same, teacher["sha256"] if teacher else None)
+        return (*self.budget, *same, teacher["sha256"] if teacher else None)
 
     @property
     def initial_weights(self) -> str | None:

@@ -11,6 +11,8 @@ from pipeline.reporting import Figure, Table
 from stages.context import Context
 from stages.reports.attention import attention
 from stages.reports.classes import by_class
+from stages.reports.compared import LEFT_OUT, compared
+from stages.reports.comparisons import Comparisons
 from stages.reports.figures import STUDENTS as STUDENTS_FIGURES
 from stages.reports.figures import figures
 from stages.reports.others import optimizer_runs, optimizers_table, others_table
@@ -20,30 +22,33 @@ from stages.reports.settings import distilled_students, settings_table
 from stages.reports.tables import all_teachers, drops_table, students_tables
 from stages.reports.views import teacher_on_views
 
-LEFT_OUT = "left out by --no-figures"
+COMPARED = "Runs that differ in one thing, at an equal budget, with all seeds that there are."
 
 
-def make_sections(context: Context, runs: FinishedRuns, *, with_figures: bool = True) -> list[Section]:
-    """Return the parts of the report.
+def main_sections(
+    context: Context, runs: FinishedRuns, comparisons: Comparisons, *, with_figures: bool = True
+) -> list[Section]:
+    """Return the parts of the report whose tables the terminal shows too.
 
     Args:
         context: The command's setting.
         runs: What has been run.
+        comparisons: Those among the runs; without any there is no such part.
         with_figures: Whether to draw.
     """
     drawn = {figure.name: figure for figure in figures(context, runs)} if with_figures else None
-    others = others_table(runs)
+    others, answers = others_table(runs), compared(comparisons, with_figures=with_figures)
     drops = drops_table(runs, distilled_students(runs.recipe))
     students = [*students_tables(runs), _curves(runs, drawn), drops, *([others] if others else [])]
     return [
         Section("What was run", [overview_table(runs), settings_table(runs.recipe)]),
         Section("Teachers", _teachers(runs, drawn)),
         Section("Students", students),
-        *_details(context, runs, with_figures=with_figures),
+        *([Section("Comparisons", answers, COMPARED)] if answers else []),
     ]
 
 
-def _details(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
+def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
     """Return what lies behind the tables: by class, by view, and where students look."""
     name = runs.recipe.name
     student = f"pipeline distill --recipe {name} --student titn"

@@ -266,7 +266,9 @@ def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
 def _strength(operation: int, magnitude: float) -> str:
     """Name an operation that a policy chose with its magnitude, if it has one."""
     name = operations.OPERATIONS[operation]
-    if not magnitude:
+    if name in operations.WITHOUT_MAGNITUDE:
         return name
+    if name.startswith("Translate"):
+        return f"{name} {int(magnitude):+d}"
     sign = "" if name in operations.UNSIGNED_OPERATIONS else "+"
     return f"{name} {magnitude:{sign}.0f}" if abs(magnitude) >= 2 else f"{name} {magnitude:{sign}.2g}"

@@ -1,0 +1,87 @@
+"""Means of a few repeated runs with Student's t intervals, and differences of runs in pairs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of repeated measurements.
+
+    Attributes:
+        count: How many, at least one.
+        mean: In the measurements' unit.
+        deviation: Sample standard deviation, of n - 1; None of a single measurement.
+        interval: Low and high end of the mean's 95 % interval; None of a single measurement.
+    """
+
+    count: int
+    mean: float
+    deviation: float | None
+    interval: tuple[float, float] | None
+
+    @property
+    def excludes_zero(self) -> bool | None:
+        """Whether 0 lies outside the interval; None without one."""
+        return None if self.interval is None else not self.interval[0] <= 0.0 <= self.interval[1]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean, deviation and 95 % interval of measurements taken as independent and normal.
+
+    Args:
+        values: At least one.
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Estimate(1, mean, None, None)
+    deviation = statistics.stdev(values)
+    reach = t_quantile(CONFIDENCE, len(values) - 1) * deviation / math.sqrt(len(values))
+    return Estimate(len(values), mean, deviation, (mean - reach, mean + reach))
+
+
+def paired_difference(values: Mapping[int, float], references: Mapping[int, float]) -> Estimate | None:
+    """Return the mean of value - reference over the keys that both have; None where they share none.
+
+    Args:
+        values: Measurements by seed.
+        references: Likewise, of what they are compared with.
+    """
+    shared = sorted(set(values) & set(references))
+    return estimate([values[key] - references[key] for key in shared]) if shared else None
+
+
+def t_quantile(confidence: float, degrees: int) -> float:
+    """Return the t that |T| of Student's distribution stays below with a probability.
+
+    Args:
+        confidence: The probability, in (0, 1).
+        degrees: Of freedom, at least 1.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _probability(middle, degrees) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def _probability(theta: float, degrees: int) -> float:
+    """Return P(|T| <= sqrt(degrees) tan theta).
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    is_odd = degrees % 2
+    term = math.cos(theta) if is_odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for power in range(2 + is_odd, degrees - 1, 2):
+        term *= math.cos(theta) ** 2 * (power - 1) / power
+        total += term
+    inner = math.sin(theta) * total
+    return 2 / math.pi * (theta + inner) if is_odd else inner
