@@ -27,6 +27,7 @@ def test_every_recipe_of_the_project_loads() -> None:
         "mnist",
         "cifar10",
         "cifar100",
+        "cifar100-best",
         "cifar100-small",
         "mnist-small",
         "folder",

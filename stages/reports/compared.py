@@ -48,7 +48,7 @@ def labels_table(comparison: Comparison) -> Table:
             values = list(way.top1(measure).values())
             less = None if way is reference else paired_difference(way.top1(measure), reference.top1(measure))
             cells = [way.labels, name, " ".join(map(str, way.runs)), spread(values), _interval(estimate(values))]
-            rows.append([*cells, *_difference(less)])
+            rows.append([*cells, *difference_cells(less)])
     changes = " ".join(_change(comparison, way, reference, f"{way.labels} less none") for way in comparison.ways)
     title = f"Does the teacher's label help? {comparison.title}"
     return Table(title, columns, rows, f"{changes} {_note(comparison)}")
@@ -149,8 +149,8 @@ def _interval(found: Estimate) -> str:
     return "-" if found.interval is None else f"{found.interval[0]:.2f} to {found.interval[1]:.2f}"
 
 
-def _difference(less: Estimate | None) -> list[str]:
-    """Return a difference's mean with deviation and number of pairs, and its interval."""
+def difference_cells(less: Estimate | None) -> list[str]:
+    """Return a difference's mean with deviation and number of pairs, and its interval; dashes without one."""
     if less is None:
         return ["-", "-"]
     if less.deviation is None or less.interval is None:

@@ -20,6 +20,7 @@ from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.scores import NOT_RUN
 from stages.reports.settings import distilled_students, settings_table
 from stages.reports.tables import all_teachers, drops_table, students_tables
+from stages.reports.variants import variants_tables
 from stages.reports.views import teacher_on_views
 
 COMPARED = "Runs that differ in one thing, at an equal budget, with all seeds that there are."
@@ -39,7 +40,13 @@ def main_sections(
     drawn = {figure.name: figure for figure in figures(context, runs)} if with_figures else None
     others, answers = others_table(runs), compared(comparisons, with_figures=with_figures)
     drops = drops_table(runs, distilled_students(runs.recipe))
-    students = [*students_tables(runs), _curves(runs, drawn), drops, *([others] if others else [])]
+    students = [
+        *students_tables(runs),
+        _curves(runs, drawn),
+        *variants_tables(runs),
+        drops,
+        *([others] if others else []),
+    ]
     return [
         Section("What was run", [overview_table(runs), settings_table(runs.recipe)]),
         Section("Teachers", _teachers(runs, drawn)),
