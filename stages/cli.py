@@ -93,6 +93,9 @@ def run(arguments: Sequence[str]) -> int:
     except PipelineError as error:
         if debug:
             traceback.print_exc()
+        stop = _stop_behind(error)
+        if stop is not None:
+            return _tell_stop(stop)
         click.echo(one_line(f"Error: {error}"), err=True)
         return error.exit_code
     except BrokenPipeError:
@@ -112,6 +115,17 @@ def run(arguments: Sequence[str]) -> int:
         click.echo(one_line(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}"), err=True)
         return 1
     return 0
+
+
+def _stop_behind(error: BaseException) -> Interrupted | None:
+    """Return the signal's exception of which code that catches every error has made another; None where there is none.
+
+    So may code do that reads what others wrote, since decoders raise nearly anything on a damaged file.
+    """
+    cause = error.__cause__ or error.__context__
+    if cause is None or isinstance(cause, Interrupted):
+        return cause
+    return _stop_behind(cause)
 
 
 def _tell_stop(error: Interrupted) -> int:

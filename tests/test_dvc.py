@@ -202,7 +202,7 @@ def test_an_experiment_in_a_copy_runs_the_copys_code_and_changes_the_recipe(chec
 
 
 def test_the_page_on_sharing_a_clone_trains_on_what_it_pulls(checkout: Checkout, tmp_path: Path) -> None:
-    share, train, again, everything = (block.splitlines() for block in blocks(page("docs/sharing.md"), "sh"))
+    share, train, again, moved, everything = (block.splitlines() for block in blocks(page("docs/sharing.md"), "sh"))
     assert share[1] == "dvc repro" and share[-1] == "git push"  # nothing to do, and nowhere to
     for line in [share[0].replace("/mnt/storage/titn", str(tmp_path / "remote")), share[2], *share[3:-2]]:
         checkout.shell(*shlex.split(line))
@@ -223,6 +223,9 @@ def test_the_page_on_sharing_a_clone_trains_on_what_it_pulls(checkout: Checkout,
     assert not (clone.data / "teachers").exists()
     shutil.rmtree(clone.data)
     clone.shell("git", "checkout", "-q", ".")
+    assert (
+        "pipeline distill --recipe cifar100 --student titn" in moved[-1]
+    )  # over ssh; tests of interruptions move runs
     assert everything == ["dvc pull", "dvc repro"]
     clone.dvc("pull")
     assert clone.repro() == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from pipeline.errors import Interrupted, UsageError
 from pipeline.runtime import Ranks, autocast, current_ranks, environment, resolve_device, resolve_precision
 from pipeline.stopping import StopSignal
+from stages.cli import run
 from tests.project import environment as command_environment
 
 
@@ -97,3 +99,16 @@ def test_spinning_threads_are_limited_before_torch_unless_the_user_chose(given: 
     program = "import sys, os, stages; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
     out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == expected
+
+
+def test_a_signal_is_told_as_such_where_a_reader_makes_another_error_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise Interrupted("stopped by SIGINT; run the same command again", 130)
+
+    file = tmp_path / "default.h5"
+    file.write_bytes(b"labels")
+    monkeypatch.setattr("pipeline.labels.check_beginning", stopped)
+    assert run(["labels", "inspect", str(file)]) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT; run the same command again\n"
