@@ -106,8 +106,8 @@ def _images() -> Iterator[np.ndarray[Any, Any]]:
 def at_versions(recorded: Mapping[str, str]) -> Iterator[None]:
     """Let this process report the library versions of the labels' provenance.
 
-    Labels of two PyTorch versions never meet in one file, rightly, so elsewhere than at the recorded versions the
-    fixtures' labels would be made anew and nothing would be tested. What is patched is what the libraries say of
+    Labels of two PyTorch versions never meet in one file, rightly. So with other versions than the recorded ones a
+    command would label every view again, and going on would stay untested. Patched is what the libraries say of
     themselves, not a name of this project that may move.
     """
     libraries = {"torch": torch, "torchvision": torchvision, "numpy": np}

@@ -1,7 +1,7 @@
 """Make the fixtures in tests/support/former: `python -m tests.support.make_former`.
 
-Run once, at commit fa353451fa8d on one CPU thread, and not meant to be run again: files that newer code wrote would
-show nothing. What a later commit adds to the formats gets fixtures of its own.
+Run once, at commit fa353451fa8d on one CPU thread. It is not for running again: files that newer code wrote would show
+nothing. What a later commit adds to the formats gets fixtures of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import h5py
 import torch
 
 from tests.commands import run
@@ -64,6 +65,7 @@ def main() -> None:
         facts = {
             "commit": run_json["commit"],
             "machine": machine(),
+            "hdf5": h5py.version.hdf5_version,
             "versions": inspected["provenance"]["versions"],
             "dataset_sha256": inspected["identity"]["dataset_sha256"],
             "label_fingerprint": inspected["fingerprint"],
