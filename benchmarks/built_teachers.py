@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD, images_and_labels
-from pipeline.folding import fold
-from pipeline.labelling import Teacher
-from pipeline.teachers import build_teacher
-from pipeline.views import normalize
+from pipeline.labels.teacher import Teacher
+from pipeline.models.folding import fold
+from pipeline.models.teachers import build_teacher
+from pipeline.views.views import normalize
 
 NUM_CALIBRATION_IMAGES = 64
 
@@ -20,7 +20,7 @@ def build(name: str) -> nn.Module:
     Without that, activations of the deeper ones die away to numbers so small that CPUs compute with them slowly.
 
     Args:
-        name: A key of pipeline.teachers.TEACHERS.
+        name: A key of pipeline.models.teachers.TEACHERS.
     """
     torch.manual_seed(0)
     model = build_teacher(name, num_classes=NUM_CLASSES, bn_momentum=1.0)

@@ -15,27 +15,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks import built_teachers, training
-from benchmarks.measure import (
-    Report,
-    Row,
-    begin,
-    compare,
-    figure,
-    interleave,
-    option_parser,
-    positive,
-    quartiles,
-    text_table,
-)
+from benchmarks.measure import Report, Row, begin, compare, figure, option_parser, positive, text_table
 from benchmarks.synthetic import images_and_labels
-from pipeline.batches import TeacherLabels
-from pipeline.labelling import label_view
-from pipeline.labels import LabelCache
-from pipeline.runtime import keep_freed_memory, resolve_precision
-from pipeline.students import STUDENTS
-from pipeline.teacher_answers import cached_labels, online_labels
-from pipeline.teachers import TEACHERS
-from pipeline.views import Views
+from pipeline.inference.speed import interleave, quartiles
+from pipeline.labels.cache import LabelCache
+from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
+from pipeline.labels.teacher import label_view
+from pipeline.models.students import STUDENTS
+from pipeline.models.teachers import TEACHERS
+from pipeline.system.runtime import keep_freed_memory, resolve_precision
+from pipeline.views.views import Views
 
 EPOCH_IMAGES = 50_000
 EPOCHS = VIEWS = 600

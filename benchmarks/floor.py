@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.synthetic import NUM_CLASSES, SIZE
-from pipeline.counting import num_parameters
-from pipeline.recipes import StudentRecipe
-from pipeline.students import STUDENTS, build_student
-from stages.models import student_arguments
+from pipeline.config.recipes import StudentRecipe
+from pipeline.models.counting import num_parameters
+from pipeline.models.students import STUDENTS, build_student
+from stages.shared.runs import student_arguments
 
 CHANNELS, MLP_RATIO = 3, 4
 INNER, OUTER, ENDS, WEIGHTS = "inner", "outer", "ends", "weights"

@@ -12,12 +12,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks import built_teachers, training
-from benchmarks.measure import Row, begin, compare, interleave, option_parser, positive
+from benchmarks.measure import Row, begin, compare, option_parser, positive
 from benchmarks.synthetic import MEAN, STD, images_and_labels
-from pipeline.labelling import Teacher, label_view
-from pipeline.runtime import resolve_precision
-from pipeline.teachers import TEACHERS
-from pipeline.views import Views, normalize
+from pipeline.inference.speed import interleave
+from pipeline.labels.teacher import Teacher, label_view
+from pipeline.models.teachers import TEACHERS
+from pipeline.system.runtime import resolve_precision
+from pipeline.views.views import Views, normalize
 
 MODEL = "vgg16_bn"
 FOLDING_GOAL = 3.0

@@ -26,11 +26,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import UsageError
-from pipeline.runtime import environment, resolve_device
-from pipeline.storage import write_json
-from pipeline.timing import Seconds as Seconds
-from pipeline.timing import interleave as interleave
-from pipeline.timing import quartiles as quartiles
+from pipeline.inference.speed import quartiles
+from pipeline.system.runtime import environment, resolve_device
+from pipeline.system.storage import write_json
 
 ROOT = Path(__file__).parent.parent
 

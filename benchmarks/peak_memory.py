@@ -16,7 +16,7 @@ from benchmarks.measure import ROOT
 from benchmarks.steps import synthetic_batch
 from benchmarks.student_contenders import EAGER, TRAINING, Contender, turn
 from benchmarks.student_peers import PEERS
-from pipeline.runtime import keep_freed_memory
+from pipeline.system.runtime import keep_freed_memory
 
 NUM_STEPS = 2
 

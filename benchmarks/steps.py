@@ -9,12 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.synthetic import MEAN, NUM_CLASSES, STD, images_and_labels
-from pipeline.batches import Batch
-from pipeline.captured_step import CapturedStep
-from pipeline.recipes import FitRecipe
-from pipeline.runtime import autocast
-from pipeline.training_step import Objective, train_step
-from pipeline.views import normalize
+from pipeline.config.recipes import FitRecipe
+from pipeline.system.runtime import autocast
+from pipeline.training.batches import Batch
+from pipeline.training.step import CapturedStep, Objective, train_step
+from pipeline.views.views import normalize
 
 
 def synthetic_batch(size: int, device: torch.device) -> Batch:
@@ -51,7 +50,7 @@ def our_step(
         objective: The loss.
         optimizer: Over the model's parameters.
         precision: `fp32` or `bf16`.
-        micro_batch: As for pipeline.training_step.train_step.
+        micro_batch: As for pipeline.training.step.train_step.
         captured: Whether it is replayed from a CUDA graph.
     """
 

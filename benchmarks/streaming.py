@@ -16,14 +16,15 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import training
-from benchmarks.measure import Row, begin, compare, interleave, option_parser, positive
+from benchmarks.measure import Row, begin, compare, option_parser, positive
 from benchmarks.synthetic import NUM_CLASSES
-from pipeline.batches import epoch_order
-from pipeline.image_arrays import MappedImages, chunks
-from pipeline.image_folders import to_rgb
-from pipeline.runtime import keep_freed_memory
-from pipeline.streaming import HostImages, place_images
-from pipeline.views import Views
+from pipeline.data.arrays import MappedImages, chunks
+from pipeline.data.images import to_rgb
+from pipeline.data.streaming import HostImages, place_images
+from pipeline.inference.speed import interleave
+from pipeline.system.runtime import keep_freed_memory
+from pipeline.training.batches import epoch_order
+from pipeline.views.views import Views
 
 BATCH_SIZES = {64: 1024, 224: 128}
 PHOTOGRAPH = (500, 375)  # width and height, ImageNet's most frequent

@@ -14,13 +14,13 @@ from benchmarks import steps, training
 from benchmarks.measure import Report
 from benchmarks.student_peers import PEERS
 from benchmarks.synthetic import NUM_CLASSES, SIZE
-from pipeline.batches import Batch
+from pipeline.config.recipes import StudentRecipe
 from pipeline.errors import UsageError
-from pipeline.optimization import build_optimizer
-from pipeline.recipes import StudentRecipe
-from pipeline.students import STUDENTS, Student, build_student, use_inner_block
+from pipeline.models.students import STUDENTS, Student, build_student, use_inner_block
+from pipeline.training.batches import Batch
+from pipeline.training.optimization import build_optimizer
 from stages.distill import micro_batch_on, student_objective
-from stages.models import student_arguments
+from stages.shared.runs import student_arguments
 
 TRAINING, FORWARD = "training step", "forward"
 EAGER, COMPILED, GRAPHS, CAPTURED = "eager", "compiled", "compiled with CUDA graphs", "captured"

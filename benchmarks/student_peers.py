@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from benchmarks.synthetic import NUM_CLASSES, SIZE
-from pipeline.recipes import StudentRecipe
+from pipeline.config.recipes import StudentRecipe
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import floor, peak_memory
-from benchmarks.measure import Report, Row, begin, compare, interleave, option_parser, positive, quartiles
+from benchmarks.measure import Report, Row, begin, compare, option_parser, positive
 from benchmarks.steps import repeated, synthetic_batch
 from benchmarks.student_contenders import (
     CAPTURED,
@@ -28,9 +28,10 @@ from benchmarks.student_contenders import (
     recipe,
     turn,
 )
-from pipeline.counting import num_parameters
-from pipeline.runtime import keep_freed_memory
-from pipeline.students import STUDENTS
+from pipeline.inference.speed import interleave, quartiles
+from pipeline.models.counting import num_parameters
+from pipeline.models.students import STUDENTS
+from pipeline.system.runtime import keep_freed_memory
 
 GOAL, GOAL_BATCH = 1.5, 128
 MEMORY = "peak memory of a training step"

@@ -12,12 +12,13 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import built_teachers, steps, training
-from benchmarks.measure import Row, begin, compare, interleave, option_parser, positive
-from pipeline.batches import Batch
-from pipeline.optimization import build_optimizer
-from pipeline.recipes import TeacherRecipe
-from pipeline.runtime import keep_freed_memory, resolve_precision
-from pipeline.teachers import TEACHERS
+from benchmarks.measure import Row, begin, compare, option_parser, positive
+from pipeline.config.recipes import TeacherRecipe
+from pipeline.inference.speed import interleave
+from pipeline.models.teachers import TEACHERS
+from pipeline.system.runtime import keep_freed_memory, resolve_precision
+from pipeline.training.batches import Batch
+from pipeline.training.optimization import build_optimizer
 from stages.teacher import teacher_objective
 
 QUICK = "squeezenet1_1"

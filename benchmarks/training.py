@@ -13,21 +13,22 @@ import numpy as np
 
 from benchmarks.measure import ROOT
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD
-from pipeline.batches import EvaluationData, TeacherLabels, TrainingData
-from pipeline.checkpoints import RunState
-from pipeline.distributed import ALONE
-from pipeline.label_parts import LabelParts, seal
-from pipeline.labels import LabelCache, make_identity, make_provenance
-from pipeline.params import load_params
-from pipeline.recipes import Recipe
-from pipeline.stopping import StopSignal
-from pipeline.streaming import in_batches
-from pipeline.students import STUDENTS, build_student, use_inner_block
-from pipeline.training import Fit
-from pipeline.views import Views
+from pipeline.config.params import load_params
+from pipeline.config.recipes import Recipe
+from pipeline.data.streaming import in_batches
+from pipeline.labels.cache import LabelCache, make_identity, make_provenance
+from pipeline.labels.parts import LabelParts, seal
+from pipeline.labels.source import TeacherLabels
+from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.system.stopping import StopSignal
+from pipeline.training.batches import EvaluationData, TrainingData
+from pipeline.training.checkpoints import RunState
+from pipeline.training.distributed import ALONE
+from pipeline.training.fit import Fit
+from pipeline.views.views import Views
 from stages.distill import micro_batch_on, student_objective
-from stages.execution import execution
-from stages.models import student_arguments
+from stages.shared.execution import execution
+from stages.shared.runs import student_arguments
 
 
 class Silence:

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.autoaugment import _apply_op
 
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD
-from pipeline.views import normalize
+from pipeline.views.views import normalize
 
 NUM_WORKERS = 2
 PADDING = 4

@@ -20,14 +20,16 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from benchmarks import training, view_peers
-from benchmarks.measure import Report, Row, begin, compare, interleave, option_parser, positive, quartiles
+from benchmarks.measure import Report, Row, begin, compare, option_parser, positive
 from benchmarks.synthetic import MEAN, NUM_CLASSES, SIZE, STD, images_and_labels
-from pipeline import autoaugment, operations
-from pipeline.batches import epoch_order, split_batches
-from pipeline.recipes import ViewRecipe
-from pipeline.runtime import keep_freed_memory
-from pipeline.teacher_answers import cached_labels
-from pipeline.views import Views, normalize
+from pipeline.config.recipes import ViewRecipe
+from pipeline.inference.speed import interleave, quartiles
+from pipeline.labels.source import cached_labels
+from pipeline.system.runtime import keep_freed_memory
+from pipeline.training.batches import epoch_order, split_batches
+from pipeline.views import operations
+from pipeline.views import policies as autoaugment
+from pipeline.views.views import Views, normalize
 
 GOAL = 10.0
 # The largest share of a training step that making its views should take, per cent.

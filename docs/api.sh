@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 # It would also stop, and warn of, what libraries run while they are imported, as `uname`.
 PDOC_ALLOW_EXEC=1 python -W error -W "ignore:Error parsing type annotation ForwardRef:UserWarning:pdoc.doc_types" \
     -m pdoc --docformat google --output-directory "$out" pipeline \
-    pipeline.students.layers pipeline.students.vit pipeline.students.deit pipeline.students.tnt pipeline.students.titn
+    pipeline.models.students.layers pipeline.models.students.vit pipeline.models.students.deit pipeline.models.students.tnt pipeline.models.students.titn
 echo "$out/index.html"

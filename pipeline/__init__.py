@@ -1,8 +1,8 @@
 """A two-stage knowledge-distillation pipeline: CNN teachers, cached labels, small transformer students.
 
 The stages of the command line are in the package `stages`; everything here can be used without it. docs/notebook.md
-goes through it: `pipeline.datasets.Dataset`, `pipeline.views.Views`, `pipeline.labels.LabelCache`,
-`pipeline.students.build_student`, `pipeline.training.Fit`, `pipeline.evaluation.evaluate`.
+goes through it: `pipeline.data.datasets.Dataset`, `pipeline.views.views.Views`, `pipeline.labels.cache.LabelCache`,
+`pipeline.models.students.build_student`, `pipeline.training.fit.Fit`, `pipeline.training.evaluation.evaluate`.
 
 Source: arXiv:2502.16762.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipeline.classifier import ImageClassifier, Transform
+    from pipeline.inference.classifier import ImageClassifier, Transform
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,6 @@ def load(
         UsageError: The path or the format does not exist, or the device can't be used.
         DataError: What is there is damaged, or no model.
     """
-    from pipeline.loading import load
+    from pipeline.inference.loading import load
 
     return load(path, format=format, device=device)

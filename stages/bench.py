@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from pipeline.counting import flops_per_image, num_parameters, paper_macs
 from pipeline.errors import UsageError
-from pipeline.exporting import ROUNDED
-from pipeline.loading import build_model
-from pipeline.prediction import Network, Predictor
-from pipeline.reporting import Table, number
-from pipeline.runtime import device_name, environment
-from pipeline.speed import Speed
+from pipeline.inference.exporting import ROUNDED
+from pipeline.inference.loading import build_model
+from pipeline.inference.prediction import Network, Predictor
+from pipeline.inference.speed import Speed
+from pipeline.models.counting import flops_per_image, num_parameters, paper_macs
+from pipeline.report.tables import Table, number
+from pipeline.system.runtime import device_name, environment
 from stages.trained import load_trained
 
 
@@ -151,7 +151,7 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch
 
 def _inner_block(predictor: Predictor) -> str | None:
     """Say how a checkpoint's inner blocks are computed; None of an export."""
-    from pipeline.students import Student, use_inner_block
+    from pipeline.models.students import Student, use_inner_block
 
     network = predictor.network
     if not isinstance(network, Network):

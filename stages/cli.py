@@ -16,7 +16,7 @@ import click
 import pipeline
 from pipeline.errors import Interrupted, PipelineError, one_line
 from stages.commands import data, export, labels, machine, reproduction, results, students, teachers, trained
-from stages.options import STOP
+from stages.shared.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
     ("This machine", (machine.doctor,)),

@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 
-from pipeline.batches import Batch, TrainingData
-from pipeline.datasets import Dataset
+from pipeline.config.params import override
+from pipeline.config.recipes import Recipe, StudentRecipe
+from pipeline.data.datasets import Dataset
 from pipeline.errors import UsageError
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistilled_loss
-from pipeline.params import override
-from pipeline.recipes import Recipe, StudentRecipe
-from pipeline.students import STUDENTS, build_student, use_inner_block
-from pipeline.training_step import Objective
-from stages.context import Context
+from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.training.batches import Batch, TrainingData
+from pipeline.training.step import Objective
 from stages.dry_run import plan_run
-from stages.execution import execution
-from stages.fitting import carry_out, make_views, up_to_date
-from stages.models import describe, student_arguments
-from stages.runs import Run, place
-from stages.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
+from stages.shared.context import Context
+from stages.shared.execution import execution
+from stages.shared.fitting import carry_out, make_views, up_to_date
+from stages.shared.runs import Run, describe, place, student_arguments
+from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
 CPU_MICRO_BATCH = 128
 

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.image_folders import BadFile, list_folder, printable
-from pipeline.recipes import Recipe
-from pipeline.storage import read_json
-from stages.paths import Paths
+from pipeline.config.recipes import Recipe
+from pipeline.data.folders import list_folder
+from pipeline.data.images import BadFile, printable
+from pipeline.system.storage import read_json
+from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
-    from stages.context import Context
-    from stages.label_plan import ViewSlice
-    from stages.runs import Run
+    from stages.shared.context import Context
+    from stages.shared.labelling import ViewSlice
+    from stages.shared.runs import Run
 
 
 def plan_run(run: Run, *, fresh: bool = False) -> str:
     """Say what training a model would do."""
-    from pipeline.checkpoints import RunState
+    from pipeline.training.checkpoints import RunState
 
     why = "--fresh" if fresh else run.why_stale()
     if why is None:
@@ -56,10 +57,10 @@ def plan_labels(
     part: ViewSlice | None = None,
 ) -> LabelPlan:
     """Say what `stages.label.label` would do; arguments and errors are the same."""
-    from pipeline.label_parts import LabelParts
-    from stages.label import begin, check_request, check_teacher, identity_of, provenance_of
-    from stages.label_plan import asked_topk, kept_name, slices
-    from stages.models import load_checkpoint_of
+    from pipeline.inference.loading import load_checkpoint_of
+    from pipeline.labels.parts import LabelParts
+    from stages.label import begin, check_request
+    from stages.shared.labelling import asked_topk, check_teacher, identity_of, kept_name, provenance_of, slices
 
     wanted = check_request(context, view_recipe, teacher=teacher, fresh=fresh, part=part)
     dataset, path = context.dataset(), context.paths.labels(view_recipe)
@@ -91,7 +92,7 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
         UsageError: As there.
         DataError: Files are missing, or the folder is no image folder. Images are not opened.
     """
-    from pipeline.sources import check_source
+    from pipeline.data.sources import check_source
     from stages.prepare import check_request
 
     check_request(folder, download=download)
@@ -114,7 +115,7 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
 
 def _standing(recipe: Recipe, paths: Paths) -> str:
     """Say what prepared data there are already."""
-    from stages.staleness import differences
+    from stages.shared.runs import differences
 
     summary = paths.prepared / "summary.json"
     if not (paths.dataset.is_file() and summary.is_file()):

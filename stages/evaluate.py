@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.class_scores import class_scores, worst_first
+from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
+from pipeline.data.images import BadFile, printable, refusal
 from pipeline.errors import DataError, UsageError
-from pipeline.image_files import NUM_NAMED, ImageFile, find_labelled_images, read_images
-from pipeline.image_folders import BadFile, printable, refusal
-from pipeline.metrics import Meter
-from pipeline.prediction import Predictor
-from pipeline.reporting import Table, number
-from stages.context import Context
-from stages.fitting import evaluation_data
+from pipeline.inference.prediction import Predictor
+from pipeline.report.tables import Table, number
+from pipeline.training.metrics import Meter, class_scores, worst_first
+from stages.shared.context import Context
+from stages.shared.fitting import evaluation_data
 from stages.trained import Trained, load_trained
 
 
@@ -36,8 +35,8 @@ def evaluate_checkpoint(
         per_class: Whether to add the scores of each class.
 
     Returns:
-        Model, split, number of images, `autocast` (`fp32` or `bf16`), the fields of pipeline.metrics.Scores; with
-        `per_class` also `classes`, the fields of pipeline.class_scores.ClassScores for each, the worst first.
+        Model, split, number of images, `autocast` (`fp32` or `bf16`), the fields of pipeline.training.metrics.Scores;
+        with `per_class` also `classes`, the fields of pipeline.training.metrics.ClassScores for each, the worst first.
 
     Raises:
         UsageError: The path does not exist, or there is no such split.
@@ -75,7 +74,7 @@ def evaluate_folder(
 
     Args:
         path: As of stages.trained.load_trained.
-        folder: As of pipeline.image_files.find_labelled_images.
+        folder: As of pipeline.data.folders.find_labelled_images.
         device: As of stages.trained.load_trained.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
@@ -130,7 +129,9 @@ def scores_table(result: dict[str, Any]) -> Table:
     if result.get("skipped"):
         note += f"; {len(result['skipped'])} bad files left out"
     if absent := result.get("absent_classes"):
-        some = ", ".join(map(printable, absent[:NUM_NAMED])) + (", ..." if len(absent) > NUM_NAMED else "")
+        some = ", ".join(map(printable, absent[:MAX_CLASSES_NAMED])) + (
+            ", ..." if len(absent) > MAX_CLASSES_NAMED else ""
+        )
         note += f"; no images of {len(absent)} classes ({some}), which count 0 in the means where they are predicted"
     return Table(f"{result['checkpoint']} on {where}", columns, [[*row, *heads]], note)
 

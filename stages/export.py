@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 import pipeline
-from pipeline import exporting
-from pipeline.checkpoints import Checkpoint, load_checkpoint
-from pipeline.classifier import INPUT, OUTPUTS, Classifier, Runner
-from pipeline.descriptions import Description
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
-from pipeline.exporting import CARD, CONFIG, FILES, SCHEMA
-from pipeline.loading import restore, run_safetensors
-from pipeline.model_card import model_card
-from pipeline.storage import read_json, remove_leftovers, write_atomic, write_json
+from pipeline.inference import exporting
+from pipeline.inference.card import model_card
+from pipeline.inference.classifier import INPUT, OUTPUTS, Classifier, Runner
+from pipeline.inference.descriptions import Description
+from pipeline.inference.exporting import CARD, CONFIG, FILES, SCHEMA
+from pipeline.inference.loading import restore, run_safetensors
+from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
+from pipeline.training.checkpoints import Checkpoint, load_checkpoint
 from stages.export_images import RealImages
 
 FORMATS = tuple(name for name in FILES if name != "onnx-int8")

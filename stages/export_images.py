@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.descriptions import Description
+from pipeline.data.arrays import Images
+from pipeline.data.images import SUFFIXES, printable, read_image
 from pipeline.errors import DataError, UsageError
-from pipeline.image_arrays import Images
-from pipeline.image_folders import SUFFIXES, printable, read_image
-from stages.context import Context
+from pipeline.inference.descriptions import Description
+from stages.shared.context import Context
 
 NUM_CHECKED = 256
 BATCH = 64
@@ -30,7 +30,7 @@ class RealImages:
         images: `(N, H, W, 3)` uint8, N at least 1.
         labels: `(N,)` int64, or None.
         description: What they are, for people.
-        source: The data set's, one of pipeline.recipes.SOURCES; None for a folder.
+        source: The data set's, one of pipeline.config.recipes.SOURCES; None for a folder.
         sha256: The data set's; None for a folder.
         evaluated_on: The split that the recipe's models are compared on; None for a folder.
     """

@@ -7,67 +7,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from pipeline.checkpoints import Checkpoint
-from pipeline.datasets import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.folding import fold
-from pipeline.label_parts import LabelParts, seal
-from pipeline.labelling import Teacher, compile_teacher, label_view
-from pipeline.labels import LabelCache, make_identity, make_provenance
-from pipeline.recipes import ViewRecipe
-from pipeline.replay import make_canaries
-from pipeline.reporting import progress_bar
-from pipeline.runtime import current_ranks, resident_limit, resolve_precision, versions
-from pipeline.stopping import stopped
-from pipeline.storage import lock, remove_leftovers
-from pipeline.streaming import place_images
-from pipeline.views import Views
-from stages.context import Context
-from stages.fitting import make_views
-from stages.label_plan import ViewSlice, asked_topk, kept_name, reusable_cache, slices, topk_beside, wanted_views
-from stages.label_ranks import label_for_others, lock_of, ranks_at_work
-from stages.models import load_model
+from pipeline.labels.cache import LabelCache
+from pipeline.labels.parts import LabelParts, seal
+from pipeline.labels.replay import make_canaries
+from pipeline.labels.teacher import Teacher, label_view
+from pipeline.report.progress import progress_bar
+from pipeline.system.runtime import current_ranks
+from pipeline.system.stopping import stopped
+from pipeline.system.storage import lock, remove_leftovers
+from pipeline.views.views import Views
+from stages.shared.context import Context
+from stages.shared.fitting import make_views
+from stages.shared.labelling import (
+    ViewSlice,
+    asked_topk,
+    identity_of,
+    kept_name,
+    label_clean,
+    label_for_others,
+    load_teacher,
+    lock_of,
+    provenance_of,
+    ranks_at_work,
+    reusable_cache,
+    slices,
+    topk_beside,
+    wanted_views,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teacher, Checkpoint]:
-    """Load a teacher for a data set, folded for labelling.
-
-    Raises:
-        UsageError: The path does not exist; or torch.compile was asked for and fails.
-        DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
-    """
-    device = context.device
-    model, checkpoint = load_model(path, device, kind="teacher")
-    check_teacher(context, dataset, checkpoint)
-    settings = context.recipe.label
-    precision = resolve_precision(settings.precision, device)
-    folded = fold(model, dataset.image_size).to(memory_format=torch.channels_last)
-    ready = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
-    return compile_teacher(ready, dataset.image_size) if settings.compile else ready, checkpoint
-
-
-def check_teacher(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Refuse a teacher of other data.
-
-    Raises:
-        DataError: Its classes, image size or normalisation are others.
-    """
-    for key, expected in (
-        ("class_names", list(dataset.class_names)),
-        ("image_size", dataset.image_size),
-        ("mean", list(dataset.mean)),
-        ("std", list(dataset.std)),
-    ):
-        if checkpoint.meta.get(key) != expected:
-            raise DataError(
-                f"{checkpoint.path}: its {key} is not that of {context.paths.dataset}; train a teacher on this data"
-            )
 
 
 def label(
@@ -187,42 +156,6 @@ def begin(
     if not fresh and _inode(path) != seen:
         cache = reusable_cache(context, path, identity, teacher)
     return parts, missing, cache
-
-
-def label_clean(context: Context, dataset: Dataset, teacher: Teacher) -> dict[str, NDArray[np.int64]]:
-    """Return the teacher's labels of the unaugmented evaluation images, `(n,)` int64 by split."""
-    return {
-        split: teacher.label(place_images(part.images, context.device, resident_limit(context.device)))
-        for split, part in dataset.splits.items()
-        if split != "train"
-    }
-
-
-def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
-    """Return the identity of the labels of a data set's training views."""
-    return make_identity(
-        dataset_sha256=dataset.sha256,
-        split="train",
-        view_recipe=view_recipe,
-        class_names=dataset.class_names,
-        num_samples=len(dataset.train),
-    )
-
-
-def provenance_of(context: Context, dataset: Dataset, checkpoint: Checkpoint, topk: int) -> dict[str, Any]:
-    """Return the provenance of the labels that a teacher, loaded by `load_teacher`, makes here."""
-    settings, device = context.recipe.label, context.device
-    return make_provenance(
-        teacher=str(checkpoint.meta["model"]),
-        checkpoint_sha256=checkpoint.sha256,
-        mean=dataset.mean,
-        std=dataset.std,
-        precision=resolve_precision(settings.precision, device),
-        device=device.type,
-        versions=versions(),
-        topk=topk,
-        compiled=settings.compile,
-    )
 
 
 def _inode(path: Path) -> int | None:

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeline.data.folders import ImageFile, find_images, read_images
+from pipeline.data.images import BadFile, printable
 from pipeline.errors import UsageError
-from pipeline.image_files import ImageFile, find_images, read_images
-from pipeline.image_folders import BadFile, printable
-from pipeline.prediction import Predictor
+from pipeline.inference.prediction import Predictor
 
 MAX_INPUT_BYTES = 2**29  # more than an image of MAX_PIXELS takes at 16 bits
 STANDARD_INPUT = "-"

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.datasets import Dataset
+from pipeline.config.recipes import Recipe
+from pipeline.data.arrays import Spill
+from pipeline.data.datasets import Dataset
+from pipeline.data.images import BadFile, printable
+from pipeline.data.sources import read_source
 from pipeline.errors import UsageError
-from pipeline.image_arrays import Spill
-from pipeline.image_folders import BadFile, printable
-from pipeline.recipes import Recipe
-from pipeline.runtime import resident_limit
-from pipeline.sources import read_source
-from pipeline.storage import lock, remove_leftovers, write_json
+from pipeline.system.runtime import resident_limit
+from pipeline.system.storage import lock, remove_leftovers, write_json
 
 
 @dataclass(frozen=True)

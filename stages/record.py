@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import read_meta
 from pipeline.errors import DataError
-from pipeline.storage import lock, read_bytes, read_if_exists, write_atomic
-from stages.paths import RECORDS
+from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
+from pipeline.training.checkpoints import read_meta
 from stages.reports.runs import FinishedRun
+from stages.shared.paths import RECORDS
 
 ID_DIGITS = 12
 LOCK_ATTEMPTS = 200

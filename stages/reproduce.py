@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
-from pipeline.sources import check_source
-from stages.context import Context
 from stages.record import Records
 from stages.reproduction.jobs import Job, State
 from stages.reproduction.plan import Choice, plan
+from stages.shared.context import Context
 from stages.teacher_select import prepare_from_raw
 
 NEEDS_DATA = State("needs data")

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.checkpoints import load_checkpoint
 from pipeline.errors import DataError, UsageError
-from pipeline.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
-from stages.context import Context
-from stages.paths import Paths
+from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
+from pipeline.training.checkpoints import load_checkpoint
+from stages.shared.context import Context
+from stages.shared.paths import Paths
 
 
 def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:

@@ -9,20 +9,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.batches import Batch, TrainingData
+from pipeline.config.params import override
+from pipeline.config.recipes import Recipe, TeacherRecipe
 from pipeline.errors import UsageError
 from pipeline.losses import Outputs, mixed_cross_entropy
-from pipeline.params import override
-from pipeline.recipes import Recipe, TeacherRecipe
-from pipeline.storage import sha256_file
-from pipeline.teachers import build_teacher
-from pipeline.training_step import Objective
-from stages.context import Context
+from pipeline.models.teachers import build_teacher
+from pipeline.system.storage import sha256_file
+from pipeline.training.batches import Batch, TrainingData
+from pipeline.training.step import Objective
 from stages.dry_run import plan_run
-from stages.execution import execution
-from stages.fitting import carry_out, make_views, up_to_date
-from stages.models import describe
-from stages.runs import Run, place
+from stages.shared.context import Context
+from stages.shared.execution import execution
+from stages.shared.fitting import carry_out, make_views, up_to_date
+from stages.shared.runs import Run, describe, place
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.config.recipes import OPTIMIZERS, TeacherRecipe
+from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, UsageError
-from pipeline.recipes import OPTIMIZERS, TeacherRecipe
-from pipeline.reporting import Table
-from pipeline.runtime import current_ranks
-from pipeline.sources import check_source
-from stages.context import Context
+from pipeline.report.tables import Table
+from pipeline.system.runtime import current_ranks
 from stages.dry_run import plan_labels, plan_run
 from stages.label import label
 from stages.prepare import prepare
@@ -18,6 +17,7 @@ from stages.reports.runs import FinishedRun
 from stages.reports.scores import NOT_RUN
 from stages.reports.tables import candidates_table
 from stages.selection import select
+from stages.shared.context import Context
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
 # Rates for Figure 5 where an optimiser is not the recipe's own; the paper gives one rate, SGD's.

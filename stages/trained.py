@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.descriptions import Description
+from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import DataError, UsageError
-from pipeline.exporting import CONFIG, FILES
-from pipeline.loading import load
+from pipeline.inference.descriptions import Description
+from pipeline.inference.exporting import CONFIG, FILES
+from pipeline.inference.loading import load, load_model
+from pipeline.inference.prediction import Network, Predictor
 from pipeline.losses import Outputs
-from pipeline.prediction import Network, Predictor
-from pipeline.recipes import PRECISIONS
-from pipeline.runtime import resolve_device, resolve_precision
-from stages.models import load_model
+from pipeline.system.runtime import resolve_device, resolve_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ def load_trained(path: Path, device: str | None = None, precision: str | None = 
     Args:
         path: A directory that a stage wrote, or a .safetensors file in it; or one that `pipeline export` wrote, or a
             file in it, which says what format to take.
-        device: As of pipeline.runtime.resolve_device; without one an ONNX file runs on the CPU.
+        device: As of pipeline.system.runtime.resolve_device; without one an ONNX file runs on the CPU.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training. Exports compute as they were exported.
 
     Raises:

@@ -6,9 +6,9 @@ import hypothesis
 import pytest
 import torch
 
-from tests import label_samples
-from tests.commands import teach
-from tests.project import Project
+from tests.support import label_samples
+from tests.support.commands import teach
+from tests.support.project import Project
 
 # Machines differ and are shared: how long an example takes is no property of the code under test.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -16,7 +16,9 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden instead of comparing with it")
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/whole/golden instead of comparing with it"
+    )
 
 
 def pytest_configure() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from stages.options import PATH, dry_run_option, open_context, recipe_option
+from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
 
 
 @click.command()

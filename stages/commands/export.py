@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import UsageError
-from stages.options import PATH, json_option, open_console, open_context, require_exists
+from stages.shared.options import PATH, json_option, open_console, open_context, require_exists
 
 
 @click.command()
@@ -78,7 +78,7 @@ def export(
 
 
 def _names(formats: tuple[str, ...], dtype: str, *, int8: bool) -> tuple[str, ...]:
-    """Return the formats as pipeline.exporting.FILES names them, refusing what doesn't go together."""
+    """Return the formats as pipeline.inference.exporting.FILES names them, refusing what doesn't go together."""
     if not formats:
         raise UsageError("--format: name one or more of onnx, torchscript and safetensors")
     if dtype == "bf16" and (int8 or set(formats) != {"safetensors"}):

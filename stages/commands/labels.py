@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from pipeline.errors import PipelineError
-from stages.options import PATH, FiniteFloat, device_option, json_option, open_context, recipe_option, require_exists
+from stages.shared.options import (
+    PATH,
+    FiniteFloat,
+    device_option,
+    json_option,
+    open_context,
+    recipe_option,
+    require_exists,
+)
 
 
 @click.group()
@@ -21,7 +29,7 @@ def labels() -> None:
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a label file holds and where it comes from."""
-    from stages.label_checks import inspect as run
+    from stages.labels import inspect as run
 
     require_exists(file)
     found = run(file)
@@ -48,7 +56,7 @@ def verify(
     margin: float | None,
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others."""
-    from stages.label_checks import verify as run
+    from stages.labels import verify as run
 
     require_exists(file)
     context = open_context(recipe, device)

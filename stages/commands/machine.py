@@ -7,7 +7,7 @@ import json
 import click
 
 from pipeline.errors import PipelineError
-from stages.options import device_option, json_option, open_console, open_context, recipe_option
+from stages.shared.options import device_option, json_option, open_console, open_context, recipe_option
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from stages.options import (
+from stages.shared.options import (
     PATH,
     device_option,
     dry_run_option,
@@ -15,7 +15,7 @@ from stages.options import (
     require_exists,
     time_limit_option,
 )
-from stages.paths import RECORDS
+from stages.shared.paths import RECORDS
 
 records_option = click.option(
     "--out", type=PATH, default=RECORDS, show_default=True, help="The file of records; the curves go beside it."

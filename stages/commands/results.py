@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import UsageError
-from stages.options import (
+from stages.shared.options import (
     PATH,
     device_option,
     json_option,

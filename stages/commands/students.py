@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from pipeline.config.recipes import MAX_VIEWS
 from pipeline.errors import UsageError
-from pipeline.recipes import MAX_VIEWS
-from stages.options import (
+from stages.shared.options import (
     PATH,
     FiniteFloat,
     device_option,
@@ -71,8 +71,8 @@ def distill(
     if several and click.get_current_context().get_parameter_source("seed") is not ParameterSource.DEFAULT:
         raise UsageError(f"--seed {seed} --seeds {seeds}: give one of them")
     context = open_context(recipe, device)
-    from pipeline.reporting import spread
-    from pipeline.storage import read_json
+    from pipeline.report.tables import spread
+    from pipeline.system.storage import read_json
     from stages.distill import distill as run
 
     found = []

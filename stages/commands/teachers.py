@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from stages.options import (
+from stages.shared.options import (
     PATH,
     device_option,
     dry_run_option,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
+from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import PipelineError
-from pipeline.recipes import PRECISIONS
-from stages.options import PATH, device_option, json_option, open_console, parse_batch_sizes, precision_option
+from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes, precision_option
 
 
 @click.command()
@@ -35,7 +35,7 @@ def predict(
     """
     from collections import Counter
 
-    from pipeline.image_folders import BadFile, printable
+    from pipeline.data.images import BadFile, printable
     from stages.predict import predict as run
     from stages.trained import load_trained
 
@@ -83,7 +83,7 @@ def bench(
     Several checkpoints take turns, so that what else the machine does hits all of them. Timed are batches of pixels;
     reading image files is left out.
     """
-    from pipeline.speed import measure_speed
+    from pipeline.inference.speed import measure_speed
     from stages.bench import conditions, costs_table, cpu_threads, load, speed_table
 
     sizes, console = parse_batch_sizes(batch_sizes), open_console()

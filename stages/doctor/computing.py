@@ -7,17 +7,17 @@ import shutil
 
 import torch
 
-from pipeline.distributed import ALONE
+from pipeline.config.recipes import FitRecipe
 from pipeline.errors import UsageError
-from pipeline.recipes import FitRecipe
-from pipeline.runtime import device_name, resolve_precision
-from pipeline.students import build_student, use_inner_block
-from pipeline.students.layers import Student
-from stages.context import Context
+from pipeline.models.students import build_student, use_inner_block
+from pipeline.models.students.layers import Student
+from pipeline.system.runtime import device_name, resolve_precision
+from pipeline.training.distributed import ALONE
 from stages.distill import student_recipe
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
-from stages.execution import execution
-from stages.models import student_arguments
+from stages.shared.context import Context
+from stages.shared.execution import execution
+from stages.shared.runs import student_arguments
 
 COMPILERS = ("c++", "g++", "clang++")
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from pipeline.reporting import Table
+from pipeline.report.tables import Table
 from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.software import gpus, software
-from stages.paths import PARAMS
+from stages.shared.paths import PARAMS
 
 if TYPE_CHECKING:
-    from stages.context import Context
     from stages.doctor.estimate import Estimate
     from stages.doctor.space import Artefact
     from stages.doctor.work import Job, Sizes
+    from stages.shared.context import Context
 
 WIDTH = 60  # characters of a reason in a table
 
@@ -104,7 +104,7 @@ def diagnose(
     note(software())
     if found.num_problems:
         return found
-    from pipeline.params import load_params
+    from pipeline.config.params import load_params
 
     try:
         params = load_params(PARAMS)

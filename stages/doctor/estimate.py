@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from stages.context import Context
 from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.probe import Speed, probe
 from stages.doctor.work import Job, Sizes
+from stages.shared.context import Context
 
 # Load by core from which other work is taken to slow the probe down.
 BUSY = 0.75

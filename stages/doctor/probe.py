@@ -23,32 +23,33 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.batches import EvaluationData, TeacherAnswer, TrainingData
-from pipeline.checkpoints import RunState
-from pipeline.distributed import ALONE
-from pipeline.evaluation import CPU_BATCH, GPU_BATCH, evaluate
-from pipeline.folding import fold
-from pipeline.labelling import Teacher, label_view
-from pipeline.recipes import FitRecipe, StudentRecipe
-from pipeline.runtime import keep_freed_memory, resolve_precision
-from pipeline.stopping import StopSignal
-from pipeline.streaming import place_images
-from pipeline.students import STUDENTS, build_student, use_inner_block
-from pipeline.teachers import build_teacher
-from pipeline.training import Fit
-from pipeline.training_step import Objective
-from pipeline.views import Views
-from stages.context import Context
+from pipeline.config.recipes import FitRecipe, StudentRecipe
+from pipeline.data.streaming import place_images
+from pipeline.labels.source import TeacherAnswer
+from pipeline.labels.teacher import Teacher, label_view
+from pipeline.models.folding import fold
+from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.models.teachers import build_teacher
+from pipeline.system.runtime import keep_freed_memory, resolve_precision
+from pipeline.system.stopping import StopSignal
+from pipeline.training.batches import EvaluationData, TrainingData
+from pipeline.training.checkpoints import RunState
+from pipeline.training.distributed import ALONE
+from pipeline.training.evaluation import CPU_BATCH, GPU_BATCH, evaluate
+from pipeline.training.fit import Fit
+from pipeline.training.step import Objective
+from pipeline.views.views import Views
 from stages.distill import micro_batch_on, student_objective
 from stages.doctor.work import Job, Sizes
-from stages.execution import Execution, execution
-from stages.models import student_arguments
+from stages.shared.context import Context
+from stages.shared.execution import Execution, execution
+from stages.shared.runs import student_arguments
 from stages.teacher import teacher_objective
 
 TEACHER_BATCH = 64
 STUDENT_BATCH = 128
 CPU_STEPS, GPU_STEPS = 3, 20
-# Until a step is captured in a CUDA graph, see pipeline.captured_step.
+# Until a step is captured in a CUDA graph, see pipeline.training.step.
 GRAPH_WARM_UP = 4
 SECONDS = 3.0
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

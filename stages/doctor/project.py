@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from pipeline.recipes import Recipe
-from pipeline.sources import check_source
-from pipeline.teachers import weights_url
-from stages.context import Context
+from pipeline.config.recipes import Recipe
+from pipeline.data.sources import check_source
+from pipeline.models.teachers import weights_url
 from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding
 from stages.doctor.work import Job
+from stages.shared.context import Context
 
 DVC = Path(".dvc")
 

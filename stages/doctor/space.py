@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from pipeline.label_identity import label_dtype
-from pipeline.loading import build_model
-from pipeline.recipes import FitRecipe, StudentRecipe
-from pipeline.runtime import RESIDENT_VARIABLE, resident_limit
-from stages.context import Context
+from pipeline.config.recipes import FitRecipe, StudentRecipe
+from pipeline.inference.loading import build_model
+from pipeline.labels.identity import label_dtype
+from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
 from stages.doctor.project import DVC, dvc_setting, has_source, weights_file
 from stages.doctor.work import Job, Sizes
-from stages.models import student_arguments
-from stages.paths import DATA
+from stages.shared.context import Context
+from stages.shared.paths import DATA
+from stages.shared.runs import student_arguments
 
 # Tensors as large as the model that an optimiser keeps.
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "rmsprop": 2}

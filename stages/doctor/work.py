@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.checkpoints import RunState, read_meta
-from pipeline.recipes import FitRecipe
-from pipeline.sources import KNOWN_SIZES
-from stages.context import Context
+from pipeline.config.recipes import FitRecipe
+from pipeline.data.sources import KNOWN_SIZES
+from pipeline.training.checkpoints import RunState, read_meta
 from stages.distill import plan_student, student_recipe
 from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding
 from stages.dry_run import plan_labels
-from stages.runs import Run
+from stages.shared.context import Context
+from stages.shared.runs import Run
+from stages.shared.teacher_labels import Distillation, TeacherSource
 from stages.teacher import plan_teacher
-from stages.teacher_labels import Distillation, TeacherSource
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.checkpoints import read_meta
-from pipeline.datasets import Dataset
-from pipeline.figures import Cell, sheet
-from pipeline.reporting import Figure, Table, number
-from pipeline.students import STUDENTS, Student, attention_maps, attention_rollout
-from pipeline.views import normalize
-from stages.context import Context
-from stages.models import load_model
+from pipeline.data.datasets import Dataset
+from pipeline.inference.loading import load_model
+from pipeline.models.students import STUDENTS, Student, attention_maps, attention_rollout
+from pipeline.report.figures import Cell, sheet
+from pipeline.report.tables import Figure, Table, number
+from pipeline.training.checkpoints import read_meta
+from pipeline.views.views import normalize
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.views import prepared
+from stages.shared.context import Context
 
 NUM_IMAGES = 6
 COLUMNS = (
@@ -101,7 +101,7 @@ def token_shares(maps: torch.Tensor) -> NDArray[np.float64]:
     """Return how much the class and the distillation token attend to each patch.
 
     Args:
-        maps: `(B, L, heads, T, T)` float, of pipeline.students.attention_maps.
+        maps: `(B, L, heads, T, T)` float, of pipeline.models.students.attention_maps.
 
     Returns:
         `(B, 4, T - 2)` float64 in [0, 1]: of the last block, mean over heads, class and distillation token; of the

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.checkpoints import read_meta
-from pipeline.class_scores import ClassScores, class_scores, worst_first
 from pipeline.errors import DataError
-from pipeline.figures import Row, dots, heat_map
-from pipeline.reporting import Figure, Table, number
+from pipeline.report.figures import Row, dots, heat_map
+from pipeline.report.tables import Figure, Table, number
+from pipeline.training.checkpoints import read_meta
+from pipeline.training.metrics import ClassScores, class_scores, worst_first
 from stages.reports.runs import FinishedRun, FinishedRuns
 
 MANY = 20  # classes, from which on not all are shown

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.figures import Panel, Repeats, Row, dots, over_counts
-from pipeline.intervals import Estimate, estimate, paired_difference
-from pipeline.page import Item, Missing
-from pipeline.reporting import Figure, Table, number, spread
+from pipeline.report.figures import Panel, Repeats, Row, dots, over_counts
+from pipeline.report.intervals import Estimate, estimate, paired_difference
+from pipeline.report.page import Item, Missing
+from pipeline.report.tables import Figure, Table, number, spread
 from stages.reports.comparisons import Comparison, Comparisons, Way
 from stages.reports.conditions import conditions
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.intervals import Estimate, estimate, paired_difference
+from pipeline.report.intervals import Estimate, estimate, paired_difference
 from stages.reports.conditions import is_held_out
 from stages.reports.runs import FinishedRun, FinishedRuns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline import paper
+from pipeline.report import paper
 from stages.reports.runs import FinishedRun, FinishedRuns
 
 

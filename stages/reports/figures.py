@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import paper
-from pipeline.figures import Series, lines, smoothing
-from pipeline.reporting import Figure, Table, number, spread
-from stages.context import Context
+from pipeline.report import paper
+from pipeline.report.figures import Series, lines, smoothing
+from pipeline.report.tables import Figure, Table, number, spread
 from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.shared.context import Context
 
 STUDENTS = {"cifar100": "Figure 6", "cifar10": "Figure 7", "mnist": "Figure 8"}
 """Data set to the paper's figure of its students."""

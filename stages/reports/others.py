@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from pipeline import paper
-from pipeline.recipes import Recipe
-from pipeline.reporting import Table, difference, number, spread
+from pipeline.config.recipes import Recipe
+from pipeline.report import paper
+from pipeline.report.tables import Table, difference, number, spread
 from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.scores import NOT_RUN

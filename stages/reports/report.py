@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import page
 from pipeline.errors import DataError, UsageError
-from pipeline.figures import require_matplotlib
-from pipeline.page import Section, file_names
-from pipeline.reporting import Figure, Table
-from pipeline.storage import read_json, write_atomic, write_json
-from stages.context import Context
+from pipeline.report import page
+from pipeline.report.figures import require_matplotlib
+from pipeline.report.page import Section, file_names
+from pipeline.report.tables import Figure, Table
+from pipeline.system.storage import read_json, write_atomic, write_json
 from stages.reports.comparisons import Comparisons
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.sections import detail_sections, lead, main_sections
+from stages.shared.context import Context
 
 OWN_FILE = re.compile(r"tables/[a-z0-9-]+\.csv|figures/[a-z0-9-]+\.png")
 

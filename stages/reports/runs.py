@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import read_meta
+from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError
-from pipeline.recipes import Recipe, deciding_values
-from pipeline.storage import read_json
-from stages.paths import Paths
-from stages.runs import OUTPUTS
-from stages.staleness import differences
+from pipeline.system.storage import read_json
+from pipeline.training.checkpoints import read_meta
+from stages.shared.paths import Paths
+from stages.shared.runs import OUTPUTS, differences
 
 Form = Mapping[str, Any]
 NUMBER = (int, float)
@@ -64,7 +63,7 @@ class FinishedRun:
 
     Attributes:
         directory: Where its outputs lie.
-        metrics: Its metrics.json, see stages.fitting.
+        metrics: Its metrics.json, see stages.shared.fitting.
         environment: Its run.json: device, versions, commit, date, seconds.
     """
 
@@ -148,7 +147,7 @@ class FinishedRun:
         return _initial_weights(meta, "teacher") if meta and meta["sha256"] == teacher["sha256"] else None
 
     def curve(self) -> list[dict[str, float | None]]:
-        """Read one row for each epoch: epoch (from 1), lr, train_loss and the fields of pipeline.metrics.Scores.
+        """Read one row an epoch: epoch (from 1), lr, train_loss and the fields of pipeline.training.metrics.Scores.
 
         Raises:
             DataError: The file is damaged.
@@ -164,7 +163,7 @@ class FinishedRun:
         return curve
 
     def predictions(self) -> list[dict[str, str]]:
-        """Read one row for each test image, with pipeline.evaluation.PREDICTION_COLUMNS.
+        """Read one row for each test image, with pipeline.training.evaluation.PREDICTION_COLUMNS.
 
         Raises:
             DataError: The file is damaged.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.reporting import Table, difference, number, spread
+from pipeline.report.tables import Table, difference, number, spread
 from stages.reports.runs import FinishedRun
 
 NOT_RUN = "not run"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from pipeline import paper
 from pipeline.errors import DataError
-from pipeline.page import Item, Missing, Section
-from pipeline.reporting import Figure, Table
-from stages.context import Context
+from pipeline.report import paper
+from pipeline.report.page import Item, Missing, Section
+from pipeline.report.tables import Figure, Table
 from stages.reports.attention import attention
 from stages.reports.classes import by_class
 from stages.reports.compared import LEFT_OUT, compared
@@ -22,6 +21,7 @@ from stages.reports.settings import distilled_students, settings_table
 from stages.reports.tables import all_teachers, drops_table, students_tables
 from stages.reports.variants import variants_tables
 from stages.reports.views import teacher_on_views
+from stages.shared.context import Context
 
 COMPARED = "Runs that differ in one thing, at an equal budget, with all seeds that there are."
 

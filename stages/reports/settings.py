@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from pipeline import paper
-from pipeline.counting import num_parameters
-from pipeline.recipes import Recipe, StudentRecipe
-from pipeline.reporting import Table, difference, number
-from pipeline.students import STUDENTS, build_student
+from pipeline.config.recipes import Recipe, StudentRecipe
+from pipeline.models.counting import num_parameters
+from pipeline.models.students import STUDENTS, build_student
+from pipeline.report import paper
+from pipeline.report.tables import Table, difference, number
 from stages.distill import student_recipe
-from stages.models import student_arguments
+from stages.shared.runs import student_arguments
 
 SETTINGS = ("image_size", "width", "pixel_width", "patch_size", "pixel_size", "depth")  # Table 1's order
 NUM_CLASSES = 100  # of the data set that the paper counts parameters on

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline import paper
-from pipeline.recipes import Recipe
-from pipeline.reporting import Table, difference, number, spread
-from stages.context import Context
+from pipeline.config.recipes import Recipe
+from pipeline.report import paper
+from pipeline.report.tables import Table, difference, number, spread
 from stages.reports.conditions import conditions, is_held_out, missing, outdated, protocol
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.reports.scores import NOT_RUN, Column, Model, score_table
+from stages.shared.context import Context
 
 PAPERS_TEACHER, PAPERS_TRANSFER = "vgg16_bn", paper.TRANSFERS[-1]
 GMACS = "Paper GMACs: 10^9 multiply-accumulates of a batch of 1024 by the paper's convention, its column GFLOPs."

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from pipeline.intervals import paired_difference
-from pipeline.recipes import Recipe
-from pipeline.reporting import Table, spread
+from pipeline.config.recipes import Recipe
+from pipeline.report.intervals import paired_difference
+from pipeline.report.tables import Table, spread
 from stages.reports.compared import difference_cells
 from stages.reports.conditions import conditions, is_held_out
 from stages.reports.runs import FinishedRun, FinishedRuns
-from stages.staleness import differences
+from stages.shared.runs import differences
 
 
 def variants(recipe: Recipe) -> dict[str, dict[str, str]]:

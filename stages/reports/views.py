@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline import operations
-from pipeline.datasets import Dataset
+from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError
-from pipeline.figures import Cell, Row, dots, sheet
-from pipeline.labels import LabelCache
-from pipeline.replay import check_canaries
-from pipeline.reporting import Figure, Table, number
-from pipeline.view_scores import EVERYTHING, SUB_POLICY, OperationMeter, OperationScores, wilson_interval
-from pipeline.views import Views
-from stages.context import Context
-from stages.fitting import make_views
+from pipeline.labels.cache import LabelCache
+from pipeline.labels.replay import check_canaries
+from pipeline.report.figures import Cell, Row, dots, sheet
+from pipeline.report.tables import Figure, Table, number
+from pipeline.views import operations
+from pipeline.views.scores import EVERYTHING, SUB_POLICY, OperationMeter, OperationScores, wilson_interval
+from pipeline.views.views import Views
 from stages.reports.runs import FinishedRuns
-from stages.teacher_labels import open_labels
+from stages.shared.context import Context
+from stages.shared.fitting import make_views
+from stages.shared.teacher_labels import open_labels
 
 NUM_VIEWS = 8
 NUM_SAMPLES = 6

@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.checkpoints import RunState, read_meta
 from pipeline.errors import DataError
-from pipeline.storage import read_json
-from stages.context import Context
+from pipeline.system.storage import read_json
+from pipeline.training.checkpoints import RunState, read_meta
 from stages.distill import distill, distilled_recipe, plan_student
 from stages.dry_run import plan_labels
 from stages.label import label
 from stages.reproduction.standing_labels import any_labels, labels_of, selected
-from stages.runs import Run
 from stages.selection import compare, select
-from stages.staleness import NOT_TRAINED
+from stages.shared.context import Context
+from stages.shared.runs import NOT_TRAINED, Run
+from stages.shared.teacher_labels import Distillation, TeacherSource
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
-from stages.teacher_labels import Distillation, TeacherSource
 from stages.teacher_select import sweep_settings
 
 

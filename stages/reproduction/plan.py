@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline import paper
+from pipeline.config.params import Params
+from pipeline.config.recipes import Recipe
 from pipeline.errors import UsageError
-from pipeline.params import Params
-from pipeline.recipes import Recipe
-from pipeline.students import STUDENTS
+from pipeline.models.students import STUDENTS
+from pipeline.report import paper
 from stages.reports.figures import STUDENTS as FIGURES
 from stages.reports.tables import PAPERS_TEACHER
 from stages.reproduction.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.checkpoints import read_meta
 from pipeline.errors import DataError
-from pipeline.labels import LabelCache
-from stages.context import Context
-from stages.teacher_labels import open_labels
+from pipeline.labels.cache import LabelCache
+from pipeline.training.checkpoints import read_meta
+from stages.shared.context import Context
+from stages.shared.teacher_labels import open_labels
 
 
 def labels_of(context: Context, view_recipe: str) -> LabelCache | None:

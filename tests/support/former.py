@@ -33,7 +33,7 @@ import safetensors.torch
 import torch
 import torchvision
 
-from tests.project import Project
+from tests.support.project import Project
 
 FORMER = Path(__file__).parent / "former"
 TEACHER, STUDENT = "squeezenet1_1", "titn"

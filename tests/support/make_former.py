@@ -16,10 +16,10 @@ from pathlib import Path
 import h5py
 import torch
 
-from tests.commands import run
-from tests.interruptions import stop_at_step
-from tests.project import Project
+from tests.support.commands import run
 from tests.support.former import FORMER, IMAGES, STUDENT, TEACHER, TEACHER_WEIGHTS, machine, new_project, sha256
+from tests.support.interruptions import stop_at_step
+from tests.support.project import Project
 
 CPU = ("--device", "cpu")
 STOPPED_AT_STEP = 186  # of 220: in the ninth of ten epochs

@@ -1,0 +1,282 @@
+"""Strict loading of params.yaml into recipes.
+
+Unknown keys, wrong types and values out of range are refused, naming the key, the value and what is allowed. So is what
+YAML parsers read differently, see pipeline.config.strict_yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.config.recipes import (
+    DatasetRecipe,
+    LabelRecipe,
+    Recipe,
+    SelectRecipe,
+    StudentRecipe,
+    TeacherRecipe,
+    ViewRecipe,
+)
+from pipeline.config.strict_yaml import load_yaml
+from pipeline.errors import UsageError
+
+T = TypeVar("T")
+
+MAX_BYTES = 100_000
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of params.yaml.
+
+    Attributes:
+        recipe: Name of the default recipe.
+        teachers: Names of the candidate teachers, in the order of the tables.
+        view_recipes: Names of the view recipes that `dvc repro` labels.
+        students: Name of each student that `dvc repro` trains, and of the view recipe it trains on.
+        recipes: Every recipe by name.
+    """
+
+    recipe: str
+    teachers: tuple[str, ...]
+    view_recipes: tuple[str, ...]
+    students: Mapping[str, str]
+    recipes: Mapping[str, Recipe]
+
+    def select(self, name: str | None) -> Recipe:
+        """Return the recipe called `name`, or the default one.
+
+        Raises:
+            UsageError: There is no such recipe.
+        """
+        name = self.recipe if name is None else name
+        if name not in self.recipes:
+            raise UsageError(f"--recipe {name}: no such recipe in params.yaml; choose from {', '.join(self.recipes)}")
+        return self.recipes[name]
+
+    def candidates(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the candidate teachers of a recipe: those of `teachers` that it has.
+
+        Raises:
+            UsageError: It has none of them.
+        """
+        names = tuple(name for name in self.teachers if name in recipe.teachers)
+        if not names:
+            raise UsageError(f"teachers: none of {', '.join(self.teachers)} is in recipes.{recipe.name}.teachers")
+        return names
+
+
+def load_params(path: Path) -> Params:
+    """Load and check params.yaml.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UsageError: The file is missing, is not YAML, or holds something that is not allowed.
+    """
+    try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for its writer
+            raise UsageError(f"{path}: not a file; run the command in the project's folder")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: not found; run the command in the project's folder") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(raw) > MAX_BYTES:
+        raise UsageError(f"{path}: {len(raw)} bytes; at most {MAX_BYTES} are allowed")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8: {error}") from None
+    return parse_params(load_yaml(text, f"{path}"))
+
+
+def parse_params(tree: Any) -> Params:
+    """Build Params from the plain mappings, lists and scalars of params.yaml.
+
+    Raises:
+        UsageError: Something in it is not allowed; the message names the key, the value and what is.
+    """
+    keys = [field.name for field in dataclasses.fields(Params)]
+    top = _section(tree, "params.yaml", keys, required=keys)
+    recipes = {
+        _name(name, "recipes"): _recipe(name, section) for name, section in _mapping(top["recipes"], "recipes").items()
+    }
+    params = Params(
+        recipe=_name(top["recipe"], "recipe"),
+        teachers=_names(top["teachers"], "teachers"),
+        view_recipes=_names(top["view_recipes"], "view_recipes"),
+        students={
+            _name(student, "students"): _name(views, f"students.{student}")
+            for student, views in _mapping(top["students"], "students").items()
+        },
+        recipes=recipes,
+    )
+    _check_references(params)
+    return params
+
+
+def override(recipe: T, settings: Mapping[str, str], key: str) -> T:
+    """Return a copy of a dataclass with fields replaced by values written as in params.yaml.
+
+    Args:
+        recipe: A frozen dataclass of pipeline.config.recipes.
+        settings: Field name to YAML scalar, as `{"epochs": "3"}`.
+        key: What the dataclass is called in messages.
+
+    Raises:
+        UsageError: No such field, or a value that is not allowed.
+    """
+    parsed = {name: load_yaml(text, f"--set {name}={text}") for name, text in settings.items()}
+    return _build(type(recipe), {**dataclasses.asdict(recipe), **parsed}, key)  # type: ignore[call-overload]
+
+
+def _recipe(name: str, section: Any) -> Recipe:
+    """Build one recipe; `teacher` and `student` hold what `teachers` and `students` share."""
+    path = f"recipes.{name}"
+    optional = ("teacher", "student", "select", "label")
+    required = ("dataset", "views", "teachers", "students")
+    parts = _section(section, path, (*required, *optional), required=required)
+
+    def family(cls: type[T], kind: str, extra: Any) -> dict[str, T]:
+        shared = _mapping(parts.get(kind, {}), f"{path}.{kind}")
+        members = _mapping(parts[f"{kind}s"], f"{path}.{kind}s")
+        return {
+            _name(member, f"{path}.{kind}s"): _build(
+                cls,
+                {**extra(member), **shared, **_mapping(own, f"{path}.{kind}s.{member}")},
+                f"{path}.{kind}s.{member}",
+            )
+            for member, own in members.items()
+        }
+
+    recipe = Recipe(
+        name=name,
+        dataset=_build(DatasetRecipe, parts["dataset"], f"{path}.dataset"),
+        views={
+            _name(view, f"{path}.views"): _view_recipe(own, f"{path}.views.{view}")
+            for view, own in _mapping(parts["views"], f"{path}.views").items()
+        },
+        teachers=family(TeacherRecipe, "teacher", lambda member: {}),
+        select=_build(SelectRecipe, parts.get("select", {}), f"{path}.select"),
+        label=_build(LabelRecipe, parts.get("label", {}), f"{path}.label"),
+        students=family(StudentRecipe, "student", lambda member: {"model": member}),
+    )
+    if "default" not in recipe.views:
+        raise UsageError(f"{path}.views.default: missing; teachers train on this view recipe")
+    for student, own in recipe.students.items():
+        if own.views not in recipe.views:
+            raise UsageError(
+                f"{path}.students.{student}.views: {own.views!r} is no view recipe; "
+                f"choose from {', '.join(recipe.views)}"
+            )
+        if own.soft and not recipe.label.topk:
+            raise UsageError(
+                f"{path}.students.{student}.soft: {own.soft:g} needs the teacher's probabilities, and "
+                f"{path}.label.topk is 0; keep some, as label: {{topk: 5}}, or set soft to 0"
+            )
+    return recipe
+
+
+def _view_recipe(section: Any, path: str) -> ViewRecipe:
+    """Build a view recipe; its operations stand apart, so that teachers can depend on them without the count."""
+    parts = _section(section, path, ("count", "seed", "operations"), required=("count", "seed", "operations"))
+    operations = _mapping(parts["operations"], f"{path}.operations")
+    for key in ("count", "seed"):
+        if key in operations:
+            raise UsageError(f"{path}.operations.{key}: belongs one level up, at {path}.{key}")
+    return _build(ViewRecipe, {**operations, "count": parts["count"], "seed": parts["seed"]}, path)
+
+
+def _check_references(params: Params) -> None:
+    """Check that the names at the top exist in the default recipe, and agree with it."""
+    recipe = params.select(params.recipe)
+    path = f"recipes.{recipe.name}"
+    for kind, names, known in (
+        ("teachers", params.teachers, recipe.teachers),
+        ("view_recipes", params.view_recipes, recipe.views),
+        ("students", tuple(params.students), recipe.students),
+    ):
+        for name in names:
+            if name not in known:
+                raise UsageError(f"{kind}: {name!r} is not in {path}; choose from {', '.join(known)}")
+    for student, views in params.students.items():
+        if views != recipe.students[student].views:
+            raise UsageError(
+                f"students.{student}: {views!r} differs from {path}.students.{student}.views "
+                f"({recipe.students[student].views!r}); make them equal"
+            )
+        if views not in params.view_recipes:
+            raise UsageError(f"students.{student}: view recipe {views!r} is not in view_recipes; add it there")
+
+
+def _build(cls: type[T], values: Any, path: str) -> T:
+    """Build a recipe dataclass from a mapping, checking every value."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    values = _section(values, path, tuple(fields), required=required)
+    types = typing.get_type_hints(cls)
+    return cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
+
+
+def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) -> Any:
+    """Check one value's type, then its range or choices."""
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise UsageError(f"{path}: {value!r} is not {_TYPE_NAMES[expected]}")
+    if "range" in field.metadata:
+        (low, high), off = field.metadata["range"], field.metadata["off"]
+        if not (math.isfinite(value) and (low <= value <= high or value == off)):
+            beside = "" if off is None else f", or {off:g}"
+            raise UsageError(f"{path}: {value!r} is out of range; allowed is {low} to {high}{beside}")
+    if "choices" in field.metadata and value not in field.metadata["choices"]:
+        raise UsageError(f"{path}: {value!r} is not allowed; choose from {', '.join(field.metadata['choices'])}")
+    return value
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _section(value: Any, path: str, allowed: typing.Iterable[str], *, required: typing.Iterable[str]) -> dict[str, Any]:
+    """Check that a value is a mapping of allowed keys with all required ones."""
+    mapping = _mapping(value, path)
+    allowed = tuple(allowed)
+    for key in mapping:
+        if key not in allowed:
+            shown = key if str(key).isidentifier() else repr(key)
+            raise UsageError(f"{path}.{shown}: unknown key; allowed are {', '.join(allowed)}")
+    for key in required:
+        if key not in mapping:
+            raise UsageError(f"{path}.{key}: missing; add it")
+    return mapping
+
+
+def _mapping(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: {value!r} is not a mapping of keys to values")
+    return value
+
+
+def _names(value: Any, path: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{path}: {value!r} is not a list of names")
+    names = tuple(_name(item, path) for item in value)
+    if len(set(names)) != len(names):
+        raise UsageError(f"{path}: {value!r} names something twice")
+    return names
+
+
+def _name(value: Any, path: str) -> str:
+    if not isinstance(value, str) or not _NAME.match(value):
+        raise UsageError(f"{path}: {value!r} is not a name (lower-case letters, digits, - and _, at most 64)")
+    return value

@@ -1,0 +1,233 @@
+"""Recipes: frozen dataclasses for every number in params.yaml.
+
+A recipe describes one data set's whole experiment. Each field carries its range or its choices as metadata, by
+which `pipeline.config.params` checks what it loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
+PRECISIONS = ("auto", "fp32", "bf16")
+STEPS = ("auto", "eager", "graph")
+INNER_BLOCKS = ("auto", "plain", "fused")
+MAX_VIEWS = 100_000
+
+
+def _number(
+    low: float, high: float, default: Any = dataclasses.MISSING, *, off: float | None = None, later: bool = False
+) -> Any:
+    """A field holding a number in [low, high], or `off`; `later` as `deciding_values` explains."""
+    return dataclasses.field(default=default, metadata={"range": (low, high), "off": off, "later": later})
+
+
+def _choice(choices: tuple[str, ...], default: Any = dataclasses.MISSING) -> Any:
+    """A field holding one of `choices`."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecipe:
+    """What `prepare` makes.
+
+    Attributes:
+        source: Where the images come from, one of SOURCES.
+        image_size: Side of the stored square RGB images, pixels.
+        val_fraction: Share of train cut off as a stratified validation split; 0 evaluates on test (the paper's
+            protocol).
+        test_fraction: Share cut off as a stratified test split where the source has none (digits, a folder
+            without `test/`).
+        split_seed: Seed of both splits.
+    """
+
+    source: str = _choice(SOURCES)
+    image_size: int = _number(4, 1024, 32)
+    val_fraction: float = _number(0.0, 0.9, 0.0)
+    test_fraction: float = _number(0.01, 0.9, 0.2)
+    split_seed: int = _number(0, 2**31 - 1, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRecipe:
+    """One way of augmenting the training set; operations run in the order of these fields.
+
+    Attributes:
+        seed: Seed of every draw.
+        count: Number of views labelled, V. Not part of the identity: a cache can be extended.
+        crop: Zero padding of the random crop, pixels; 0 leaves it out.
+        flip: Flip left-right with probability 1/2.
+        rotation: Largest angle, degrees, drawn uniformly from [-rotation, rotation].
+        translate: Largest shift as a share of the side, drawn uniformly per axis.
+        scale: Largest relative change of scale, drawn uniformly from [1 - scale, 1 + scale].
+        shear: Largest shear along x, degrees, drawn uniformly.
+        brightness: Colour jitter: factor drawn uniformly from [1 - brightness, 1 + brightness].
+        contrast: Colour jitter: factor drawn uniformly from [1 - contrast, 1 + contrast].
+        autoaugment: `none`; `cifar10`, AutoAugment with its policy for CIFAR-10; `randaugment`, RandAugment with 2
+            operations of magnitude 9 of 31; or `trivialaugment`, TrivialAugment with its wide magnitudes.
+        mixing: `none`, `cutmix` or `mixup`, each with lambda from Beta(1/2, 1/2).
+
+    Source: arXiv:2502.16762 §3.4, §4.1; RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158.
+    """
+
+    seed: int = _number(0, 2**31 - 1, 0)
+    count: int = _number(1, MAX_VIEWS)
+    crop: int = _number(0, 256, 0)
+    flip: bool = False
+    rotation: float = _number(0.0, 180.0, 0.0)
+    translate: float = _number(0.0, 0.9, 0.0)
+    scale: float = _number(0.0, 0.9, 0.0)
+    shear: float = _number(0.0, 60.0, 0.0)
+    brightness: float = _number(0.0, 1.0, 0.0)
+    contrast: float = _number(0.0, 1.0, 0.0)
+    autoaugment: str = _choice(("none", "cifar10", "randaugment", "trivialaugment"), "none")
+    mixing: str = _choice(("none", "cutmix", "mixup"), "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe:
+    """How a model is trained.
+
+    Attributes:
+        epochs: Passes over the training set.
+        batch_size: Samples a step; over all ranks together.
+        optimizer: One of OPTIMIZERS.
+        lr: Peak learning rate.
+        momentum: Of sgd and rmsprop; beta1 of adam and adamw.
+        weight_decay: L2 penalty; decoupled for adamw.
+        schedule: `cosine` to zero at the last step, or `constant`.
+        warmup_epochs: Linear warm-up from 0, in epochs, may be fractional.
+        clip: Largest gradient norm; 0 leaves gradients alone.
+        label_smoothing: Of the ground-truth targets.
+        precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the device has units for it (CUDA from Ampere on,
+            AMX, AVX-512 BF16).
+        step: `eager`; `graph`, replayed from a CUDA graph; or `auto`: graph on a CUDA device with one process.
+        compile: Whether torch.compile prepares the model. Needs a C++ compiler, takes minutes, and rounds differently.
+    """
+
+    epochs: int = _number(1, 100_000)
+    batch_size: int = _number(1, 1_000_000)
+    optimizer: str = _choice(OPTIMIZERS, "sgd")
+    lr: float = _number(0.0, 100.0)
+    momentum: float = _number(0.0, 0.9999, 0.9)
+    weight_decay: float = _number(0.0, 10.0, 1e-4)
+    schedule: str = _choice(("cosine", "constant"), "cosine")
+    warmup_epochs: float = _number(0.0, 1000.0, 0.0)
+    clip: float = _number(0.0, 1e6, 0.0)
+    label_smoothing: float = _number(0.0, 0.99, 0.0)
+    precision: str = _choice(PRECISIONS, "auto")
+    step: str = _choice(STEPS, "auto")
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe(FitRecipe):
+    """How one teacher is fine-tuned, on the view recipe `default` under draws of its own.
+
+    Attributes:
+        weights: `imagenet` (torchvision downloads them), `none` (random), or the path of a state dict.
+        bn_momentum: Momentum of every batch norm; 0 keeps the architecture's own.
+    """
+
+    weights: str = "imagenet"
+    bn_momentum: float = _number(0.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRecipe(FitRecipe):
+    """How one student is built and distilled.
+
+    Attributes:
+        model: Architecture, a key of pipeline.models.students.STUDENTS.
+        views: Name of the view recipe it trains on.
+        alpha: Weight of the distillation term of equation 10.
+        patch_size: Side of a patch, pixels.
+        pixel_size: Side of an inner token, pixels (tnt and titn).
+        width: Embedding width D.
+        depth: Number of blocks L.
+        num_heads: Heads of the outer attention.
+        pixel_width: Width c of the inner tokens (tnt and titn).
+        pixel_heads: Heads of the inner attention (tnt and titn).
+        soft: Temperature of soft distillation, T; 0 learns from the argmax. Above 0 it needs a distillation head and
+            the teacher's probabilities, which `LabelRecipe.topk` keeps.
+        ema: Share of the old value that an exponential moving average of the weights keeps in each step; the average
+            is what is evaluated and kept. 0 keeps none.
+        inner_block: How inner blocks are computed (tnt and titn): `plain`, by PyTorch's own operations; `fused`, in
+            C++ on a CPU or Triton on CUDA; `auto`: fused where it is available.
+        micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
+            0 chooses: 128 on a CPU, all elsewhere.
+    """
+
+    model: str
+    views: str = "default"
+    alpha: float = _number(0.0, 1.0, 0.5)
+    patch_size: int = _number(1, 1024, 8)
+    pixel_size: int = _number(1, 1024, 2)
+    width: int = _number(1, 8192, 192)
+    depth: int = _number(1, 256, 12)
+    num_heads: int = _number(1, 256, 3)
+    pixel_width: int = _number(1, 1024, 12)
+    pixel_heads: int = _number(1, 256, 2)
+    micro_batch: int = _number(0, 1_000_000, 0)
+    soft: float = _number(0.01, 1000.0, 0.0, off=0.0, later=True)
+    ema: float = _number(0.0, 0.999999, 0.0, later=True)
+    inner_block: str = _choice(INNER_BLOCKS, "auto")
+
+
+def deciding_values(recipe: FitRecipe) -> dict[str, Any]:
+    """Return a recipe's fields as plain values, for what decides a run's result.
+
+    A field that came after models had been trained is left out while it has its default, which does what was done
+    before: so they stay up to date.
+    """
+    return {
+        field.name: getattr(recipe, field.name)
+        for field in dataclasses.fields(recipe)
+        if not (field.metadata.get("later") and getattr(recipe, field.name) == field.default)
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectRecipe:
+    """How the winner is chosen.
+
+    Attributes:
+        by: The metric that must be highest, of the best epoch on the evaluation split.
+    """
+
+    by: str = _choice(("top1", "top5", "f1"), "top1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRecipe:
+    """How the winner labels views.
+
+    Attributes:
+        batch_size: Images a forward pass.
+        precision: As FitRecipe.precision.
+        topk: Classes kept of each sample with their probabilities, for soft distillation; 0 keeps the argmax alone.
+        compile: Whether torch.compile prepares the teacher. Needs a C++ compiler, takes from seconds to a minute in
+            every process that labels, and rounds differently.
+    """
+
+    batch_size: int = _number(1, 1_000_000, 512)
+    precision: str = _choice(PRECISIONS, "auto")
+    topk: int = _number(0, 65535, 0)
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One data set's whole experiment."""
+
+    name: str
+    dataset: DatasetRecipe
+    views: Mapping[str, ViewRecipe]
+    teachers: Mapping[str, TeacherRecipe]
+    select: SelectRecipe
+    label: LabelRecipe
+    students: Mapping[str, StudentRecipe]

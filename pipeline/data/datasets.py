@@ -1,0 +1,304 @@
+"""Data sets: uint8 images, labels, class names and splits, held in memory or in the file that they are read from.
+
+The SHA-256 of a data set is of its content, not of its file; label caches and checkpoints refer to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config.recipes import DatasetRecipe
+from pipeline.data.arrays import Images, chunks, select
+from pipeline.data.file import SCHEMA, Content, read_content, write_content
+from pipeline.errors import DataError
+
+Channels = tuple[float, float, float]  # red, green, blue
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split.
+
+    Attributes:
+        images: `(N, H, W, 3)` uint8 RGB; an array, or what is read from a file when asked for.
+        labels: `(N,)` int64, each in [0, K).
+    """
+
+    images: Images
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> Split:
+        """Return the samples at `indices`, an `(n,)` int64 array, in its order."""
+        return Split(select(self.images, indices), self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images, labels, class names and splits; made by `assemble` or `Dataset.load`.
+
+    Attributes:
+        source: Where the images come from, one of pipeline.config.recipes.SOURCES.
+        class_names: K names; a label is an index into them.
+        train: The training split.
+        val: The validation split cut off train, or None.
+        test: The test split.
+        sha256: SHA-256, hexadecimal, of class names, splits, shapes, pixels and labels. It depends neither on
+            `source` nor on how the data set is stored.
+    """
+
+    source: str
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split | None
+    test: Split
+    sha256: str
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, K."""
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square images, pixels."""
+        return int(self.train.images.shape[1])
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits there are, by name."""
+        return _splits(self.train, self.val, self.test)
+
+    @property
+    def evaluation(self) -> tuple[str, Split]:
+        """The name and the split that models are compared on: `val` where there is one, else `test`."""
+        return ("test", self.test) if self.val is None else ("val", self.val)
+
+    @property
+    def mean(self) -> Channels:
+        """The mean of each channel over the pixels of train, in [0, 1]."""
+        return self._statistics[0]
+
+    @property
+    def std(self) -> Channels:
+        """The standard deviation of each channel over the pixels of train, in [0, 1]; 1 where it is zero."""
+        return self._statistics[1]
+
+    @cached_property
+    def _statistics(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation by channel, from sums of integers: exact in any order of addition."""
+        sums = np.zeros((2, 3), np.int64)
+        for images in chunks(self.train.images):
+            pixels = images.astype(np.uint16)  # holds 255 squared
+            # Summing over samples first keeps NumPy's inner loop long: eight times as fast as all at once.
+            for row, values in zip(sums, (pixels, pixels * pixels), strict=True):
+                row += values.sum(axis=0, dtype=np.int64).sum(axis=(0, 1))
+        count = self.train.images.nbytes // 3
+        red, green, blue = (
+            (total / (count * 255), math.sqrt(count * squares - total**2) / (count * 255) or 1.0)
+            for total, squares in sums.T.tolist()
+        )
+        return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
+
+    def save(self, path: Path) -> None:
+        """Write the data set to `path` as HDF5, replacing what is there; equal data sets give equal bytes.
+
+        Args:
+            path: The file; missing folders above it are made.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        splits = {name: (split.images, split.labels) for name, split in self.splits.items()}
+        write_content(path, Content(self.source, self.class_names, splits, self.sha256))
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.integer[Any]],
+        class_names: Sequence[str],
+        *,
+        test: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]] | None = None,
+        val_fraction: float = 0.0,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+    ) -> Dataset:
+        """Make a data set from arrays, as in a notebook.
+
+        Args:
+            images: `(N, S, S, 3)` uint8 RGB.
+            labels: `(N,)` integers in [0, K).
+            class_names: K names.
+            test: Images and labels of the test split; None cuts `test_fraction` off.
+            val_fraction: As of `DatasetRecipe`.
+            test_fraction: Likewise.
+            split_seed: Likewise.
+
+        Returns:
+            The data set.
+
+        Raises:
+            DataError: The arrays are not as above, or too few samples are there to cut.
+        """
+        recipe = DatasetRecipe(
+            source="folder", val_fraction=val_fraction, test_fraction=test_fraction, split_seed=split_seed
+        )
+        names = tuple(class_names)
+        train, held_out = _checked(images, labels, len(names)), None
+        if test is not None:
+            held_out = _checked(*test, len(names))
+            if held_out.images.shape[1:] != images.shape[1:]:
+                raise DataError(f"test images are of shape {held_out.images.shape}, the others {images.shape}")
+        return assemble("folder", names, train, held_out, recipe)
+
+    @classmethod
+    def load(cls, path: Path, max_bytes: int | None = None) -> Dataset:
+        """Read a data set that `save` wrote, and verify its SHA-256.
+
+        Args:
+            path: The HDF5 file.
+            max_bytes: If its images are more, they stay in the file, as read-only memory maps; None reads any number.
+
+        Returns:
+            The data set; labels are in memory in any case.
+
+        Raises:
+            DataError: There is no such file, it is not a data set, or its content has another SHA-256.
+            StorageError: The file cannot be read.
+        """
+        content = read_content(path, max_bytes)
+        splits = {name: Split(*arrays) for name, arrays in content.splits.items()}
+        dataset = _make(content.source, content.class_names, splits["train"], splits.get("val"), splits["test"])
+        if dataset.sha256 != content.sha256:
+            raise DataError(
+                f"{path}: damaged: the SHA-256 of its content is {dataset.sha256}, not {content.sha256} as recorded; "
+                "run `pipeline prepare` again"
+            )
+        return dataset
+
+
+def _checked(images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], num_classes: int) -> Split:
+    """A split of arrays that may be anything."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+        raise DataError(f"images are {images.dtype} of shape {images.shape}; give uint8 RGB, (N, S, S, 3)")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"labels are {labels.dtype} of shape {labels.shape}; give {len(images)} integers")
+    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+        raise DataError(f"labels go from {labels.min()} to {labels.max()}; there are {num_classes} class names")
+    return Split(images, labels.astype(np.int64))
+
+
+def stratified_split(
+    labels: NDArray[np.int64], fraction: float, seed: int, class_names: tuple[str, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut a share of the samples off, the same share of each class.
+
+    The cut has ceil(fraction N) samples, shared out to the classes by largest remainder; each class then has
+    at least one sample on either side. Which samples of a class are cut depends only on the seed and their
+    indices, through SHA-256, so that no version of a library can change a split.
+
+    Args:
+        labels: `(N,)` int64.
+        fraction: The share to cut, in (0, 1).
+        seed: Another seed cuts other samples.
+        class_names: K names, for messages.
+
+    Returns:
+        The indices that stay and those that are cut, `(n,)` int64 each, ascending.
+
+    Raises:
+        DataError: A class has a single sample.
+
+    Source: largest remainder and the rounding up as in scikit-learn's `StratifiedShuffleSplit`.
+    Differs: that draws from NumPy's generator, and can leave a small class out of one side.
+    """
+    counts = np.bincount(labels, minlength=len(class_names))
+    if (counts == 1).any():
+        name = class_names[int(np.argmax(counts == 1))]
+        raise DataError(
+            f"class {name!r} has a single sample, which cannot be in two splits; add samples, or give a test "
+            "set and set dataset.val_fraction to 0"
+        )
+    num_cut = math.ceil(round(fraction * len(labels), 6))
+    shares = counts * num_cut / max(len(labels), 1)
+    cuts = np.floor(shares).astype(np.int64)
+    by_remainder = np.argsort(cuts - shares, kind="stable")
+    cuts[by_remainder[: num_cut - cuts.sum()]] += 1
+    cuts = np.clip(cuts, np.minimum(counts, 1), np.maximum(counts - 1, 0))
+    cut: list[int] = []
+    for label in range(len(class_names)):
+        members = np.flatnonzero(labels == label).tolist()
+        members.sort(key=lambda index: hashlib.sha256(f"{seed}/{index}".encode()).digest())
+        cut += members[: cuts[label]]
+    is_cut = np.zeros(len(labels), bool)
+    is_cut[cut] = True
+    return np.flatnonzero(~is_cut), np.flatnonzero(is_cut)
+
+
+def assemble(
+    source: str, class_names: tuple[str, ...], train: Split, test: Split | None, recipe: DatasetRecipe
+) -> Dataset:
+    """Make a data set, cutting the splits that the source lacks and the recipe asks for.
+
+    Args:
+        source: One of pipeline.config.recipes.SOURCES.
+        class_names: K names.
+        train: The source's training samples.
+        test: Its test samples; None cuts `recipe.test_fraction` off train.
+        recipe: Gives the fractions; `val_fraction` is cut off what is then left of train.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: There are fewer than two classes, or too few samples to cut.
+    """
+    if len(class_names) < 2:
+        raise DataError(f"{source}: {len(class_names)} class found, a classifier needs two: add another")
+    val = None
+    if test is None:
+        rest, cut = stratified_split(train.labels, recipe.test_fraction, recipe.split_seed, class_names)
+        train, test = train.take(rest), train.take(cut)
+    if recipe.val_fraction > 0:
+        rest, cut = stratified_split(train.labels, recipe.val_fraction, recipe.split_seed, class_names)
+        train, val = train.take(rest), train.take(cut)
+    return _make(source, class_names, train, val, test)
+
+
+def _make(source: str, class_names: tuple[str, ...], train: Split, val: Split | None, test: Split) -> Dataset:
+    """Make a data set with the SHA-256 of its content."""
+    sha256 = _content_sha256(class_names, _splits(train, val, test))
+    return Dataset(source, class_names, train, val, test, sha256)
+
+
+def _splits(train: Split, val: Split | None, test: Split) -> dict[str, Split]:
+    """The splits there are, by name, in the order in which they are stored and digested."""
+    return {"train": train, "test": test} if val is None else {"train": train, "val": val, "test": test}
+
+
+def _content_sha256(class_names: tuple[str, ...], splits: dict[str, Split]) -> str:
+    """SHA-256 of a JSON header with names and shapes, then of pixels and labels, in the order of `splits`."""
+    header = {
+        "schema": SCHEMA,
+        "class_names": class_names,
+        "splits": [[name, split.images.shape] for name, split in splits.items()],
+    }
+    digest = hashlib.sha256(json.dumps(header, separators=(",", ":"), sort_keys=True).encode())
+    for split in splits.values():
+        for images in chunks(split.images):
+            digest.update(images.data)
+        digest.update(np.ascontiguousarray(split.labels, "<i8").data)
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""The HDF5 file of a data set.
+
+It holds, for each split `train`, `val` (where there is one) and `test`, a group with `images` (N, H, W, 3) uint8
+and `labels` (N,) int64, both contiguous and uncompressed, so that images can be mapped into memory where they lie;
+beside them `class_names`, and the attributes `schema`, `source` and `sha256`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.arrays import Images, MappedImages, chunks
+from pipeline.errors import DataError, StorageError
+from pipeline.system.storage import replacing
+
+SCHEMA = "titn-dataset/1"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the file holds.
+
+    Attributes:
+        source: Where the images come from.
+        class_names: K names.
+        splits: By name, in the order of the file, images `(N, H, W, 3)` uint8 and labels `(N,)` int64.
+        sha256: As recorded; whether it is that of the content is for others to check.
+    """
+
+    source: str
+    class_names: tuple[str, ...]
+    splits: Mapping[str, tuple[Images, NDArray[np.int64]]]
+    sha256: str
+
+
+def write_content(path: Path, content: Content) -> None:
+    """Write the file whole or not at all, a few images at a time; equal contents give equal bytes.
+
+    Args:
+        path: The file, replaced; missing folders above it are made.
+        content: What to write.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    with replacing(path) as descriptor:
+        sink = _Sink(descriptor)
+        with h5py.File(sink, "w", libver=("earliest", "v110")) as file:
+            # Strings of fixed length: where the heap of others is damaged HDF5 can search it for ever.
+            file.attrs["schema"] = np.bytes_(SCHEMA)
+            file.attrs["source"] = np.bytes_(content.source)
+            file.attrs["sha256"] = np.bytes_(content.sha256)
+            encoded = [name.encode() for name in content.class_names]
+            dtype = h5py.string_dtype("utf-8", max(map(len, encoded)))
+            file["class_names"] = np.array(encoded, dtype)
+            for name, (images, labels) in content.splits.items():
+                stored, start = file.create_dataset(None, images.shape, np.uint8), 0
+                for chunk in chunks(images):
+                    stored[start : start + len(chunk)] = chunk
+                    start += len(chunk)
+                    if sink.error is not None:
+                        raise sink.error
+                file[f"{name}/images"] = stored
+                file[f"{name}/labels"] = labels.astype("<i8")
+        if sink.error is not None:
+            raise sink.error
+
+
+def read_content(path: Path, max_bytes: int | None = None) -> Content:
+    """Read the file, checking what it says of itself.
+
+    Args:
+        path: The file.
+        max_bytes: If the images of all splits are more, they are not read but mapped, read-only.
+
+    Raises:
+        DataError: There is no such file, or it is not a data set.
+        StorageError: The file cannot be read.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            return _read(file, path, max_bytes)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no prepared data set there; `pipeline prepare` makes it") from None
+    except PermissionError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not a prepared data set ({reason}); run `pipeline prepare` again") from error
+
+
+def _read(file: h5py.File, path: Path, max_bytes: int | None) -> Content:
+    """Read or map everything."""
+    if file.attrs["schema"].decode() != SCHEMA:
+        raise ValueError(f"schema {file.attrs['schema']!r}, expected {SCHEMA!r}")
+    file_size = path.stat().st_size
+    encoded = _check(file["class_names"], 1, "|S", file_size)[()]
+    class_names = tuple(name.decode() for name in encoded.tolist())
+    names = [name for name in ("train", "val", "test") if name != "val" or name in file]
+    stored = {name: _check(file[f"{name}/images"], 4, "|u1", file_size) for name in names}
+    is_mapped = max_bytes is not None and sum(images.nbytes for images in stored.values()) > max_bytes
+    splits = {}
+    for name in names:
+        labels = _check(file[f"{name}/labels"], 1, "<i8", file_size)[()]
+        num_samples, height, width, num_channels = stored[name].shape
+        if height != width or num_channels != 3 or len(labels) != num_samples or num_samples == 0:
+            raise ValueError(f"{name}: images of shape {stored[name].shape}, labels of shape {labels.shape}")
+        if labels.min() < 0 or labels.max() >= len(class_names):
+            raise ValueError(f"{name}: labels outside 0 to {len(class_names) - 1}")
+        splits[name] = (_map(stored[name], path) if is_mapped else stored[name][()], labels)
+    return Content(file.attrs["source"].decode(), class_names, splits, file.attrs["sha256"].decode())
+
+
+def _check(dataset: Any, ndim: int, dtype: str, file_size: int) -> Any:
+    """Return an HDF5 dataset after checking what it says of itself."""
+    # A size that the file cannot hold would otherwise be allocated before HDF5 notices.
+    is_expected = dataset.ndim == ndim and dataset.dtype.str.startswith(dtype)
+    if not is_expected or dataset.nbytes > file_size:
+        raise ValueError(f"{dataset.name}: {dataset.dtype} of shape {dataset.shape}")
+    return dataset
+
+
+def _map(dataset: Any, path: Path) -> MappedImages:
+    """Map an HDF5 dataset into memory; whether these bytes are what was stored, their digest tells."""
+    layout, offset = dataset.id.get_create_plist().get_layout(), dataset.id.get_offset()
+    if layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None:
+        raise ValueError(f"{dataset.name}: not stored in one piece, which is needed of images that do not fit in RAM")
+    with path.open("rb") as file:
+        return MappedImages(file.fileno(), dataset.shape, offset)
+
+
+class _Sink:
+    """A file for HDF5 to write to, which never fails before its eyes: that can end the process.
+
+    After the first error, kept in `error`, writing does nothing.
+
+    Args:
+        descriptor: Of an empty file, open for reading and writing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.error: OSError | None = None
+        self._descriptor, self._at = descriptor, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position; of the ways to count it HDF5 uses the start and the end."""
+        self._at = offset + (os.fstat(self._descriptor).st_size if whence == os.SEEK_END else 0)
+        return self._at
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        """Read here; h5py knows files by this method and uses the next."""
+        data = os.pread(self._descriptor, size, self._at)
+        self._at += len(data)
+        return data
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read here to fill a buffer."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def write(self, data: memoryview) -> int:
+        """Write here."""
+        view = memoryview(data).cast("B")
+        try:
+            while view and self.error is None:
+                written = os.pwrite(self._descriptor, view, self._at)
+                view, self._at = view[written:], self._at + written
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        """Set the file's size."""
+        try:
+            if self.error is None:
+                os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            self.error = error
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""

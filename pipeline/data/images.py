@@ -1,0 +1,140 @@
+"""Images of users: which files are accepted, and how one becomes RGB."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pipeline.errors import DataError
+
+# Pillow reads many more, some of them by starting other programs (EPS).
+FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535  # JPEG's; resizing goes through an image of `image_size` times the height
+NUM_NAMED = 3
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A file of an image folder that is not an image that can be decoded.
+
+    Attributes:
+        path: Relative to the image folder, with `/`; bytes that are not UTF-8 are escaped.
+        reason: What is wrong with it, one line.
+    """
+
+    path: str
+    reason: str
+
+
+def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
+    """Convert an image of any mode to RGB and resize it, without keeping its aspect ratio.
+
+    Transparency is composited on white. 16-bit grey is scaled to 8 bits and rounded. An animation gives its
+    first frame. Resizing is PIL's antialiased bilinear, and left out where the size is right already.
+
+    Args:
+        image: The image.
+        image_size: Side of the result, pixels.
+
+    Returns:
+        `(image_size, image_size, 3)` uint8 RGB.
+
+    Raises:
+        ValueError: The pixels are floating-point numbers, whose range nobody states.
+
+    Differs: `convert("RGB")`, as in torchvision's ImageFolder, shows whatever colour lies under transparent
+        pixels, and clips 16-bit grey to white.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):
+        levels = np.array(image, np.int32)
+        levels += 128
+        levels //= 257
+        image = Image.fromarray(levels.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
+    """Read one image file.
+
+    The format is recognised by content, among FORMATS. A photograph is turned as its EXIF orientation says.
+
+    Args:
+        source: The file, or its content.
+        image_size: Side of the result, pixels.
+
+    Returns:
+        `(image_size, image_size, 3)` uint8 RGB.
+
+    Raises:
+        DataError: It is not an image, damaged, or has more than MAX_PIXELS pixels or a side of more than MAX_SIDE;
+            the message has no path.
+
+    Differs: torchvision's ImageFolder ignores the EXIF orientation.
+    """
+    try:
+        if isinstance(source, Path) and not source.is_file():
+            raise DataError("not a regular file")  # opening a named pipe would wait for its writer
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            if max(image.size) > MAX_SIDE:
+                raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
+            return to_rgb(upright(image), image_size)
+    except UnidentifiedImageError:
+        num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
+        raise DataError("empty" if num_bytes == 0 else "not an image of a known format") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"more than {MAX_PIXELS} pixels") from None
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on a damaged file
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot be read: {reason}") from error
+
+
+def refusal(folder: Path, bad: Sequence[BadFile]) -> DataError:
+    """Return the error that names a folder's first bad files."""
+    named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
+    more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
+    return DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError):
+        return image  # metadata that is no EXIF does not spoil the pixels
+    return image if turn is None else image.transpose(turn)
+
+
+def printable(path: Path | str) -> str:
+    """Return a path as text that any terminal and any JSON file can hold: one line, other bytes escaped."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

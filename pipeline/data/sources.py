@@ -1,0 +1,186 @@
+"""Where images come from: scikit-learn's digits, torchvision's MNIST and CIFAR, or a user's image folder."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import warnings
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config.recipes import Recipe
+from pipeline.data.arrays import Spill
+from pipeline.data.datasets import Dataset, Split, assemble
+from pipeline.data.folders import read_folder
+from pipeline.data.images import BadFile, to_rgb
+from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.system.storage import sha256_file, write_atomic
+
+TORCHVISION_CLASSES = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+# Of the unpacked files: torchvision has checksums of the archives alone. A file that was cut off while it was
+# unpacked it would neither accept nor make anew.
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+KNOWN_SIZES = {"digits": (1797, 0, 10), "mnist": (60000, 10000, 10), "cifar10": (50000, 10000, 10)}
+KNOWN_SIZES["cifar100"] = (50000, 10000, 100)
+"""Images to train and to test on, and classes, of the sources that are always the same."""
+
+
+def read_source(
+    recipe: Recipe,
+    *,
+    raw: Path,
+    folder: Path | None = None,
+    download: bool = False,
+    skip_bad: bool = False,
+    spill: Spill | None = None,
+) -> tuple[Dataset, list[BadFile]]:
+    """Read what a recipe's `dataset` describes.
+
+    Args:
+        recipe: The recipe; `recipe.dataset.source` says what to read.
+        raw: Folder of torchvision's downloads.
+        folder: An image folder to read instead of the source's own files; the source keeps its name.
+        download: Download to `raw` what is not there.
+        skip_bad: Leave an image folder's bad files out instead of refusing it.
+        spill: Where the images of a folder go that are too many for RAM; None keeps any number there.
+
+    Returns:
+        The data set, and the bad files left out.
+
+    Raises:
+        UsageError: The source is `folder` and none is given, or it is not there.
+        DataError: The files are missing, damaged, or no data set.
+        StorageError: Downloading, reading or writing failed.
+    """
+    source, image_size = recipe.dataset.source, recipe.dataset.image_size
+    test: Split | None
+    bad: list[BadFile] = []
+    if folder is not None:
+        class_names, train, test, bad = read_folder(folder, image_size, skip_bad=skip_bad, spill=spill)
+    elif source == "folder":
+        raise _unnamed_folder(recipe)
+    elif source == "digits":
+        class_names, train, test = *_read_digits(image_size), None
+    else:
+        class_names, train, test = _read_torchvision(recipe, raw, download)
+    return assemble(source, class_names, train, test, recipe.dataset), bad
+
+
+def _read_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
+    """Read scikit-learn's 1,797 digits of 8 x 8 pixels, 17 levels of grey."""
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return tuple("0123456789"), Split(_to_rgb(images, image_size), digits.target.astype(np.int64))
+
+
+def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[str, ...], Split, Split]:
+    """Read MNIST, CIFAR-10 or CIFAR-100 in the order of the original files."""
+    import torchvision.datasets  # takes seconds to import
+
+    source, image_size = recipe.dataset.source, recipe.dataset.image_size
+    source_class = getattr(torchvision.datasets, TORCHVISION_CLASSES[source])
+    if source == "mnist":
+        _unpack_mnist(raw / "MNIST" / "raw")
+        has_archive = False
+    else:
+        archive = raw / source_class.filename
+        has_archive = torchvision.datasets.utils.check_integrity(archive, source_class.tgz_md5)
+    try:
+        # CIFAR's pickles are so old that NumPy 2.4 warns of them (pytorch/vision issue 9340).
+        with warnings.catch_warnings(action="ignore", category=np.exceptions.VisibleDeprecationWarning):
+            train, test = (
+                source_class(raw, train=is_train, download=download or has_archive) for is_train in (True, False)
+            )
+    except (OSError, RuntimeError, HTTPException) as error:
+        if isinstance(error, RuntimeError) and not download:
+            raise DataError(f"{source}: not found in {raw}, or damaged; run {_ways(recipe)}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(f"{source}: cannot be fetched to {raw} ({reason}); try again: {_ways(recipe)}") from error
+    return tuple(train.classes), _make_split(train, image_size), _make_split(test, image_size)
+
+
+def _ways(recipe: Recipe) -> str:
+    return f"`pipeline prepare --recipe {recipe.name} --download`, or `--from FOLDER` for an image folder"
+
+
+def _unnamed_folder(recipe: Recipe) -> UsageError:
+    return UsageError(
+        f"recipe {recipe.name}: its source is `folder`; say which with "
+        f"`pipeline prepare --recipe {recipe.name} --from FOLDER`"
+    )
+
+
+def check_source(recipe: Recipe, raw: Path) -> None:
+    """Check that `read_source` has what it reads without a folder or a download, by the files' names alone.
+
+    Args:
+        recipe: The recipe.
+        raw: Folder of torchvision's downloads.
+
+    Raises:
+        UsageError: The source is `folder`.
+        DataError: The files are missing.
+    """
+    source = recipe.dataset.source
+    if source == "folder":
+        raise _unnamed_folder(recipe)
+    if source == "digits":
+        return
+    import torchvision.datasets  # takes seconds to import
+
+    source_class = getattr(torchvision.datasets, TORCHVISION_CLASSES[source])
+    if source == "mnist":
+        folder = raw / "MNIST" / "raw"
+        found = all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in MNIST_SHA256)
+    else:
+        names = [name for name, _ in [*source_class.train_list, *source_class.test_list]]
+        unpacked = all((raw / source_class.base_folder / name).is_file() for name in names)
+        found = unpacked or (raw / source_class.filename).is_file()
+    if not found:
+        raise DataError(f"{source}: not found in {raw}; run {_ways(recipe)}")
+
+
+def _unpack_mnist(folder: Path) -> None:
+    """Unpack archives that were put there by hand, however they were packed, and verify what is unpacked."""
+    for name, sha256 in MNIST_SHA256.items():
+        archive, unpacked = folder / f"{name}.gz", folder / name
+        if unpacked.is_file():
+            if sha256_file(unpacked) != sha256:
+                raise DataError(f"{unpacked}: damaged, or not MNIST's; delete it and run again with --download")
+        elif archive.is_file():
+            # An archive that is not whole is left to torchvision, which downloads it anew.
+            with contextlib.suppress(OSError, EOFError, zlib.error):
+                data = gzip.decompress(archive.read_bytes())
+                if hashlib.sha256(data).hexdigest() == sha256:
+                    write_atomic(unpacked, data)
+
+
+def _make_split(part: Any, image_size: int) -> Split:
+    """Convert one of torchvision's data sets, which hold tensors, arrays or lists."""
+    import torch  # has been imported by torchvision
+
+    images, labels = torch.as_tensor(part.data).numpy(), torch.as_tensor(part.targets).numpy()
+    return Split(_to_rgb(images, image_size), labels)
+
+
+def _to_rgb(images: NDArray[np.uint8], image_size: int) -> NDArray[np.uint8]:
+    """Convert `(N, H, W)` or `(N, H, W, 3)` uint8 to RGB of the size asked for."""
+    if images.shape[1:] == (image_size, image_size, 3):
+        return np.ascontiguousarray(images)
+    return np.stack([to_rgb(Image.fromarray(image), image_size) for image in images])

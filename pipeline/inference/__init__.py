@@ -1,0 +1,1 @@
+"""Trained models: loaded, asked, exported, described and timed."""

@@ -1,0 +1,307 @@
+"""Exported models: ONNX, TorchScript and safetensors files, made, run, and compared with PyTorch.
+
+An ONNX or TorchScript file holds the whole of pipeline.inference.classifier.Classifier: uint8 images `(B, 3, H, W)` in,
+probabilities `(B, K)` float32 out, any B. A safetensors file holds the model's weights alone, in float32, or rounded
+to bfloat16 for carrying away: half the size, and computed with in float32 again.
+
+A TorchScript archive is a program: loading one from a stranger can read and write files here. ONNX and safetensors
+files hold no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.errors import DataError, NumericalError, UsageError
+from pipeline.inference.classifier import INPUT, OUTPUTS, Classifier, Runner
+
+FILES = {
+    "safetensors": "model.safetensors",
+    "safetensors-bf16": "model.bf16.safetensors",
+    "onnx": "model.onnx",
+    "onnx-int8": "model.int8.onnx",
+    "torchscript": "model.torchscript",
+}
+"""Format to its file."""
+ROUNDED = ("safetensors-bf16", "onnx-int8")
+"""Formats with fewer bits than the checkpoint, whose scores are not theirs."""
+CARD, CONFIG = "README.md", "config.json"
+SCHEMA = "titn-pipeline/export/1"
+
+OPSET = 18
+BATCH_AT_EXPORT = 2
+CHECK_BATCHES = (1, BATCH_AT_EXPORT, 5, 64)
+"""The sizes of the batches that an export is checked on; the last is repeated."""
+TOLERANCE = 1e-4
+BF16_TOLERANCE = 0.1  # of weights with 8 significant bits; what the rounding costs, top-1 tells
+QUANTIZED_OPERATORS = ("MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an exported model compares with PyTorch's.
+
+    Attributes:
+        max_difference: Of any probability.
+        max_difference_of_all: Of any output; of logits as a share of the batch's largest or of 1, whichever is more.
+        num_images: Images compared.
+        batch_sizes: In batches of these sizes.
+    """
+
+    max_difference: float
+    max_difference_of_all: float
+    num_images: int
+    batch_sizes: tuple[int, ...]
+
+
+def to_safetensors(classifier: Classifier, dtype: torch.dtype = torch.float32) -> bytes:
+    """Return the weights of a classifier's model, names as of its `state_dict`, rounded to `dtype` but for integers."""
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in classifier.model.state_dict().items()
+    }
+    return safetensors.torch.save(tensors)
+
+
+def to_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, str]) -> bytes:
+    """Export a classifier as one ONNX file, whose batch is dynamic.
+
+    Args:
+        classifier: In evaluation mode, on the CPU, its model computed by PyTorch's own operations.
+        image_size: H and W.
+        metadata: Kept in the file.
+
+    Raises:
+        UsageError: The extra `onnx` is not installed.
+    """
+    _require("onnx", "onnxruntime", "onnxscript")
+    images = _example(image_size)
+    num_outputs = len(classifier.run(images))
+    program = torch.onnx.export(
+        classifier,
+        (images,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[INPUT],
+        output_names=list(OUTPUTS[:num_outputs]),
+        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    # The exporter notes Python's stack at every node, with this machine's paths, and shapes that are told again anyway.
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    del model.graph.value_info[:]
+    del model.graph.metadata_props[:]
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def to_onnx_int8(content: bytes) -> bytes:
+    """Quantise the matrix products of an ONNX file: weights to 8 bits a column, activations as they come.
+
+    Weights are unsigned, because products of unsigned with signed bytes overflow on processors without VNNI.
+    Convolutions stay as they are: onnxruntime advises against dynamic quantisation there.
+
+    Args:
+        content: As of `to_onnx`.
+
+    Raises:
+        UsageError: The model has no product with constant weights, or the extra `onnx` is not installed.
+    """
+    _require("onnx", "onnxruntime")
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("plain", "prepared", "quantized")
+        plain, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in names)
+        plain.write_bytes(content)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        quantize_dynamic(
+            prepared,
+            quantized,
+            op_types_to_quantize=list(QUANTIZED_OPERATORS),
+            per_channel=True,
+            weight_type=QuantType.QUInt8,
+        )
+        smaller = quantized.read_bytes()
+    if not any(node.op_type == "MatMulInteger" for node in onnx.load_from_string(smaller).graph.node):
+        raise UsageError("--int8: this model has no matrix product to quantise, only convolutions; leave it out")
+    return smaller
+
+
+def to_torchscript(classifier: Classifier, image_size: int) -> bytes:
+    """Export a classifier as a TorchScript archive, whose batch is dynamic; else as of `to_onnx`."""
+    buffer = io.BytesIO()
+    with _torchscript(), torch.no_grad():
+        traced = torch.jit.trace(classifier, _example(image_size), check_trace=False)  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, buffer)
+    return _without_sources(buffer.getvalue())
+
+
+def run_onnx(content: bytes) -> Runner:
+    """Load an ONNX file into onnxruntime, on the CPU, with as many threads as PyTorch has.
+
+    Raises:
+        UsageError: onnxruntime is not installed.
+        DataError: It is no ONNX file, or not one of ours.
+    """
+    _require("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except Exception as error:  # onnxruntime raises classes of its own, which share no base
+        raise DataError(f"not a valid ONNX file: {_reason(error)}; export it again") from error
+    names = [output.name for output in session.get_outputs()]
+    if [each.name for each in session.get_inputs()] != [INPUT] or tuple(names) != OUTPUTS[: len(names)]:
+        raise DataError("the ONNX file's inputs and outputs are not an export's; export it again")
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        try:
+            values = session.run(names, {INPUT: images.cpu().contiguous().numpy()})
+        except Exception as error:
+            raise DataError(f"the ONNX file cannot be computed: {_reason(error)}; export it again") from error
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    return run
+
+
+def run_torchscript(content: bytes, device: torch.device) -> Runner:
+    """Load a TorchScript archive, which is a program: only from someone you trust.
+
+    Raises:
+        DataError: It is no such archive.
+    """
+    try:
+        with _torchscript():
+            module = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
+    except Exception as error:  # its unpickler and its parser fail in many ways
+        raise DataError(f"not a valid TorchScript archive: {_reason(error)}; export it again") from error
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> dict[str, Tensor]:
+        try:
+            return dict(zip(OUTPUTS, module(images.to(device)), strict=False))
+        except Exception as error:
+            raise DataError(f"the TorchScript archive cannot be computed: {_reason(error)}; export it again") from error
+
+    return run
+
+
+def compare(
+    reference: Runner,
+    exported: Runner,
+    images: Tensor,
+    batch_sizes: Sequence[int] = CHECK_BATCHES,
+    tolerance: float = TOLERANCE,
+) -> Agreement:
+    """Compare an exported model with its original.
+
+    Args:
+        reference: The original.
+        exported: The other.
+        images: `(N, 3, H, W)` uint8; where they are fewer than the batches' sum, they are taken again.
+        batch_sizes: Of the batches; all are used, the last until there are no more images.
+        tolerance: What a probability may differ by; a logit by that share of the batch's largest logit, or of 1.
+
+    Raises:
+        NumericalError: An output is not finite, or differs by more.
+    """
+    sizes = list(batch_sizes)
+    sizes += [sizes[-1]] * max(0, -(-(len(images) - sum(sizes)) // sizes[-1]))
+    start = 0
+    worst = dict.fromkeys(OUTPUTS, 0.0)
+    for size in sizes:
+        batch = images[torch.arange(start, start + size) % len(images)]
+        start += size
+        expected, found = reference(batch), exported(batch)
+        if {name: value.shape for name, value in found.items()} != {n: v.shape for n, v in expected.items()}:
+            raise NumericalError(f"its outputs for {size} images have other names or shapes than PyTorch's")
+        for name, value in expected.items():
+            if not value.isfinite().all():
+                raise NumericalError(f"the model's {name} are not finite; train it again")
+            scale = 1.0 if name == OUTPUTS[0] else max(1.0, float(value.abs().max()))
+            difference = float((found[name] - value).abs().max()) / scale
+            if not difference <= tolerance:
+                raise NumericalError(
+                    f"its {name} differ from PyTorch's by {difference:.2g} in a batch of {size}, more than "
+                    f"{tolerance:g}"
+                )
+            worst[name] = max(worst[name], difference)
+    return Agreement(worst[OUTPUTS[0]], max(worst.values()), len(images), tuple(dict.fromkeys(sizes)))
+
+
+def top1(runner: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return a model's top-1 accuracy, percent.
+
+    Args:
+        runner: The model.
+        batches: Images `(B, 3, H, W)` uint8 and labels `(B,)` int64, at least one batch.
+    """
+    num_right = num_images = 0
+    for images, labels in batches:
+        predicted = runner(images)[OUTPUTS[0]].argmax(dim=1).cpu()
+        num_right += int((predicted == labels).sum())
+        num_images += len(labels)
+    return 100 * num_right / num_images
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _require(*names: str) -> None:
+    """Refuse to go on without packages of the extra `onnx`."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"{name} is not installed, which ONNX files need; run `pip install -e '.[onnx]'`")
+
+
+def _example(image_size: int) -> Tensor:
+    return torch.zeros(BATCH_AT_EXPORT, 3, image_size, image_size, dtype=torch.uint8)
+
+
+@contextlib.contextmanager
+def _torchscript() -> Iterator[None]:
+    """Leave out what PyTorch says of TorchScript each time.
+
+    That torch.export replaces it; and that the students compare an image's height and width in Python: these are the
+    same for all images, and whether the batch is dynamic is what `compare` finds out.
+    """
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", category)
+        fixed = "Converting a tensor to a Python boolean"
+        tracing = torch.jit.TracerWarning  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", fixed, tracing, r"pipeline\.students\.")
+        yield
+
+
+def _without_sources(content: bytes) -> bytes:
+    """Leave out of an archive what names this machine's source files; it serves error messages alone."""
+    kept = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(kept, "w", zipfile.ZIP_STORED) as smaller:
+        for entry in archive.infolist():
+            if not entry.filename.endswith(".debug_pkl"):
+                smaller.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))
+    return kept.getvalue()

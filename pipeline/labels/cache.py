@@ -1,0 +1,262 @@
+"""The label cache: the teacher's label for every view of every training image, in one sealed file.
+
+Where asked it also keeps the teacher's K most probable classes and their probabilities, for soft distillation.
+
+Students train against it without the teacher. The file is made whole by pipeline.labels.parts.seal and never
+opened for writing; its layout is documented in pipeline.labels.file.
+
+Source: arXiv:2502.16762 §3.5 (the label y_t of equation 10).
+Differs: the paper asks the teacher in every step; we keep its answers for a fixed number of views.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError, StorageError
+from pipeline.labels.answers import PROBABILITY_DTYPE, ViewLabels
+from pipeline.labels.file import SEAL_SIZE, Contents, check_beginning, decode, encode
+from pipeline.labels.identity import (
+    SCHEMA_VERSION,
+    check_identity,
+    check_provenance,
+    label_dtype,
+    make_identity,
+    make_provenance,
+)
+from pipeline.system.canonical import fingerprint, is_sha256, require_equal
+from pipeline.system.storage import read_bytes, read_if_exists
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Canary",
+    "LabelCache",
+    "fingerprint",
+    "make_identity",
+    "make_provenance",
+]
+
+RELABEL = "label again with `pipeline label --fresh`"
+_SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]*")
+# Every student's run begins with rendering them: some dozens, milliseconds.
+MAX_CANARY_SAMPLES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """The pixels that the labels were made from, so that a student can tell that its views are the same.
+
+    Attributes:
+        view: View index.
+        samples: Sample indices, in the order of the digest.
+        sha256: Digest of those samples' pixels, 64 hexadecimal digits.
+    """
+
+    view: int
+    samples: tuple[int, ...]
+    sha256: str
+
+    def check(self, num_views: int, num_samples: int) -> None:
+        """Refuse a canary of pixels that a cache does not label.
+
+        Args:
+            num_views: Of the cache, V.
+            num_samples: Of the cache, N.
+
+        Raises:
+            ValueError: What is wrong.
+        """
+        if type(self.view) is not int or not 0 <= self.view < num_views:
+            raise ValueError(f"a canary is of view {self.view!a}, there are {num_views}")
+        if not all(type(each) is int and 0 <= each < num_samples for each in self.samples):
+            raise ValueError(f"a canary of view {self.view} is of samples outside of 0..{num_samples - 1}")
+        if not is_sha256(self.sha256):
+            raise ValueError(f"a canary of view {self.view} has no SHA-256")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelCache:
+    """A label cache in memory; whatever constructs one, it is consistent.
+
+    Attributes:
+        labels: `(V, N)` uint8 or uint16, the teacher's argmax in [0, C).
+        clean: Split name to `(n,)` of the same type, its argmax on unaugmented images.
+        canaries: Digests of a few views' pixels.
+        identity: See `make_identity`.
+        provenance: See `make_provenance`.
+        classes: `(V, N, K)` as `labels`, its K most probable classes, descending, the label first; None where
+            `provenance["topk"]` is 0.
+        probabilities: `(V, N, K)` float16 in [0, 1], descending, of those classes; None without `classes`.
+    """
+
+    labels: NDArray[Any]
+    clean: Mapping[str, NDArray[Any]]
+    canaries: tuple[Canary, ...]
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+    classes: NDArray[Any] | None = None
+    probabilities: NDArray[Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no teacher can have made.
+
+        Raises:
+            ValueError: What is wrong.
+        """
+        check_identity(self.identity)
+        check_provenance(self.provenance)
+        dtype = label_dtype(self.num_classes)
+        arrays = {"labels": self.labels, **{f"clean/{split}": row for split, row in self.clean.items()}}
+        for name, array in arrays.items():
+            num_axes = 2 if name == "labels" else 1
+            if array.ndim != num_axes or array.size == 0 or array.dtype != dtype:
+                raise ValueError(
+                    f"{name} is {array.dtype} of shape {array.shape}, expected {dtype} along {num_axes} axes"
+                )
+            if int(array.max()) >= self.num_classes:
+                raise ValueError(f"{name} holds {array.max()}, outside of the {self.num_classes} classes")
+        if self.labels.shape[1] != self.num_samples:
+            raise ValueError(f"labels has {self.labels.shape[1]} columns for {self.num_samples} samples")
+        self._check_topk()
+        for split in self.clean:
+            if not _SPLIT.fullmatch(split):
+                raise ValueError(f"split {split!a} is not a name")
+        num_rendered = sum(1 + len(canary.samples) for canary in self.canaries)
+        if num_rendered > MAX_CANARY_SAMPLES:
+            raise ValueError(f"its canaries are of more than {MAX_CANARY_SAMPLES} samples")
+        for canary in self.canaries:
+            canary.check(self.num_views, self.num_samples)
+
+    def _check_topk(self) -> None:
+        """Refuse top-k answers that no teacher can have given, a view at a time to spare memory."""
+        for name, array, dtype in (
+            ("topk/classes", self.classes, self.labels.dtype),
+            ("topk/probabilities", self.probabilities, PROBABILITY_DTYPE),
+        ):
+            shape = (*self.labels.shape, self.topk) if self.topk else None
+            if (None if array is None else array.shape) != shape or (array is not None and array.dtype != dtype):
+                found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
+                raise ValueError(f"{name} is {found}, expected {f'{dtype} of shape {shape}' if shape else 'none'}")
+        for index in range(self.num_views if self.topk else 0):
+            try:
+                self.view(index).check(num_samples=self.num_samples, num_classes=self.num_classes, topk=self.topk)
+            except ValueError as error:
+                raise ValueError(f"view {index}: {error}") from error
+
+    def view(self, index: int) -> ViewLabels:
+        """Return one view's answers, sharing memory with the cache.
+
+        Args:
+            index: View index, below `num_views`.
+        """
+        if self.classes is None or self.probabilities is None:
+            return ViewLabels(self.labels[index])
+        return ViewLabels(self.labels[index], self.classes[index], self.probabilities[index])
+
+    @property
+    def topk(self) -> int:
+        """Classes kept of each sample with their probabilities, K; 0 where only labels are."""
+        return int(self.provenance["topk"])
+
+    @property
+    def num_views(self) -> int:
+        """Number of labelled views, V."""
+        return int(self.labels.shape[0])
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples, N."""
+        return int(self.identity["num_samples"])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, C."""
+        return len(self.identity["class_names"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity, 64 hexadecimal digits."""
+        return fingerprint(self.identity)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        expected_identity: Mapping[str, Any] | None = None,
+        expected_provenance: Mapping[str, Any] | None = None,
+    ) -> LabelCache:
+        """Read a label cache whole, trusting nothing in it, and close it.
+
+        Args:
+            path: The sealed file.
+            expected_identity: What the labels must be for, every field; None accepts any.
+            expected_provenance: Those fields of the provenance that must agree; None accepts any.
+
+        Returns:
+            The cache; its arrays are read-only.
+
+        Raises:
+            DataError: The file is missing, damaged, not a label cache, or belongs to something else; the
+                message names each differing field, the file's value and the expected one.
+            StorageError: The file cannot be read.
+        """
+        beginning = read_if_exists(path, SEAL_SIZE)
+        if beginning is None:
+            raise DataError(f"{path} does not exist; make it with `pipeline teacher-select`")
+        try:
+            # A large file of another kind is refused before it is read.
+            check_beginning(beginning, SCHEMA_VERSION)
+            cache = cls.from_bytes(read_bytes(path))
+        except StorageError:
+            raise
+        except Exception as error:  # a hostile file can make HDF5 raise anything
+            reason = " ".join(str(error if isinstance(error, ValueError) else repr(error)).split())
+            raise DataError(f"{path} is not a valid label cache: {reason}; {RELABEL}") from error
+        if expected_identity is not None:
+            require_equal(f"{path}", cache.identity, expected_identity, RELABEL)
+        if expected_provenance is not None:
+            compared = {name: cache.provenance[name] for name in expected_provenance if name in cache.provenance}
+            require_equal(f"{path}", compared, expected_provenance, RELABEL)
+        return cache
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> LabelCache:
+        """Read a sealed file that is in memory.
+
+        Args:
+            data: The whole file, seal included.
+
+        Returns:
+            The cache; its arrays are read-only.
+
+        Raises:
+            ValueError: What is wrong. HDF5 may raise any other exception on a hostile file.
+        """
+        contents = decode(data)
+        canaries = tuple(Canary(**{**each, "samples": tuple(each["samples"])}) for each in contents.canaries)
+        return cls(**{**vars(contents), "canaries": canaries})
+
+    def to_bytes(self) -> bytes:
+        """Write the sealed file; equal caches give equal bytes.
+
+        Returns:
+            The whole file, seal included.
+        """
+        return encode(
+            Contents(
+                labels=self.labels,
+                clean=self.clean,
+                canaries=[asdict(canary) for canary in self.canaries],
+                identity=self.identity,
+                provenance=self.provenance,
+                classes=self.classes,
+                probabilities=self.probabilities,
+            )
+        )

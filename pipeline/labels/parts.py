@@ -1,0 +1,273 @@
+"""Labelling under way: one part file for each finished view, and sealing them into the label cache.
+
+A part is written once and whole, so that a run can be killed at any moment and resumed, by another number of
+processes too: what is missing is what has no valid part. Nothing is trusted to its name: a part says what it
+belongs to, and one of another teacher, data set or view counts as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError, StorageError
+from pipeline.labels.answers import ViewLabels
+from pipeline.labels.cache import RELABEL, Canary, LabelCache
+from pipeline.labels.identity import label_dtype, to_labels
+from pipeline.system.canonical import fingerprint, require_equal
+from pipeline.system.storage import read_if_exists, remove_leftovers, write_atomic
+
+# SHA-256 of the identity, of the provenance, view index; then SHA-256 of these and of the answers, which follow
+# (ViewLabels.to_bytes). Without these in it a digest and its answers could stand behind another view's index.
+_OWNER = struct.Struct("<32s32sQ")
+_HEADER_SIZE = _OWNER.size + 32
+_NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp")
+
+
+class LabelParts:
+    """The views labelled so far, in a directory of their own and, when extending, in a sealed cache.
+
+    Several processes may write different views at once.
+
+    Args:
+        directory: Where the part files lie; made by the first write.
+        identity: What the labels are for, see `make_identity`.
+        provenance: Who labels and how, see `make_provenance`.
+
+    Raises:
+        DataError: More classes than a label cache can hold.
+    """
+
+    def __init__(self, directory: Path, *, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.identity = dict(identity)
+        self.provenance = dict(provenance)
+        self._num_classes = len(identity["class_names"])
+        label_dtype(self._num_classes)  # there is one for it
+        self._sizes = {
+            "num_samples": int(identity["num_samples"]),
+            "num_classes": self._num_classes,
+            "topk": int(provenance["topk"]),
+        }
+        self._owner = bytes.fromhex(fingerprint(identity)), bytes.fromhex(fingerprint(provenance))
+        self._sealed: LabelCache | None = None
+
+    @property
+    def topk(self) -> int:
+        """Classes kept of each sample with their probabilities, K; 0 where only labels are."""
+        return self._sizes["topk"]
+
+    def adopt(self, cache: LabelCache) -> None:
+        """Count the views of a sealed cache as labelled, so that extending it labels only the new ones.
+
+        Args:
+            cache: An opened cache.
+
+        Raises:
+            DataError: Another teacher, device or data set made it; the message names each differing field.
+        """
+        require_equal("the sealed label cache", cache.identity, self.identity, RELABEL)
+        require_equal("the sealed label cache", cache.provenance, self.provenance, RELABEL)
+        self._sealed = cache
+
+    @property
+    def num_sealed(self) -> int:
+        """Number of views adopted from a sealed cache, always the first ones."""
+        return 0 if self._sealed is None else self._sealed.num_views
+
+    def write(self, view: int, labels: ViewLabels | Any) -> None:
+        """Store a finished view.
+
+        Args:
+            view: View index.
+            labels: The teacher's answers; a plain row of `(N,)` integers in [0, C) where `topk` is 0.
+
+        Raises:
+            DataError: They are not what a teacher can have answered, or not N, or not with the K of the provenance.
+            StorageError: Writing failed; run again.
+        """
+        answers = labels if isinstance(labels, ViewLabels) else ViewLabels(np.asarray(labels))
+        try:
+            stored = answers.stored(**self._sizes)
+        except ValueError as error:
+            raise DataError(f"view {view}: {error}; check that the teacher was trained for this data set") from error
+        content = stored.to_bytes()
+        write_atomic(self._path(view), self._header(view, content) + content)
+
+    def read(self, view: int) -> NDArray[Any] | None:
+        """Read the labels of a finished view.
+
+        Args:
+            view: View index.
+
+        Returns:
+            `(N,)` uint8 or uint16, or None where the view has no valid part.
+
+        Raises:
+            StorageError: The part exists and cannot be read.
+        """
+        answers = self.answers(view)
+        return None if answers is None else answers.labels
+
+    def answers(self, view: int) -> ViewLabels | None:
+        """Read all that is kept of a finished view.
+
+        Args:
+            view: View index.
+
+        Returns:
+            The teacher's answers, or None where the view has no valid part.
+
+        Raises:
+            StorageError: The part exists and cannot be read.
+        """
+        if self._sealed is not None and view < self._sealed.num_views:
+            return self._sealed.view(view)
+        data = read_if_exists(self._path(view))
+        if data is None:
+            return None
+        content = data[_HEADER_SIZE:]
+        if data[:_HEADER_SIZE] != self._header(view, content):
+            return None
+        try:
+            answers = ViewLabels.from_bytes(content, **self._sizes)
+        except ValueError:
+            return None
+        # What `write` checked has not changed, by its digest; sealing checks it all once more.
+        return answers if int(answers.labels.max()) < self._num_classes else None
+
+    def missing(self, count: int, start: int = 0) -> list[int]:
+        """List the views still to be labelled.
+
+        Args:
+            count: Number of views wanted, V.
+            start: The first view wanted.
+
+        Returns:
+            Ascending view indices from `start` and below `count` without a valid part.
+
+        Raises:
+            StorageError: A part exists and cannot be read.
+        """
+        return [view for view in range(start, count) if self.answers(view) is None]
+
+    def num_invalid(self, views: Iterable[int]) -> int:
+        """Count the views whose part is there and is not valid: damaged, or of another teacher, data set or K.
+
+        Args:
+            views: View indices.
+        """
+        return sum(self._path(view).exists() and self.answers(view) is None for view in views)
+
+    def delete(self, *, below: int | None = None) -> None:
+        """Delete parts, whoever wrote them, and what killed writers left.
+
+        Only for the holder of the run's lock.
+
+        Args:
+            below: Keep the valid parts of this view and of later ones.
+
+        Raises:
+            StorageError: The file system refuses.
+        """
+        try:
+            if not self.directory.is_dir():
+                return
+            for entry in self.directory.iterdir():
+                name = _NAME.fullmatch(entry.name)
+                if name is None:
+                    continue
+                kept = below is not None and name[1] is not None and int(name[1]) >= below
+                if not (kept and self.answers(int(name[1])) is not None):
+                    entry.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot delete the parts in {self.directory}: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # other files, such as the run's lock, may live there
+            self.directory.rmdir()
+
+    def _path(self, view: int) -> Path:
+        return self.directory / f"{view:06d}.part"
+
+    def _header(self, view: int, content: bytes) -> bytes:
+        owner = _OWNER.pack(*self._owner, view)
+        return owner + hashlib.sha256(owner + content).digest()
+
+
+def seal(
+    path: Path,
+    *,
+    parts: LabelParts,
+    count: int,
+    clean: Mapping[str, Any],
+    canaries: Sequence[Canary] = (),
+) -> LabelCache:
+    """Write the label cache from complete parts, read it back, and delete its parts.
+
+    The bytes depend on the arguments alone: a cache extended later is the same file as one made at once.
+    Views of an adopted cache are never dropped, so that asking for fewer keeps them all. Finished views beyond
+    `count` stay what they are, parts.
+
+    Args:
+        path: The sealed file; one that stands there is replaced, never opened for writing.
+        parts: The views; `parts.missing(count)` is empty.
+        count: Number of views, V.
+        clean: Split name to `(n,)` labels in [0, C) of its unaugmented images.
+        canaries: Digests of a few views' pixels.
+
+    Returns:
+        The cache as read back.
+
+    Raises:
+        DataError: A view is missing, or a label is no class.
+        StorageError: Writing or reading back failed; the parts remain.
+    """
+    count = max(count, parts.num_sealed)
+    try:
+        labels, classes, probabilities = _gather(path, parts, count)
+        num_classes = len(parts.identity["class_names"])
+        data = LabelCache(
+            labels=labels,
+            classes=classes,
+            probabilities=probabilities,
+            clean={split: to_labels(each, num_classes) for split, each in clean.items()},
+            canaries=tuple(canaries),
+            identity=parts.identity,
+            provenance=parts.provenance,
+        ).to_bytes()
+    except ValueError as error:
+        raise DataError(f"cannot seal {path}: {error}; {RELABEL}") from error
+    del labels, classes, probabilities  # they are as large as the file, which is read back below
+    remove_leftovers(path)
+    write_atomic(path, data)
+    if read_if_exists(path) != data:
+        raise StorageError(f"{path} does not read back as written; check the disk, then run again")
+    cache = LabelCache.from_bytes(data)
+    parts.delete(below=count)
+    return cache
+
+
+def _gather(path: Path, parts: LabelParts, count: int) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
+    """Return the answers of the first views, `(V, N)` labels and `(V, N, K)` classes and probabilities."""
+    stacked: list[NDArray[Any]] = []
+    num_missing = 0
+    for view in range(count):
+        answers = parts.answers(view)
+        if answers is None:
+            num_missing += 1
+            continue
+        stacked = stacked or [np.empty((count, *each.shape), each.dtype) for each in answers.arrays]
+        for array, each in zip(stacked, answers.arrays, strict=True):
+            array[view] = each
+    if num_missing:
+        raise DataError(f"{path} needs {count} views, {num_missing} have no valid part; run again")
+    labels, classes, probabilities = [*stacked, None, None][:3]
+    assert labels is not None
+    return labels, classes, probabilities

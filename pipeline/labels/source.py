@@ -1,0 +1,84 @@
+"""Where a student's batches get their teacher labels from: the label cache, or the teacher at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.labels.cache import LabelCache
+from pipeline.labels.teacher import Teacher
+from pipeline.losses import marginal_smoothing
+
+
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """What a teacher says of a batch.
+
+    Attributes:
+        labels: `(B,)` int64, or `(B, C)` float32 distributions, as the targets of torch's cross_entropy.
+        confidence: `(B,)` float32 in (0, 1], its probability of its label, or None.
+    """
+
+    labels: Tensor
+    confidence: Tensor | None = None
+
+
+TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
+"""Maps (view, indices `(B,)` on the device, normalised images `(B, 3, H, W)`) to the teacher's answer."""
+
+
+def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = False) -> TeacherLabels:
+    """Return a source of teacher labels that asks the teacher at every step, for pipeline.training.fit.TrainingData.
+
+    The images are normalised by the data set's statistics, which are the teacher's own.
+
+    Args:
+        teacher: The teacher.
+        soft: Whether to give its distribution over all classes instead of its labels.
+        confidence: Whether to give its probability of each label beside.
+    """
+
+    def answer(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
+        # Cloned, because tensors made in inference mode can't be saved for a backward pass.
+        logits = teacher.logits(images).clone()
+        probabilities = logits.softmax(1)
+        return TeacherAnswer(probabilities if soft else logits.argmax(1), probabilities.amax(1) if confidence else None)
+
+    return answer
+
+
+def cached_labels(
+    cache: LabelCache, device: torch.device, *, soft: bool = False, confidence: bool = False
+) -> TeacherLabels:
+    """Return a source of teacher labels that reads the cache, for pipeline.training.fit.TrainingData.
+
+    Args:
+        cache: The cache; with its top-k where `soft` or `confidence`.
+        device: Where the answers are kept and given.
+        soft: Whether to give the distributions of `marginal_smoothing` instead of labels.
+        confidence: Whether to give the probability of each label beside.
+    """
+
+    def put(array: NDArray[np.generic] | None) -> Tensor:
+        assert array is not None, "the cache keeps no top-k"
+        return torch.from_numpy(np.array(array)).to(device)
+
+    labels = None if soft else put(cache.labels)
+    classes = put(cache.classes) if soft else None
+    probabilities = put(cache.probabilities) if soft or confidence else None
+
+    def answer(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
+        chosen = indices.to(device)
+        kept = None if probabilities is None else probabilities[view][chosen].float()
+        weights = kept[:, 0] if confidence and kept is not None else None
+        if labels is not None:
+            return TeacherAnswer(labels[view][chosen].long(), weights)
+        assert classes is not None and kept is not None
+        return TeacherAnswer(marginal_smoothing(classes[view][chosen].long(), kept, cache.num_classes), weights)
+
+    return answer

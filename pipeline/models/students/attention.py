@@ -1,0 +1,83 @@
+"""Where a student looks: the weights of its attention, by the plain formulation, whatever computes the student."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pipeline.models.students.layers import Attention, EncoderBlock, Student
+from pipeline.models.students.tnt import NestedBlock
+
+
+@torch.no_grad()
+def attention_maps(student: Student, images: Tensor) -> Tensor:
+    """Return how much each token attends to each other, in every block; of nested blocks in the outer one.
+
+    Args:
+        student: In evaluation mode.
+        images: `(B, 3, image_size, image_size)` float, normalised.
+
+    Returns:
+        `(B, L, heads, T, T)` float32, row: the token that attends, column: the attended one; rows add up to 1. Token 0
+        is the class token, patches follow row by row over the image, and the distillation token, if any, is the last.
+
+    Source: arXiv:1706.03762 Eq. 1, softmax(Q K^T / sqrt(d)).
+    """
+    found: list[Tensor] = []
+
+    def keep(attention: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        # All tokens come in as keys, also where the last block computes those alone that a head reads.
+        found.append(attention_weights(cast(Attention, attention), arguments[0]))
+
+    hooks = [attention.register_forward_pre_hook(keep) for attention in outer_attentions(student)]
+    try:
+        student(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found, dim=1)
+
+
+def attention_weights(attention: Attention, tokens: Tensor) -> Tensor:
+    """Return softmax(Q K^T / sqrt(d)), `(N, heads, T, T)` float32.
+
+    Args:
+        attention: The layer.
+        tokens: `(N, T, D)` float, its input.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        projected = attention.queries_keys_values(tokens.float())
+    queries, keys, _ = rearrange(projected, "n t (three h d) -> three n h t d", three=3, h=attention.num_heads)
+    weights: Tensor = (queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5).softmax(dim=-1)
+    return weights
+
+
+def attention_rollout(maps: Tensor) -> Tensor:
+    """Return how much of each token of the image's first block reaches each token of the last.
+
+    Each block passes on half of a token as it was, for its residual connection, and half of what it attends to, the
+    mean over heads. What MLPs do, and pixel tokens add to the patches, is left out.
+
+    Args:
+        maps: `(B, L, heads, T, T)` float, of `attention_maps`.
+
+    Returns:
+        `(B, T, T)` float, row: a token behind the last block, column: a token in front of the first; rows add up to 1.
+
+    Source: arXiv:2005.00928 §3, attention rollout.
+    """
+    reached = torch.eye(maps.shape[-1], device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)
+    identity = reached
+    for block in maps.mean(dim=2).unbind(dim=1):
+        reached = (block + identity) / 2 @ reached
+    return reached
+
+
+def outer_attentions(student: Student) -> list[Attention]:
+    """Return the attention layers between patches, in the order of the blocks."""
+    blocks = cast(torch.nn.ModuleList, student.blocks)
+    layers = [block.outer if isinstance(block, NestedBlock) else block for block in blocks]
+    return [cast(EncoderBlock, layer).attention for layer in layers]

@@ -1,0 +1,1 @@
+"""The fused inner block of TNT and TITN: C++ on a CPU, Triton on CUDA."""

@@ -1,0 +1,253 @@
+"""The fused inner block on the CPU: cpu.cpp, compiled for this processor on first use.
+
+A compiled library is kept in the user's cache directory under a name made of everything that decides it, so that a
+geometry is compiled once, in about two seconds, and never mistaken for another processor's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.models.students.fused.interface import InnerWeights
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+# A whole compiler as a package of PyPI, in the extra `fast`.
+ZIG = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+# What PyTorch may bring as its OpenMP runtime, beside its own libraries.
+OPENMP = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
+SECONDS_TO_COMPILE = 300
+
+
+class NotAvailable(Exception):
+    """The library cannot be made here; the message says why in one phrase."""
+
+
+def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | None:
+    """Say why the fused inner block is not available; None where it is.
+
+    Args:
+        num_pixels: Pixel tokens M of a patch.
+        width: c.
+        num_heads: Heads.
+        hidden: Width of the MLP, rc.
+    """
+    try:
+        _library(num_pixels, width, num_heads, hidden)
+    except NotAvailable as error:
+        return str(error)
+    return None
+
+
+def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Compute an inner block and the LayerNorm behind it, differentiable once.
+
+    Args:
+        pixels: `(N, M, c)` float32 on the CPU.
+        weights: float32.
+        num_heads: Heads.
+
+    Returns:
+        The refined pixels and their LayerNorm, `(N, M, c)` float32 each. Autocast does not change them.
+    """
+    refined, normed = _forward(pixels, list(weights), num_heads)
+    return refined, normed
+
+
+@torch.library.custom_op(
+    "titn::inner_block_cpp",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor pixels, Tensor[] weights, int num_heads) -> (Tensor, Tensor)",
+)
+def _forward(pixels: Tensor, weights: list[Tensor], num_heads: int) -> tuple[Tensor, Tensor]:
+    pixels, weights = _contiguous(pixels), [_contiguous(weight) for weight in weights]
+    refined, normed = torch.empty_like(pixels), torch.empty_like(pixels)
+    _geometry_library(pixels, weights, num_heads).inner_block_forward(
+        len(pixels),
+        torch.get_num_threads(),
+        pixels.data_ptr(),
+        _pointers(weights),
+        refined.data_ptr(),
+        normed.data_ptr(),
+    )
+    return refined, normed
+
+
+@torch.library.custom_op(
+    "titn::inner_block_cpp_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor pixels, Tensor[] weights, int num_heads, Tensor refined_gradient, Tensor normed_gradient)"
+    " -> (Tensor, Tensor)",
+)
+def _backward(
+    pixels: Tensor, weights: list[Tensor], num_heads: int, refined_gradient: Tensor, normed_gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the pixels and of all weights, one after another."""
+    pixels, weights = _contiguous(pixels), [_contiguous(weight) for weight in weights]
+    refined_gradient, normed_gradient = _contiguous(refined_gradient), _contiguous(normed_gradient)
+    gradient = torch.empty_like(pixels)
+    sums = torch.zeros(torch.get_num_threads(), sum(weight.numel() for weight in weights))
+    _geometry_library(pixels, weights, num_heads).inner_block_backward(
+        len(pixels),
+        len(sums),
+        pixels.data_ptr(),
+        _pointers(weights),
+        refined_gradient.data_ptr(),
+        normed_gradient.data_ptr(),
+        gradient.data_ptr(),
+        sums.data_ptr(),
+    )
+    return gradient, sums.sum(0)
+
+
+@_forward.register_fake
+def _(pixels: Tensor, weights: list[Tensor], num_heads: int) -> tuple[Tensor, Tensor]:
+    return pixels.new_empty(pixels.shape), pixels.new_empty(pixels.shape)
+
+
+@_backward.register_fake
+def _(
+    pixels: Tensor, weights: list[Tensor], num_heads: int, refined_gradient: Tensor, normed_gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    return pixels.new_empty(pixels.shape), pixels.new_empty(sum(weight.numel() for weight in weights))
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, list[Tensor], int], output: object) -> None:
+    pixels, weights, ctx.num_heads = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(pixels, *weights)
+
+
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, refined_gradient: Tensor, normed_gradient: Tensor
+) -> tuple[Tensor, list[Tensor], None]:
+    pixels, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
+    gradient, flat = _backward(pixels, weights, ctx.num_heads, refined_gradient, normed_gradient)  # type: ignore[attr-defined]
+    parts = flat.split([weight.numel() for weight in weights])
+    return gradient, [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)], None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    assert tensor.dtype == torch.float32, f"the fused inner block computes in float32, not {tensor.dtype}"
+    return tensor.contiguous()
+
+
+def _pointers(weights: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
+
+
+def _geometry_library(pixels: Tensor, weights: list[Tensor], num_heads: int) -> ctypes.CDLL:
+    _, num_pixels, width = pixels.shape
+    return _library(num_pixels, width, num_heads, len(InnerWeights(*weights).hidden_bias))
+
+
+@functools.cache
+def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes.CDLL:
+    """Load the library of a geometry, compiling it where it is not in the cache.
+
+    Raises:
+        NotAvailable: There is no compiler, no OpenMP runtime, or the compiler fails.
+    """
+    sizes = {"TOKENS": num_pixels, "WIDTH": width, "HEADS": num_heads, "HIDDEN": hidden}
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, *(f"-D{name}={size}" for name, size in sizes.items()), str(SOURCE), _openmp()]
+    parts = [SOURCE.read_text(), " ".join(command), _version(compiler), _processor()]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    path = _cache() / f"inner_block-{digest}.so"
+    try:
+        if not path.exists():
+            _compile(command, path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NotAvailable(f"{path}: {error.strerror or error}; delete it") from error
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    library.inner_block_forward.argtypes = [count, ctypes.c_int, *[pointer] * 4]
+    library.inner_block_forward.restype = None
+    library.inner_block_backward.argtypes = [count, ctypes.c_int, *[pointer] * 6]
+    library.inner_block_backward.restype = None
+    return library
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Compile beside `path` and rename, so that processes that start together never load half a library."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        try:
+            subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, check=True, timeout=SECONDS_TO_COMPILE
+            )
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines() or ["no message"]
+            raise NotAvailable(f"{command[0]} fails: {_error_of(lines)}") from error
+        except subprocess.TimeoutExpired as error:
+            raise NotAvailable(f"{command[0]} takes more than {SECONDS_TO_COMPILE} s") from error
+        made.replace(path)
+
+
+def _error_of(lines: list[str]) -> str:
+    """Return the line of a compiler's output that tells most."""
+    return next((line for line in lines if "error" in line), lines[0])
+
+
+def _compiler() -> tuple[str, ...]:
+    """Return the compiler's command: $CXX, or the first of COMPILERS that is there, or ZIG."""
+    if chosen := os.environ.get("CXX", "").split():
+        return tuple(chosen)
+    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if found is not None:
+        return (found,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return ZIG
+    raise NotAvailable("no C++ compiler; install one, or the extra `fast`, or set CXX")
+
+
+def _version(compiler: Sequence[str]) -> str:
+    """Return what a compiler says of itself."""
+    try:
+        found = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotAvailable(f"{' '.join(compiler)} does not run") from error
+    return found.stdout
+
+
+def _openmp() -> str:
+    """Return the path of the OpenMP runtime that PyTorch computes with."""
+    directory = Path(torch.__file__).parent / "lib"
+    for pattern in OPENMP:
+        for path in sorted(directory.glob(pattern)):
+            return str(path)
+    raise NotAvailable(f"no OpenMP runtime in {directory}")
+
+
+def _processor() -> str:
+    """Return what tells processors apart that -march=native compiles differently for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _cache() -> Path:
+    """Return the directory of compiled libraries."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titn-pipeline"

@@ -1,0 +1,28 @@
+"""Text made safe to print, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+
+
+def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
+    """Return CSV in UTF-8 with a line of headings; None is an empty cell, text that is not Unicode is escaped."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Return text with the replacement character in place of control characters other than white space."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def markdown_text(text: str) -> str:
+    """Return text of one line that Markdown shows as it is; an underscore within a word needs no escape."""
+    text = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|*`\[\]~]|\b_|_\b)", r"\\\1", text)

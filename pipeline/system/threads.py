@@ -1,0 +1,95 @@
+"""Independent parts of one job on several CPU threads.
+
+PyTorch's own threads share each operation and meet after it. That wastes much of them where operations are short, and
+nearly everything where another process keeps a core busy. Parts that need nothing of each other do better with a
+thread each.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Read = TypeVar("Read")
+
+Part = TypeVar("Part")
+
+
+def for_each(parts: Iterable[Part], work: Callable[[Part], None]) -> None:
+    """Do some work on every part, on as many threads as PyTorch uses for one operation.
+
+    Args:
+        parts: They may be worked on in any order and at once.
+        work: Called with each; on several threads PyTorch does not divide its operations further.
+    """
+    parts, num_threads = list(parts), torch.get_num_threads()
+    if num_threads == 1 or len(parts) < 2:
+        for part in parts:
+            work(part)
+        return
+    inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
+
+    def run(part: Part) -> None:
+        with torch.inference_mode(inference):
+            work(part)
+
+    for _ in _pool(num_threads).map(run, parts):  # raises what a thread raised
+        pass
+
+
+@functools.cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Start threads whose operations PyTorch does not divide."""
+    pool, started = ThreadPoolExecutor(num_threads, "part"), threading.Barrier(num_threads)
+
+    def start(_: int) -> int:
+        started.wait()
+        return torch.get_num_threads()
+
+    # A thread takes PyTorch's setting over when it first asks for it, and keeps it.
+    torch.set_num_threads(1)
+    try:
+        assert set(pool.map(start, range(num_threads))) == {1}
+    finally:
+        torch.set_num_threads(num_threads)
+    return pool
+
+
+# Threads do not survive a fork.
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def prefetch(parts: Iterable[Part], read: Callable[[Part], Read], depth: int = 1) -> Generator[Read, None, None]:
+    """Read parts in order, the next ones in a thread while the caller works on the last.
+
+    At most `depth` parts are read beyond the one that the caller holds. The thread ends when the iterator is exhausted
+    or closed; a part being read then is waited for.
+
+    Args:
+        parts: What to read.
+        read: Called with each part, in the thread, one after another.
+        depth: Parts to read ahead, at least 1.
+
+    Yields:
+        What `read` returned, in the order of `parts`.
+
+    Raises:
+        BaseException: Whatever `read` raised, where its part would have been yielded.
+    """
+    pool, ahead = ThreadPoolExecutor(1, "prefetch"), collections.deque[Future[Read]]()
+    try:
+        for part in parts:
+            ahead.append(pool.submit(read, part))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""The one fit loop: step, batches, optimiser, evaluation, checkpoints, ranks."""

@@ -1,0 +1,145 @@
+"""What the fit loop is fed with: batches of views, the split it is scored on, and the order of samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.streaming import HostImages, in_batches
+from pipeline.labels.source import TeacherLabels
+from pipeline.views.draws import uniforms
+from pipeline.views.views import ViewBatch, Views, normalize
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step sees.
+
+    Attributes:
+        images: `(B, 3, H, W)` float32, normalised.
+        labels: `(B,)` int64, y1.
+        partner_labels: `(B,)` int64, y2.
+        lam: `(B,)` float32, the share of the image that is left.
+        teacher_labels: `(B,)` int64, y_t, or `(B, C)` float32, the teacher's distributions; None where the model
+            learns without a teacher.
+        confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
+        mean_confidence: Its mean over all samples of the step, a float32 scalar, or None with it.
+    """
+
+    images: Tensor
+    labels: Tensor
+    partner_labels: Tensor
+    lam: Tensor
+    teacher_labels: Tensor | None
+    confidence: Tensor | None = None
+    mean_confidence: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.labels)
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Cut the batch into parts of `size` samples, the last of what is left; None leaves it whole."""
+        if size is None or size >= len(self):
+            return [self]
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        columns = {name: value for name, value in values.items() if value is not None and value.ndim}
+        return [
+            dataclasses.replace(self, **{name: value[start : start + size] for name, value in columns.items()})
+            for start in range(0, len(self), size)
+        ]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training set as batches of views.
+
+    Attributes:
+        views: Renders the views on the device.
+        mean: Of each channel, pixels in [0, 1].
+        std: Of each channel.
+        num_views: Epoch e trains on view e mod num_views; None for view e (teachers, whose draws never repeat).
+        teacher_labels: Where a batch's teacher labels come from, or None.
+    """
+
+    views: Views
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_views: int | None = None
+    teacher_labels: TeacherLabels | None = None
+
+    def batches(self, epoch: int, parts: Sequence[Tensor]) -> Generator[Batch, None, None]:
+        """Render batches of the epoch's view; where images stream, the next ones are read meanwhile.
+
+        Args:
+            epoch: From 0.
+            parts: The samples of each batch, `(B,)` int64; best on the CPU.
+
+        Yields:
+            The batches in order. Closing the iterator ends the thread that reads.
+        """
+        view = epoch if self.num_views is None else epoch % self.num_views
+        with contextlib.closing(self.views.batches(view, parts)) as batches:
+            for rendered in batches:
+                yield self._answered(view, rendered)
+
+    def _answered(self, view: int, rendered: ViewBatch) -> Batch:
+        """Normalise a batch and add the teacher's answer."""
+        images = normalize(rendered.images, self.mean, self.std)
+        batch = Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, None)
+        if self.teacher_labels is None:
+            return batch
+        answer = self.teacher_labels(view, rendered.indices, images)
+        mean = None if answer.confidence is None else answer.confidence.mean()
+        return dataclasses.replace(
+            batch, teacher_labels=answer.labels, confidence=answer.confidence, mean_confidence=mean
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """A split of clean images.
+
+    Attributes:
+        images: `(N, 3, H, W)` uint8, on the device or on the host for it.
+        labels: `(N,)` int64, on the device.
+        mean: Of each channel, pixels in [0, 1].
+        std: Of each channel.
+        num_classes: K.
+        teacher_labels: `(N,)` int64, the teacher's labels of the same images, or None.
+    """
+
+    images: Tensor | HostImages
+    labels: Tensor
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_classes: int
+    teacher_labels: Tensor | None = None
+
+    def batches(self, batch_size: int, share: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Yield positions and uint8 images `(B, 3, H, W)` of a share of the split, in order."""
+        start = share.start
+        for images in in_batches(self.images, batch_size, share):
+            yield slice(start, start + len(images)), images
+            start += len(images)
+
+
+def split_batches(num_samples: int, batch_size: int) -> list[slice]:
+    """Cut positions into batches; a last batch of one sample joins the one before, for batch norm's sake."""
+    bounds = [*range(0, num_samples, batch_size), num_samples]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+        del bounds[-2]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
+    """Return the order of the samples in an epoch, `(N,)` int64: a pure function of its arguments."""
+    keys = uniforms(seed, "order", epoch, "order", num_samples, 1)[:, 0]
+    return torch.from_numpy(np.argsort(keys, kind="stable"))

@@ -1,0 +1,322 @@
+"""Checkpoints: safetensors beside JSON, written whole or not at all, and the resumable state of a run under way.
+
+No pickle is ever loaded. A checkpoint's JSON names the SHA-256 of its tensors, so a file that was cut, changed or
+mixed up with another run's is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.system.storage import read_bytes, read_json, sha256_file, write_atomic, write_json
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights and what they are.
+
+    Attributes:
+        path: The .safetensors file.
+        meta: The JSON beside it: what the model is, how it was trained, what it reached.
+        tensors: Name to tensor, on the CPU.
+    """
+
+    path: Path
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the .safetensors file."""
+        return str(self.meta["sha256"])
+
+
+def save_checkpoint(directory: Path, stem: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """Write `stem`.safetensors, then `stem`.json, which names the former's SHA-256.
+
+    Args:
+        directory: Made if it does not exist.
+        stem: File name without suffix.
+        tensors: What to save; copied to the CPU.
+        meta: Plain JSON values.
+
+    Returns:
+        The SHA-256 of the .safetensors file.
+
+    Raises:
+        StorageError: A file cannot be written; the former ones are then unharmed or fail their SHA-256.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    write_atomic(directory / f"{stem}.safetensors", data)
+    write_json(directory / f"{stem}.json", {**meta, "sha256": digest})
+    return digest
+
+
+def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
+    """Load a checkpoint and check its SHA-256.
+
+    Args:
+        path: A directory that a stage wrote, or a .safetensors file in it.
+        stem: Which checkpoint of a directory.
+
+    Raises:
+        UsageError: The path does not exist.
+        DataError: It holds no valid checkpoint.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such checkpoint; name a directory that a stage wrote, or a .safetensors file")
+    file = path / f"{stem}.safetensors" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise DataError(f"{file}: no checkpoint; name a directory that a stage wrote, or a .safetensors file")
+    meta_file = file.with_suffix(".json")
+    if not meta_file.is_file():
+        raise DataError(f"{meta_file}: missing; a checkpoint is the .safetensors file and this JSON beside it")
+    meta = read_json(meta_file)
+    data = read_bytes(file)
+    digest = hashlib.sha256(data).hexdigest()
+    if not isinstance(meta, dict) or digest != meta.get("sha256"):
+        raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {meta_file.name} says; run its stage again")
+    return Checkpoint(file, meta, _read_tensors(data, file))
+
+
+def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
+    """Return the JSON of a directory's checkpoint without reading its weights; None where there is none.
+
+    Raises:
+        DataError: It is no checkpoint's JSON.
+    """
+    files = (path / f"{stem}.json", path / f"{stem}.safetensors")
+    if not all(file.is_file() for file in files):
+        return None
+    meta = read_json(files[0])
+    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), str):
+        raise DataError(f"{files[0]}: names no SHA-256; run its stage again")
+    return meta
+
+
+def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{file}: not a safetensors file ({reason}); run its stage again") from error
+
+
+@dataclass(frozen=True)
+class SavedState(Checkpoint):
+    """A run's state as it was saved.
+
+    Attributes:
+        best: The best epoch's weights, on the CPU; empty before the first epoch's end.
+    """
+
+    best: Mapping[str, Tensor]
+
+
+class RunState:
+    """The resumable state of a run under way: the two newest, outside DVC's outs.
+
+    Its directory holds
+      - state-a.safetensors, state-b.safetensors and the JSON beside each, which names the SHA-256 of its tensors and,
+        as `best`, that of the best epoch's weights (null before there are any);
+      - best-<12 digits>.safetensors, the best epoch's weights, named after their SHA-256: never changed, written before
+        a state that names them, deleted once neither state does;
+      - last-good.safetensors and its JSON, once numbers that are not finite have ended the run.
+    A state is whole where its tensors and the best that it names have their SHA-256. It does not tell the machine:
+    copied to the same place elsewhere, the directory is resumed there; so are a state's two files with their best.
+
+    Digesting, writing and flushing a state takes longer than a copy of it, so a thread does it while the run goes on.
+
+    Args:
+        directory: Of this run alone.
+        fingerprint: Of everything that decides the run's result; a state with another one is never resumed.
+
+    Attributes:
+        seconds: How long the last write took; None before the first.
+    """
+
+    _SLOTS = ("state-a", "state-b")
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self._directory = directory
+        self._fingerprint = fingerprint
+        self._serial = 0
+        # The best that is on disk, and its SHA-256.
+        self._best: tuple[Mapping[str, Tensor], str] | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
+        self._writing: Future[None] | None = None
+        self.seconds: float | None = None
+
+    def load(self) -> SavedState | None:
+        """Return the newest state that is whole and of this run; None where there is none."""
+        for slot, meta in self._newest_first():
+            with contextlib.suppress(DataError, StorageError, UsageError):
+                state = load_checkpoint(self._directory / f"{slot}.safetensors")
+                best = self._load_best(meta["best"])
+                self._serial = int(meta["serial"])
+                return SavedState(state.path, state.meta, state.tensors, best)
+        return None
+
+    def peek(self) -> Mapping[str, Any] | None:
+        """Return the JSON of the state that `load` would return, without loading it."""
+        for slot, meta in self._newest_first():
+            with contextlib.suppress(StorageError):
+                files = {self._directory / f"{slot}.safetensors": meta["sha256"]}
+                if meta["best"] is not None:
+                    files[self._best_file(meta["best"])] = meta["best"]
+                if all(sha256_file(file) == digest for file, digest in files.items()):
+                    return meta
+        return None
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
+        """Copy a state, and begin to write it over the older of the two.
+
+        Args:
+            tensors: On any device; they may change as soon as this returns.
+            meta: Plain JSON values, likewise.
+            best: The best epoch's weights, on the CPU, which never change: the same object is written once. Empty
+                before there are any.
+
+        Raises:
+            StorageError: The state before this one could not be written; the one before that is unharmed.
+        """
+        self.wait()
+        self._serial += 1
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        meta = copy.deepcopy({**meta, "fingerprint": self._fingerprint, "serial": self._serial})
+        self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta, best)
+
+    def wait(self) -> None:
+        """Return when the state saved last is safe.
+
+        Raises:
+            StorageError: It cannot be written; the one before is unharmed.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(
+        self, slot: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], best: Mapping[str, Tensor]
+    ) -> None:
+        began = time.monotonic()
+        digest = self._write_best(best)
+        save_checkpoint(self._directory, slot, tensors, {**meta, "best": digest})
+        self._remove_unnamed()
+        self.seconds = time.monotonic() - began
+
+    def _write_best(self, best: Mapping[str, Tensor]) -> str | None:
+        """Write the best epoch's weights unless they are there, and return their SHA-256."""
+        if not best:
+            return None
+        if self._best is None or self._best[0] is not best:
+            data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in best.items()})
+            digest = hashlib.sha256(data).hexdigest()
+            write_atomic(self._best_file(digest), data)
+            self._best = best, digest
+        return self._best[1]
+
+    def _load_best(self, digest: str | None) -> Mapping[str, Tensor]:
+        """Load the best epoch's weights that a state names.
+
+        Raises:
+            DataError: They are not what it names.
+            StorageError: They are missing.
+        """
+        if digest is None:
+            return {}
+        file = self._best_file(digest)
+        data = read_bytes(file)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DataError(f"{file}: its SHA-256 is not {digest}")
+        self._best = _read_tensors(data, file), digest
+        return self._best[0]
+
+    def _best_file(self, digest: str) -> Path:
+        return self._directory / f"best-{digest[:12]}.safetensors"
+
+    def _newest_first(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the slots that by their JSON hold a state of this run, and that JSON."""
+        own = [(slot, meta) for slot, meta in self._states() if meta["fingerprint"] == self._fingerprint]
+        return sorted(own, key=lambda each: int(each[1]["serial"]), reverse=True)
+
+    def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the slots that by their JSON hold a state, of whatever run, and that JSON."""
+        for slot in self._SLOTS:
+            with contextlib.suppress(DataError, StorageError):
+                meta = read_meta(self._directory, stem=slot)
+                if meta is not None and {"fingerprint", "serial", "best"} <= meta.keys():
+                    yield slot, meta
+
+    def _remove_unnamed(self) -> None:
+        """Remove what neither state needs: former bests, and what killed writers left."""
+        named = {self._best_file(meta["best"]) for _, meta in self._states() if meta["best"] is not None}
+        for file in {*self._directory.glob("best-*.safetensors"), *self._directory.glob(".*.tmp")} - named:
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    @property
+    def last_good(self) -> Path:
+        """Where `keep` writes."""
+        return self._directory / "last-good.safetensors"
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights of a run that failed to `last_good`."""
+        self.wait()
+        save_checkpoint(self._directory, self.last_good.stem, tensors, {"fingerprint": self._fingerprint})
+
+    def delete(self) -> None:
+        """Remove the run's directory."""
+        with contextlib.suppress(StorageError):
+            self.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def fingerprint(**parts: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of what decides a run's result."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's tensors into a model of the same architecture, which may be on the device `meta`.
+
+    Of such a model nothing is allocated before it has been seen to fit.
+
+    Raises:
+        DataError: Names, shapes or dtypes differ, or a value is not finite; the message names the first that does.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | checkpoint.tensors.keys()):
+        if name not in own or name not in checkpoint.tensors:
+            where = "the model" if name not in own else "the checkpoint"
+            raise DataError(f"{checkpoint.path}: tensor {name} is not in {where}; it belongs to another model")
+        found, expected = checkpoint.tensors[name], own[name]
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise DataError(
+                f"{checkpoint.path}: tensor {name} is {tuple(found.shape)} {found.dtype}, "
+                f"the model's is {tuple(expected.shape)} {expected.dtype}"
+            )
+        if not found.isfinite().all():
+            raise DataError(f"{checkpoint.path}: tensor {name} holds values that are not finite; run its stage again")
+    if any(tensor.is_meta for tensor in own.values()):
+        model.to_empty(device="cpu")
+    model.load_state_dict(dict(checkpoint.tensors))

@@ -1,0 +1,155 @@
+"""A model's scores on a split of clean images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import NumericalError
+from pipeline.losses import Outputs, probabilities
+from pipeline.system.runtime import autocast
+from pipeline.system.text import to_csv
+from pipeline.training.batches import EvaluationData
+from pipeline.training.distributed import ALONE, Group
+from pipeline.training.metrics import Meter, Scores
+from pipeline.views.views import normalize
+
+# What an evaluation's batch touches should fit a CPU's cache; a GPU wants few, large launches.
+CPU_BATCH = 256
+GPU_BATCH = 4096
+PREDICTION_COLUMNS = ("sample", "target", "prediction", "probability", "class_head", "distillation_head", "teacher")
+"""Of predictions.csv: `sample` counts from 0, `probability` is the prediction's, the heads' columns are what each alone
+predicts, and `teacher` is its label of the same image."""
+
+
+@dataclass
+class Predictions:
+    """What a model says of each image of a split, on the data's device; zeros until `evaluate` has filled it.
+
+    Attributes:
+        classes: `(N,)` int64, the most probable class.
+        probabilities: `(N,)` float32 in [0, 1], of that class.
+        class_head: `(N,)` int64, the most probable class by the class head alone.
+        distillation_head: `(N,)` int64, the same of the distillation head; None where there is none.
+    """
+
+    classes: Tensor
+    probabilities: Tensor
+    class_head: Tensor
+    distillation_head: Tensor | None = None
+
+    @classmethod
+    def of(cls, data: EvaluationData) -> Predictions:
+        """Return an empty one for a split."""
+        classes = torch.zeros_like(data.labels)
+        return cls(classes, torch.zeros(len(classes), device=classes.device), torch.zeros_like(classes))
+
+    def add(self, part: slice, outputs: Outputs) -> None:
+        """Fill in a batch: one or two heads' logits, `(B, K)` float each, of the images at `part`."""
+        class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+        self.probabilities[part], self.classes[part] = probabilities(outputs).max(dim=1)
+        self.class_head[part] = class_logits.argmax(dim=1)
+        if distillation_logits is not None:
+            if self.distillation_head is None:
+                self.distillation_head = torch.zeros_like(self.classes)
+            self.distillation_head[part] = distillation_logits.argmax(dim=1)
+
+    @torch.inference_mode()
+    def reduce(self, group: Group) -> None:
+        """Put together what all ranks have filled in, each its share of the split."""
+        has_two_heads = torch.tensor(
+            [self.distillation_head is not None], dtype=torch.int64, device=self.classes.device
+        )
+        if group.max_(has_two_heads) and self.distillation_head is None:
+            self.distillation_head = torch.zeros_like(self.classes)
+        heads = () if self.distillation_head is None else (self.distillation_head,)
+        group.sum_(self.classes, self.probabilities, self.class_head, *heads)
+
+    def as_csv(self, class_names: Sequence[str], data: EvaluationData) -> bytes:
+        """Return one row for each image of the split that was evaluated, classes by name.
+
+        The columns are PREDICTION_COLUMNS; what does not exist is an empty cell.
+
+        Args:
+            class_names: K names.
+            data: The split.
+        """
+        nobody = [None] * len(self.classes)
+        columns = (data.labels, self.classes, self.class_head, self.distillation_head, data.teacher_labels)
+        target, prediction, class_head, distillation_head, teacher = (
+            nobody if column is None else [class_names[index] for index in column.tolist()] for column in columns
+        )
+        probabilities = (f"{value:.4f}" for value in self.probabilities.tolist())
+        samples = range(len(self.classes))
+        rows = zip(samples, target, prediction, probabilities, class_head, distillation_head, teacher, strict=True)
+        return to_csv(PREDICTION_COLUMNS, rows)
+
+
+def evaluate(
+    model: nn.Module,
+    data: EvaluationData,
+    *,
+    precision: str = "fp32",
+    group: Group = ALONE,
+    predictions: Predictions | None = None,
+) -> Scores:
+    """Score a model on clean images; it is left in evaluation mode.
+
+    Args:
+        model: On the device of the data, with the same weights on every rank.
+        data: The whole split.
+        precision: `fp32` or `bf16`.
+        group: The ranks that share the images; all return the scores of the whole.
+        predictions: Filled in for every image, where given; the same on all ranks.
+
+    Raises:
+        NumericalError: A logit is not finite.
+    """
+    meter = Meter(data.num_classes, data.images.device)
+    tally(model, data, meter, precision=precision, group=group, predictions=predictions)
+    meter.reduce(group)
+    if predictions is not None:
+        predictions.reduce(group)
+    return meter.scores()
+
+
+@torch.inference_mode()
+def tally(
+    model: nn.Module,
+    data: EvaluationData,
+    meter: Meter,
+    *,
+    precision: str = "fp32",
+    group: Group = ALONE,
+    predictions: Predictions | None = None,
+) -> None:
+    """Add a model's answers on clean images to a meter; the model is left in evaluation mode.
+
+    Args:
+        model: On the device of the data, with the same weights on every rank.
+        data: Images and targets.
+        meter: Gains this rank's share.
+        precision: `fp32` or `bf16`.
+        group: The ranks that share the images.
+        predictions: Filled in with this rank's share, where given.
+
+    Raises:
+        NumericalError: A logit is not finite.
+    """
+    model.eval()
+    device = data.images.device
+    broken = torch.zeros((), dtype=torch.int64, device=device)
+    batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+    for part, images in data.batches(batch_size, group.share(len(data.labels))):
+        with autocast(device, precision):
+            outputs = model(normalize(images, data.mean, data.std))
+        for head in outputs if isinstance(outputs, tuple) else (outputs,):
+            broken += (~torch.isfinite(head)).any()
+        if predictions is not None:
+            predictions.add(part, outputs)
+        meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
+    if group.max_(broken):
+        raise NumericalError("evaluation: a logit is not finite; lower lr, or set clip to 1.0")

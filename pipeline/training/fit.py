@@ -1,0 +1,320 @@
+"""The one fit loop, for teachers and students alike.
+
+`Fit` runs epochs of `train_step` over `TrainingData`, evaluates after each, keeps the best epoch's weights and
+saves a resumable state at most once a minute. A run that was stopped and started again ends with the same weights
+and curve as one that was not: views and order are pure functions of the epoch, and the generators' states are saved.
+
+Under torchrun every rank runs the same loop on its share of every batch. What decides how it goes on (a stop, a save, a
+loss that is not finite, scores) is agreed on first, so that all take the same steps; rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.recipes import FitRecipe
+from pipeline.errors import NumericalError
+from pipeline.system.stopping import StopSignal, stopped
+from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
+from pipeline.training.checkpoints import RunState
+from pipeline.training.distributed import ALONE, Group, has_batch_norm, parallel
+from pipeline.training.evaluation import evaluate
+from pipeline.training.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
+from pipeline.training.resuming import FitResult, Progress, averages, keep_best, load_progress, moments, save_progress
+from pipeline.training.step import CapturedStep, Objective, train_step
+
+SECONDS_BETWEEN_SAVES = 60.0
+# Writing states takes at most a thirtieth of the time; the thread that does it needs a core. A VGG with its best epoch
+# and Adam's moments is 2 GB: at the rate assumed before the first save is timed, a run of less than five minutes writes
+# none.
+SAVING_SHARE = 1 / 30
+ASSUMED_BYTES_PER_SECOND = 2e8
+STEPS_BETWEEN_CHECKS = 50
+ADVICE = "lower lr or set clip to 1.0"
+
+
+class Watcher(Protocol):
+    """Is told how a run goes on; shows it, or does nothing."""
+
+    def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
+        """Begin at `step` of `epoch`, both counted from 0."""
+
+    def stepped(self) -> None:
+        """Note one step done."""
+
+    def epoch_ended(self, row: Mapping[str, Any]) -> None:
+        """Note a row of the curve."""
+
+    def warned(self, message: str) -> None:
+        """Show a warning."""
+
+
+class Silent(Watcher):
+    """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A rank's part of a step.
+
+    Attributes:
+        indices: `(B,)` int64, the samples that go through its model.
+        count: How many of them count, B or none.
+        size: Samples of all ranks together.
+    """
+
+    indices: Tensor
+    count: int
+    size: int
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """One training run; `run` starts it, or goes on with it after a stop.
+
+    Attributes:
+        model: On the device of the data; holds the last epoch's weights, or their average, afterwards.
+        data: Training batches.
+        evaluation: The split that decides the best epoch.
+        objective: The loss.
+        recipe: Epochs, batch size, optimiser, schedule, clipping.
+        precision: `fp32` or `bf16`, resolved.
+        seed: Of the order of samples; initialisation is the caller's.
+        state: Where the run's resumable state is kept; None keeps none.
+        watcher: Is told of every step and epoch.
+        stop: Asked after every step.
+        metric: The score that decides the best epoch, higher is better.
+        micro_batch: As for `train_step`.
+        captured: Whether steps are replayed from CUDA graphs; for one process on a CUDA device.
+        ema: Share of the old value that a moving average of the weights keeps in each step; 0 keeps none. The average
+            is what is evaluated and what becomes the best and the last weights; the resumable state holds both.
+        group: The ranks that train it together; each has all of the data, and the same seed.
+    """
+
+    model: nn.Module
+    data: TrainingData
+    evaluation: EvaluationData
+    objective: Objective
+    recipe: FitRecipe
+    precision: str = "fp32"
+    seed: int = 0
+    state: RunState | None = None
+    watcher: Watcher = field(default_factory=Silent)
+    stop: StopSignal = field(default_factory=StopSignal)
+    metric: str = "top1"
+    micro_batch: int | None = None
+    captured: bool = False
+    ema: float = 0.0
+    group: Group = ALONE
+
+    def __post_init__(self) -> None:
+        self.parallel = parallel(self.model, self.group)
+        self.average = MovingAverage(self.model, self.ema) if self.ema else None
+        self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=self.captured)
+        self.device = self.evaluation.images.device
+        self.replay = CapturedStep(self._eager_step, self.device) if self.captured else None
+        self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
+        # Batch norm cannot train on one sample.
+        self.least = 2 if has_batch_norm(self.model) else 1
+        self.progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
+        self.saved_at = time.monotonic()
+        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        self.assumed_seconds = 4 * weights / ASSUMED_BYTES_PER_SECOND
+
+    def run(self) -> FitResult:
+        """Train to the last epoch.
+
+        Raises:
+            NumericalError: Loss, gradient norm, logits, weights or the optimiser's state are not finite. The message
+                names epoch, step, lr and what to try; the best epoch so far is kept beside the state, and no state
+                that is not finite is saved.
+            Interrupted: A signal came, or the time limit has been reached; the state has been saved.
+        """
+        if not self.group.is_main:
+            # Else all ranks would drop the same units out.
+            torch.manual_seed(self.seed + (self.group.rank << 32))
+        with self.stop.deferred():
+            progress = self.progress
+            if self.state is not None:
+                load_progress(self.state, progress, self.model, self.optimizer, self.group, self.average)
+            self.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
+            try:
+                while progress.epoch < self.recipe.epochs:
+                    self.train_epoch()
+                    self.end_epoch()
+            except NumericalError as error:
+                kept = keep_best(self.state, progress.result, self.group)
+                raise NumericalError(f"epoch {progress.epoch + 1}, {error}; {kept}") from None
+            if self.average is not None:
+                self.average.give()
+        return progress.result
+
+    def train_epoch(self) -> None:
+        """Train from the current step to the end of the epoch."""
+        self.parallel.train()
+        progress, ranks = self.progress, self.group.world_size
+        order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples)
+        check_every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
+        finite: list[Tensor] = []
+        shares = self._shares(order)
+        batches = self.data.batches(progress.epoch, [share.indices for share in shares])
+        for share, own in zip(shares, batches, strict=True):
+            lr = self._learning_rate(progress.step)
+            set_learning_rate(self.optimizer, lr)
+            batch = self._with_mean_of_all(own, share)
+            loss, is_finite = self._step(batch, share.count * ranks / share.size)
+            if self.average is not None:
+                self.average.update(self._steps_done(progress.step))
+            progress.loss_sum += loss.double() * (share.size / ranks)
+            progress.step += 1
+            self.watcher.stepped()
+            finite.append(is_finite)
+            wishes = (self.stop.after_step(), int(self._save_is_due()))
+            due = len(finite) == check_every or progress.step == len(self.batches)
+            if due or (self.group.is_alone and any(wishes)):
+                self._check(finite, lr, *wishes)
+                finite = []
+
+    def end_epoch(self) -> None:
+        """Evaluate, extend the curve, keep the best weights."""
+        progress = self.progress
+        self.group.broadcast_(self.model.buffers())
+        # A running variance of infinity gives finite logits, so that scores alone would not tell.
+        self._require_finite({**self.model.state_dict(), **averages(self.average)})
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            row = self._score()
+        self.watcher.epoch_ended(row)
+        self._warn_at_chance(row)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum.zero_()
+
+    def _score(self) -> dict[str, Any]:
+        """Evaluate the model as it is, extend the curve, keep its weights where they are the best; return the row."""
+        progress, result = self.progress, self.progress.result
+        scores = evaluate(self.model, self.evaluation, precision=self.precision, group=self.group)
+        self.group.sum_(progress.loss_sum)
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": self._learning_rate(len(self.batches) - 1),
+            "train_loss": float(progress.loss_sum) / self.data.views.num_samples,
+            **dataclasses.asdict(scores),
+        }
+        best = max((past[self.metric] for past in result.curve), default=-math.inf)
+        result.curve.append(row)
+        if row[self.metric] > best:
+            result.best_epoch = progress.epoch + 1
+            if self.group.is_main:
+                result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        return row
+
+    def save(self) -> None:
+        """Write the resumable state, if there is to be one."""
+        if self.state is not None:
+            save_progress(self.state, self.progress, self.model, self.optimizer, self.group, self.average)
+        self.saved_at = time.monotonic()
+
+    def _step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+        """Do one step on this rank's share of a batch, as `train_step`."""
+        if self.replay is not None:
+            assert weight == 1.0, "one process has all of a batch"
+            return self.replay(batch)
+        return self._eager_step(batch, weight)
+
+    def _eager_step(self, batch: Batch, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+        return train_step(
+            self.parallel,
+            batch,
+            self.objective,
+            self.optimizer,
+            clip=self.recipe.clip,
+            precision=self.precision,
+            micro_batch=self.micro_batch,
+            weight=weight,
+        )
+
+    def _shares(self, order: Tensor) -> list[_Share]:
+        """Return this rank's samples of each step to come, from the epoch's order, `(N,)` int64."""
+        shares = []
+        for part in self.batches[self.progress.step :]:
+            batch = order[part]
+            own = self.group.share(len(batch), least=self.least)
+            count = own.stop - own.start
+            # A rank without a share takes part in the reduction all the same: the first samples again, without weight.
+            shares.append(_Share(batch[own if count else slice(self.least)], count, len(batch)))
+        return shares
+
+    def _with_mean_of_all(self, batch: Batch, share: _Share) -> Batch:
+        """Return a batch whose mean confidence is that of all ranks' samples."""
+        if batch.confidence is None or self.group.is_alone:
+            return batch
+        total = batch.confidence.sum() * (share.count > 0)
+        self.group.sum_(total)
+        return dataclasses.replace(batch, mean_confidence=total / share.size)
+
+    def _save_is_due(self) -> bool:
+        """Tell whether it is time to save; rank 0's clock decides."""
+        if self.state is None:
+            return False
+        seconds = self.assumed_seconds if self.state.seconds is None else self.state.seconds
+        pause = max(SECONDS_BETWEEN_SAVES, seconds / SAVING_SHARE)
+        return self.group.is_main and time.monotonic() - self.saved_at > pause
+
+    def _check(self, finite: list[Tensor], lr: float, stop: int, save: int) -> None:
+        """Agree with the other ranks on the last steps' losses, on stopping and on saving, and act on it."""
+        wishes = torch.tensor([stop, save], device=self.device)
+        stop, save, *broken = self.group.max_(torch.cat([wishes, (~torch.stack(finite)).long()])).tolist()
+        if any(broken):
+            self._fail(self.progress.step - len(broken) + broken.index(1) + 1, lr)
+        if stop or save:
+            self._require_finite({**self.model.state_dict(), **moments(self.optimizer), **averages(self.average)})
+            self.save()
+        if stop:
+            if self.state is not None:
+                self.state.wait()
+            epoch = f"epoch {self.progress.epoch + 1} of {self.recipe.epochs}"
+            raise stopped(stop, f"in {epoch} after step {self.progress.step}")
+
+    def _fail(self, step: int, lr: float) -> NoReturn:
+        """Stop at a step that was not finite."""
+        raise NumericalError(f"step {step}, lr {lr:.3g}: the loss or its gradient is not finite; {ADVICE}")
+
+    def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Stop where a rank's tensors are not finite, before they are kept or saved."""
+        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        broken = torch.stack([~torch.isfinite(tensors[name]).all().to(self.device) for name in names]).long()
+        found = self.group.max_(broken).tolist()
+        if any(found):
+            name = names[found.index(1)]
+            raise NumericalError(f"after step {self.progress.step}: {name} is not finite; {ADVICE}")
+
+    def _learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step of this epoch."""
+        return learning_rate(self.recipe, self._steps_done(step), len(self.batches))
+
+    def _steps_done(self, step: int) -> int:
+        """Return the steps of all epochs before a step of this one."""
+        return self.progress.epoch * len(self.batches) + step
+
+    def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
+        """Warn of an epoch after warm-up whose loss has not left that of guessing, ln K; recorded while it lasts."""
+        result = self.progress.result
+        chance = 100.0 / self.evaluation.num_classes
+        stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and row["top1"] < 1.5 * chance
+        result.at_chance = stuck and row["epoch"] > self.recipe.warmup_epochs
+        if not result.at_chance:
+            result.warnings.clear()
+        elif not result.warnings:
+            figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %"
+            advice = "if it stays there, lower lr, add warmup_epochs, or set clip to 1.0"
+            message = f"epoch {row['epoch']} is still at chance ({figures}); {advice}"
+            result.warnings.append(message)
+            self.watcher.warned(message)

@@ -1,0 +1,193 @@
+"""Top-1, top-5, macro precision, recall and F1 from one confusion matrix, and agreement with the teacher.
+
+Top-1, top-5 and agreement are percentages, macro precision, recall and F1 lie in [0, 1], as in the paper's tables.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.losses import Outputs, probabilities
+from pipeline.training.distributed import Group
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model reaches on one split.
+
+    Attributes:
+        top1: Percentage of images whose most probable class is the target.
+        top5: Percentage of images whose target is among the five most probable classes (all where K <= 5).
+        precision: Macro precision in [0, 1]; a class that is never predicted counts 0.
+        recall: Macro recall in [0, 1].
+        f1: Macro F1 in [0, 1], the mean of the classes' own F1.
+        loss: Mean cross-entropy of the predicted probabilities, nats.
+        agreement: Percentage of images on which the prediction equals the teacher's label; None without a teacher.
+        class_top1: Top-1 percentage of the class head alone.
+        distillation_top1: Top-1 percentage of the distillation head alone; None where there is none.
+    """
+
+    top1: float
+    top5: float
+    precision: float
+    recall: float
+    f1: float
+    loss: float
+    agreement: float | None
+    class_top1: float
+    distillation_top1: float | None
+
+
+@dataclass
+class Meter:
+    """Adds up batches on their device; nothing is synchronised before `scores`.
+
+    Args:
+        num_classes: K.
+        device: Where the outputs are.
+    """
+
+    num_classes: int
+    device: torch.device
+    confusion: Tensor = field(init=False)
+    """`(K, K)` int64, row: target, column: prediction."""
+
+    def __post_init__(self) -> None:
+        self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
+        self._top5, self._agreed, self._class_hits, self._distillation_hits = (
+            torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(4)
+        )
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._has_teacher = self._has_two_heads = False
+
+    def add(self, outputs: Outputs, labels: Tensor, teacher_labels: Tensor | None = None) -> None:
+        """Count a batch.
+
+        Args:
+            outputs: One or two heads' logits, `(B, K)` float each.
+            labels: `(B,)` int64 targets.
+            teacher_labels: `(B,)` int64, the teacher's labels of the same clean images.
+        """
+        class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+        self._class_hits += (class_logits.argmax(dim=1) == labels).sum()
+        if distillation_logits is not None:
+            self._has_two_heads = True
+            self._distillation_hits += (distillation_logits.argmax(dim=1) == labels).sum()
+        likely = probabilities(outputs)
+        predicted = likely.argmax(dim=1)
+        cells = labels * self.num_classes + predicted
+        self.confusion += torch.bincount(cells, minlength=self.num_classes**2).view_as(self.confusion)
+        top = likely.topk(min(5, self.num_classes), dim=1).indices
+        self._top5 += (top == labels[:, None]).any(dim=1).sum()
+        self._loss += functional.nll_loss(likely.clamp_min(1e-38).log(), labels, reduction="sum").double()
+        if teacher_labels is not None:
+            self._has_teacher = True
+            self._agreed += (predicted == teacher_labels).sum()
+
+    def reduce(self, group: Group) -> None:
+        """Add up what all ranks have counted, each its share of the split."""
+        known = torch.tensor([self._has_teacher, self._has_two_heads], dtype=torch.int64, device=self.device)
+        self._has_teacher, self._has_two_heads = (value > 0 for value in group.max_(known).tolist())
+        group.sum_(self.confusion, self._top5, self._agreed, self._class_hits, self._distillation_hits, self._loss)
+
+    def scores(self) -> Scores:
+        """Return the scores of everything counted so far."""
+        total = int(self.confusion.sum())
+        top1, precision, recall, f1 = confusion_scores(self.confusion)
+
+        def percent(count: Tensor) -> float:
+            return 100.0 * int(count) / total
+
+        return Scores(
+            top1=top1,
+            top5=percent(self._top5),
+            precision=precision,
+            recall=recall,
+            f1=f1,
+            loss=float(self._loss) / total,
+            agreement=percent(self._agreed) if self._has_teacher else None,
+            class_top1=percent(self._class_hits),
+            distillation_top1=percent(self._distillation_hits) if self._has_two_heads else None,
+        )
+
+
+def confusion_scores(confusion: Tensor) -> tuple[float, float, float, float]:
+    """Return top-1 in percent and macro precision, recall and F1 in [0, 1].
+
+    Args:
+        confusion: `(K, K)` int64 counts, row: target, column: prediction. Classes that are neither a target nor
+            predicted are left out of the means, as scikit-learn does.
+    """
+    counts = confusion.cpu().double()
+    hits, targets, predictions = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    present = (targets + predictions) > 0
+    precision = hits / predictions.clamp_min(1.0)
+    recall = hits / targets.clamp_min(1.0)
+    f1 = 2.0 * hits / (targets + predictions).clamp_min(1.0)
+    return (
+        100.0 * float(hits.sum() / counts.sum()),
+        float(precision[present].mean()),
+        float(recall[present].mean()),
+        float(f1[present].mean()),
+    )
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """One class.
+
+    Attributes:
+        name: Of the class.
+        support: Its images.
+        recall: Share of them that are predicted as it, in [0, 1], which is the class's accuracy; None without images.
+        precision: Share of the images predicted as it that are its own, in [0, 1]; None where it is never predicted.
+        f1: Harmonic mean of both, in [0, 1], 0 where one is 0; None without images and predictions.
+        confused_with: The class that most of its other images are predicted as, of equal ones the first; None where
+            there are none.
+        num_confused: How many those are.
+    """
+
+    name: str
+    support: int
+    recall: float | None
+    precision: float | None
+    f1: float | None
+    confused_with: str | None
+    num_confused: int
+
+
+def class_scores(confusion: Tensor, class_names: tuple[str, ...]) -> list[ClassScores]:
+    """Return the scores of every class, in the order of their labels.
+
+    Args:
+        confusion: `(K, K)` int64 counts, row: target, column: prediction.
+        class_names: K names.
+    """
+    counts = confusion.cpu()
+    hits, supports, predictions = (each.tolist() for each in (counts.diagonal(), counts.sum(1), counts.sum(0)))
+    num_confused, others = counts.clone().fill_diagonal_(0).max(dim=1)
+    scores = []
+    for label, name in enumerate(class_names):
+        hit, support, predicted = hits[label], supports[label], predictions[label]
+        scores.append(
+            ClassScores(
+                name=name,
+                support=support,
+                recall=hit / support if support else None,
+                precision=hit / predicted if predicted else None,
+                f1=2 * hit / (support + predicted) if support + predicted else None,
+                confused_with=class_names[int(others[label])] if num_confused[label] else None,
+                num_confused=int(num_confused[label]),
+            )
+        )
+    return scores
+
+
+def worst_first(scores: list[ClassScores]) -> list[ClassScores]:
+    """Return classes by ascending recall, then F1; those without images come last."""
+    return sorted(scores, key=lambda each: (math.inf if each.recall is None else each.recall, each.f1 or 0.0))

@@ -1,0 +1,137 @@
+"""Optimisers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pipeline.config.recipes import FitRecipe
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], recipe: FitRecipe, *, captured: bool = False
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser over `parameters`.
+
+    Weight decay acts on every parameter, as in the paper's SGD. `momentum` is also RMSprop's momentum and the beta1
+    of Adam and AdamW; everything else is torch's default. Fused where torch can: the update of a VGG's 134 million
+    weights is bound by memory, and one pass over them takes a fifth of the time of one pass for every operation.
+
+    Args:
+        parameters: On one device.
+        recipe: Its optimizer, lr, momentum and weight_decay.
+        captured: Whether its steps will be captured in a CUDA graph; learning rates are then tensors.
+
+    Source: arXiv:2502.16762 §4.1, Figure 5.
+    """
+    parameters, decay = list(parameters), recipe.weight_decay
+    lr = torch.tensor(recipe.lr, device=parameters[0].device) if captured else recipe.lr
+    adaptive: dict[str, Any] = {"lr": lr, "weight_decay": decay, "capturable": captured}
+    match recipe.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, fused=True, lr=lr, momentum=recipe.momentum, weight_decay=decay)
+        case "adam":
+            return torch.optim.Adam(parameters, fused=True, betas=(recipe.momentum, 0.999), **adaptive)
+        case "adamw":
+            return torch.optim.AdamW(parameters, fused=True, betas=(recipe.momentum, 0.999), **adaptive)
+        case "rmsprop":
+            return torch.optim.RMSprop(parameters, momentum=recipe.momentum, **adaptive)
+    raise AssertionError(recipe.optimizer)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter; one that is a tensor is filled, so that a CUDA graph sees it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def learning_rate(recipe: FitRecipe, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of a step.
+
+    Linear warm-up to `lr` over `warmup_epochs`, then half a cosine to zero at the end of the last epoch, or constant.
+
+    Args:
+        recipe: Holds lr, schedule, warmup_epochs and epochs.
+        step: Steps done before this one, 0 for the first.
+        steps_per_epoch: Number of steps of an epoch.
+
+    Source: arXiv:2502.16762 §4.1.
+    Differs: the cosine advances with every step, not with every epoch; with 600 epochs the two are the same curve.
+    """
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return recipe.lr * (step + 1) / (warmup + 1)
+    if recipe.schedule == "constant":
+        return recipe.lr
+    progress = (step - warmup) / max(1, recipe.epochs * steps_per_epoch - warmup)
+    return recipe.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class MovingAverage:
+    """An exponential moving average of a model's parameters, in their dtype and on their device.
+
+    Buffers are not averaged: the model's own go with the average, as in torch.optim.swa_utils.AveragedModel. The
+    arithmetic is torch's own too. The class is not: it keeps a second model to evaluate, copies a counter to the device
+    in every step, which waits for it, and starts from the weights after the first step.
+
+    Args:
+        model: Whose weights are averaged; they are the first value.
+        decay: Share of the old value that is kept in a step, above 0 and below 1.
+
+    Attributes:
+        tensors: Name to average of every parameter.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._decay = decay
+        self.tensors = {name: parameter.clone() for name, parameter in self._parameters.items()}
+
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, without waiting for the device.
+
+        Early on less of the old value is kept, min(decay, (1 + t) / (10 + t)) after t steps: else the average of a
+        short run would be that of its random start.
+
+        Args:
+            step: Steps done before this one, t, 0 for the first.
+
+        Source: tf.train.ExponentialMovingAverage, `num_updates`.
+        """
+        decay = min(self._decay, (1 + step) / (10 + step))
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(list(self.tensors.values()), list(self._parameters.values()), step)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the average within a block, and its own weights back at the end."""
+        own = {name: parameter.clone() for name, parameter in self._parameters.items()}
+        self.give()
+        try:
+            yield
+        finally:
+            _copy(own, self._parameters)
+
+    def give(self) -> None:
+        """Replace the model's weights by the average."""
+        _copy(self.tensors, self._parameters)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from a saved average of the same model."""
+        _copy(tensors, self.tensors)
+
+
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Copy values into memory that stays where it is, since captured steps read it there."""
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])

@@ -1,0 +1,193 @@
+"""What a run has done so far, as tensors and JSON and back: from it a stopped run goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.checkpoints import RunState, SavedState
+from pipeline.training.distributed import Group
+from pipeline.training.optimization import MovingAverage
+
+
+@dataclass
+class FitResult:
+    """What `pipeline.training.fit.Fit.run` returns.
+
+    Attributes:
+        curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
+        best: Weights of the best epoch, the earliest of equals, on the CPU; on rank 0 alone. Replaced, never changed.
+        best_epoch: Its number, from 1.
+        warnings: What went wrong without ending the run.
+        at_chance: Whether the run ended without having learned anything.
+    """
+
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: Mapping[str, Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+    warnings: list[str] = field(default_factory=list)
+    at_chance: bool = False
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        loss_sum: This rank's part of the epoch's sum of losses, a float64 scalar on the device.
+        epoch: Epochs done.
+        step: Steps done of the epoch under way.
+        result: What the epochs done have given.
+        began: When this process took the run up, by the monotonic clock.
+        earlier_seconds: How long the processes before it had been at work on it.
+    """
+
+    loss_sum: Tensor
+    epoch: int = 0
+    step: int = 0
+    result: FitResult = field(default_factory=FitResult)
+    began: float = field(default_factory=lambda: time.monotonic())
+    earlier_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has been at work, the time before its stops included."""
+        return self.earlier_seconds + time.monotonic() - self.began
+
+
+def save_progress(
+    state: RunState,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    average: MovingAverage | None = None,
+) -> None:
+    """Write the resumable state; every rank calls it, rank 0 writes.
+
+    Raises:
+        StorageError: The state cannot be written; the one before is unharmed.
+    """
+    result, device = progress.result, progress.loss_sum.device
+    group.sum_(progress.loss_sum)
+    if not group.is_main:
+        progress.loss_sum.zero_()
+    seconds = progress.seconds
+    tensors = _of_ranks("rng.cpu", group.gather(torch.get_rng_state()))
+    if device.type == "cuda":
+        tensors |= _of_ranks("rng.cuda", group.gather(torch.cuda.get_rng_state(device)))
+    meta = {"epoch": progress.epoch, "step": progress.step, "curve": result.curve, "best_epoch": result.best_epoch}
+    meta |= {"warnings": result.warnings, "at_chance": result.at_chance, "seconds": seconds}
+
+    def write() -> None:
+        tensors["loss_sum"] = progress.loss_sum
+        tensors.update({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+        tensors.update(moments(optimizer))
+        tensors.update(averages(average))
+        state.save(tensors, meta, result.best)
+
+    group.on_main(write)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of an optimiser's state, `optimizer.<parameter>.<key>`."""
+    return {
+        f"optimizer.{index}.{key}": torch.as_tensor(value)
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+def averages(average: MovingAverage | None) -> dict[str, Tensor]:
+    """Return the tensors of a moving average, `average.<parameter>`; none where there is none."""
+    return {f"average.{name}": tensor for name, tensor in average.tensors.items()} if average is not None else {}
+
+
+def keep_best(state: RunState | None, result: FitResult, group: Group) -> str:
+    """Let rank 0 write the best epoch's weights of a run that cannot go on, and say where they are.
+
+    Ranks need not agree on why they end, so none waits for another.
+    """
+    if not result.best_epoch:
+        return "no epoch was finished before"
+    if state is None:
+        return "nothing is kept"
+    if group.is_main:
+        state.keep(result.best)
+    return f"the best epoch so far ({result.best_epoch}) is kept in {state.last_good}"
+
+
+def load_progress(
+    state: RunState,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    average: MovingAverage | None = None,
+) -> None:
+    """Go on from the saved state, if there is one: rank 0 reads it, every rank gets what it read.
+
+    A state may have been written by another number of ranks.
+    """
+    saved: list[SavedState] = []
+
+    def read() -> dict[str, Any] | None:
+        saved.extend(found for found in [state.load()] if found is not None)
+        return dict(saved[0].meta) if saved else None
+
+    meta = group.on_main(read)
+    if meta is None:
+        return
+    tensors, best = (saved[0].tensors, saved[0].best) if saved else ({}, {})
+    tensors = group.distribute(tensors)
+    model.load_state_dict(_part(tensors, "model."))
+    _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
+    if average is not None:
+        average.load(_part(tensors, "average."))
+    progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
+    device = progress.loss_sum.device
+    # A state of a former version does not tell its seconds.
+    progress.earlier_seconds = float(meta.get("seconds", 0.0))
+    if (cpu := tensors.get(_of_rank("rng.cpu", group.rank))) is not None:
+        torch.set_rng_state(cpu)
+    if (cuda := tensors.get(_of_rank("rng.cuda", group.rank))) is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
+    progress.epoch, progress.step = meta["epoch"], meta["step"]
+    progress.result = FitResult(
+        list(meta["curve"]), best, meta["best_epoch"], list(meta["warnings"]), meta["at_chance"]
+    )
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Load an optimiser's moments."""
+    state = optimizer.state_dict()
+    state["state"] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            # A fused update goes through memory in order: moments must lie there as their weights do.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)
+        state["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(state)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    """Return the name under which a rank's own tensor is kept."""
+    return f"{name}.{rank}" if rank else name
+
+
+def _of_ranks(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {_of_rank(name, rank): tensor for rank, tensor in enumerate(tensors)}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""The view: a pure function of recipe, seed, view index and sample index, and every operation beneath it."""

@@ -1,0 +1,249 @@
+"""The operations that AutoAugment, RandAugment and TrivialAugment choose from, on whole uint8 batches.
+
+Results equal torchvision's on each image as a PIL image, bit for bit. Samples are sorted by what is done to them, so
+that each operation sees one slice of the batch: magnitudes are per-sample arguments, and the geometric operations that
+can be drawn are index maps made once for an image size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.views import colour as imageops
+from pipeline.views import geometry
+
+# What a colour operation does with the magnitude of each sample, `(B,)` float64.
+COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Brightness": lambda images, magnitudes: imageops.brightness(images, 1.0 + magnitudes),
+    "Color": lambda images, magnitudes: imageops.color(images, 1.0 + magnitudes),
+    "Contrast": lambda images, magnitudes: imageops.contrast(images, 1.0 + magnitudes),
+    "Sharpness": lambda images, magnitudes: imageops.sharpness(images, 1.0 + magnitudes),
+    "Posterize": imageops.posterize,
+    "Solarize": imageops.solarize,
+    "AutoContrast": lambda images, _: imageops.autocontrast(images),
+    "Equalize": lambda images, _: imageops.equalize(images),
+    "Invert": lambda images, _: imageops.invert(images),
+}
+GEOMETRIC_OPERATIONS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+UNSIGNED_OPERATIONS = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
+OPERATIONS = (*GEOMETRIC_OPERATIONS, *COLOUR_OPERATIONS)
+WITHOUT_MAGNITUDE = ("Identity", "AutoContrast", "Equalize", "Invert")
+# What RandAugment and TrivialAugment draw from, evenly; in torchvision's order.
+EVENLY_DRAWN = ("Identity", *(name for name in OPERATIONS if name != "Invert"))
+NO_OPERATION = -1
+# Index maps of more bytes are made for each batch instead of being kept.
+MAX_KEPT_BYTES = 2**26
+
+
+class Space(NamedTuple):
+    """How strong each operation can be.
+
+    Attributes:
+        num_bins: Magnitudes, evenly apart from none to the largest.
+        shear: Largest tangent.
+        translation: From the side of the images along which it is, pixels, to the largest translation, pixels.
+        rotation: Largest angle, degrees.
+        factor: Largest change of the factor of Brightness, Color, Contrast and Sharpness.
+        bits: Most bits that Posterize takes away.
+    """
+
+    num_bins: int
+    shear: float
+    translation: Callable[[int], float]
+    rotation: float
+    factor: float
+    bits: int
+
+
+def magnitude(space: Space, operation: str, magnitude_bin: int, height: int, width: int) -> float:
+    """Look up the positive magnitude of an operation.
+
+    Args:
+        space: The magnitudes.
+        operation: One of OPERATIONS, or Identity.
+        magnitude_bin: Bin in [0, num_bins); ignored where the operation has no magnitude.
+        height: H, pixels.
+        width: W, pixels.
+
+    Returns:
+        Tangents (shears), pixels (translations, not rounded), degrees (rotation), changes of a factor
+        (brightness, color, contrast, sharpness), bits (posterize), a level (solarize), or 0 without a
+        magnitude.
+
+    Source: torchvision's `_augmentation_space` of AutoAugment, RandAugment and TrivialAugmentWide, whose bins are a
+        float32 linspace.
+    Differs: torch.linspace's last bit varies with the CPU (fused multiply-add or not); this one's does not, and is
+        that of x86 with AVX2. It shows in TrivialAugment's translation of bin 15: 15 pixels, and 16 without AVX2.
+    """
+    if operation in WITHOUT_MAGNITUDE:
+        return 0.0
+    last = space.num_bins - 1
+    if operation == "Posterize":
+        return 8.0 - round(magnitude_bin / (last / space.bits))
+    low, high = {
+        "ShearX": (0.0, space.shear),
+        "ShearY": (0.0, space.shear),
+        "TranslateX": (0.0, space.translation(width)),
+        "TranslateY": (0.0, space.translation(height)),
+        "Rotate": (0.0, space.rotation),
+        "Solarize": (255.0, 0.0),
+    }.get(operation, (0.0, space.factor))
+    start, end = np.float32(low), np.float32(high)
+    step = float((end - start) / np.float32(last))
+    # As torch.linspace: from the nearer end, rounded once.
+    if magnitude_bin < space.num_bins // 2:
+        return float(np.float32(float(start) + step * magnitude_bin))
+    return float(np.float32(float(end) - step * (last - magnitude_bin)))
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """All that can be done to an image of H x W pixels: I operations with signed magnitudes, geometric ones first.
+
+    Attributes:
+        height: H.
+        width: W.
+        rows: `(E, 2)` int64: of each entry that it was made from the row in [0, I) with the positive and with the
+            negative magnitude; NO_OPERATION for Identity.
+        operations: `(I,)` int64, ascending, indices into OPERATIONS.
+        magnitudes: `(I,)` float64, in the units of `magnitude`.
+        matrices: `(G, 6)` float64, of the geometric operations; they are the first G.
+    """
+
+    height: int
+    width: int
+    rows: NDArray[np.int64]
+    operations: NDArray[np.int64]
+    magnitudes: NDArray[np.float64]
+    matrices: NDArray[np.float64]
+
+
+def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, width: int) -> Table:
+    """Tabulate what a policy can do.
+
+    Args:
+        space: The magnitudes.
+        entries: E times operation and magnitude bin, as of `magnitude`.
+        height: H, pixels.
+        width: W, pixels.
+    """
+    signed: list[tuple[int, float]] = []
+    for name, magnitude_bin in entries:
+        number = NO_OPERATION if name == "Identity" else OPERATIONS.index(name)
+        value = magnitude(space, name, magnitude_bin, height, width)
+        signed += [(number, value), (number, value if name in UNSIGNED_OPERATIONS else -value)]
+    instances = sorted({each for each in signed if each[0] != NO_OPERATION})
+    row_of = {each: row for row, each in enumerate(instances)}
+    matrices = [
+        _matrix(OPERATIONS[number], value, height, width)
+        for number, value in instances
+        if OPERATIONS[number] in GEOMETRIC_OPERATIONS
+    ]
+    return Table(
+        height,
+        width,
+        rows=np.array([row_of.get(each, NO_OPERATION) for each in signed]).reshape(-1, 2),
+        operations=np.array([number for number, _ in instances]),
+        magnitudes=np.array([value for _, value in instances]),
+        matrices=np.concatenate(matrices),
+    )
+
+
+class Choice(NamedTuple):
+    """What is done to each of B images.
+
+    Attributes:
+        table: What can be done.
+        rows: `(B, P)` int64, rows of the table, in the order in which they are applied; NO_OPERATION where none is.
+    """
+
+    table: Table
+    rows: NDArray[np.int64]
+
+    @property
+    def operations(self) -> NDArray[np.int64]:
+        """`(B, P)` int64, indices into OPERATIONS; NO_OPERATION where none is applied."""
+        return np.where(self.rows == NO_OPERATION, NO_OPERATION, self.table.operations[self.rows])
+
+    @property
+    def magnitudes(self) -> NDArray[np.float64]:
+        """`(B, P)` float64 with sign, in the units of `magnitude`; 0 where no operation is applied."""
+        return np.where(self.rows == NO_OPERATION, 0.0, self.table.magnitudes[self.rows])
+
+
+def apply(images: Tensor, choice: Choice) -> Tensor:
+    """Do to each image what was chosen for it.
+
+    Args:
+        images: `(B, 3, H, W)` uint8.
+        choice: Of B images of H x W pixels.
+
+    Returns:
+        `(B, 3, H, W)` uint8; what comes from outside of the frame is black.
+
+    Source: torchvision's `_apply_op` of PIL images, nearest neighbour, fill None.
+    """
+    order = np.arange(len(images))
+    for place in range(choice.rows.shape[1]):
+        resorted = np.argsort(choice.rows[order, place], kind="stable")
+        order = order[resorted]
+        images = _take(images, resorted)
+        _apply_sorted(images, choice.table, choice.rows[order, place])
+    return _take(images, np.argsort(order))
+
+
+def _apply_sorted(images: Tensor, table: Table, rows: NDArray[np.int64]) -> None:
+    """Apply to each image its own row of the table, in place; `rows` ascends."""
+    firsts = np.searchsorted(table.operations, np.arange(len(OPERATIONS) + 1))
+    bounds = np.searchsorted(rows, firsts)
+    geometric = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)])
+    if geometric.start < geometric.stop:
+        # Index maps carry the magnitude, so that all geometric operations are one group.
+        maps = _take_maps(table, rows[geometric], images.device)
+        images[geometric] = geometry.gather(images[geometric], maps)
+    for number, name in enumerate(OPERATIONS[len(GEOMETRIC_OPERATIONS) :], start=len(GEOMETRIC_OPERATIONS)):
+        group = slice(bounds[number], bounds[number + 1])
+        if group.start < group.stop:
+            values = torch.from_numpy(table.magnitudes[rows[group]]).to(images.device)
+            images[group] = COLOUR_OPERATIONS[name](images[group], values)
+
+
+def _take(images: Tensor, order: NDArray[np.int64]) -> Tensor:
+    """The images in another order."""
+    return images.index_select(0, torch.from_numpy(order).to(images.device))
+
+
+def _take_maps(table: Table, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Index maps of some geometric operations, `(B, H, W)` int64."""
+    if len(table.matrices) * table.height * table.width * 8 > MAX_KEPT_BYTES:
+        return geometry.index_maps(table.matrices[rows], table.height, table.width, device)
+    return _kept_maps(table, device).index_select(0, torch.from_numpy(rows).to(device))
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_maps(table: Table, device: torch.device) -> Tensor:
+    """Index maps of all of a table's geometric operations, `(G, H, W)` int64."""
+    return geometry.index_maps(table.matrices, table.height, table.width, device)
+
+
+def _matrix(operation: str, signed_magnitude: float, height: int, width: int) -> NDArray[np.float64]:
+    """Matrix `(1, 6)` of one geometric operation; shears keep the corner (0, 0), the others the centre."""
+    if operation == "Rotate":
+        return geometry.rotation_matrices(np.array([signed_magnitude]), height, width)
+    along_x = operation.endswith("X")
+    if operation.startswith("Translate"):
+        pixels = int(signed_magnitude)
+        translate = np.array([[pixels, 0] if along_x else [0, pixels]])
+        return geometry.affine_matrices(translate, np.ones(1), np.zeros((1, 2)), (width * 0.5, height * 0.5))
+    degrees = math.degrees(math.atan(signed_magnitude))
+    shear = np.array([[degrees, 0.0] if along_x else [0.0, degrees]])
+    return geometry.affine_matrices(np.zeros((1, 2), dtype=np.int64), np.ones(1), shear, (0.0, 0.0))

@@ -1,0 +1,1 @@
+"""What several commands share: context, options, paths, runs, fitting."""

@@ -1,0 +1,134 @@
+"""What every command shares: params.yaml, the console, the device, the stop signal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from pipeline.config.params import Params
+from pipeline.config.recipes import Recipe
+from pipeline.errors import DataError
+from pipeline.report.tables import Table
+from pipeline.system.stopping import StopSignal
+from pipeline.system.storage import read_json
+from stages.shared.paths import Paths
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.data.datasets import Dataset
+    from pipeline.training.distributed import Group
+
+
+@dataclass
+class Context:
+    """The setting of one command.
+
+    Attributes:
+        params: The whole of params.yaml.
+        recipe: The recipe at work.
+        console: Where output for people goes.
+        stop: SIGINT and SIGTERM.
+        device_name: As given by --device; None chooses.
+    """
+
+    params: Params
+    recipe: Recipe
+    console: Console
+    stop: StopSignal
+    device_name: str | None = None
+    _changed: list[str] = field(default_factory=list)
+    _group: Group | None = None
+    _loaded: tuple[tuple[int, ...], Dataset] | None = None
+
+    @property
+    def paths(self) -> Paths:
+        """Where the recipe's files lie."""
+        return Paths(self.recipe.name)
+
+    @property
+    def device(self) -> torch.device:
+        """The device to run on."""
+        from pipeline.system.runtime import resolve_device
+
+        return resolve_device(self.device_name)
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[Group]:
+        """Join torchrun's group for as long as the outermost such block lasts; without torchrun this process is alone.
+
+        Raises:
+            UsageError: The device or the environment allows no group.
+            PipelineError: Another rank has ended.
+        """
+        from pipeline.training.distributed import join
+
+        if self._group is not None:
+            yield self._group
+            return
+        with join(self.device) as group:
+            self._group = group
+            try:
+                yield group
+            finally:
+                self._group = None
+
+    def say(self, message: str) -> None:
+        """Print one line, unwrapped and without markup."""
+        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    def show(self, table: Table) -> None:
+        """Print a table."""
+        self.console.print(table.to_rich(self.console.width))
+
+    def dataset(self) -> Dataset:
+        """Load the prepared data set; too many images for RAM stay in their file.
+
+        Raises:
+            DataError: It is not there, or not valid.
+        """
+        import torch
+
+        from pipeline.data.datasets import Dataset
+        from pipeline.system.runtime import resident_limit
+
+        if not self.paths.is_prepared:
+            raise DataError(
+                f"{self.paths.dataset}: no prepared data; run `pipeline prepare --recipe {self.recipe.name}`"
+            )
+        summary = read_json(self.paths.prepared / "summary.json")
+        prepared = summary.get("settings") if isinstance(summary, dict) else None
+        if not isinstance(prepared, dict):
+            raise DataError(
+                f"{self.paths.prepared / 'summary.json'}: not what `prepare` writes; "
+                f"run `pipeline prepare --recipe {self.recipe.name}` again"
+            )
+        for key, wanted in dataclasses.asdict(self.recipe.dataset).items():
+            if prepared.get(key) != wanted:
+                raise DataError(
+                    f"{self.paths.dataset}: prepared with {key} {prepared.get(key)}, but recipe {self.recipe.name} "
+                    f"asks for {wanted}; run `pipeline prepare --recipe {self.recipe.name}` again"
+                )
+        # Kept while the file is the same: a large one takes minutes to verify.
+        stat = self.paths.dataset.stat()
+        version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._loaded is None or self._loaded[0] != version:
+            self._loaded = (version, Dataset.load(self.paths.dataset, resident_limit(torch.device("cpu"))))
+        return self._loaded[1]
+
+    def changed(self, stage: str) -> None:
+        """Note that an output of a DVC stage was replaced."""
+        if stage not in self._changed:
+            self._changed.append(stage)
+
+    def end(self) -> None:
+        """Name the line by which DVC adopts what was replaced; else its next run would put its own copy over it."""
+        if self._changed and Path(".dvc").is_dir() and "DVC_STAGE" not in os.environ:
+            self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(self._changed)}")

@@ -1,0 +1,285 @@
+"""What `teacher` and `distill` share: run the fit loop and write its outputs.
+
+A run's directory holds best.safetensors and best.json (students also last.*), metrics.json, curve.csv, predictions.csv
+(the best epoch's on the test split) and run.json; the last is the only one that holds times, dates and the device, so
+nothing that depends on the others reruns because of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.arrays import MappedImages
+from pipeline.data.datasets import Dataset, Split
+from pipeline.data.streaming import HostImages, place_images
+from pipeline.errors import NumericalError
+from pipeline.report.progress import RunWatcher
+from pipeline.system.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
+from pipeline.system.stopping import stopped
+from pipeline.system.storage import lock, write_atomic, write_json
+from pipeline.system.text import to_csv
+from pipeline.training.batches import EvaluationData, TrainingData
+from pipeline.training.checkpoints import RunState, save_checkpoint
+from pipeline.training.distributed import Group, has_batch_norm
+from pipeline.training.evaluation import Predictions, evaluate
+from pipeline.training.fit import Fit
+from pipeline.training.metrics import Scores
+from pipeline.training.resuming import FitResult, keep_best
+from pipeline.training.step import Objective
+from pipeline.views.views import Views
+from stages.shared.context import Context
+from stages.shared.execution import Execution, explaining_compilation
+from stages.shared.runs import NOT_TRAINED, Run, costs
+
+
+def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
+    """Return a view recipe's views of the training set; `key` as for pipeline.views.views.Views.
+
+    The images are put on the device, unless they are too many for it: then they stream, which is said.
+    """
+    split, device = dataset.train, context.device
+    limit = resident_limit(device)
+    images = place_images(split.images, device, limit)
+    if isinstance(images, HostImages):
+        where = context.paths.dataset if isinstance(split.images, MappedImages) else "RAM"
+        size = f"{split.images.nbytes / 1e9:.3g} GB of training images, more than {limit / 1e9:.3g} GB"
+        context.say(f"{size}: they stream from {where} to {device} ({RESIDENT_VARIABLE} sets the limit in bytes)")
+    return Views(images, torch.from_numpy(split.labels), context.recipe.views[view_recipe], key=key)
+
+
+def evaluation_data(
+    dataset: Dataset, split: Split, device: torch.device, teacher_labels: np.ndarray[Any, Any] | None = None
+) -> EvaluationData:
+    """Put a split on the device; too many images for it stream."""
+    return EvaluationData(
+        images=place_images(split.images, device, resident_limit(device)),
+        labels=torch.from_numpy(split.labels).to(device),
+        mean=dataset.mean,
+        std=dataset.std,
+        num_classes=dataset.num_classes,
+        teacher_labels=None if teacher_labels is None else torch.from_numpy(teacher_labels.astype(np.int64)).to(device),
+    )
+
+
+def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
+    """Tell whether there is nothing to do, and say so; rank 0 looks, since it also writes."""
+    if fresh:
+        return False
+    why = group.on_main(run.why_stale)
+    if why is None:
+        group.on_main(run.clean_up)
+        context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
+    elif why != NOT_TRAINED:
+        context.say(f"{run.name}: trains again ({why})")
+    return why is None
+
+
+def carry_out(
+    context: Context,
+    run: Run,
+    group: Group,
+    *,
+    model: nn.Module,
+    dataset: Dataset,
+    data: TrainingData,
+    clean: Mapping[str, np.ndarray[Any, Any]],
+    objective: Objective,
+    how: Execution,
+    metric: str = "top1",
+    ema: float = 0.0,
+    fresh: bool = False,
+) -> None:
+    """Train a model and write its outputs, or go on where a former run stopped.
+
+    Args:
+        context: The command's setting.
+        run: What to train.
+        group: The ranks that train it together; rank 0 holds the lock and writes.
+        model: Initialised, on the device.
+        dataset: Its evaluation split decides the best epoch; the test split is scored once, at the end.
+        data: Training batches on the device.
+        clean: The teacher's labels of the clean splits by name; empty without a teacher.
+        objective: The loss.
+        how: How it is computed.
+        metric: The score that decides the best epoch.
+        ema: As for pipeline.training.fit.Fit.
+        fresh: Whether to leave a saved state aside.
+    """
+    device = context.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    _stop_before(context, run, group)
+    with _claimed(run, group, fresh=fresh) as state:
+        context.say(f"{run.name}: {how.describe(device, run.recipe.batch_size, ema)}")
+        _say_ranks(context, run, group, model)
+        if how.compiled:
+            model.compile()
+        split_name, split = dataset.evaluation
+        evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
+        watching = RunWatcher(context.console, run.name, len(dataset.train))
+        with context.stop.deferred(), explaining_compilation(how), watching as watcher:
+            fit = Fit(
+                model=model,
+                data=data,
+                evaluation=evaluation,
+                objective=objective,
+                recipe=run.recipe,
+                precision=how.precision,
+                seed=run.seed,
+                state=state,
+                watcher=watcher,
+                stop=context.stop,
+                metric=metric,
+                micro_batch=how.micro_batch,
+                captured=how.step == "graph",
+                ema=ema,
+                group=group,
+            )
+            result = fit.run()
+            last = _take_best(run, group, model, result)
+            test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
+            try:
+                scores, predictions = _score(model, test, how, group)
+            except NumericalError as error:
+                raise NumericalError(f"test split, {error}; {keep_best(state, result, group)}") from None
+
+            def end() -> None:
+                metrics = _metrics(run, dataset, result, scores, how.precision)
+                where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
+                where["seconds"] = round(fit.progress.seconds, 1)
+                _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
+                state.delete()
+
+            group.on_main(end)
+    if run.stage is not None:
+        context.changed(run.stage)
+
+
+def _stop_before(context: Context, run: Run, group: Group) -> None:
+    """End before a run begins where the time is up; the ranks' clocks differ, so they agree on it.
+
+    Raises:
+        Interrupted: The time limit has been reached.
+    """
+    code = int(group.max_(torch.tensor(context.stop.before_step(), device=context.device)))
+    if code:
+        raise stopped(code, f"before {run.name}")
+
+
+@contextlib.contextmanager
+def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState]:
+    """Hold a run's lock, on rank 0, and yield its resumable state."""
+    state = RunState(run.work, run.fingerprint)
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(lock(run.lock))
+            run.remove_leftovers()
+            if fresh:
+                state.delete()
+
+        group.on_main(claim)
+        yield state
+
+
+def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> None:
+    """Say how several ranks share the work, and what that changes."""
+    if group.is_alone:
+        return
+    line = f"{run.name}: {group.world_size} ranks ({group.backend}) share each batch of {run.recipe.batch_size}"
+    if has_batch_norm(model) and group.backend == "gloo":
+        line += "; gloo cannot add up batch norm's statistics: each rank's are its own, and rank 0's are kept"
+    context.say(line)
+
+
+def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> dict[str, Tensor] | None:
+    """Give `model` the best epoch's weights, and return the last one's, which it holds, where they are kept."""
+    last = None
+    if group.is_main:
+        if run.keep_last:
+            last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(result.best)
+    group.broadcast_(model.state_dict().values())
+    return last
+
+
+def _score(model: nn.Module, test: EvaluationData, how: Execution, group: Group) -> tuple[dict[str, Any], Predictions]:
+    """Return the fields of pipeline.training.metrics.Scores, and what the model says of each image."""
+    predictions = Predictions.of(test)
+    scores = evaluate(model, test, precision=how.precision, group=group, predictions=predictions)
+    return dataclasses.asdict(scores), predictions
+
+
+def _metrics(
+    run: Run, dataset: Dataset, result: FitResult, test_scores: Mapping[str, Any], precision: str
+) -> dict[str, Any]:
+    """Return metrics.json: the same keys for every model, no times."""
+    return {
+        "name": run.name,
+        "kind": run.description["kind"],
+        "recipe": run.description["recipe"],
+        "differs": dict(run.differs),
+        "evaluated_on": dataset.evaluation[0],
+        "best": _scores(result.curve[result.best_epoch - 1]),
+        "last": _scores(result.curve[-1]),
+        "test": {"epoch": result.best_epoch, **test_scores},
+        **costs(dict(run.description), dataset.image_size),
+        "epochs": run.recipe.epochs,
+        "batch_size": run.recipe.batch_size,
+        "optimizer": run.recipe.optimizer,
+        "lr": run.recipe.lr,
+        "precision": precision,
+        "views": run.num_views,
+        "soft": run.soft,
+        "confidence": run.confidence,
+        "seed": run.seed,
+        "num_train": len(dataset.train),
+        "num_test": len(dataset.test),
+        "teacher": dict(run.teacher) if run.teacher else None,
+        "distilled": run.is_distilled,
+        "at_chance": result.at_chance,
+        "warnings": result.warnings,
+    }
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
+
+
+def _write(
+    run: Run,
+    result: FitResult,
+    last: Mapping[str, Tensor] | None,
+    metrics: Mapping[str, Any],
+    predictions: bytes,
+    where: Mapping[str, Any],
+) -> None:
+    """Write the outputs, metrics.json last, so that a directory that has it is whole."""
+    (run.out / "metrics.json").unlink(missing_ok=True)
+    meta = {**run.decided_by, "fingerprint": run.fingerprint}
+    meta |= {key: metrics[key] for key in ("teacher", "views", "soft", "confidence", "warnings")}
+    save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
+    if last is not None:
+        save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})
+    write_atomic(run.out / "curve.csv", curve_csv(result.curve))
+    write_atomic(run.out / "predictions.csv", predictions)
+    write_json(run.out / "run.json", where)
+    write_json(run.out / "metrics.json", metrics)
+
+
+def curve_csv(curve: list[dict[str, Any]]) -> bytes:
+    """Return the rows of a curve as CSV; what does not exist is an empty cell."""
+
+    def cell(value: object) -> object:
+        return f"{value:.6g}" if isinstance(value, float) else value
+
+    # Rows that come from a saved state have lost their order.
+    columns = ["epoch", "lr", "train_loss", *(field.name for field in dataclasses.fields(Scores))]
+    return to_csv(columns, ([cell(row[name]) for name in columns] for row in curve))

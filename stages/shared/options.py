@@ -1,0 +1,203 @@
+"""What the commands' options share: their definitions, their parsing, and the context they make."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pipeline.config.recipes import PRECISIONS
+from pipeline.errors import UsageError
+from pipeline.system.stopping import StopSignal
+from stages.shared.context import Context
+from stages.shared.paths import PARAMS
+
+STOP = StopSignal()
+MAX_SEED = 2**31 - 1
+LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
+
+
+class FilePath(click.Path):
+    """A path; an empty one is refused, which an unset variable of a shell gives and `Path` takes for `.`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the path."""
+        if not str(value):
+            self.fail("an empty path", param, context)
+        return super().convert(value, param, context)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number that is neither infinite nor NaN, which compares with no bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, context)
+        return number
+
+
+PATH = FilePath()
+
+recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
+device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
+precision_option = click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="That of the training where left out."
+)
+
+
+def begin_time_limit(context: click.Context, param: click.Parameter, text: str | None) -> None:
+    """Begin to count the limit that the command was given; none where it was given none."""
+    STOP.limit(math.inf if text is None else parse_duration(text))
+
+
+time_limit_option = click.option(
+    "--time-limit",
+    metavar="9m",
+    callback=begin_time_limit,
+    expose_value=False,
+    help="Stop at the next step once this time is over, saved, with exit code 75; run again to go on.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --fresh, --seed and --set."""
+    command = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable.",
+    )(command)
+    command = click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, MAX_SEED),
+        help="Initialisation and order.",
+    )(command)
+    return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
+
+
+def open_context(recipe: str | None = None, device: str | None = None) -> Context:
+    """Load params.yaml, choose the recipe and open the console; a device that is named must be there.
+
+    Under torchrun only rank 0 prints.
+
+    Raises:
+        UsageError: params.yaml or a name is wrong.
+    """
+    from pipeline.config.params import load_params
+    from pipeline.system.runtime import current_ranks
+
+    params = load_params(PARAMS)
+    console = open_console()
+    console.quiet = not current_ranks().is_main
+    context = Context(params, params.select(recipe), console, STOP, device)
+    if device is not None:
+        _ = context.device
+    return context
+
+
+def open_console() -> Console:
+    """Return the console of a command: standard error where standard output belongs to --json; wide in a log."""
+    console = Console(stderr=bool(click.get_current_context().params.get("as_json")))
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
+
+
+def split_names(text: str | None) -> tuple[str, ...] | None:
+    """Split `a,b` into names."""
+    names = tuple(name.strip() for name in text.split(",")) if text is not None else None
+    if names is not None and (not all(names) or len(set(names)) != len(names)):
+        raise UsageError(f"{text!r}: write distinct names separated by commas, as a,b")
+    return names
+
+
+def parse_settings(settings: tuple[str, ...], *, soft: float | None = None) -> dict[str, str]:
+    """Split KEY=VALUE pairs; `--soft T` is another way to write `--set soft=T`."""
+    pairs = {} if soft is None else {"soft": f"{Decimal(str(soft)):f}"}  # YAML's parsers disagree on 1e-05
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if key == "soft" and soft is not None:
+            raise UsageError(f"--set {setting} --soft {soft:g}: both set the temperature; give one of them")
+        if not equals or not key or not value or key in pairs:
+            raise UsageError(f"--set {setting}: write each KEY=VALUE once, as epochs=3")
+        pairs[key] = value
+    return pairs
+
+
+def parse_seeds(text: str | None) -> tuple[int, ...] | None:
+    """Read `0,1,2` as seeds."""
+    if text is None:
+        return None
+    seeds = text.split(",")
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,9}", seed) and int(seed) <= MAX_SEED for seed in seeds):
+        raise UsageError(f"--seeds {text}: write whole numbers from 0 to {MAX_SEED} separated by commas, as 0,1,2")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text}: write each seed once, as 0,1,2")
+    return tuple(map(int, seeds))
+
+
+def parse_keep(text: str | None) -> int | None:
+    """Read `argmax` as 0 and `topk=K` as K."""
+    if text is None or text == "argmax":
+        return None if text is None else 0
+    topk = re.fullmatch(r"topk=([1-9][0-9]{0,4})", text)
+    if topk is None:
+        raise UsageError(f"--keep {text}: write argmax or topk=K, as topk=5")
+    return int(topk[1])
+
+
+def parse_views(text: str | None) -> tuple[int, int | None] | None:
+    """Read `A:B`, `:B` or `A:` as the first view and the one behind the last, None where it is left out."""
+    if text is None:
+        return None
+    bounds = re.fullmatch(r"([0-9]{0,6}):([0-9]{0,6})", text)
+    if bounds is None or text == ":":
+        raise UsageError(f"--views {text}: write A:B for the views A to B - 1, as 0:300; or :B, or A:")
+    return int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
+
+
+def parse_duration(text: str) -> float:
+    """Read `9m`, `90s` or `1h30m` as seconds."""
+    parts = re.fullmatch(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,6})s)?", text)
+    counts = parts.groups() if parts else ()
+    seconds = sum(int(count or 0) * unit for count, unit in zip(counts, (3600, 60, 1), strict=False))
+    if seconds < 1:
+        raise UsageError(f"--time-limit {text!r}: write a span of time as 9m, 90s or 1h30m")
+    return float(seconds)
+
+
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
+    """Read `1,8,64` as distinct numbers of images."""
+    names = split_names(text) or ()
+    sizes = tuple(int(name) for name in names if re.fullmatch(r"[1-9][0-9]{0,4}", name))
+    if len(sizes) != len(names):
+        raise UsageError(f"--batch-sizes {text}: write whole numbers from 1 to 99999 separated by commas, as 1,8,64")
+    return sizes
+
+
+def require_exists(path: Path) -> None:
+    """Refuse a path that does not exist.
+
+    Raises:
+        UsageError: It does not.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name what exists") from None

@@ -1,0 +1,201 @@
+"""params.yaml: what is accepted, what is refused, and that DVC reads the same."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config.params import load_params, override, parse_params
+from pipeline.config.recipes import StudentRecipe, deciding_values
+from pipeline.errors import UsageError
+
+FILE = Path(__file__).parents[3] / "params.yaml"
+TREE = yaml.safe_load(FILE.read_text())
+
+
+def test_every_recipe_of_the_project_loads() -> None:
+    params = load_params(FILE)
+    assert list(params.recipes) == [
+        "digits",
+        "mnist",
+        "cifar10",
+        "cifar100",
+        "cifar100-best",
+        "cifar100-small",
+        "mnist-small",
+        "folder",
+        "folder-small",
+        "smoke",
+    ]
+    assert params.select(None).name == "digits"
+
+
+def test_the_cifar100_recipe_is_the_papers() -> None:
+    recipe = load_params(FILE).select("cifar100")
+    titn = recipe.students["titn"]
+    assert (titn.epochs, titn.batch_size, titn.optimizer, titn.lr) == (600, 1024, "sgd", 0.1)
+    assert (titn.momentum, titn.weight_decay, titn.schedule, titn.alpha) == (0.9, 1e-4, "cosine", 0.5)
+    assert recipe.views["default"].count == 600
+    assert recipe.views["default"].mixing == "cutmix"
+    assert recipe.views["mixup"].mixing == "mixup"
+    assert recipe.dataset.val_fraction == 0.0
+    assert load_params(FILE).select("mnist").students["titn"].epochs == 350
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "vgg16", "vgg19"])
+def test_teachers_that_die_at_the_papers_rate_get_a_lower_one_and_clipping(name: str) -> None:
+    for source in ("cifar100", "cifar10", "mnist"):
+        teacher = load_params(FILE).select(source).teachers[name]
+        assert teacher.lr <= 0.01
+        assert teacher.clip > 0
+    assert load_params(FILE).select("cifar100").teachers["vgg16_bn"].lr == 0.1
+
+
+def test_own_values_go_over_shared_ones() -> None:
+    tree = copy.deepcopy(TREE)
+    tree["recipes"]["smoke"]["students"]["titn"] = {"epochs": 7}
+    students = parse_params(tree).recipes["smoke"].students
+    assert students["titn"].epochs == 7
+    assert students["titn"].model == "titn"
+    assert students["tnt"].epochs == TREE["recipes"]["smoke"]["student"]["epochs"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("recipes.smoke.students.titn.epochs", 0, ["recipes.smoke.students.titn.epochs", "0", "1 to"]),
+        ("recipes.smoke.students.titn.epochs", 1.5, ["students.titn.epochs", "1.5", "integer"]),
+        ("recipes.smoke.students.titn.epochs", True, ["students.titn.epochs", "True", "integer"]),
+        ("recipes.smoke.students.titn.lr", "fast", ["students.titn.lr", "'fast'", "number"]),
+        ("recipes.smoke.students.titn.lr", float("nan"), ["students.titn.lr", "nan", "allowed"]),
+        ("recipes.smoke.students.titn.lr", -0.1, ["students.titn.lr", "-0.1"]),
+        ("recipes.smoke.students.titn.optimiser", "sgd", ["optimiser", "unknown key", "optimizer"]),
+        ("recipes.smoke.dataset", {"a\nb": 1}, ["'a\\nb'", "unknown key"]),
+        ("recipes.smoke.students.titn.optimizer", "lion", ["lion", "sgd, adam, adamw, rmsprop"]),
+        ("recipes.smoke.students.titn.views", "mixpu", ["mixpu", "default, mixup"]),
+        ("recipes.smoke.views.default.operations.count", 3, ["operations.count", "one level up"]),
+        ("recipes.smoke.views.default.count", None, ["views.default.count", "None"]),
+        ("recipes.smoke.dataset", None, ["recipes.smoke.dataset", "not a mapping"]),
+        ("recipe", "imagenet", ["imagenet", "digits"]),
+        ("teachers", ["resnet51"], ["resnet51", "resnet50"]),
+        ("teachers", ["vgg16", "vgg16"], ["twice"]),
+        ("students", {"titn": "mixup"}, ["students.titn", "'mixup'", "'default'"]),
+        ("extra", 1, ["extra", "unknown key"]),
+    ],
+)
+def test_what_is_not_allowed_is_refused_by_key_value_and_way_out(path: str, value: Any, words: list[str]) -> None:
+    tree = copy.deepcopy(TREE)
+    *parents, last = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    with pytest.raises(UsageError) as error:
+        parse_params(tree)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_key_is_named() -> None:
+    tree = copy.deepcopy(TREE)
+    del tree["recipes"]["smoke"]["views"]["default"]["count"]
+    with pytest.raises(UsageError, match=r"recipes\.smoke\.views\.default\.count: missing"):
+        parse_params(tree)
+
+
+@pytest.mark.parametrize(
+    "scalar",
+    ["1e-3", "1E5", "no", "Yes", "on", "off", "010", "0o10", "0x1F", "1_000", ".5", "1.", "+3", "1:30", ".inf", ".nan",
+     "2026-01-01", "True", "NULL", "1.0e5", "!!python/object:os.system x", "*alias"],
+)  # fmt: skip
+def test_a_scalar_that_parsers_read_differently_is_refused(tmp_path: Path, scalar: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(FILE.read_text().replace("lr: 0.0007", f"lr: {scalar}", 1))
+    with pytest.raises(UsageError):
+        load_params(file)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(FILE.read_text() + "\nrecipe: digits\n")
+    with pytest.raises(UsageError, match="given twice"):
+        load_params(file)
+
+
+@pytest.mark.parametrize("text", ["", "[", "recipe: digits", "a: &x 1\nb: *x", "\x00", "- 1", "{" * 5000])
+def test_a_file_that_is_no_params_file_is_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        load_params(file)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not found; run the command in the project's folder"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_dvcs_parser_reads_the_same_values() -> None:
+    ruamel = pytest.importorskip("ruamel.yaml", reason="comes with the extra dvc")
+    assert ruamel.YAML(typ="safe", pure=True).load(FILE.read_text()) == TREE
+
+
+def _paths(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(tree, dict):
+        return [prefix]
+    return [prefix, *(path for key, value in tree.items() for path in _paths(value, (*prefix, key)))][
+        bool(not prefix) :
+    ]
+
+
+ANY = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(path=st.sampled_from(_paths(TREE)), value=ANY)
+def test_any_value_anywhere_is_accepted_whole_or_refused_in_one_line(path: tuple[str, ...], value: Any) -> None:
+    tree = copy.deepcopy(TREE)
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    try:
+        params = parse_params(tree)
+    except UsageError as error:
+        assert "\n" not in str(error)
+    else:
+        assert params.recipe in params.recipes
+
+
+def test_overrides_are_checked_like_the_file() -> None:
+    recipe = StudentRecipe(model="titn", epochs=3, batch_size=8, lr=0.1)
+    assert override(recipe, {"epochs": "5", "lr": "0.01"}, "titn") == dataclasses.replace(recipe, epochs=5, lr=0.01)
+    for settings_, words in (
+        ({"epochs": "0"}, "titn.epochs"),
+        ({"epoch": "5"}, "unknown key"),
+        ({"lr": "1e-3"}, "1e-3"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            override(recipe, settings_, "titn")
+
+
+def test_a_later_field_at_its_default_leaves_former_results_up_to_date() -> None:
+    """What was trained before `ema` and `soft` were fields decides the same as what is trained without them."""
+    plain = StudentRecipe(model="titn", epochs=1, batch_size=8, lr=0.1)
+    values = deciding_values(plain)
+    assert not {"ema", "soft"} & values.keys()
+    assert {"model", "epochs", "lr", "micro_batch", "inner_block", "alpha"} <= values.keys()
+    assert deciding_values(dataclasses.replace(plain, ema=0.99, soft=2.0)) == {**values, "ema": 0.99, "soft": 2.0}

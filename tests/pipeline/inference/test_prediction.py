@@ -1,0 +1,71 @@
+"""From pixels to probabilities, on models whose answers can be worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import NumericalError
+from pipeline.inference.prediction import Network, Predictor
+
+BLACK, WHITE = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
+
+
+class Brightness(nn.Module):
+    """Says how bright an image is: logits (m, 0, -m) of the mean m of normalised pixels, and twice that."""
+
+    def __init__(self, num_heads: int = 2, factor: float = 1.0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        mean = images.mean(dim=(1, 2, 3)) * self.factor
+        logits = torch.stack([mean, torch.zeros_like(mean), -mean], dim=1)
+        return (logits, 2 * logits) if self.num_heads == 2 else logits
+
+
+def predictor(model: nn.Module | None = None, image_size: int = 2) -> Predictor:
+    network = Network(model=model or Brightness(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    names = ("bright", "grey", "dark")
+    return Predictor(network=network, class_names=names, image_size=image_size, device=torch.device("cpu"))
+
+
+def softmax(*logits: float) -> list[float]:
+    powers = np.exp(np.array(logits))
+    return list(powers / powers.sum())
+
+
+def test_the_prediction_is_the_mean_of_both_heads_probabilities() -> None:
+    answer = predictor().answer(np.stack([WHITE, BLACK]))
+    first, second = softmax(1, 0, -1), softmax(2, 0, -2)
+    assert answer.heads["class"][0].tolist() == pytest.approx(first)
+    assert answer.heads["distillation"][0].tolist() == pytest.approx(second)
+    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert answer.probabilities[0].tolist() == pytest.approx(mean)
+    assert answer.probabilities[1].tolist() == pytest.approx(mean[::-1])
+    assert [[name for name, _ in row] for row in answer.top(2)] == [["bright", "grey"], ["dark", "grey"]]
+    assert answer.top(1, "distillation")[0] == [("bright", pytest.approx(second[0]))]
+
+
+def test_one_head_predicts_alone_and_more_classes_than_there_are_are_all_named() -> None:
+    answer = predictor(Brightness(num_heads=1)).answer(WHITE[None])
+    assert list(answer.heads) == ["class"]
+    assert torch.equal(answer.heads["class"], answer.probabilities)
+    assert len(answer.top(50)[0]) == 3
+
+
+def test_of_equal_classes_the_first_comes_first_as_by_argmax() -> None:
+    answer = predictor(Brightness(factor=0.0)).answer(WHITE[None])
+    assert [name for name, _ in answer.top(3)[0]] == ["bright", "grey", "dark"]
+
+
+def test_batches_are_small_where_images_are_large() -> None:
+    assert [predictor(image_size=size).batch_size for size in (16, 32, 64, 1000)] == [1024, 256, 64, 1]
+
+
+def test_a_model_that_has_diverged_gives_no_answer() -> None:
+    with pytest.raises(NumericalError, match="not finite"):
+        predictor(Brightness(factor=float("nan"))).answer(WHITE[None])

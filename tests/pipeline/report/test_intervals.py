@@ -1,0 +1,45 @@
+"""Intervals of means against SciPy's and hand arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipeline.report.intervals import Estimate, estimate, paired_difference, t_quantile
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+def test_students_quantiles_are_scipys(confidence: float) -> None:
+    for degrees in (*range(1, 32), 100, 1001):
+        assert t_quantile(confidence, degrees) == pytest.approx(stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-8)
+
+
+def test_an_interval_is_scipys() -> None:
+    values = [71.2, 73.0, 70.4, 72.9]
+    found = estimate(values)
+    assert (found.count, found.mean) == (4, pytest.approx(71.875))
+    assert found.deviation == pytest.approx(np.std(values, ddof=1))
+    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert found.interval == pytest.approx(expected)
+
+
+def test_a_single_measurement_has_no_interval() -> None:
+    assert estimate([3.0]) == Estimate(1, 3.0, None, None)
+    assert estimate([3.0]).excludes_zero is None
+
+
+def test_differences_are_of_the_seeds_that_both_have() -> None:
+    """Runs that scatter by 10 points differ by 1 all the same: that is what pairs are for."""
+    values = {0: 61.0, 1: 71.2, 2: 80.8, 3: 99.0}
+    references = {2: 80.0, 1: 70.0, 0: 60.0, 4: 1.0}
+    found = paired_difference(values, references)
+    assert found is not None and found.count == 3 and found.mean == pytest.approx(1.0)
+    expected = stats.ttest_rel([61.0, 71.2, 80.8], [60.0, 70.0, 80.0]).confidence_interval(0.95)
+    assert found.interval == pytest.approx((expected.low, expected.high)) and found.excludes_zero
+    assert paired_difference({0: 1.0}, {1: 2.0}) is None
+
+
+@pytest.mark.parametrize(("values", "excludes"), [([1.0, -1.0], False), ([0.0, 0.0], False), ([-1.0, -1.1], True)])
+def test_an_interval_may_have_zero_in_it(values: list[float], excludes: bool) -> None:
+    assert estimate(values).excludes_zero is excludes

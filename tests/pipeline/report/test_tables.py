@@ -1,0 +1,87 @@
+"""Tables and progress."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.report import paper
+from pipeline.report.progress import RunWatcher
+from pipeline.report.tables import Table, difference, number
+
+ROW: dict[str, Any] = {
+    "epoch": 1, "lr": 0.1, "train_loss": 1.5, "top1": 50.0, "top5": 90.0, "agreement": None,
+}  # fmt: skip
+
+
+def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, force_terminal=terminal, width=200), file
+
+
+def test_markdown_has_a_row_for_every_row_and_escapes_bars() -> None:
+    text = Table("T", ("a", "b"), [("x|y", "1"), ("z", "2")], "note").to_markdown()
+    assert text == "## T\n\n| a | b |\n|---|---:|\n| x\\|y | 1 |\n| z | 2 |\n\nnote\n"
+
+
+def test_a_table_on_a_terminal_shows_brackets_as_they_are() -> None:
+    out, file = console(terminal=False)
+    out.print(Table("T [1]", ("name", "b"), [("[bold]x", "1")]).to_rich(80))
+    assert "[bold]x" in file.getvalue()
+    assert "T [1]" in file.getvalue()
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_words() -> None:
+    table = Table("T", ("name", "needed", "dispensable"), [("x", "1.25", "77")], optional=("dispensable",))
+    out, file = console(terminal=False)
+    for width, words, missing in ((40, ["needed", "dispensable", "77"], []), (20, ["needed"], ["dispensable", "77"])):
+        file.truncate(0)
+        out.print(table.to_rich(width))
+        assert all(word in file.getvalue() for word in words)
+        assert not any(word in file.getvalue() for word in missing)
+
+
+def test_figures_that_do_not_exist_are_dashes() -> None:
+    assert (number(None), number(1.005, 1), difference(1.0, None)) == ("-", "1.0", "-")
+    assert difference(75.0, 74.71) == "+0.29"
+
+
+def test_a_log_gets_one_plain_line_an_epoch() -> None:
+    out, file = console(terminal=False)
+    with RunWatcher(out, "titn", 100) as watcher:
+        watcher.started(2, 10, 0, 0)
+        for _ in range(10):
+            watcher.stepped()
+        watcher.epoch_ended(ROW)
+        watcher.epoch_ended({**ROW, "epoch": 2, "agreement": 75.0})
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("titn: epoch 1/2, lr 1.00e-01, train loss 1.5000, top-1 50.00 %, top-5 90.00 %, ")
+    assert "agreement 75.00 %" in lines[1]
+    assert "images/s" in lines[1]
+
+
+def test_a_resumed_run_says_where_it_goes_on() -> None:
+    out, file = console(terminal=False)
+    with RunWatcher(out, "titn", 100) as watcher:
+        watcher.started(2, 10, 1, 3)
+    assert file.getvalue() == "titn: going on from epoch 2, step 3\n"
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    out, file = console(terminal=True)
+    with RunWatcher(out, "titn", 100) as watcher:
+        watcher.started(1, 10, 0, 0)
+        for _ in range(10):
+            watcher.stepped()
+    assert "10/10" in file.getvalue()
+
+
+def test_the_papers_table_3_is_as_printed() -> None:
+    titn = paper.STUDENTS["cifar100"]["titn"]
+    assert (titn.top1, titn.top5, titn.precision, titn.recall, titn.f1) == (74.71, 92.28, 0.72, 0.75, 0.74)
+    assert paper.TEACHERS["cifar100"]["vgg16_bn"].top1 == pytest.approx(79.80)
+    assert len(paper.TEACHERS["cifar100"]) == 8

@@ -1,0 +1,35 @@
+"""Scores of classes against hand arithmetic and scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import precision_recall_fscore_support
+
+from pipeline.training.metrics import ClassScores, class_scores, worst_first
+
+
+def test_a_small_matrix_by_hand() -> None:
+    confusion = torch.tensor([[3, 1, 0, 0], [2, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    scores = class_scores(confusion, ("a", "b", "c", "d"))
+    assert scores == [
+        ClassScores("a", 4, 0.75, 0.6, pytest.approx(6 / 9), "b", 1),
+        ClassScores("b", 5, 0.2, 0.5, pytest.approx(2 / 7), "a", 2),
+        ClassScores("c", 0, None, 0.0, 0.0, None, 0),
+        ClassScores("d", 0, None, None, None, None, 0),
+    ]
+    assert [each.name for each in worst_first(scores)] == ["b", "a", "c", "d"]
+
+
+def test_a_random_matrix_as_by_scikit_learn() -> None:
+    draws = np.random.default_rng(0).integers(0, 12, (2, 900))
+    confusion = torch.zeros(12, 12, dtype=torch.int64)
+    for target, predicted in draws.T:
+        confusion[target, predicted] += 1
+    scores = class_scores(confusion, tuple(map(str, range(12))))
+    expected = precision_recall_fscore_support(draws[0], draws[1])
+    for key, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        assert [getattr(each, key) for each in scores] == pytest.approx(values.tolist()), key
+    ranked = [each.recall for each in worst_first(scores)]
+    assert all(each is not None for each in ranked) and ranked == sorted(ranked, key=lambda each: each or 0.0)

@@ -1,0 +1,433 @@
+"""The fit loop: order, resumption, faults, and cached labels against a teacher that is asked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.recipes import FitRecipe, ViewRecipe
+from pipeline.errors import Interrupted, NumericalError
+from pipeline.labels.cache import LabelCache, make_identity, make_provenance
+from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
+from pipeline.labels.teacher import Teacher, label_view
+from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy
+from pipeline.models.students import STUDENTS, build_student
+from pipeline.system.stopping import StopSignal
+from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
+from pipeline.training.checkpoints import RunState, load_checkpoint
+from pipeline.training.distributed import ALONE, Group
+from pipeline.training.evaluation import evaluate
+from pipeline.training.fit import Fit
+from pipeline.training.resuming import FitResult
+from pipeline.training.step import train_step
+from pipeline.views.views import Views, normalize
+
+NUM_CLASSES, SIZE, NUM_TRAIN = 3, 8, 50
+MEAN = STD = (0.5, 0.5, 0.5)
+VIEW_RECIPE = ViewRecipe(count=2, crop=1, flip=True, mixing="cutmix")
+
+
+def images_and_labels(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise with a bright band whose height is the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(NUM_CLASSES, (number,), generator=generator)
+    images = torch.randint(0, 60, (number, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[:, 2 * label + 1] = 250
+    return images, labels
+
+
+class Watcher:
+    """Counts steps, keeps rows, and can send a signal at a step."""
+
+    def __init__(self, stop: StopSignal | None = None, stop_at: int | None = None) -> None:
+        self.steps, self.rows, self.warnings = 0, [], []
+        self.began: tuple[int, int] = (-1, -1)
+        self._stop, self._stop_at = stop, stop_at
+
+    def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
+        self.began = (epoch, step)
+
+    def stepped(self) -> None:
+        self.steps += 1
+        if self._stop is not None and self.steps == self._stop_at:
+            self._stop._handle(signal.SIGTERM, None)
+
+    def epoch_ended(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
+
+    def warned(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def small_model(dropout: float = 0.2) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout),
+        nn.Linear(6 * SIZE * SIZE, NUM_CLASSES),
+    )  # fmt: skip
+
+
+class Bomb(nn.Module):
+    """Gives NaN in the sixth training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = small_model(), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += self.training
+        logits: Tensor = self.inner(images)
+        return logits * math.nan if self.calls == 6 else logits
+
+
+def objective(outputs: Outputs, batch: Batch) -> Tensor:
+    if isinstance(outputs, tuple):
+        assert batch.teacher_labels is not None
+        return hybrid_loss(outputs, batch.labels, batch.partner_labels, batch.lam, batch.teacher_labels)
+    return mixed_cross_entropy(outputs, batch.labels, batch.partner_labels, batch.lam)
+
+
+def weighing_objective(outputs: Outputs, batch: Batch) -> Tensor:
+    if not isinstance(outputs, tuple):
+        return objective(outputs, batch)
+    assert batch.teacher_labels is not None
+    return hybrid_loss(
+        outputs, batch.labels, batch.partner_labels, batch.lam, batch.teacher_labels,
+        confidence=batch.confidence, mean_confidence=batch.mean_confidence,
+    )  # fmt: skip
+
+
+def evaluation() -> EvaluationData:
+    images, labels = images_and_labels(30, seed=1)
+    return EvaluationData(images, labels, MEAN, STD, NUM_CLASSES)
+
+
+def make_fit(
+    directory: Path,
+    *,
+    model: nn.Module | None = None,
+    watcher: Watcher | None = None,
+    stop: StopSignal | None = None,
+    teacher_labels: TeacherLabels | None = None,
+    group: Group = ALONE,
+    micro_batch: int | None = None,
+    ema: float = 0.0,
+    **settings: Any,
+) -> Fit:
+    recipe = FitRecipe(**{"epochs": 4, "batch_size": 16, "lr": 0.05, "optimizer": "sgd", "clip": 1.0, **settings})
+    views = Views(*images_and_labels(NUM_TRAIN, seed=0), VIEW_RECIPE)
+    return Fit(
+        model=model or small_model(),
+        data=TrainingData(views, MEAN, STD, VIEW_RECIPE.count, teacher_labels),
+        evaluation=evaluation(),
+        objective=objective,
+        recipe=recipe,
+        precision="fp32",
+        seed=3,
+        state=RunState(directory, "fingerprint"),
+        watcher=watcher or Watcher(),
+        stop=stop or StopSignal(),
+        group=group,
+        micro_batch=micro_batch,
+        ema=ema,
+    )
+
+
+def run(directory: Path, **settings: Any) -> tuple[FitResult, dict[str, Tensor]]:
+    torch.manual_seed(7)
+    fit = make_fit(directory, **settings)
+    result = fit.run()
+    return result, fit.model.state_dict()
+
+
+def test_training_learns_and_keeps_the_best_epoch(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, epochs=8)
+    assert len(result.curve) == 8
+    best = max(row["top1"] for row in result.curve)
+    assert best > 80.0
+    assert result.curve[result.best_epoch - 1]["top1"] == best
+    assert result.best_epoch == next(row["epoch"] for row in result.curve if row["top1"] == best)
+    model = small_model()
+    model.load_state_dict(result.best)
+    assert evaluate(model, evaluation()).top1 == best
+
+
+def test_a_run_shorter_than_a_minute_leaves_no_state(tmp_path: Path) -> None:
+    run(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def test_two_runs_are_equal_to_the_bit(tmp_path: Path) -> None:
+    first, last = run(tmp_path / "a")
+    again, last_again = run(tmp_path / "b")
+    assert first.curve == again.curve
+    assert all(torch.equal(last[name], last_again[name]) for name in last)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 16])
+def test_a_stopped_run_ends_like_an_unbroken_one(tmp_path: Path, optimizer: str, stop_at: int) -> None:
+    settings: dict[str, Any] = {"optimizer": optimizer, "lr": 0.002}
+    whole, last = run(tmp_path / "whole", **settings)
+    stop = StopSignal()
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path / "cut", stop=stop, watcher=Watcher(stop, stop_at), **settings)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert "run the same command again" in str(stopped.value)
+    watcher = Watcher()
+    torch.manual_seed(99)
+    resumed = make_fit(tmp_path / "cut", watcher=watcher, **settings)
+    result = resumed.run()
+    assert watcher.began == divmod(stop_at, 4) or watcher.began == (stop_at // 4 - 1, 4)
+    assert watcher.steps == 16 - stop_at
+    assert result.curve == whole.curve
+    assert result.best_epoch == whole.best_epoch
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, last[name]), name
+    for name, tensor in whole.best.items():
+        assert torch.equal(result.best[name], tensor), name
+
+
+def test_a_channels_last_model_is_resumed_with_its_moments_in_the_same_layout(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return small_model().to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    _, last = run(tmp_path / "whole", model=model(), optimizer="adamw", lr=0.01)
+    stop = StopSignal()
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", model=model(), stop=stop, watcher=Watcher(stop, 6), optimizer="adamw", lr=0.01)
+    _, resumed = run(tmp_path / "cut", model=model(), optimizer="adamw", lr=0.01)
+    assert all(torch.equal(resumed[name], last[name]) for name in last)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_the_parts_of_a_batch_have_its_loss_gradients_and_weights(student: str, clip: float) -> None:
+    images, labels = images_and_labels(13, seed=5)
+    teacher_labels, confidence = labels.roll(1), torch.linspace(0.1, 0.9, 13)
+    batch = Batch(
+        normalize(images, MEAN, STD), labels, labels.roll(2), torch.linspace(0.2, 1.0, 13), teacher_labels,
+        confidence, confidence.mean(),
+    )  # fmt: skip
+
+    def step(micro_batch: int | None) -> tuple[Tensor, nn.Module]:
+        torch.manual_seed(0)
+        model = build_student(student, num_classes=NUM_CLASSES, image_size=SIZE, patch_size=4, width=12, depth=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings: dict[str, Any] = {"clip": clip, "precision": "fp32", "micro_batch": micro_batch}
+        loss, finite = train_step(model, batch, weighing_objective, optimizer, **settings)
+        assert finite
+        return loss, model
+
+    loss, model = step(None)
+    for micro_batch in (1, 5, 12, 13, 100):
+        exact = micro_batch >= 13
+        other_loss, other = step(micro_batch)
+        assert torch.equal(loss, other_loss) if exact else abs(loss - other_loss) < 1e-6
+        for parameter, others in zip(model.parameters(), other.parameters(), strict=True):
+            assert parameter.grad is not None and others.grad is not None
+            tolerance = 0.0 if exact else 1e-6
+            torch.testing.assert_close(others.grad, parameter.grad, rtol=0, atol=tolerance)
+            torch.testing.assert_close(others, parameter, rtol=0, atol=tolerance)
+
+
+def test_state_is_saved_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def tick() -> float:
+        clock[0] += 1.0
+        return clock[0]
+
+    monkeypatch.setattr("pipeline.training.fit.time.monotonic", tick)
+    saved: list[float] = []
+    fit = make_fit(tmp_path, epochs=50)
+    monkeypatch.setattr(fit.state, "save", lambda *arguments: saved.append(clock[0]))
+    fit.run()
+    assert len(saved) >= 2
+    assert all(60.0 <= later - earlier <= 70.0 for earlier, later in itertools.pairwise(saved))
+
+
+def test_a_run_without_a_state_ends_alike_and_writes_nothing(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole")
+    torch.manual_seed(7)
+    plain = make_fit(tmp_path / "nowhere")
+    plain.state = None
+    assert plain.run().curve == whole.curve
+    stop = StopSignal()
+    stopped = make_fit(tmp_path / "nowhere", stop=stop, watcher=Watcher(stop, stop_at=2))
+    broken = make_fit(tmp_path / "nowhere", model=Bomb())
+    stopped.state = broken.state = None
+    with pytest.raises(Interrupted):
+        stopped.run()
+    with pytest.raises(NumericalError, match=r"epoch 2, step 2, .* nothing is kept"):
+        broken.run()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_loss_that_is_not_finite_names_epoch_step_and_rate(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError) as error:
+        run(tmp_path, model=Bomb())
+    message = str(error.value)
+    assert "epoch 2, step 2, lr 0.0" in message
+    assert "lower lr" in message
+    assert "\n" not in message
+    kept = tmp_path / "last-good.safetensors"
+    assert str(kept) in message
+    assert kept.is_file()
+
+
+def test_a_running_variance_that_is_not_finite_is_not_kept_though_its_logits_are(tmp_path: Path) -> None:
+    class Overflow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = small_model(), 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += self.training
+            logits: Tensor = self.inner(images)
+            if self.calls == 8:
+                self.inner[1].running_var = torch.full((6,), math.inf)
+            return logits
+
+    with pytest.raises(NumericalError, match=r"epoch 2, after step 4: inner\.1\.running_var is not finite"):
+        run(tmp_path, model=Overflow())
+    kept = load_checkpoint(tmp_path / "last-good.safetensors").tensors
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    class Cliff(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Tensor) -> Tensor:
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return gradient * math.inf
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_model()
+
+        def forward(self, images: Tensor) -> Tensor:
+            result: Tensor = Cliff.apply(self.inner(images))
+            return result
+
+    with pytest.raises(NumericalError, match="epoch 1, step 1"):
+        run(tmp_path, model=Model())
+
+
+def test_logits_that_are_not_finite_are_not_scored() -> None:
+    class Broken(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.full((len(images), NUM_CLASSES), math.nan)
+
+    with pytest.raises(NumericalError, match="logit"):
+        evaluate(Broken(), evaluation())
+
+
+def test_a_run_that_stays_at_chance_is_warned_about_once_and_marked(tmp_path: Path) -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(NUM_CLASSES))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.bias.expand(len(images), -1) * 0.0
+
+    watcher = Watcher()
+    result, _ = run(tmp_path, model=Dead(), watcher=watcher)
+    assert result.at_chance
+    assert len(result.warnings) == len(watcher.warnings) == 1
+    assert "lower lr" in result.warnings[0]
+    learned, _ = run(tmp_path / "other")
+    assert not learned.at_chance
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "expected"),
+    [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (5, 8, [5]), (8, 4, [4, 4]), (1, 4, [1])],
+)
+def test_a_last_batch_of_one_joins_the_one_before(number: int, size: int, expected: list[int]) -> None:
+    parts = split_batches(number, size)
+    assert [part.stop - part.start for part in parts] == expected
+    assert [index for part in parts for index in range(number)[part]] == list(range(number))
+
+
+def test_the_order_is_a_permutation_keyed_by_seed_and_epoch() -> None:
+    order = epoch_order(0, 0, 100)
+    assert sorted(order.tolist()) == list(range(100))
+    torch.manual_seed(5)
+    assert torch.equal(order, epoch_order(0, 0, 100))
+    assert not torch.equal(order, epoch_order(0, 1, 100))
+    assert not torch.equal(order, epoch_order(1, 0, 100))
+
+
+def test_a_student_cycles_through_its_views_and_a_teacher_does_not() -> None:
+    views = Views(*images_and_labels(NUM_TRAIN, seed=0), VIEW_RECIPE)
+
+    def images(data: TrainingData, epoch: int) -> Tensor:
+        [batch] = data.batches(epoch, [torch.arange(6)])
+        return batch.images
+
+    student = TrainingData(views, MEAN, STD, VIEW_RECIPE.count)
+    assert torch.equal(images(student, 0), images(student, 2))
+    teacher = TrainingData(views, MEAN, STD)
+    assert not torch.equal(images(teacher, 0), images(teacher, 2))
+
+
+def test_cached_and_online_labels_give_the_same_loss_at_every_step(tmp_path: Path) -> None:
+    teacher = Teacher(small_model(0.0).eval(), MEAN, STD, "fp32", batch_size=7)
+    views = Views(*images_and_labels(NUM_TRAIN, seed=0), VIEW_RECIPE)
+    identity = make_identity(
+        dataset_sha256="0" * 64,
+        split="train",
+        view_recipe=VIEW_RECIPE,
+        class_names="abc",
+        num_samples=NUM_TRAIN,
+    )
+    provenance = make_provenance(
+        teacher="small",
+        checkpoint_sha256="0" * 64,
+        mean=MEAN,
+        std=STD,
+        precision="fp32",
+        device="cpu",
+        versions={},
+    )
+    rows = np.stack([label_view(teacher, views, view).labels for view in range(VIEW_RECIPE.count)]).astype(np.uint8)
+    cache = LabelCache(labels=rows, clean={}, canaries=(), identity=identity, provenance=provenance)
+    assert len(np.unique(rows)) > 1
+
+    def losses(teacher_labels: TeacherLabels, directory: Path) -> list[float]:
+        torch.manual_seed(0)
+        seen: list[float] = []
+        model = build_student(
+            "titn", num_classes=NUM_CLASSES, image_size=SIZE, patch_size=4, pixel_size=2, width=12, depth=1
+        )
+        fit = make_fit(directory, model=model, teacher_labels=teacher_labels)
+
+        def recording(outputs: Outputs, batch: Batch) -> Tensor:
+            loss = objective(outputs, batch)
+            seen.append(loss.item())
+            return loss
+
+        fit.objective = recording
+        fit.run()
+        return seen
+
+    cached = losses(cached_labels(cache, torch.device("cpu")), tmp_path / "cached")
+    online = losses(online_labels(teacher), tmp_path / "online")
+    assert len(cached) == 16
+    assert cached == pytest.approx(online, abs=1e-6)

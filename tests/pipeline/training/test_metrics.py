@@ -1,0 +1,66 @@
+"""Scores against scikit-learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
+from torch.nn import functional
+
+from pipeline.losses import probabilities
+from pipeline.training.metrics import Meter, confusion_scores
+
+
+@settings(max_examples=60)
+@given(
+    num_classes=st.integers(2, 12),
+    num_samples=st.integers(1, 80),
+    seed=st.integers(0, 2**31 - 1),
+    heads=st.booleans(),
+)
+def test_scores_equal_scikit_learns(num_classes: int, num_samples: int, seed: int, heads: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, num_samples, num_classes, generator=generator)
+    labels = torch.randint(num_classes, (num_samples,), generator=generator)
+    outputs = (first, second) if heads else first
+    meter = Meter(num_classes, torch.device("cpu"))
+    for part in torch.arange(num_samples).split(17):
+        meter.add((first[part], second[part]) if heads else first[part], labels[part])
+    scores = meter.scores()
+
+    likely = probabilities(outputs)
+    predicted = likely.argmax(1)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+    assert scores.top1 == pytest.approx(100 * accuracy_score(labels, predicted))
+    assert (scores.precision, scores.recall, scores.f1) == pytest.approx((precision, recall, f1))
+    assert scores.loss == pytest.approx(functional.nll_loss(likely.log(), labels).item(), rel=1e-5)
+    assert scores.class_top1 == pytest.approx(100 * accuracy_score(labels, first.argmax(1)))
+    if heads:
+        assert scores.distillation_top1 == pytest.approx(100 * accuracy_score(labels, second.argmax(1)))
+    else:
+        assert scores.distillation_top1 is None
+    if num_classes > 5:
+        top5 = top_k_accuracy_score(labels, likely, k=5, labels=range(num_classes))
+        assert scores.top5 == pytest.approx(100 * top5)
+    else:
+        assert scores.top5 == 100.0
+
+
+def test_agreement_counts_predictions_equal_to_the_teachers_labels() -> None:
+    meter = Meter(3, torch.device("cpu"))
+    meter.add(torch.eye(3), torch.tensor([0, 0, 0]), torch.tensor([0, 1, 0]))
+    assert meter.scores().agreement == pytest.approx(200 / 3)
+    assert meter.scores().top1 == pytest.approx(100 / 3)
+
+
+def test_agreement_is_none_without_a_teacher() -> None:
+    meter = Meter(3, torch.device("cpu"))
+    meter.add(torch.eye(3), torch.tensor([0, 1, 2]))
+    assert meter.scores().agreement is None
+
+
+def test_a_class_that_is_never_predicted_counts_zero_precision() -> None:
+    confusion = torch.tensor([[2, 0], [2, 0]])
+    assert confusion_scores(confusion) == pytest.approx((50.0, 0.25, 0.5, 1 / 3))

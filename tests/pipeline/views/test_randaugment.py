@@ -1,0 +1,181 @@
+"""RandAugment and TrivialAugment are torchvision's, given the same draws."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import RandAugment, TrivialAugmentWide
+
+from pipeline.config.recipes import ViewRecipe
+from pipeline.views import operations, randaugment, trivialaugment
+from pipeline.views.augment import POLICIES
+from tests.support.pillow_reference import on_pil, sample_images
+
+SIZES = [(32, 32), (28, 28), (9, 17)]
+MODULES = {"randaugment": randaugment, "trivialaugment": trivialaugment}
+PEERS = {"randaugment": RandAugment(), "trivialaugment": TrivialAugmentWide()}
+NUM_OPERATIONS = len(operations.EVENLY_DRAWN)
+NUM_BINS = trivialaugment.SPACE.num_bins
+SIGNS = (0.2, 0.7)
+
+
+def middle(number: int, num_values: int) -> float:
+    """The draw in the middle of those that give a number."""
+    return (number + 0.5) / num_values
+
+
+NUMBERS = [middle(number, NUM_OPERATIONS) for number in range(NUM_OPERATIONS)]
+
+
+def peers_space(name: str, height: int, width: int) -> dict[str, tuple[Tensor, bool]]:
+    size = () if name == "trivialaugment" else ((height, width),)
+    return PEERS[name]._augmentation_space(NUM_BINS, *size)
+
+
+def replayed(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
+    """What torchvision makes of the images, its draws given instead of drawn.
+
+    Its magnitudes are ours here, since its own hang on the CPU's instructions; they are compared elsewhere.
+    """
+    height, width = images.shape[-2:]
+    space = {
+        operation: (
+            torch.tensor(
+                [
+                    operations.magnitude(MODULES[name].SPACE, operation, each, height, width)
+                    for each in range(magnitudes.numel())
+                ]
+            ).reshape(magnitudes.shape),
+            signed,
+        )
+        for operation, (magnitudes, signed) in peers_space(name, height, width).items()
+    }
+    pending: Iterator[int] = iter(())
+
+    def transform(image: Image.Image, own: NDArray[np.float64]) -> Image.Image:
+        nonlocal pending
+        pending = iter(torchvisions_draws(name, space, own))
+        result = PEERS[name](image)
+        assert next(pending, None) is None, "not all draws were asked for"
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PEERS[name], "_augmentation_space", lambda *_: space)
+        patch.setattr(torch, "randint", lambda high, size, **_: torch.tensor([next(pending)]))
+        return on_pil(transform, images, uniform)
+
+
+def torchvisions_draws(name: str, space: dict[str, tuple[Tensor, bool]], own: NDArray[np.float64]) -> Iterator[int]:
+    """What torchvision would have drawn: an operation, a magnitude where it has any, a sign where it has one."""
+    if name == "randaugment":
+        chosen = [(own[0], None, own[2]), (own[1], None, own[3])]
+    else:
+        chosen = [(own[0], own[1], own[2])]
+    for operation, magnitude_bin, sign in chosen:
+        number = int(operation * len(space))
+        magnitudes, signed = list(space.values())[number]
+        yield number
+        if magnitude_bin is not None and magnitudes.ndim:
+            yield int(magnitude_bin * len(magnitudes))
+        if signed:
+            yield int(sign < 0.5)
+
+
+def ours(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
+    return operations.apply(images, MODULES[name].choose(uniform, *images.shape[-2:]))
+
+
+def each_with_each(images: Tensor, rows: list[tuple[float, ...]]) -> tuple[Tensor, NDArray[np.float64]]:
+    return images.repeat(len(rows), 1, 1, 1), np.repeat(np.array(rows), len(images), axis=0)
+
+
+def test_a_recipe_can_name_every_policy() -> None:
+    choices = ViewRecipe.__dataclass_fields__["autoaugment"].metadata["choices"]
+    assert list(choices) == ["none", *POLICIES]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (331, 500), (96, 224)])
+def test_operations_and_magnitudes_are_torchvisions(name: str, height: int, width: int) -> None:
+    space = peers_space(name, height, width)
+    assert tuple(space) == operations.EVENLY_DRAWN
+    for operation, (magnitudes, signed) in space.items():
+        unsigned = operation in (*operations.UNSIGNED_OPERATIONS, "Identity")
+        assert signed != unsigned and (magnitudes.ndim == 0) == (operation in operations.WITHOUT_MAGNITUDE)
+        expected = magnitudes.double().reshape(-1).numpy()
+        found = [
+            operations.magnitude(MODULES[name].SPACE, operation, each, height, width) for each in range(len(expected))
+        ]
+        # torch.linspace's last bit varies with the CPU.
+        last_bit = float(np.spacing(np.float32(expected.max())))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=last_bit, err_msg=operation)
+
+
+def test_randaugments_strength_is_torchvisions_default() -> None:
+    peer = PEERS["randaugment"]
+    assert (peer.num_ops, peer.magnitude, peer.num_magnitude_bins) == (
+        randaugment.NUM_OPERATIONS,
+        randaugment.MAGNITUDE_BIN,
+        randaugment.SPACE.num_bins,
+    )
+    assert PEERS["trivialaugment"].num_magnitude_bins == NUM_BINS
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_an_operation_of_randaugment_equals_torchvisions_with_either_sign(height: int, width: int) -> None:
+    identity = NUMBERS[0]
+    rows = [(identity, each, 0.5, sign) for each, sign in itertools.product(NUMBERS, SIGNS)]
+    images, uniform = each_with_each(sample_images(height, width), rows)
+    assert torch.equal(ours("randaugment", images, uniform), replayed("randaugment", images, uniform))
+
+
+def test_every_operation_after_every_other_equals_torchvisions() -> None:
+    images, uniform = each_with_each(
+        sample_images(32, 32, num_noise=1)[::3], list(itertools.product(NUMBERS, NUMBERS, SIGNS, SIGNS))
+    )
+    assert torch.equal(ours("randaugment", images, uniform), replayed("randaugment", images, uniform))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_trivialaugment_equals_torchvision_for_every_operation_magnitude_and_sign(height: int, width: int) -> None:
+    bins = [middle(number, NUM_BINS) for number in range(NUM_BINS)]
+    images, uniform = each_with_each(
+        sample_images(height, width, num_noise=1)[:: 1 if (height, width) == (32, 32) else 3],
+        list(itertools.product(NUMBERS, bins, SIGNS)),
+    )
+    assert torch.equal(ours("trivialaugment", images, uniform), replayed("trivialaugment", images, uniform))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_images_too_large_for_kept_maps_equal_torchvisions_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    uniform = np.random.default_rng(0).random((200, MODULES[name].NUM_DRAWS))
+    images = sample_images(24, 31)[torch.arange(200) % 24]
+    kept = ours(name, images, uniform)
+    monkeypatch.setattr(operations, "MAX_KEPT_BYTES", 0)
+    assert torch.equal(ours(name, images, uniform), kept)
+    assert torch.equal(kept, replayed(name, images, uniform))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_input_is_left_alone(name: str) -> None:
+    images = sample_images(8, 8)
+    untouched = images.clone()
+    ours(name, images, np.random.default_rng(0).random((len(images), MODULES[name].NUM_DRAWS)))
+    assert torch.equal(images, untouched)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("max_kept_bytes", [operations.MAX_KEPT_BYTES, 0])
+def test_the_gpu_computes_what_the_cpu_does(name: str, max_kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "MAX_KEPT_BYTES", max_kept_bytes)
+    uniform = np.random.default_rng(0).random((5000, MODULES[name].NUM_DRAWS))
+    images = sample_images(32, 32, num_noise=30)[torch.arange(5000) % 102]
+    assert torch.equal(ours(name, images.cuda(), uniform).cpu(), ours(name, images, uniform))

@@ -1,0 +1,220 @@
+"""Runs that differ in one thing: which are compared, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.report.page import Item, Missing
+from pipeline.report.tables import Figure, Table
+from stages.reports.compared import compared
+from stages.reports.comparisons import Comparisons
+from stages.reports.runs import FinishedRun
+from tests.pipeline.report.test_figures import check
+from tests.support import report_project
+from tests.support.finished_runs import finished, finished_runs, recipe
+from tests.support.in_process import invoke
+
+TEACHER = {"name": "vgg16_bn", "sha256": "a" * 64, "top1": 78.0}
+LABELS, VIEWS = "Does the teacher's label help? ", "How does the number of views matter? "
+
+
+def run(folder: Path, last: float, seed: int = 0, *, name: str = "titn", **changes: Any) -> FinishedRun:
+    """A student whose best epoch is one point above its last; what differs decides what it learns from."""
+    differs = changes.get("differs", {})
+    views = int(differs.get("num_views", 12))
+    is_taught = differs.get("labels") != "none"
+    given = {"teacher": TEACHER, "distilled": is_taught, "views": views, **changes}
+    return finished(
+        folder / str(len(list(folder.iterdir()))), name, [last + 1, last], seed=seed, last=scores(last), **given
+    )
+
+
+def scores(top1: float) -> dict[str, Any]:
+    return {
+        "epoch": 2, "top1": top1, "top5": 90.0, "precision": 0.5, "recall": 0.5, "f1": 0.5, "class_top1": 50.0,
+        "distillation_top1": None, "agreement": None,
+    }  # fmt: skip
+
+
+def find(*runs: FinishedRun) -> Comparisons:
+    return Comparisons.find(finished_runs(recipe("cifar100"), *runs))
+
+
+def tables(found: Comparisons) -> dict[str, Table]:
+    return {item.title: item for item in compared(found, with_figures=False) if isinstance(item, Table)}
+
+
+def row(table: Table, index: int) -> dict[str, str]:
+    return dict(zip(table.columns, table.rows[index], strict=True))
+
+
+def labelled(folder: Path, none: Sequence[float], cached: Sequence[float], online: Sequence[float] = ()) -> list[Any]:
+    """Runs of each kind, of seeds 0, 1, ..."""
+    made = [run(folder, value, seed, differs={"labels": "none"}) for seed, value in enumerate(none)]
+    made += [run(folder, value, seed) for seed, value in enumerate(cached)]
+    return made + [run(folder, value, seed, differs={"labels": "online"}) for seed, value in enumerate(online)]
+
+
+def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> None:
+    found = find(*labelled(tmp_path, [40.0, 42.0, 44.0], [41.0, 43.1, 45.2], [40.5]))
+    table = tables(found)[f"{LABELS}titn"]
+    assert [row[:2] for row in table.rows] == [
+        [labels, measure] for measure in ("last epoch", "best epoch") for labels in ("none", "cached", "online")
+    ]
+    cached = row(table, 1)
+    assert cached["seeds"] == "0 1 2" and cached["top-1 %"] == "43.10 ± 2.10 (3)"
+    assert cached["95 % interval"] == "37.88 to 48.32", "43.1 -+ 4.3027 * 2.1 / sqrt(3)"
+    assert (cached["less none"], cached["less none: 95 % interval"]) == ("+1.10 ± 0.10 (3)", "+0.85 to +1.35")
+    assert list(table.rows[2][2:]) == ["0", "40.50", "-", "+0.50", "-"]
+    assert table.rows[4][3] == "44.10 ± 2.10 (3)", "the best epoch's"
+    assert (
+        "Cached less none: last epoch +1.10 points (beyond what the seeds scatter, its interval excludes 0)"
+        in table.note
+    )
+    assert "Online less none: last epoch +0.50 points (one pair of seeds, no interval)" in table.note
+    assert "over 3 seeds: of initialisation and order alone, not of the data" in table.note
+    assert "A single seed has no interval." in table.note and "left out" not in table.note
+
+
+def test_what_the_seeds_scatter_is_no_difference(tmp_path: Path) -> None:
+    table = tables(find(*labelled(tmp_path, [40.0, 42.0, 44.0], [44.0, 41.0, 43.0])))[f"{LABELS}titn"]
+    assert (
+        "Cached less none: last epoch +0.67 points (within what the seeds scatter, its interval includes 0)"
+        in table.note
+    )
+
+
+def test_seeds_that_have_no_partner_have_no_difference(tmp_path: Path) -> None:
+    none = run(tmp_path, 40.0, 5, differs={"labels": "none"})
+    table = tables(find(none, run(tmp_path, 41.0), run(tmp_path, 42.0, 1)))[f"{LABELS}titn"]
+    assert list(table.rows[1][3:]) == ["41.50 ± 0.71 (2)", "35.15 to 47.85", "-", "-"]
+    assert "Cached less none: no seed in common, no difference." in table.note
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 2, "lr": 0.2}, {"batch_size": 64}, {"optimizer": "adamw"}, {"num_train": 9}, {"views": 5}]
+)
+def test_runs_of_another_budget_are_left_out_and_counted(tmp_path: Path, change: dict[str, Any]) -> None:
+    runs = labelled(tmp_path, [40.0, 42.0], [41.0, 43.0])
+    strangers = [run(tmp_path, 90.0, 2, differs=differs, **change) for differs in ({}, {"labels": "none"})]
+    table = tables(find(*runs, *strangers))[f"{LABELS}titn"]
+    assert table.rows[1][2:4] == ["0 1", "42.00 ± 1.41 (2)"]
+    assert "2 runs are left out, of another budget or teacher" in table.note
+
+
+def test_runs_of_another_teacher_are_left_out_but_no_control_for_its(tmp_path: Path) -> None:
+    """A control learns from none, so that any teacher's labels may be what it is measured against."""
+    other = {**TEACHER, "sha256": "b" * 64}
+    none = [run(tmp_path, 40.0 + seed, seed, differs={"labels": "none"}, teacher=other) for seed in range(2)]
+    cached = [run(tmp_path, 41.0 + seed, seed) for seed in range(2)]
+    table = tables(find(*none, *cached, run(tmp_path, 90.0, 2, teacher=other)))[f"{LABELS}titn"]
+    assert (table.rows[0][2], table.rows[1][2]) == ("0 1", "0 1") and "1 run is left out" in table.note
+
+
+def test_a_copied_run_counts_once(tmp_path: Path) -> None:
+    runs = labelled(tmp_path, [40.0, 42.0], [41.0, 43.0])
+    copy = run(tmp_path, 90.0, 1)
+    found = finished_runs(recipe("cifar100"), *runs)
+    comparison = Comparisons.find(replace(found, others={**found.others, "copy": copy})).labels[0]
+    assert comparison.ways[0].top1("last") == {0: 41.0, 1: 43.0} and comparison.left_out == 1
+
+
+def test_what_differs_otherwise_is_a_comparison_of_its_own(tmp_path: Path) -> None:
+    """What the teacher's labels are made into changes nothing without them; other settings do."""
+    runs = labelled(tmp_path, [40.0, 42.0], [41.0, 43.0])
+    runs += [run(tmp_path, 50.0 + seed, seed, differs={"soft": "2"}, soft=2.0) for seed in range(2)]
+    runs += [run(tmp_path, 60.0, differs={"lr": "0.2"}, lr=0.2), run(tmp_path, 70.0, differs={"num_views": "5"})]
+    runs += [run(tmp_path, 61.0, differs={"labels": "none", "lr": "0.2"}, lr=0.2)]
+    shown = tables(find(*runs))
+    assert list(shown) == [f"{LABELS}titn", f"{LABELS}titn, soft 2", f"{LABELS}titn, lr 0.2", f"{VIEWS}titn"]
+    assert shown[f"{LABELS}titn, soft 2"].rows[1][5] == "+9.50 ± 0.71 (2)"
+    assert shown[f"{LABELS}titn, lr 0.2"].rows[1][5] == "-1.00"
+
+
+def test_a_student_that_learns_from_no_teacher_has_nothing_to_compare(tmp_path: Path) -> None:
+    runs = [run(tmp_path, 40.0, name="vit", distilled=False)]
+    runs.append(run(tmp_path, 41.0, name="vit", differs={"labels": "none"}))
+    assert find(*runs) == find() == Comparisons([], [])
+    assert compared(find()) == [] and find().as_json() == {"labels": [], "views": []}
+
+
+def test_views_are_compared_with_the_loss_that_shows_overfitting(tmp_path: Path) -> None:
+    runs = [run(tmp_path, 30.0 + seed, seed, differs={"num_views": "1"}) for seed in range(3)]
+    runs += [run(tmp_path, 35.0, differs={"num_views": "5"})]
+    runs += [run(tmp_path, 40.0 + 2 * seed, seed) for seed in range(3)]
+    runs += [run(tmp_path, 37.0, seed, differs={"labels": "none"}) for seed in range(2)]
+    curve = runs[0].directory / "curve.csv"
+    curve.write_text(curve.read_text().replace("1.0,30.0", "0.25,30.0"))
+    table = tables(find(*runs))[f"{VIEWS}titn"]
+    assert [row[0] for row in table.rows] == ["1", "5", "12 (the recipe's)", "12 (the recipe's), no teacher"]
+    one = row(table, 0)
+    assert one["last epoch: top-1 %"] == "31.00 ± 1.00 (3)" and one["last epoch: 95 % interval"] == "28.52 to 33.48"
+    assert one["last train loss"] == "0.750 ± 0.433 (3)" and one["agreement %"] == "-"
+    assert "12 views less 1: last epoch +11.00 points (beyond what the seeds scatter" in table.note
+    assert "over 2 or 3 seeds" in table.note and "that without a teacher is of other targets" in table.note
+    assert table.rows[3][4:6] == ["38.00 ± 0.00 (2)", "38.00 to 38.00"]
+    assert tables(find(*runs[:3], *runs[7:])) == {}, "one number of views"
+
+
+def test_views_without_a_teacher_are_compared_by_themselves(tmp_path: Path) -> None:
+    alone = [run(tmp_path, 40.0, differs={"labels": "none", **each}) for each in ({}, {"num_views": "1"})]
+    assert list(tables(find(*alone))) == [f"{VIEWS}titn, labels none"]
+    taught = [run(tmp_path, 50.0, differs=each) for each in ({}, {"num_views": "1"})]
+    shown = tables(find(*alone, *taught))
+    assert [title for title in shown if title.startswith(VIEWS)] == [f"{VIEWS}titn"]
+    assert [row[0] for row in shown[f"{VIEWS}titn"].rows][2:] == ["1, no teacher", "12 (the recipe's), no teacher"]
+
+
+def test_where_test_decides_no_epoch_its_scores_stand_apart(tmp_path: Path) -> None:
+    test = {"test": {**scores(33.0), "agreement": 80.0}, "evaluated_on": "val"}
+    runs = [run(tmp_path, 40.0, differs=each, **test) for each in ({}, {"labels": "none"}, {"num_views": "2"})]
+    shown = tables(find(*runs))
+    assert [row[1] for row in shown[f"{LABELS}titn"].rows][::2] == ["last epoch", "best epoch", "best epoch, on test"]
+    few = row(shown[f"{VIEWS}titn"], 0)
+    assert (few["best epoch, on test: top-1 %"], few["agreement %"]) == ("33.00", "80.00")
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 9])
+def test_figures_show_every_seed(tmp_path: Path, seeds: int) -> None:
+    runs = labelled(tmp_path, [40.0 + seed for seed in range(seeds)], [43.0 - seed / 2 for seed in range(seeds)])
+    runs += [run(tmp_path, 30.0 + seed, seed, differs={"num_views": "1"}) for seed in range(seeds)]
+    items: list[Item] = compared(find(*runs))
+    drawn = {item.name: item for item in items if isinstance(item, Figure)}
+    assert list(drawn) == ["labels-titn", "views-titn"]
+    for figure in drawn.values():
+        check(figure.png)
+        assert figure.data is not None
+    assert len(drawn["labels-titn"].data.rows) == 4 * seeds and len(drawn["views-titn"].data.rows) == 3 * seeds
+    assert list(drawn["views-titn"].data.rows[0]) == ["1", "cached", "0", "30.0000", "31.0000", "1.000000", "-"]
+    missing = [item for item in compared(find(*runs), with_figures=False) if isinstance(item, Missing)]
+    assert [item.title for item in missing] == [figure.title for figure in drawn.values()]
+
+
+def test_the_report_has_the_section_and_its_figures_for_machines(tmp_path: Path) -> None:
+    project = report_project.create(tmp_path / "project")
+    for seed in range(2):
+        report_project.add(
+            project, "titn", 60.0 + seed, seed=seed, differs={"num_views": "1"}, teacher=report_project.TEACHER,
+            distilled=True, views=1,
+        )  # fmt: skip
+    shown = invoke(project, "report", "--recipe", report_project.RECIPE, "--out", "out", "--no-figures")
+    assert f"{LABELS}titn" in shown and f"{VIEWS}titn" in shown
+    text = (project.path / "out/report.md").read_text()
+    assert text.index("## Students") < text.index("## Comparisons") < text.index("## By class")
+    content = json.loads((project.path / "out/report.json").read_text())
+    labels, views = content["comparisons"]["labels"][0], content["comparisons"]["views"][0]
+    assert "tables/does-the-teacher-s-label-help-titn.csv" in content["files"]
+    none, cached = labels["ways"]
+    assert (none["seeds"], none["last"]["interval"], none["last"]["mean"]) == ([0], None, 70.75)
+    assert cached["last"]["values"] == [74.75, 75.75, 76.75] and cached["last"]["sd"] == pytest.approx(1.0)
+    assert cached["last"]["difference"] == {"count": 1, "interval": None, "mean": 4.0, "sd": None}
+    assert labels["budget"]["epochs"] == 20 and labels["teacher"]["name"] == "vgg16_bn"
+    assert views["reference"] == {"labels": "cached", "views": 1} and "difference" not in views["ways"][1]["best"]
+    invoke(project, "report", "--recipe", report_project.RECIPE, "--out", "out", "--no-figures", "--tracked-only")
+    assert "## Comparisons" not in (project.path / "out/report.md").read_text(), "they need data/runs"

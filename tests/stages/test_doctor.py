@@ -1,0 +1,244 @@
+"""`pipeline doctor`: what it finds, what it estimates, and that it writes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.params import load_params
+from pipeline.errors import Interrupted
+from stages.doctor import project as doctor_project
+from stages.doctor.findings import OK, PROBLEM, WARNING, size_text, time_text
+from stages.doctor.probe import Speed
+from stages.doctor.software import extras, software
+from stages.doctor.work import Sizes
+from tests.support.in_process import invoke
+from tests.support.project import Project
+
+
+def small(project: Project) -> Project:
+    """Let a full run be one teacher and two students."""
+    file = project.path / "params.yaml"
+    text = re.sub(r"^teachers: .*$", "teachers: [squeezenet1_1]", file.read_text(), count=1, flags=re.MULTILINE)
+    file.write_text(text)
+    return project
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Project:
+    """A project in which nothing has been run."""
+    return small(Project.create(tmp_path / "project"))
+
+
+@pytest.fixture(scope="module")
+def labelled(taught: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose labels are up to date, and one of its two students."""
+    project = Project(tmp_path_factory.mktemp("doctor") / "project")
+    shutil.copytree(taught.path, project.path)
+    small(project)
+    invoke(project, "label")
+    invoke(project, "distill", "--student", "vit")
+    return project
+
+
+def examine(project: Project, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """Run the doctor, check that it leaves everything as it is, and return what it says as JSON."""
+
+    def state() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(project.path.rglob("*"))}
+
+    before = state()
+    out = invoke(project, "doctor", "--json", *arguments, code=code)
+    assert state() == before
+    start, end = out.index("\n{\n") + 1, out.rindex("\n}") + 2
+    found: dict[str, Any] = json.loads(out[start:end])
+    assert found["ok"] == (code == 0)
+    return found
+
+
+def lines(found: dict[str, Any], mark: str) -> str:
+    return "\n".join(f"{each['text']}; {each['remedy']}" for each in found["findings"] if each["mark"] == mark)
+
+
+def test_a_new_project_is_examined_in_words(empty: Project) -> None:
+    out = invoke(empty, "doctor", "--no-probe")
+    for words in (
+        f"torch {torch.__version__}",
+        "this is smoke",
+        "digits comes with scikit-learn",
+        "0 of 4 stages that train or label are up to date",
+        "disk: the recipe needs at most",
+        "steps are eager",
+        "inner block of titn: ",
+        "not estimated (--no-probe)",
+        "teacher squeezenet1_1",
+    ):
+        assert words in out, words
+
+
+def test_what_is_left_is_timed_and_the_rest_is_not(labelled: Project) -> None:
+    found = examine(labelled)
+    stages = {each["stage"]: each for each in found["stages"]}
+    assert list(stages) == ["teacher@squeezenet1_1", "label@default", "student@titn", "student@vit"]
+    assert {name for name, each in stages.items() if each["why"] is None} == set(stages) - {"student@titn"}
+    titn = stages["student@titn"]
+    assert titn["why"] == "not trained" and titn["measured"]["batch"] == 128 and titn["measured"]["steps"] >= 1
+    assert found["seconds"] == titn["seconds"] > 0
+    assert "3 of 4 stages" in lines(found, OK)
+    needed = {each["name"]: each["needed"] for each in found["artefacts"]}
+    assert needed["prepared data"] == needed["labels default"] == needed["teacher squeezenet1_1"] == 0
+    assert needed["student titn, best and last"] > 0
+
+
+def test_sizes_are_those_of_the_files(labelled: Project) -> None:
+    sizes = {each["name"]: each["size"] for each in examine(labelled, "--no-probe")["artefacts"]}
+    real = {
+        "prepared data": labelled.data / "prepared/dataset.h5",
+        "teacher squeezenet1_1": labelled.data / "teachers/squeezenet1_1/best.safetensors",
+        "the selected teacher, at most": labelled.data / "teacher/best.safetensors",
+    }
+    for name, file in real.items():
+        assert sizes[name] == pytest.approx(file.stat().st_size, rel=0.02), name
+    vit = sum(file.stat().st_size for file in (labelled.data / "students/vit").glob("*.safetensors"))
+    assert sizes["student vit, best and last"] == pytest.approx(vit, rel=0.1)
+    assert sizes["labels default"] == 2 * 1149
+
+
+def test_everything_that_is_to_be_done_is_timed(empty: Project) -> None:
+    found = examine(empty)
+    stages = {each["stage"]: each for each in found["stages"]}
+    assert all(each["seconds"] > 0 for each in stages.values())
+    assert found["seconds"] == pytest.approx(sum(each["seconds"] for each in stages.values()))
+    assert stages["label@default"]["why"] == "teachers come first"
+    assert stages["teacher@squeezenet1_1"]["measured"]["label_rate"] > 0
+
+
+def test_a_changed_field_is_why_a_stage_runs_again(labelled: Project, tmp_path: Path) -> None:
+    shutil.copytree(labelled.path, tmp_path / "copy")
+    project = Project(tmp_path / "copy")
+    project.edit("vit: {}", "vit: {lr: 0.05}")
+    project.edit("count: 2", "count: 3")
+    found = invoke(project, "doctor", "--no-probe")
+    assert "1 of 4 stages" in found
+    project.edit("count: 3", "count: 2")
+    assert "2 of 4 stages" in invoke(project, "doctor", "--no-probe")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (("vit: {}", "vit: {epoch: 3}"), "epoch"),
+        (("vit: {}", "vit: {step: graph}"), "students.vit: step: graph"),
+        (("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {weights: nowhere.pt}"), "weights 'nowhere.pt' does not exist"),
+    ],
+)
+def test_what_cannot_work_is_a_problem_with_its_way_out(empty: Project, edit: tuple[str, str], words: str) -> None:
+    empty.edit(*edit)
+    assert words in lines(examine(empty, "--no-probe", code=1), PROBLEM)
+
+
+def test_data_that_are_not_there_are_a_problem(empty: Project, tmp_path: Path) -> None:
+    for recipe, words in (("cifar100", "prepare --recipe cifar100 --download"), ("folder", "--from FOLDER")):
+        found = examine(empty, "--no-probe", "--recipe", recipe, code=1)
+        assert words in lines(found, PROBLEM)
+    assert "nothing is known of folder's images" in lines(found, WARNING)
+    (empty.path / "params.yaml").unlink()
+    assert "params.yaml" in lines(examine(empty, code=1), PROBLEM)
+    assert "params.yaml" in invoke(Project.create(tmp_path / "other"), "doctor", "--recipe", "imagenet", code=2)
+
+
+def test_a_full_disk_is_a_problem(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(empty.path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_000_000))
+    found = lines(examine(empty, "--no-probe", code=1), PROBLEM)
+    assert "10 MB are free" in found and "larger disk" in found
+
+
+def test_a_batch_that_does_not_fit_is_a_problem(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr("stages.doctor.estimate.probe", probe)
+    found = examine(empty, code=1)
+    assert "titn: batch_size 128 does not fit cpu's memory; lower it, or set micro_batch" in lines(found, PROBLEM)
+    assert found["seconds"] is None
+
+
+def test_a_signal_ends_it(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(*arguments: object, **options: object) -> None:
+        raise Interrupted("stopped", 130)
+
+    monkeypatch.setattr("stages.doctor.estimate.probe", probe)
+    invoke(empty, "doctor", code=130)
+
+
+@pytest.mark.slow
+def test_torch_compile_is_tried_where_the_recipe_uses_it(empty: Project) -> None:
+    empty.edit("vit: {}", "vit: {compile: true}")
+    assert "torch.compile works (students.vit)" in empty.run_anew("doctor")
+    without = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(empty.path / "cache")}
+    out = empty.run_anew("doctor", code=1, **without)
+    assert "compile: true of students.vit: torch.compile fails here" in out and "install a C++ compiler" in out
+    assert "was not tried" in empty.run_anew("doctor", "--no-probe", **without)
+
+
+def test_weights_to_be_downloaded_are_a_warning(
+    empty: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    empty.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {weights: imagenet}")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "ImageNet weights of squeezenet1_1 are not in" in lines(examine(empty, "--no-probe"), WARNING)
+
+
+def test_a_torchvision_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    last = software()[-1]
+    assert last.mark == PROBLEM and "torchvision cannot be imported" in last.text and "together" in last.remedy
+
+
+def test_extras_name_the_pip_line_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["torch>=2.6", 'click; extra == "dvc"', 'no-such-thing>=1; extra == "report"', 'no-such; extra == "dev"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    dvc, report, rest = extras()
+    assert dvc.mark == OK and dvc.text.startswith("extra dvc: click 8")
+    assert report.mark == WARNING and report.line.endswith("not installed; pip install -e '.[report]'")
+    assert rest.mark == OK and rest.text.endswith("not here: dev")
+
+
+def test_dvc_needs_its_folder_and_names_its_remotes(tmp_path: Path) -> None:
+    pytest.importorskip("dvc")
+    with contextlib.chdir(tmp_path):
+        assert "`dvc repro` does not work here" in doctor_project.dvc()[0].text
+        Path(".dvc").mkdir()
+        Path("dvc.yaml").touch()
+        assert "no remote" in doctor_project.dvc()[0].text
+        Path(".dvc/config").write_text("[core]\n    remote = disk\n['remote \"disk\"']\n    url = /mnt/dvc\n")
+        Path(".dvc/config.local").write_text("[cache]\n    dir = /mnt/cache\n")
+        assert doctor_project.dvc()[0].text.endswith("in a checkout, remotes disk")
+        assert doctor_project.dvc_setting("cache", "dir") == "/mnt/cache"
+
+
+def test_a_run_is_scaled_from_its_steps() -> None:
+    # 100 images in batches of 40: 3 updates of 0.5 s; 100 images at (2.5 - 0.5) / 20 s; 50 scored at 25 a second.
+    recipe = load_params(Path(__file__).parents[2] / "params.yaml").recipes["smoke"].students["vit"]
+    speed = Speed(steps=3, batch=20, step_seconds=2.5, update_seconds=0.5, evaluation_rate=25.0)
+    sizes = Sizes(train=100, evaluation=50, test=75, total=225, num_classes=10, image_size=32)
+    recipe = type(recipe)(**{**vars(recipe), "batch_size": 40})
+    assert speed.fit_seconds(recipe, 4, sizes) == pytest.approx(4 * (10.0 + 1.5 + 2.0) + 3.0)
+
+
+def test_sizes_and_times_are_written_for_people() -> None:
+    assert [size_text(each) for each in (0, 999, 4_414_464, 6.7e9, 2e12)] == [
+        "0 bytes", "999 bytes", "4.41 MB", "6.7 GB", "2 TB",
+    ]  # fmt: skip
+    assert [time_text(each) for each in (1.25, 119, 756, 36_000, 864_000)] == [
+        "1.25 s", "119 s", "12.6 min", "10 h", "10 days",
+    ]  # fmt: skip

@@ -1,0 +1,190 @@
+"""`pipeline reproduce` and `pipeline record` on the recipe `smoke`: runs, records, slices of time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.errors import DataError, NumericalError
+from stages.record import Records, describe
+from tests.stages.test_time_limits import ticking  # noqa: F401
+from tests.support.in_process import invoke
+from tests.support.interruptions import files, small_project
+from tests.support.project import Project
+
+DEIT = ("reproduce", "--recipe", "smoke", "--student", "deit")
+RECORDS = "results/runs.jsonl"
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project in which one student and all that it takes have been reproduced."""
+    project = small_project(tmp_path_factory.mktemp("reproduced") / "project")
+    out = invoke(project, *DEIT)
+    assert "5 of 5 jobs are done; 3 new records" in out
+    return project
+
+
+@pytest.fixture
+def project(reproduced: Project, tmp_path: Path) -> Project:
+    shutil.copytree(reproduced.path, tmp_path / "project")
+    return Project(tmp_path / "project")
+
+
+def records(project: Project) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (project.path / RECORDS).read_text().splitlines()]
+
+
+def test_a_record_says_what_was_reached_and_how(reproduced: Project) -> None:
+    found = {each["name"]: each for each in records(reproduced)}
+    assert list(found) == ["squeezenet1_1", "mobilenet_v3_large", "deit"]
+    deit, teacher = found["deit"], found["squeezenet1_1"]
+    metrics = json.loads((reproduced.data / "students/deit/metrics.json").read_text())
+    run = json.loads((reproduced.data / "students/deit/run.json").read_text())
+    for epoch in ("best", "last", "test"):
+        assert deit[epoch] == {key: metrics[epoch][key] for key in deit[epoch]}
+        assert set(deit[epoch]) == {"epoch", "top1", "top5", "precision", "recall", "f1"}
+    for key in ("commit", "device", "date", "seconds", "versions"):
+        assert deit[key] == run[key]
+    chosen = json.loads((reproduced.data / "selection.json").read_text())["winner"]
+    assert deit["teacher"] == {"name": chosen, "top1": metrics["teacher"]["top1"]}
+    kept = ("recipe", "kind", "overrides", "seed", "epochs", "views", "precision", "evaluated_on", "weights")
+    assert [deit[key] for key in kept] == ["smoke", "student", {}, 0, 2, 4, "fp32", "val", "random"]
+    assert (teacher["kind"], teacher["views"], teacher["teacher"], teacher["weights"]) == (
+        "teacher",
+        None,
+        None,
+        "none",
+    )
+    for name, each in found.items():
+        folder = reproduced.data / ("students" if name == "deit" else "teachers") / name
+        assert (reproduced.path / f"results/curves/{each['id']}.csv").read_bytes() == (
+            folder / "curve.csv"
+        ).read_bytes()
+
+
+def test_what_is_done_costs_nothing_and_is_recorded_once(project: Project) -> None:
+    before, lines = files(project.path), (project.path / RECORDS).read_bytes()
+    assert "5 of 5 jobs are done\n" in invoke(project, *DEIT, "--dry-run")
+    assert "5 of 5 jobs are done; 0 new records" in invoke(project, *DEIT)
+    assert files(project.path) == before and (project.path / RECORDS).read_bytes() == lines
+    (project.path / RECORDS).write_bytes(lines.splitlines(keepends=True)[0])
+    assert "0 new" not in invoke(project, *DEIT)
+    assert (project.path / RECORDS).read_bytes() == lines
+
+
+@pytest.mark.usefixtures("ticking")
+def test_slices_of_time_end_as_an_unbroken_run(
+    reproduced: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(step=100)
+    monkeypatch.setattr("pipeline.training.resuming.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    project = small_project(tmp_path / "project")
+    slices = 0
+    while "time limit reached" in invoke(project, *DEIT, "--time-limit", "40s", code=None):
+        slices += 1
+        assert slices < 100
+    assert slices > 2
+    assert files(project.path) == files(reproduced.path)
+    ids = [{each["id"] for each in records(one)} for one in (project, reproduced)]
+    assert ids[0] == ids[1]
+    assert max(each["seconds"] for each in records(project)) >= 200, "the sessions' seconds add up"
+
+
+def test_ablations_leave_their_runs_beside_the_recipes_own(project: Project) -> None:
+    for ablation in ("labels", "views"):
+        invoke(project, "reproduce", "--recipe", "smoke", "--ablation", ablation, "--student", "deit")
+    found = {json.dumps(each["overrides"]) for each in records(project) if each["name"] == "deit"}
+    expected: list[dict[str, str]] = [{}, {"labels": "none"}, {"labels": "online"}, {"num_views": "1"}]
+    assert found == {json.dumps(each) for each in [*expected, {"num_views": "2"}]}
+    own = next(each for each in records(project) if each["overrides"] == {"labels": "online"})
+    assert own["teacher"] == records(project)[2]["teacher"]
+
+
+def test_labels_hold_on_to_their_teacher(project: Project) -> None:
+    selection = json.loads((project.data / "selection.json").read_text())
+    chosen = selection["winner"]
+    other = next(each["name"] for each in selection["candidates"] if each["name"] != chosen)
+    better = project.data / "teachers" / other / "metrics.json"
+    metrics = json.loads(better.read_text())
+    metrics["best"]["top1"], metrics["at_chance"] = 100.0, False
+    better.write_text(json.dumps(metrics))
+    before = files(project.path)
+    out = invoke(project, *DEIT)
+    assert f"done: {other} has the highest top1; labels and students stay with {chosen}'s" in out
+    assert files(project.path) == before
+
+
+def test_labels_without_their_teacher_are_enough(project: Project) -> None:
+    chosen = json.loads((project.data / "selection.json").read_text())["winner"]
+    for path in (project.data / "teacher", project.data / "teachers" / chosen, project.data / "students"):
+        shutil.rmtree(path)
+    out = invoke(project, *DEIT)
+    assert f"teacher {chosen}: done elsewhere; its labels are here" in out and "5 of 5 jobs are done" in out
+    assert not (project.data / "teacher").exists() and (project.data / "students/deit/best.json").exists()
+
+
+def test_a_job_that_diverges_is_said_and_the_others_go_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: object, **__: object) -> None:
+        raise NumericalError("epoch 1, step 3: not finite")
+
+    monkeypatch.setattr("stages.reproduction.jobs.train_teacher", diverge)
+    shutil.rmtree(project.data / "teachers" / "squeezenet1_1")
+    shutil.rmtree(project.data / "labels")
+    shutil.rmtree(project.data / "students")
+    out = invoke(project, *DEIT, code=5)
+    assert out.splitlines()[-1].endswith("smoke teacher squeezenet1_1: epoch 1, step 3: not finite")
+    assert "4 of 5 jobs are done" in out
+    for name in ("teachers", "labels"):
+        shutil.rmtree(project.data / name)
+    out = invoke(project, *DEIT, "--seeds", "1", code=5)
+    assert "student deit, seed 1: left out, it takes labels of the views default" in out
+
+
+def test_a_damaged_result_is_said_and_the_others_go_on(project: Project) -> None:
+    file = project.data / "teachers/squeezenet1_1/curve.csv"
+    file.write_text("epoch,top1\n")
+    for path in (project.path / "results").rglob("*.*"):
+        path.unlink()
+    out = invoke(project, *DEIT, code=3)
+    assert "2 new records" in out and "curve.csv: not a curve of 3 epochs; train the model again" in out
+
+
+# Records
+
+
+def test_record_names_what_is_no_finished_run_and_records_the_rest(project: Project) -> None:
+    arguments = ("data/smoke/students/deit", "data/smoke/labels", "--out", "other/kept.jsonl")
+    out = invoke(project, "record", *arguments, code=3)
+    assert "deit: recorded as" in out and "data/smoke/labels: no finished run" in out
+    assert len((project.path / "other/kept.jsonl").read_text().splitlines()) == 1
+    assert "is in other/kept.jsonl already" in invoke(project, "record", arguments[0], *arguments[2:])
+
+
+def test_a_line_that_was_cut_is_left_out_and_another_that_is_none_is_refused(project: Project) -> None:
+    file = project.path / RECORDS
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    assert len(Records(file).read()) == 2
+    invoke(project, *DEIT)
+    assert file.read_bytes() == whole
+    file.write_bytes(whole[:-1])
+    invoke(project, *DEIT)
+    assert file.read_bytes() == whole
+    file.write_bytes(b"{}\n" + whole)
+    assert "line 1 is no record" in invoke(project, *DEIT, code=3)
+    with pytest.raises(DataError, match="line 1"):
+        Records(file).add(project.data / "students/deit")
+
+
+def test_a_run_that_was_trained_again_is_another_record(project: Project) -> None:
+    meta = project.data / "students/deit/best.json"
+    before = describe(project.data / "students/deit")["id"]
+    meta.write_text(meta.read_text().replace(json.loads(meta.read_text())["sha256"], "0" * 64))
+    assert describe(project.data / "students/deit")["id"] != before

@@ -1,0 +1,368 @@
+"""predict, evaluate and bench on checkpoints, run in this process; the weights are random, which needs no training."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.images import read_image
+from pipeline.errors import PipelineError
+from pipeline.inference import speed
+from pipeline.inference.loading import build_model
+from pipeline.inference.prediction import Answer, Predictor
+from pipeline.training.checkpoints import save_checkpoint
+from stages.cli import cli
+from stages.trained import load_trained
+from tests.support.project import Project
+
+GEOMETRY = {
+    "patch_size": 8,
+    "pixel_size": 2,
+    "width": 48,
+    "depth": 1,
+    "num_heads": 3,
+    "pixel_width": 12,
+    "pixel_heads": 2,
+}
+CLASSES = ("ant", "bee", "cat")
+
+
+class Ended(NamedTuple):
+    out: str
+    err: str
+    code: int = 0
+
+
+def run(folder: Path, *arguments: str, code: int = 0, stdin: bytes = b"") -> Ended:
+    """Run a command in this process and check its exit code."""
+    out, err, found = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main(list(arguments), standalone_mode=False)
+            except PipelineError as error:
+                found = error.exit_code
+                err.write(f"{error}\n")
+            except click.ClickException as error:
+                found = 2
+                err.write(f"{error.format_message()}\n")
+    assert found == code, f"exit {found}, expected {code}\n{out.getvalue()}\n{err.getvalue()}"
+    return Ended(out.getvalue(), err.getvalue(), found)
+
+
+def describe(model: str, kind: str, class_names: tuple[str, ...] = CLASSES, **extra: Any) -> dict[str, Any]:
+    sizes = {"num_classes": len(class_names)}
+    return {
+        "kind": kind,
+        "model": model,
+        "arguments": {**sizes, "image_size": 16, **GEOMETRY} if kind == "student" else sizes,
+        "class_names": list(class_names),
+        "image_size": 16 if kind == "student" else 32,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.25, 0.3],
+        "training": {"precision": "fp32"},
+        **extra,
+    }
+
+
+def checkpoint(folder: Path, meta: dict[str, Any], seed: int = 0) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_checkpoint(folder, "best", build_model(meta["kind"], meta["model"], meta["arguments"]).state_dict(), meta)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three checkpoints and with images, some of them odd or bad, and with nothing else."""
+    folder, pixels = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
+    for model, kind in (("titn", "student"), ("vit", "student"), ("squeezenet1_1", "teacher")):
+        checkpoint(folder / model, describe(model, kind))
+    for index in range(9):
+        path = folder / "images" / ("bee", "cat")[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.integers(0, 256, (12, 20, 3), np.uint8)).save(path)
+    return folder
+
+
+def answer(folder: Path, files: list[Path]) -> Answer:
+    predictor = load_trained(folder, "cpu").predictor
+    return predictor.answer(np.stack([read_image(file, predictor.image_size) for file in files]))
+
+
+# predict
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [("titn", ["class", "distillation"]), ("vit", ["class"]), ("squeezenet1_1", ["class"])],
+)
+def test_json_has_a_line_for_each_image_with_what_the_model_says(place: Path, model: str, heads: list[str]) -> None:
+    out = run(place, "predict", model, "images/cat", "images/bee/0.png", "--json", "--topk", "2").out
+    lines = [json.loads(line) for line in out.splitlines()]
+    names = [f"images/cat/{index}.png" for index in (1, 3, 5, 7)] + ["images/bee/0.png"]
+    assert [line["path"] for line in lines] == names
+    expected = answer(place / model, [place / name for name in names])
+    for line, top in zip(lines, expected.top(2), strict=True):
+        assert [(each["class"], each["probability"]) for each in line["top"]] == [
+            (name, pytest.approx(value, abs=1e-5)) for name, value in top
+        ]
+    assert all(list(line["heads"]) == heads for line in lines)
+    for head in heads:
+        named = [[each["class"] for each in line["heads"][head]] for line in lines]
+        assert named == [[name for name, _ in row] for row in expected.top(2, head)]
+
+
+def test_people_see_both_heads_beside_the_prediction(place: Path) -> None:
+    heading, name, *rows = run(place, "predict", "titn", "images/cat/1.png").out.splitlines()
+    assert heading.split() == ["prediction", "class", "head", "distillation", "head"]
+    assert name == "images/cat/1.png"
+    assert len(rows) == len(CLASSES), "no more classes than there are"
+    assert all(row.count("%") == 3 for row in rows)
+    one_head = run(place, "predict", "vit", "images/cat/1.png", "images/cat/3.png", "--topk", "1").out.splitlines()
+    assert [line.count("%") for line in one_head] == [0, 1, 0, 1]
+
+
+def test_the_rest_is_answered_where_files_are_bad(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "images", tmp_path / "images")
+    good = tmp_path / "images/bee/0.png"
+    torn = good.read_bytes()[:200]
+    for name, content in (
+        ("bee/torn.png", torn),
+        ("bee/empty.jpg", b""),
+        ("bee/drawing.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        ("bee/new\nline.png", b""),
+        ("bee/film.mp4", b"film"),
+    ):
+        (tmp_path / "images" / name).write_bytes(content)
+    shutil.copy(good, tmp_path / os.fsdecode(b"images/bee/\xff\xfe.png"))
+    os.mkfifo(tmp_path / "pipe.png")
+    ended = run(tmp_path, "predict", str(place / "vit"), "images", "nowhere.png", "pipe.png", "--json", code=1)
+    lines = [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]
+    assert len(lines) == 10
+    assert lines[5]["path"] == r"images/bee/\xff\xfe.png"
+    *named, last = ended.err.splitlines()
+    assert last == "6 of 16 could not be read; they are named above"
+    problems = dict(line.split(": ", 1) for line in named)
+    assert problems["images/bee/empty.jpg"] == "empty"
+    assert problems["images/bee/drawing.png"] == "not an image of a known format"
+    assert problems[r"images/bee/new\nline.png"] == "empty"
+    assert problems["nowhere.png"] == "no such file or folder"
+    assert problems["pipe.png"] == "not a regular file"
+    assert problems["images/bee/torn.png"].startswith("cannot be read")
+    assert problems["left out, not having an image's suffix"] == "1 .mp4"
+
+
+def test_a_dash_is_one_images_bytes_on_standard_input(place: Path) -> None:
+    content = (place / "images/cat/1.png").read_bytes()
+    piped = json.loads(run(place, "predict", "titn", "-", "--json", stdin=content).out)
+    named = json.loads(run(place, "predict", "titn", "images/cat/1.png", "--json").out)
+    assert piped == {**named, "path": "-"}
+    assert "-: empty" in run(place, "predict", "titn", "-", code=1).err
+    assert "name it once" in run(place, "predict", "titn", "-", "-", code=2).err
+
+
+def test_standard_input_without_end_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.predict.MAX_INPUT_BYTES", 100)
+    content = (place / "images/cat/1.png").read_bytes()
+    assert "-: more than 100 bytes" in run(place, "predict", "titn", "-", code=1, stdin=content).err
+
+
+def test_names_cannot_command_the_terminal(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "vit", describe("vit", "student", ("a\x1b[31m", "b\n", "c")))
+    Image.new("RGB", (4, 4)).save(tmp_path / "\x1b[2J.png")
+    out = run(tmp_path, "predict", "vit", "\x1b[2J.png").out
+    assert "\x1b" not in out
+    assert len(out.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"class_names": ["ant", "bee"]}, "num_classes"),
+        ({"class_names": ["ant", "bee", "bee"]}, "class_names"),
+        ({"class_names": ["ant", "bee", 3]}, "class_names"),
+        ({"class_names": None}, "class_names"),
+        ({"image_size": 32}, "image_size"),
+        ({"image_size": "16"}, "image_size"),
+        ({"mean": [0.5, 0.5]}, "mean"),
+        ({"mean": "abc"}, "mean"),
+        ({"std": [0.5, 0.0, 0.5]}, "std"),
+        ({"training": None}, "give --precision"),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_what_its_inputs_are_is_refused(
+    place: Path, tmp_path: Path, change: dict[str, Any], word: str
+) -> None:
+    shutil.copytree(place / "vit", tmp_path / "vit")
+    file = tmp_path / "vit/best.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    ended = run(tmp_path, "predict", "vit", "x.png", code=3)
+    assert "best.json" in ended.err and word in ended.err
+
+
+# Exports
+
+
+def test_an_export_is_used_as_its_checkpoint_is(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "images", tmp_path / "data/test")
+    source = str(place / "titn")
+    run(tmp_path, "export", source, "--format", "safetensors", "--data", "data", "--out", "exported")
+    told = [run(tmp_path, "predict", path, "data", "--json").out.splitlines() for path in (source, "exported")]
+    assert len(told[0]) == 9
+    for line, other in zip(*(map(json.loads, lines) for lines in told), strict=True):
+        assert list(line["heads"]) == list(other["heads"]) == ["class", "distillation"]
+        for ours, theirs in zip(line["top"], other["top"], strict=True):
+            assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-4)
+    scored = [
+        json.loads(run(tmp_path, "evaluate", path, "--data", "data", "--json").out)
+        for path in (source, "exported/model.safetensors")
+    ]
+    assert scored[0]["loss"] == pytest.approx(scored[1]["loss"], abs=1e-4)
+    assert scored[0]["top1"] == scored[1]["top1"]
+    out = run(tmp_path, "bench", source, "exported", "--batch-sizes", "2", "--rounds", "1", "--json").out
+    assert [row["format"] for row in json.loads(out)["models"]] == ["checkpoint", "safetensors"]
+    assert "--precision bf16" in run(tmp_path, "predict", "exported", "x.png", "--precision", "bf16", code=2).err
+    assert "safetensors" in run(tmp_path, "predict", "exported/model.onnx", "x.png", code=2).err
+
+
+# evaluate
+
+
+def test_a_folder_is_scored_by_the_names_of_its_classes(place: Path) -> None:
+    found = json.loads(run(place, "evaluate", "titn", "--data", "images", "--per-class", "--json").out)
+    paths = sorted((place / "images").glob("*/*.png"))
+    top = answer(place / "titn", paths).top(1)
+    hits = [path.parent.name == row[0][0] for path, row in zip(paths, top, strict=True)]
+    assert found["num_images"] == 9
+    assert found["top1"] == pytest.approx(100 * sum(hits) / 9)
+    assert (found["absent_classes"], found["skipped"]) == (["ant"], [])
+    by_name = {each["name"]: each for each in found["classes"]}
+    assert {name: each["support"] for name, each in by_name.items()} == {"ant": 0, "bee": 5, "cat": 4}
+    assert by_name["bee"]["recall"] == pytest.approx(sum(hits[:5]) / 5)
+    assert found["classes"][-1]["name"] == "ant", "a class without images is not the worst"
+
+
+def test_bad_files_refuse_a_folder_or_are_left_out_and_counted(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "images", tmp_path / "images/test")
+    (tmp_path / "images/test/cat/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "images/test/stray.png").write_bytes(b"")
+    arguments = ("evaluate", str(place / "titn"), "--data", "images")
+    ended = run(tmp_path, *arguments, code=3)
+    for word in ("images: 2 bad", "test/stray.png (not in a class folder)", "test/cat/torn.png (", "--skip-bad"):
+        assert word in ended.err
+    found = json.loads(run(tmp_path, *arguments, "--skip-bad", "--json").out)
+    assert found["num_images"] == 9
+    assert [each["path"] for each in found["skipped"]] == ["test/stray.png", "test/cat/torn.png"]
+    out = run(tmp_path, *arguments, "--skip-bad", "--per-class").out
+    for word in ("2 bad files left out", "no images of 1 classes (ant)", "most often taken for"):
+        assert word in " ".join(out.split())
+    for path in (tmp_path / "images/test").glob("*/*.png"):
+        path.write_bytes(b"")
+    assert "none of its 10 images" in run(tmp_path, *arguments, "--skip-bad", code=3).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--data", "images", "--split", "val"), 2, ["--data", "--split"]),
+        (("--data", "images", "--recipe", "smoke"), 2, ["--data", "--recipe"]),
+        (("--skip-bad",), 2, ["--skip-bad", "--data"]),
+        (("--data", "nowhere"), 2, ["nowhere", "<class>/<image>"]),
+        (("--data", "."), 3, ["images", "not one of the model's 3 classes (ant, bee, cat)"]),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(place: Path, arguments: tuple[str, ...], code: int, words: list[str]) -> None:
+    ended = run(place, "evaluate", "vit", *arguments, code=code)
+    assert all(word in ended.err for word in words), ended.err
+
+
+def test_a_recipes_split_is_scored_by_class(tmp_path: Path) -> None:
+    project = Project.create(tmp_path)
+    run(tmp_path, "prepare")
+    summary = json.loads((project.data / "prepared/summary.json").read_text())
+    meta = describe("vit", "student", tuple(summary["class_names"]))
+    meta |= {"image_size": 32, "arguments": {**meta["arguments"], "image_size": 32}}
+    checkpoint(tmp_path / "vit", meta)
+    found = json.loads(run(tmp_path, "evaluate", "vit", "--split", "val", "--per-class", "--json").out)
+    assert (found["recipe"], found["split"]) == ("smoke", "val")
+    counts = dict(zip(summary["class_names"], summary["class_counts"]["val"], strict=True))
+    assert {each["name"]: each["support"] for each in found["classes"]} == counts
+    assert sum(each["support"] * each["recall"] for each in found["classes"]) == pytest.approx(
+        found["top1"] / 100 * found["num_images"]
+    )
+    recalls = [each["recall"] for each in found["classes"]]
+    assert recalls == sorted(recalls)
+    assert "classes" not in json.loads(run(tmp_path, "evaluate", "vit", "--json").out)
+
+
+# bench
+
+
+def test_bench_says_what_models_cost_and_how_fast_they_answer(place: Path) -> None:
+    threads = torch.get_num_threads()
+    command = ("bench", "titn", "vit", "--batch-sizes", "1,3", "--rounds", "2", "--threads", "1", "--device", "cpu")
+    found = json.loads(run(place, *command, "--precision", "fp32", "--json").out)
+    assert torch.get_num_threads() == threads
+    titn, vit = found["models"]
+    assert (titn["model"], vit["model"], vit["inner_block"], vit["image_size"]) == ("titn", "vit", "none", 16)
+    weights = (place / "vit/best.safetensors").stat().st_size
+    assert vit["file_bytes"] == weights > 4 * vit["parameters"] > 0
+    assert titn["paper_macs"] > vit["paper_macs"] > 0
+    assert titn["flops_per_image"] > vit["flops_per_image"] > 0
+    assert [(each["name"], each["batch_size"]) for each in found["speeds"]] == [
+        ("titn", 1), ("vit", 1), ("titn", 3), ("vit", 3),
+    ]  # fmt: skip
+    for each in found["speeds"]:
+        low, high = each["quartiles_ms"]
+        assert 0 < low <= each["median_ms"] <= high
+        assert each["images_per_second"] == pytest.approx(1000 * each["batch_size"] / each["median_ms"])
+        assert each["peak_bytes"] is None
+    assert all(each["p95_ms"] >= each["median_ms"] for each in found["speeds"] if each["batch_size"] == 1)
+    where = found["environment"]
+    assert (where["rounds"], where["threads"]) == (2, 1)
+    assert [(row["precision"], row["device"], row["format"]) for row in (titn, vit)] == [
+        ("fp32", "cpu", "checkpoint")
+    ] * 2
+    out = " ".join(run(place, "bench", "vit", "--batch-sizes", "2", "--rounds", "1").out.split())
+    for word in ("What they cost", "How fast they answer", "images/s", "1 rounds", "load"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("vit", "vit"), ["vit", "twice"]),
+        (("vit", "--batch-sizes", "0"), ["--batch-sizes 0"]),
+        (("vit", "--batch-sizes", "1,1"), ["1,1", "distinct"]),
+        (("vit", "--batch-sizes", "many"), ["--batch-sizes many"]),
+        (("vit", "--rounds", "0"), ["--rounds"]),
+        (("nowhere",), ["nowhere"]),
+        (("vit", "--device", "tpu9"), ["tpu9"]),
+    ],
+)
+def test_a_bench_that_cannot_be_is_refused(place: Path, arguments: tuple[str, ...], words: list[str]) -> None:
+    ended = run(place, "bench", *arguments, code=2)
+    assert all(word in ended.err for word in words), ended.err
+
+
+def test_a_batch_too_large_for_the_device_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(self: Predictor, pixels: np.ndarray[Any, Any]) -> None:
+        if len(pixels) > 4:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(speed.Predictor, "answer", answer)
+    assert "batch size 8: vit" in run(place, "bench", "vit", "--batch-sizes", "4,8", code=2).err

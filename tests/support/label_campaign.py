@@ -1,0 +1,144 @@
+"""Everything that can happen to labels, in the numbers that stand in results/label-faults.json.
+
+`python -m tests.support.label_campaign --json PATH` runs it and writes what came of it; `pytest -m slow` runs the same
+parts, each as a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipeline.system.runtime import environment
+from tests.support.commands import teach
+from tests.support.label_mutations import damage_files, damage_parts, read_forged
+from tests.support.label_samples import sealed_pair
+from tests.support.labelling_runs import (
+    Labelling,
+    damage_under_way,
+    fail_at_calls,
+    failures,
+    kill_at_calls,
+    kill_at_random,
+    kill_ranks,
+    limit_files,
+    moments,
+)
+from tests.support.project import Project
+from tests.support.tally import Tally
+
+NUM_KILLS = 200
+NUM_RANK_RUNS = 30
+NUM_DAMAGED = 10_000
+NUM_FORGED = 20_000
+NUM_DAMAGED_RUNS = 40
+# Below the lock's content, a part's and the sealed file's size.
+LIMITS = (0, 20, 50, 500, 1150, 1250, 1300, 5000, 9000)
+
+
+def random_kills(project: Project) -> Tally:
+    labelling = Labelling(project, 8)
+    return kill_at_random(labelling, NUM_KILLS, random.Random(1), labelling.start)
+
+
+def kills_at_every_call(project: Project) -> Tally:
+    labelling = Labelling(project, 2)
+    return kill_at_calls(labelling, None, moments(labelling.calls))
+
+
+def kills_at_every_call_of_extending(project: Project) -> Tally:
+    labelling, former = extending(project)
+    return kill_at_calls(labelling, former, moments(labelling.run().calls))
+
+
+def failures_of_every_call(project: Project) -> Tally:
+    labelling = Labelling(project, 2)
+    return fail_at_calls(labelling, None, failures(labelling.calls))
+
+
+def failures_of_every_call_of_extending(project: Project) -> Tally:
+    labelling, former = extending(project)
+    return fail_at_calls(labelling, former, failures(labelling.run().calls))
+
+
+def file_size_limits(project: Project) -> Tally:
+    return limit_files(Labelling(project, 2), LIMITS)
+
+
+def killed_ranks(project: Project) -> Tally:
+    return kill_ranks(Labelling(project, 6), [1, 2, 3] * (NUM_RANK_RUNS // 3), random.Random(2))
+
+
+def parts_damaged_under_way(project: Project) -> Tally:
+    return damage_under_way(Labelling(project, 6), NUM_DAMAGED_RUNS, random.Random(3))
+
+
+def extending(project: Project) -> tuple[Labelling, bytes]:
+    """Be about to extend one view to two."""
+    former = Labelling(project, 1).whole
+    labelling = Labelling(project, 2)
+    labelling.reset(former)
+    return labelling, former
+
+
+LABELLING: dict[str, Callable[[Project], Tally]] = {
+    each.__name__: each
+    for each in (
+        random_kills,
+        kills_at_every_call,
+        kills_at_every_call_of_extending,
+        failures_of_every_call,
+        failures_of_every_call_of_extending,
+        file_size_limits,
+        killed_ranks,
+        parts_damaged_under_way,
+    )
+}
+
+
+DAMAGE = ("damaged_files", "damaged_parts", "forged_files")
+
+
+def main() -> None:
+    """Run everything, or what is named, and write the counts after each part; exit 1 where anything went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="Where the counts go.")
+    parser.add_argument("--only", nargs="+", choices=[*LABELLING, *DAMAGE], default=[*LABELLING, *DAMAGE])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    where, found, began = environment(torch.device("cpu")), {}, time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, other = sealed_pair(folder)
+        project = teach(folder / "project") if set(options.only) & set(LABELLING) else None
+        damage: dict[str, Callable[[], Tally]] = {
+            "damaged_files": lambda: damage_files(folder / "damaged.h5", data, other, NUM_DAMAGED, random.Random(4)),
+            "damaged_parts": lambda: damage_parts(folder / "damaged", NUM_DAMAGED, random.Random(5)),
+            "forged_files": lambda: read_forged(data, other, NUM_FORGED, random.Random(6)),
+        }
+        for part in options.only:
+            found[part] = note(part, damage[part]) if part in damage else note(part, LABELLING[part], project)
+            wrong = sum(len(each["wrong"]) for each in found.values())
+            run = {**where, "seconds": round(time.monotonic() - began)}
+            options.json.write_text(json.dumps({"wrong": wrong, "campaigns": found, "run": run}, indent=2) + "\n")
+    sys.exit(wrong > 0)
+
+
+def note(name: str, campaign: Callable[..., Tally], *arguments: object) -> dict[str, dict[str, int]]:
+    """Run a campaign and print its line."""
+    began = time.monotonic()
+    summary = {**campaign(*arguments).summary(), "seconds": round(time.monotonic() - began, 1)}
+    print(name, json.dumps(summary), flush=True)
+    return summary
+
+
+if __name__ == "__main__":
+    main()

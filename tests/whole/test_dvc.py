@@ -1,0 +1,305 @@
+"""What the real DVC reruns after each kind of change, and what it does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.labels.cache import LabelCache
+from tests.support.commands import run
+from tests.support.markdown import blocks, page
+from tests.support.project import ROOT, Project, environment
+
+pytest.importorskip("dvc", reason="comes with the extra dvc")
+DVC = Path(sys.executable).with_name("dvc")
+
+
+class Checkout(Project):
+    """A git checkout of the project on the recipe `smoke`, with DVC."""
+
+    def shell(self, *command: str) -> str:
+        path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
+        done = subprocess.run(
+            command,
+            cwd=self.path,
+            env=environment(PATH=path, PYTHONPATH="", GIT_CONFIG_GLOBAL="/dev/null"),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def dvc(self, *arguments: str) -> str:
+        return self.shell(str(DVC), *arguments)
+
+    def repro(self, *arguments: str) -> set[str]:
+        """Run `dvc repro` and return the names of the stages that ran."""
+        out = self.dvc("repro", *arguments)
+        return {line.split("'")[1] for line in out.splitlines() if line.startswith("Running stage")}
+
+    def commit(self) -> None:
+        self.shell("git", "add", "-A")
+        self.shell("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "state")
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout in which `dvc repro` has run once."""
+    path = tmp_path_factory.mktemp("reproduced") / "project"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in files:
+        if not name.startswith(("tests/", "results/", "benchmarks/")) and (ROOT / name).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, path / name)
+    Project.create(path)
+    checkout = Checkout(path)
+    checkout.shell("git", "init", "-q")
+    checkout.commit()
+    ran = checkout.repro()
+    assert ran == {
+        "prepare", "teacher@squeezenet1_1", "teacher@mobilenet_v3_large", "select", "label@default",
+        "student@titn", "student@vit", "report",
+    }  # fmt: skip
+    checkout.commit()
+    return checkout
+
+
+@pytest.fixture
+def checkout(reproduced: Checkout, tmp_path: Path) -> Checkout:
+    shutil.copytree(reproduced.path, tmp_path / "project", symlinks=True)
+    return Checkout(tmp_path / "project")
+
+
+def test_a_second_repro_runs_nothing(reproduced: Checkout) -> None:
+    assert reproduced.repro() == set()
+    assert "Data and pipelines are up to date" in reproduced.dvc("status")
+    assert all((reproduced.data / "reports" / name).is_file() for name in ("report.html", "report.md", "report.json"))
+
+
+def test_metrics_and_plots_are_dvcs(reproduced: Checkout) -> None:
+    shown = json.loads(reproduced.dvc("metrics", "show", "--json").splitlines()[-1])
+    files = shown[""]["data"]
+    assert len(files) == 4
+    assert 0 <= files["data/smoke/students/titn/metrics.json"]["data"]["best"]["top1"] <= 100
+    plots = reproduced.dvc("plots", "show", "--json", "data/smoke/students/titn/curve.csv")
+    assert "top1" in plots
+
+
+def plots(out: str) -> dict[str, list[dict[str, Any]]]:
+    """Find the JSON in what `dvc plots` printed; teachers that are not in the recipe give a warning."""
+    data: dict[str, list[dict[str, Any]]] = json.loads(next(line for line in out.splitlines() if line[:1] == "{"))[
+        "data"
+    ]
+    return data
+
+
+def test_dvcs_plots_show_the_curves_together_and_the_reports_pictures(checkout: Checkout) -> None:
+    shown = plots(checkout.dvc("plots", "show", "--json"))
+    for title, folder in (("Figure 4, top-1 of the teachers by epoch", "teachers"),
+                          ("Figures 6 to 8, top-1 of the students by epoch", "students")):  # fmt: skip
+        values = shown[title][0]["content"]["data"]["values"]
+        trained = {path.parent.name for path in (checkout.data / folder).glob("*/curve.csv")}
+        assert {Path(value["filename"]).parts[0] for value in values} == trained
+    assert "data/smoke/reports/figures/figure-4.png" in shown
+    confusion = shown["data/smoke/students/vit/predictions.csv"][0]["content"]["data"]["values"]
+    assert len(confusion) == 360
+    checkout.edit("      vit: {}\n", "      vit: {epochs: 1}\n")
+    checkout.repro("student@vit")
+    title = "Figures 6 to 8, top-1 of the students by epoch"
+    compared = plots(checkout.dvc("plots", "diff", "--json"))[title]
+    values = [value for one in compared for value in one["content"]["data"]["values"]]
+    epochs = {(value["rev"], value["epoch"]) for value in values if value["filename"].startswith("vit")}
+    assert epochs == {("HEAD", "1"), ("HEAD", "2"), ("workspace", "1")}
+
+
+def test_changing_one_students_recipe_reruns_that_student_alone(checkout: Checkout) -> None:
+    checkout.edit("      vit: {}\n", "      vit: {epochs: 3}\n")
+    assert checkout.repro() == {"student@vit", "report"}
+
+
+def test_changing_a_teacher_that_does_not_win_does_not_relabel(checkout: Checkout) -> None:
+    selection = json.loads((checkout.data / "selection.json").read_text())
+    loser = next(each["name"] for each in selection["candidates"] if each["name"] != selection["winner"])
+    own = {
+        "squeezenet1_1": "squeezenet1_1: {epochs: 6",
+        "mobilenet_v3_large": "mobilenet_v3_large: {epochs: 2, bn_momentum: 0.1",
+    }
+    checkout.edit(own[loser], f"{own[loser]}, lr: 0.00001")
+    assert checkout.repro() == {f"teacher@{loser}", "select", "report"}
+
+
+def test_another_winner_relabels_and_retrains(checkout: Checkout) -> None:
+    selection = json.loads((checkout.data / "selection.json").read_text())
+    loser = next(each["name"] for each in selection["candidates"] if each["name"] != selection["winner"])
+    file = checkout.path / "params.yaml"
+    file.write_text(file.read_text().replace("teachers: [squeezenet1_1, mobilenet_v3_large]", f"teachers: [{loser}]"))
+    assert checkout.repro() == {"select", "label@default", "student@titn", "student@vit", "report"}
+    assert LabelCache.open(checkout.data / "labels/default.h5").provenance["teacher"] == loser
+
+
+def test_more_views_extend_the_labels_and_leave_teachers_alone(checkout: Checkout) -> None:
+    file = checkout.data / "labels/default.h5"
+    former = LabelCache.open(file)
+    checkout.edit("count: 2", "count: 3")
+    assert checkout.repro() == {"label@default", "student@titn", "student@vit", "report"}
+    extended = LabelCache.open(file)
+    assert extended.num_views == 3
+    assert (extended.labels[:2] == former.labels).all()
+
+
+def test_changed_code_reruns_the_stages_that_use_it(checkout: Checkout) -> None:
+    for name, stages in (
+        ("stages/reports/tables.py", {"report"}),
+        ("pipeline/models/students/vit.py", {"student@titn", "student@vit", "report"}),
+    ):
+        with (checkout.path / name).open("a") as file:
+            file.write("\n# changed\n")
+        ran = checkout.repro()
+        # Students that come out the same leave the report alone, but for their times.
+        assert ran == stages, name
+
+
+def test_what_the_command_line_wrote_is_adopted_by_the_line_it_ends_with(checkout: Checkout) -> None:
+    checkout.edit("      titn: {}\n", "      titn: {epochs: 1}\n")
+    out = checkout.shell(sys.executable, "-m", "stages.cli", "distill", "--student", "titn")
+    line = out.strip().splitlines()[-1]
+    assert line.endswith("dvc commit -f student@titn")
+    checkout.dvc(*line.split("dvc ")[-1].split())
+    before = (checkout.data / "students/titn/metrics.json").read_bytes()
+    assert checkout.repro() == {"report"}
+    assert checkout.repro() == set()
+    assert (checkout.data / "students/titn/metrics.json").read_bytes() == before
+
+
+def test_students_on_demand_need_no_edit(checkout: Checkout) -> None:
+    checkout.dvc(
+        "exp", "run", "-S", "+students={titn-mixup: mixup}", "-S", "view_recipes=[default,mixup]", "-n", "mixup"
+    )
+    assert (checkout.data / "students/titn-mixup/metrics.json").is_file()
+    assert (checkout.data / "labels/mixup.h5").is_file()
+
+
+def test_an_experiment_in_a_copy_runs_the_copys_code_and_changes_the_recipe(checkout: Checkout) -> None:
+    checkout.dvc("exp", "run", "--temp", "-S", "+recipes.smoke.students.vit.epochs=1", "-n", "short")
+    shown = json.loads(checkout.dvc("exp", "show", "--json"))
+    assert "short" in json.dumps(shown)
+    checkout.dvc("exp", "apply", "short")
+    assert json.loads((checkout.data / "students/vit/metrics.json").read_text())["epochs"] == 1
+
+
+def test_the_page_on_sharing_a_clone_trains_on_what_it_pulls(checkout: Checkout, tmp_path: Path) -> None:
+    share, train, again, moved, everything = (block.splitlines() for block in blocks(page("docs/sharing.md"), "sh"))
+    assert share[1] == "dvc repro" and share[-1] == "git push"  # nothing to do, and nowhere to
+    for line in [share[0].replace("/mnt/storage/titn", str(tmp_path / "remote")), share[2], *share[3:-2]]:
+        checkout.shell(*shlex.split(line))
+    checkout.commit()
+    assert train[0] == "git clone URL titn && cd titn"
+    checkout.shell("git", "clone", "-q", str(checkout.path), str(tmp_path / "titn"))
+    clone = Checkout(tmp_path / "titn")
+    clone.shell(*shlex.split(train[1]))
+    assert {path.name for path in clone.data.iterdir()} == {"labels", "prepared"}
+    ended = run(clone.path, *shlex.split(train[2])[1:])
+    assert ended.code == 0, ended.err
+    assert (clone.data / "students/titn/metrics.json").read_bytes() == (
+        checkout.data / "students/titn/metrics.json"
+    ).read_bytes()
+    clone.edit("      titn: {}\n", "      titn: {epochs: 1}\n")
+    assert again == ["dvc repro --allow-missing student@titn"]
+    assert clone.repro(*shlex.split(again[0])[2:]) == {"student@titn"}
+    assert not (clone.data / "teachers").exists()
+    shutil.rmtree(clone.data)
+    clone.shell("git", "checkout", "-q", ".")
+    assert (
+        "pipeline distill --recipe cifar100 --student titn" in moved[-1]
+    )  # over ssh; tests of interruptions move runs
+    assert everything == ["dvc pull", "dvc repro"]
+    clone.dvc("pull")
+    assert clone.repro() == set()
+
+
+def start_labelling(checkout: Checkout) -> subprocess.Popen[bytes]:
+    """Let DVC label 20 views, and return it when some of them are finished."""
+    checkout.edit("count: 2", "count: 20")
+    path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
+    process = subprocess.Popen(
+        [DVC, "repro", "label@default"],
+        cwd=checkout.path,
+        env=environment(PATH=path, PYTHONPATH="", GIT_CONFIG_GLOBAL="/dev/null"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while len(parts_of(checkout)) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    return process
+
+
+def parts_of(checkout: Checkout) -> dict[str, tuple[int, int]]:
+    """The finished parts, each with what changes when it is written again."""
+    found = {}
+    for file in (checkout.path / "data/work/smoke/labels/default").glob("*.part"):
+        status = file.stat()
+        found[file.name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def test_a_killed_repro_keeps_its_parts_and_the_next_one_goes_on(checkout: Checkout) -> None:
+    file = checkout.data / "labels/default.h5"
+    former = file.read_bytes()
+    process = start_labelling(checkout)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(parts_of(checkout))
+    assert 3 <= finished < 18 and file.read_bytes() == former
+    left = 20 - 2 - finished
+    assert f"labelled {left}/{left} views" in checkout.dvc("repro", "label@default")
+    resumed = file.read_bytes()
+    ended = run(checkout.path, "label", "--fresh")
+    assert ended.code == 0 and "labelled 20/20 views" in ended.out
+    assert file.read_bytes() == resumed
+
+
+@pytest.mark.slow
+def test_labelling_that_outlives_its_dvc_is_not_disturbed_by_another(checkout: Checkout) -> None:
+    process = start_labelling(checkout)
+    process.kill()
+    process.wait()
+    with pytest.raises(AssertionError, match="held by another run"):
+        checkout.dvc("repro", "label@default")
+    until = time.monotonic() + 120
+    while parts_of(checkout):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert "up to date, 20 views" in checkout.dvc("repro", "label@default")
+
+
+def test_labels_that_rotted_in_dvcs_cache_reach_no_student(checkout: Checkout) -> None:
+    file = checkout.data / "labels/default.h5"
+    digest = hashlib.md5(file.read_bytes()).hexdigest()
+    cached = checkout.path / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+    rotten = bytearray(cached.read_bytes())
+    rotten[-100] ^= 1
+    cached.chmod(0o644)
+    cached.write_bytes(rotten)
+    cached.chmod(0o444)
+    file.unlink()
+    checkout.dvc("checkout", "label@default")
+    assert file.read_bytes() == rotten, "DVC trusts what it has made read-only"
+    with pytest.raises(AssertionError, match=r"labels/default\.h5 is not a valid label cache: .*SHA-256 differs"):
+        checkout.dvc("repro", "--single-item", "--force", "student@titn")

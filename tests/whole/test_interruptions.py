@@ -1,0 +1,50 @@
+"""Training that is killed or stopped at random moments and run again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.interruption_campaign import CAMPAIGNS, DISTILL, NUM_TRIALS
+from tests.support.interruptions import Interruptions, interrupt_at_random, kill_at_calls, small_project_with_labels
+from tests.support.project import Project
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return small_project_with_labels(tmp_path_factory.mktemp("labelled") / "project")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAMPAIGNS)
+def test_no_interruption_changes_what_comes_out(tmp_path: Path, name: str) -> None:
+    tally = CAMPAIGNS[name](tmp_path)
+    assert tally.wrong == []
+    assert tally.counts["trials"] == NUM_TRIALS.get(name, 0)
+    assert tally.counts["resumed"] > 0 or name not in NUM_TRIALS
+
+
+def test_a_student_interrupted_at_random_moments_ends_like_an_undisturbed_one(
+    labelled: Project, tmp_path: Path
+) -> None:
+    interruptions = Interruptions(labelled, tmp_path / "scratch", *DISTILL)
+    tally = interrupt_at_random(interruptions, 4, random.Random(0))
+    assert tally.wrong == [] and tally.counts["trials"] == 4
+    assert interruptions.stopped_at_step(13, moved=True) == []
+    tally = kill_at_calls(interruptions, range(interruptions.num_calls())[20::40])
+    assert tally.wrong == [] and tally.counts["kills"] > 1
+
+
+def test_stage_one_interrupted_at_random_moments_ends_like_an_undisturbed_one(
+    labelled: Project, tmp_path: Path
+) -> None:
+    shutil.copytree(labelled.path, tmp_path / "project")
+    project = Project(tmp_path / "project")
+    for folder in ("teachers/squeezenet1_1", "teacher", "labels"):  # all but what the other teacher needs
+        shutil.rmtree(project.data / folder)
+    (project.data / "selection.json").unlink()
+    tally = interrupt_at_random(Interruptions(project, tmp_path / "scratch", "teacher-select"), 1, random.Random(5))
+    assert tally.wrong == []

@@ -1,0 +1,292 @@
+"""Data sets larger than RAM is allowed to hold: mapped where they lie, prepared a few images at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from pipeline.config.params import load_params
+from pipeline.data import arrays as image_arrays
+from pipeline.data.arrays import MappedImages, Selection, Spill, SpilledImages, chunks, select
+from pipeline.data.datasets import Dataset, Split
+from pipeline.data.folders import read_folder
+from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
+from pipeline.system.stopping import StopSignal
+from stages.prepare import prepare
+from stages.shared.context import Context
+from tests.pipeline.data.test_datasets import make_dataset, make_split
+from tests.stages.test_prepare import make_recipe
+from tests.support.project import Project
+
+SIDE, NUM_IMAGES = 64, 400
+BYTES = SIDE * SIDE * 3 * NUM_IMAGES
+
+
+@contextmanager
+def at_most(num_bytes: int) -> Iterator[None]:
+    """Fail where Python and NumPy hold more than so many bytes at a time; HDF5's and the decoders' own are not seen."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < num_bytes, peak
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_arrays, "CHUNK_BYTES", 2**16)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "dataset.h5"
+    make_dataset(0.2).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of noise, and two files that are no images."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        path = root / "train" / ("cat", "dog")[number % 2] / f"{number:03}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(path)
+    for name in ("cat/100x.bmp", "dog/zzz.bmp"):
+        (root / "train" / name).write_bytes(b"no image")
+    return root
+
+
+def prepared(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, limit: int, memory: int) -> dict[str, bytes]:
+    """Prepare a folder in so much memory and return the files."""
+    monkeypatch.setenv(RESIDENT_VARIABLE, str(limit))
+    recipe = make_recipe("folder", image_size=SIDE, val_fraction=0.1)
+    with at_most(memory):
+        prepare(recipe, out=out, raw=out.parent / "raw", folder=folder, skip_bad=True)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+# --- loading ---------------------------------------------------------------------------------------------
+
+
+def test_images_beyond_the_limit_are_mapped_and_the_same(saved: Path) -> None:
+    expected = make_dataset(0.2)
+    total = sum(split.images.nbytes for split in expected.splits.values())
+    for limit, is_mapped in ((total - 1, True), (total, False), (None, False)):
+        dataset = Dataset.load(saved, limit)
+        assert (dataset.sha256, dataset.mean, dataset.std) == (expected.sha256, expected.mean, expected.std)
+        for name, split in dataset.splits.items():
+            assert isinstance(split.images, MappedImages) == is_mapped
+            assert np.array_equal(split.images[:], expected.splits[name].images)
+            assert np.array_equal(split.labels, expected.splits[name].labels)
+
+
+def test_nothing_can_be_written_through_the_map(saved: Path) -> None:
+    images = Dataset.load(saved, 0).train.images
+    with pytest.raises(ValueError, match="read-only"):
+        images[:1][0] = 0
+
+
+def test_loading_and_summing_take_little_memory(tmp_path: Path) -> None:
+    train = make_split(NUM_IMAGES, size=SIDE)
+    make_dataset(train=train, test=make_split(3, size=SIDE)).save(tmp_path / "dataset.h5")
+    with at_most(BYTES // 4):
+        dataset = Dataset.load(tmp_path / "dataset.h5", BYTES // 2)
+        assert dataset.mean[0] > 0
+    np.testing.assert_allclose(dataset.mean, train.images.reshape(-1, 3).mean(0) / 255, rtol=1e-12)
+
+
+def test_a_command_verifies_a_file_once_for_as_long_as_it_is_the_same(
+    taught: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(taught.path, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    params = load_params(Path("params.yaml"))
+    context = Context(params, params.select("smoke"), Console(), StopSignal())
+    dataset = context.dataset()
+    assert context.dataset() is dataset
+    dataset.save(context.paths.dataset)
+    assert context.dataset() is not dataset and context.dataset().sha256 == dataset.sha256
+    with context.paths.dataset.open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(DataError):
+        context.dataset()
+
+
+def test_a_changed_pixel_of_a_mapped_data_set_is_refused(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[content.index(make_dataset(0.2).test.images.tobytes()) + 5] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(DataError, match="damaged: the SHA-256 of its content"):
+        Dataset.load(saved, 0)
+
+
+@pytest.mark.parametrize("length", [100, 1000, 3000, -1000, -1])
+def test_a_truncated_file_is_not_mapped(saved: Path, length: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:length])
+    with pytest.raises(DataError, match="not a prepared data set"):
+        Dataset.load(saved, 0)
+
+
+def chunked(file: h5py.File) -> None:
+    images = file["train/images"][()]
+    del file["train/images"]
+    file.create_dataset("train/images", data=images, chunks=(8, 4, 4, 3), compression="gzip")
+
+
+def external(file: h5py.File) -> None:
+    images = file["train/images"][()]
+    del file["train/images"]
+    images.tofile(Path(file.filename).with_name("train.raw"))
+    file.create_dataset("train/images", images.shape, "u1", external=[("train.raw", 0, images.nbytes)])
+
+
+def compact(file: h5py.File) -> None:
+    images = file["train/images"][()]
+    del file["train/images"]
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.COMPACT)
+    space = h5py.h5s.create_simple(images.shape)
+    h5py.h5d.create(file["train"].id, b"images", h5py.h5t.STD_U8LE, space, properties)
+    file["train/images"][...] = images
+
+
+def unwritten(file: h5py.File) -> None:
+    del file["train/images"]
+    file.create_dataset("train/images", (48, 4, 4, 3), "u1")
+
+
+@pytest.mark.parametrize("damage", [chunked, external, compact, unwritten])
+def test_images_that_do_not_lie_in_one_piece_are_refused(saved: Path, damage: Callable[[h5py.File], None]) -> None:
+    with h5py.File(saved, "r+") as file:
+        damage(file)
+    with pytest.raises(DataError, match="train/images: not stored in one piece") as caught:
+        Dataset.load(saved, 0)
+    assert "pipeline prepare" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fails_at_any_write_leaves_the_earlier_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier, real = saved.read_bytes(), os.pwrite
+    offsets: list[int] = []
+
+    def noting(descriptor: int, data: bytes, offset: int) -> int:
+        offsets.append(offset)
+        if len(offsets) == left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data, offset)
+
+    dataset, left = make_dataset(train=make_split(90)), 0
+    monkeypatch.setattr(os, "pwrite", noting)
+    dataset.save(saved.with_name("whole.h5"))
+    num_calls = len(offsets)
+    for number in range(num_calls):
+        left = number + 1
+        offsets.clear()
+        with pytest.raises(StorageError, match=r"cannot write .*dataset.h5: No space left"):
+            dataset.save(saved)
+        assert sorted(path.name for path in saved.parent.iterdir()) == ["dataset.h5", "whole.h5"]
+        assert saved.read_bytes() == earlier
+    assert num_calls > 6 and Dataset.load(saved.with_name("whole.h5")).sha256 == dataset.sha256
+
+
+def test_short_writes_are_continued(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:1000], offset))
+    make_dataset(0.2).save(saved.with_name("again.h5"))
+    assert saved.with_name("again.h5").read_bytes() == saved.read_bytes()
+
+
+# --- preparing -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_beyond_the_limit_is_prepared_to_the_same_files_in_little_memory(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepared(folder, tmp_path / "in_ram", monkeypatch, 10 * BYTES, 10 * BYTES)
+    spilled = prepared(folder, tmp_path / "spilled", monkeypatch, BYTES // 2, BYTES // 2)
+    assert spilled == expected and spilled.keys() == {"dataset.h5", "summary.json"}
+    assert Dataset.load(tmp_path / "spilled" / "dataset.h5").sha256.encode() in spilled["dataset.h5"]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".dataset.h5.0123456789abcdef.tmp").write_bytes(b"half")
+    assert prepared(folder, tmp_path / "out", monkeypatch, 1, BYTES).keys() == {"dataset.h5", "summary.json"}
+
+
+def test_bad_files_refuse_a_spilled_folder_and_leave_nothing(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(DataError, match=": 2 bad: train/cat/100x.bmp"):
+        read_folder(folder, SIDE, skip_bad=False, spill=Spill(tmp_path / "out", 0))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_while_spilling_is_a_storage_error(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fill_up)
+    with pytest.raises(StorageError, match=r"decoded images in .*out: No space left on device; free space"):
+        read_folder(folder, SIDE, skip_bad=True, spill=Spill(tmp_path / "out", 0))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_spilled_images_outlive_their_folder_and_can_be_cut(tmp_path: Path) -> None:
+    images = make_split(20).images
+    with SpilledImages(tmp_path / "spill", images.shape) as spilled:
+        for row in reversed(range(20)):
+            spilled[row] = images[row]
+        kept = spilled.read()
+    shutil.rmtree(tmp_path / "spill")
+    rows = np.array([19, 0, 7, 7])
+    cut = Split(kept, np.arange(20)).take(rows).take(np.array([3, 0]))
+    assert isinstance(cut.images, Selection) and cut.labels.tolist() == [7, 19]
+    assert np.array_equal(cut.images[:], images[[7, 19]]) and np.array_equal(cut.images[np.array([1])], images[[19]])
+    assert (cut.images.shape, cut.images.nbytes, len(cut.images)) == ((2, 4, 4, 3), 96, 2)
+    assert isinstance(select(images, rows), np.ndarray)
+    assert np.array_equal(np.concatenate(list(chunks(cut.images))), images[[7, 19]])
+
+
+# --- the limit -------------------------------------------------------------------------------------------
+
+
+def test_the_limit_is_a_share_of_ram_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RESIDENT_VARIABLE, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    alone = resident_limit(torch.device("cpu"))
+    assert 2**20 < alone <= ram // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resident_limit(torch.device("cpu")) == alone // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(UsageError, match="LOCAL_WORLD_SIZE=0: not a number of processes"):
+        resident_limit(torch.device("cpu"))
+    monkeypatch.setenv(RESIDENT_VARIABLE, "12345")
+    assert resident_limit(torch.device("cpu")) == 12345
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e9", "4GB", "²"])
+def test_a_limit_that_is_no_number_of_bytes_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(RESIDENT_VARIABLE, text)
+    with pytest.raises(UsageError, match=f"{RESIDENT_VARIABLE}={text}: not a whole number of bytes"):
+        resident_limit(torch.device("cpu"))
