@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.data import folders as image_folders
+from pipeline.data import images
 from pipeline.data.folders import read_folder
 from pipeline.data.images import BadFile, read_image, to_rgb
 from pipeline.errors import DataError, StorageError, UsageError
@@ -161,7 +161,7 @@ def test_a_file_cut_anywhere_is_refused_or_whole(tmp_path, suffix):
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_folders, "MAX_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     header_only = b"P6 12 10 255\n"
     (tmp_path / "big.ppm").write_bytes(header_only)
     with pytest.raises(DataError, match="12 x 10 pixels, more than 100"):
@@ -332,7 +332,7 @@ def test_an_image_that_may_not_be_read_is_a_bad_file(tmp_path, monkeypatch):
     def refuse(path, formats):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(image_folders.Image, "open", refuse)
+    monkeypatch.setattr(images.Image, "open", refuse)
     with pytest.raises(DataError, match=r"2 bad: train/a/x.png \(cannot be read: Permission denied\)"):
         read_folder(tmp_path, 3, skip_bad=False)
 
