@@ -1,17 +1,88 @@
 """The paper's losses, equations 8 to 10, soft distillation beside the hard one, and the prediction of one or two heads.
 
-A model's outputs are either one tensor of logits, or a pair (class head, distillation head).
+A model's outputs are either one tensor of logits, or a pair (class head, distillation head). `objective` gives the loss
+that a recipe trains with, and `training_loss` chooses the equation.
 
 Source: arXiv:2502.16762 §3.5.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.recipes import FitRecipe, StudentRecipe
+
 Outputs = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the outputs for a batch of views are compared with.
+
+    Attributes:
+        labels: `(B,)` int64, y1, the labels of the images.
+        partner_labels: `(B,)` int64, y2, the labels of their CutMix or MixUp partners.
+        lam: `(B,)` float32 in [0, 1], the share of the image that is left.
+        teacher_labels: `(B,)` int64, y_t, the teacher's labels of the same views; or `(B, C)` float32, its
+            distributions; None where the model learns without a teacher.
+        confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
+        mean_confidence: Its mean over all samples of the step, a float32 scalar, or None with it.
+    """
+
+    labels: Tensor
+    partner_labels: Tensor
+    lam: Tensor
+    teacher_labels: Tensor | None = None
+    confidence: Tensor | None = None
+    mean_confidence: Tensor | None = None
+
+
+def objective(recipe: FitRecipe) -> Callable[[Outputs, Targets], Tensor]:
+    """Return the loss that a teacher's or a student's recipe trains with, see `training_loss`."""
+    loss = functools.partial(training_loss, label_smoothing=recipe.label_smoothing)
+    if isinstance(recipe, StudentRecipe):
+        loss = functools.partial(loss, alpha=recipe.alpha, temperature=recipe.soft or 1.0)
+    return loss
+
+
+def training_loss(
+    outputs: Outputs, targets: Targets, *, alpha: float = 0.5, label_smoothing: float = 0.0, temperature: float = 1.0
+) -> Tensor:
+    """Return equation 9 for one head, equation 10 for two heads, or its control for two heads without a teacher.
+
+    Args:
+        outputs: One or two heads' logits, `(B, K)` float each.
+        targets: Of the same samples. A single head never learns from the teacher's labels.
+        alpha: Weight of the distillation head.
+        label_smoothing: Of the ground truth.
+        temperature: T, where the teacher's labels are distributions.
+
+    Returns:
+        A float32 scalar, the mean over the samples.
+
+    Source: arXiv:2502.16762 Eq. 9, 10.
+    """
+    truth = (targets.labels, targets.partner_labels, targets.lam)
+    if not isinstance(outputs, tuple):
+        return mixed_cross_entropy(outputs, *truth, label_smoothing=label_smoothing)
+    if targets.teacher_labels is None:
+        return undistilled_loss(outputs, *truth, alpha=alpha, label_smoothing=label_smoothing)
+    return hybrid_loss(
+        outputs,
+        *truth,
+        targets.teacher_labels,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        temperature=temperature,
+        confidence=targets.confidence,
+        mean_confidence=targets.mean_confidence,
+    )
 
 
 def mixed_cross_entropy(
@@ -23,20 +94,20 @@ def mixed_cross_entropy(
         logits: `(B, K)` float.
         labels: `(B,)` int64, y1, the labels of the images.
         partner_labels: `(B,)` int64, y2, the labels of their CutMix or MixUp partners.
-        lam: `(B,)` float32 in [0, 1], the share of the image that is left. All 1 without mixing, which makes this
-            the plain cross-entropy of equation 8.
+        lam: `(B,)` float32 in [0, 1], the share of the image that is left. Without mixing it is 1 everywhere, and
+            this is the plain cross-entropy of equation 8.
         label_smoothing: Weight of the uniform distribution in both targets.
 
     Returns:
         A float32 scalar.
 
     Source: arXiv:2502.16762 Eq. 9.
-    Differs: lambda is drawn per sample, not once per batch, so it weighs each sample's own terms.
+    Differs: lambda is drawn for each sample, not once for the batch.
     """
     logits = logits.float()
-    own = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    image = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     partner = functional.cross_entropy(logits, partner_labels, reduction="none", label_smoothing=label_smoothing)
-    return (lam * own + (1.0 - lam) * partner).mean()
+    return (lam * image + (1.0 - lam) * partner).mean()
 
 
 def hybrid_loss(
@@ -67,9 +138,9 @@ def hybrid_loss(
         alpha: Weight of the distillation term.
         label_smoothing: Of the ground-truth term only; the teacher's label is used as it is.
         temperature: T, of distributions only.
-        confidence: `(B,)` float32, weights of the samples in D, which their mean over the batch then divides, so that
-            alpha keeps its meaning; None weighs all the same.
-        mean_confidence: That mean, a float32 scalar, where these samples are a part of the batch.
+        confidence: `(B,)` float32, weights of the samples in D; None weighs all the same. They are divided by their
+            mean over the batch, so that alpha keeps its meaning.
+        mean_confidence: That mean, a float32 scalar, where these samples are only a part of the batch.
 
     Returns:
         A float32 scalar.
@@ -109,7 +180,7 @@ def soft_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tens
 
 
 def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
-    """Return the distributions that a teacher's most probable classes leave: the rest is spread over the others.
+    """Return a teacher's distributions from its most probable classes: the others share the rest evenly.
 
     Args:
         classes: `(B, K)` int64 in [0, C), distinct in each row.
@@ -117,9 +188,9 @@ def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int)
         num_classes: C.
 
     Returns:
-        `(B, C)` float32, each row with the sum 1. The mass that the K classes leave, 1 minus their sum, is shared
-        evenly by the C - K others. With K = C it is the teacher's own distribution, as rounded. A float16 above 0.9998
-        is 1: what such a teacher leaves to the others is lost, also to high temperatures.
+        `(B, C)` float32, each row with the sum 1. The C - K other classes share evenly what the K classes leave, 1
+        minus their sum. With K = C it is the teacher's own distribution, as rounded. In float16 a probability above
+        0.9998 becomes 1: what such a teacher gives to the other classes is lost, also at high temperatures.
 
     Source: arXiv:2112.01528 §3.2, "marginal smoothing".
     Differs: rows are normalised, because rounded probabilities may sum to a little more than 1.
@@ -142,8 +213,8 @@ def undistilled_loss(
 ) -> Tensor:
     """Return the hybrid loss of a two-headed model without a teacher: both heads learn the ground truth.
 
-    The control of distillation: the same network, data and weights of the two heads, only y_t is replaced by
-    (y1, y2, lambda). Leaving the second head out would leave it untrained, and the prediction averages both.
+    This is the control of distillation: network, data and the heads' weights stay the same, and only y_t is replaced
+    by (y1, y2, lambda). The second head has to learn too, because the prediction is the mean of both.
 
     Args:
         outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
