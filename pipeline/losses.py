@@ -32,7 +32,7 @@ class Targets:
         teacher_labels: `(B,)` int64, y_t, the teacher's labels of the same views; or `(B, C)` float32, its
             distributions; None where the model learns without a teacher.
         confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
-        mean_confidence: Its mean over all samples of the step, a float32 scalar, or None with it.
+        mean_confidence: Its mean over all samples of the step, a float32 scalar; None is the mean of those here.
     """
 
     labels: Tensor
@@ -68,34 +68,21 @@ def training_loss(
 
     Source: arXiv:2502.16762 Eq. 9, 10.
     """
-    truth = (targets.labels, targets.partner_labels, targets.lam)
     if not isinstance(outputs, tuple):
-        return mixed_cross_entropy(outputs, *truth, label_smoothing=label_smoothing)
+        return mixed_cross_entropy(outputs, targets, label_smoothing=label_smoothing)
     if targets.teacher_labels is None:
-        return undistilled_loss(outputs, *truth, alpha=alpha, label_smoothing=label_smoothing)
-    return hybrid_loss(
-        outputs,
-        *truth,
-        targets.teacher_labels,
-        alpha=alpha,
-        label_smoothing=label_smoothing,
-        temperature=temperature,
-        confidence=targets.confidence,
-        mean_confidence=targets.mean_confidence,
-    )
+        return undistilled_loss(outputs, targets, alpha=alpha, label_smoothing=label_smoothing)
+    return hybrid_loss(outputs, targets, alpha=alpha, label_smoothing=label_smoothing, temperature=temperature)
 
 
-def mixed_cross_entropy(
-    logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, *, label_smoothing: float = 0.0
-) -> Tensor:
+def mixed_cross_entropy(logits: Tensor, targets: Targets, *, label_smoothing: float = 0.0) -> Tensor:
     """Return the mean of lambda CE(p, y1) + (1 - lambda) CE(p, y2).
+
+    Without mixing lambda is 1 everywhere, and this is the plain cross-entropy of equation 8.
 
     Args:
         logits: `(B, K)` float.
-        labels: `(B,)` int64, y1, the labels of the images.
-        partner_labels: `(B,)` int64, y2, the labels of their CutMix or MixUp partners.
-        lam: `(B,)` float32 in [0, 1], the share of the image that is left. Without mixing it is 1 everywhere, and
-            this is the plain cross-entropy of equation 8.
+        targets: Of the same samples; y1, y2 and lambda.
         label_smoothing: Weight of the uniform distribution in both targets.
 
     Returns:
@@ -104,43 +91,34 @@ def mixed_cross_entropy(
     Source: arXiv:2502.16762 Eq. 9.
     Differs: lambda is drawn for each sample, not once for the batch.
     """
-    logits = logits.float()
-    image = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    partner = functional.cross_entropy(logits, partner_labels, reduction="none", label_smoothing=label_smoothing)
+    logits, lam = logits.float(), targets.lam
+    image = functional.cross_entropy(logits, targets.labels, reduction="none", label_smoothing=label_smoothing)
+    partner = functional.cross_entropy(
+        logits, targets.partner_labels, reduction="none", label_smoothing=label_smoothing
+    )
     return (lam * image + (1.0 - lam) * partner).mean()
 
 
 def hybrid_loss(
     outputs: tuple[Tensor, Tensor],
-    labels: Tensor,
-    partner_labels: Tensor,
-    lam: Tensor,
-    teacher_labels: Tensor,
+    targets: Targets,
     *,
     alpha: float = 0.5,
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
-    confidence: Tensor | None = None,
-    mean_confidence: Tensor | None = None,
 ) -> Tensor:
     """Return (1 - alpha) CM(p_cls; y1, y2, lambda) + alpha D(p_dist, y_t).
 
     D is the cross-entropy with the teacher's labels (hard distillation), or T^2 KL(q || p) with its distributions at
-    temperature T (soft distillation, see `soft_divergence`).
+    temperature T (soft distillation, see `soft_divergence`). Where the targets have a confidence, it weighs the samples
+    in D. The weights are divided by their mean over the step, so that alpha keeps its meaning.
 
     Args:
         outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
-        labels: `(B,)` int64, y1.
-        partner_labels: `(B,)` int64, y2.
-        lam: `(B,)` float32 in [0, 1].
-        teacher_labels: `(B,)` int64, y_t, the argmax of the teacher's logits on the same mixed view; or `(B, C)`
-            float32, its distributions.
+        targets: Of the same samples, with the teacher's labels.
         alpha: Weight of the distillation term.
         label_smoothing: Of the ground-truth term only; the teacher's label is used as it is.
         temperature: T, of distributions only.
-        confidence: `(B,)` float32, weights of the samples in D; None weighs all the same. They are divided by their
-            mean over the batch, so that alpha keeps its meaning.
-        mean_confidence: That mean, a float32 scalar, where these samples are only a part of the batch.
 
     Returns:
         A float32 scalar.
@@ -148,15 +126,35 @@ def hybrid_loss(
     Source: arXiv:2502.16762 Eq. 10; soft, arXiv:1503.02531 §2. The weights are ours.
     """
     class_logits, distillation_logits = outputs
-    truth = mixed_cross_entropy(class_logits, labels, partner_labels, lam, label_smoothing=label_smoothing)
+    teacher_labels, confidence, mean = targets.teacher_labels, targets.confidence, targets.mean_confidence
+    assert teacher_labels is not None, "no teacher"
+    truth = mixed_cross_entropy(class_logits, targets, label_smoothing=label_smoothing)
     if teacher_labels.ndim == 2:
         terms = soft_divergence(distillation_logits, teacher_labels, temperature)
     else:
         terms = functional.cross_entropy(distillation_logits.float(), teacher_labels, reduction="none")
     if confidence is not None:
-        terms = confidence / (confidence.mean() if mean_confidence is None else mean_confidence) * terms
+        terms = confidence / (confidence.mean() if mean is None else mean) * terms
     distillation = terms.mean()
     return (1.0 - alpha) * truth + alpha * distillation
+
+
+def undistilled_loss(
+    outputs: tuple[Tensor, Tensor], targets: Targets, *, alpha: float = 0.5, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the hybrid loss of a two-headed model without a teacher: both heads learn the ground truth.
+
+    This is the control of distillation: network, data and the heads' weights stay the same, and only y_t is replaced
+    by (y1, y2, lambda). The second head has to learn too, because the prediction is the mean of both.
+
+    Args:
+        outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
+        targets: Of the same samples.
+        alpha: Weight of the distillation head.
+        label_smoothing: Of both terms.
+    """
+    truth, second = (mixed_cross_entropy(logits, targets, label_smoothing=label_smoothing) for logits in outputs)
+    return (1.0 - alpha) * truth + alpha * second
 
 
 def soft_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -200,34 +198,6 @@ def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int)
     rest = (1.0 - kept.sum(dim=1, keepdim=True)).clamp(min=0.0) / max(num_others, 1)
     full = rest.expand(-1, num_classes).scatter(1, classes, kept)
     return full / full.sum(dim=1, keepdim=True)
-
-
-def undistilled_loss(
-    outputs: tuple[Tensor, Tensor],
-    labels: Tensor,
-    partner_labels: Tensor,
-    lam: Tensor,
-    *,
-    alpha: float = 0.5,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Return the hybrid loss of a two-headed model without a teacher: both heads learn the ground truth.
-
-    This is the control of distillation: network, data and the heads' weights stay the same, and only y_t is replaced
-    by (y1, y2, lambda). The second head has to learn too, because the prediction is the mean of both.
-
-    Args:
-        outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
-        labels: `(B,)` int64, y1.
-        partner_labels: `(B,)` int64, y2.
-        lam: `(B,)` float32 in [0, 1].
-        alpha: Weight of the distillation head.
-        label_smoothing: Of both terms.
-    """
-    terms = [
-        mixed_cross_entropy(logits, labels, partner_labels, lam, label_smoothing=label_smoothing) for logits in outputs
-    ]
-    return (1.0 - alpha) * terms[0] + alpha * terms[1]
 
 
 def probabilities(outputs: Outputs) -> Tensor:
