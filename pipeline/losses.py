@@ -91,12 +91,11 @@ def mixed_cross_entropy(logits: Tensor, targets: Targets, *, label_smoothing: fl
     Source: arXiv:2502.16762 Eq. 9.
     Differs: lambda is drawn for each sample, not once for the batch.
     """
-    logits, lam = logits.float(), targets.lam
-    image = functional.cross_entropy(logits, targets.labels, reduction="none", label_smoothing=label_smoothing)
-    partner = functional.cross_entropy(
-        logits, targets.partner_labels, reduction="none", label_smoothing=label_smoothing
+    lam = targets.lam
+    cross_entropy = functools.partial(
+        functional.cross_entropy, logits.float(), reduction="none", label_smoothing=label_smoothing
     )
-    return (lam * image + (1.0 - lam) * partner).mean()
+    return (lam * cross_entropy(targets.labels) + (1.0 - lam) * cross_entropy(targets.partner_labels)).mean()
 
 
 def hybrid_loss(
