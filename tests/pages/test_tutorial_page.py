@@ -62,7 +62,7 @@ def test_the_recipe_is_what_the_tutorial_says() -> None:
     recipe = yaml.safe_load((ROOT / "params.yaml").read_text())["recipes"]["folder-small"]
     assert len(recipe["teachers"]) == 3 and recipe["teacher"]["weights"] == "none"
     assert recipe["views"]["default"]["count"] == recipe["student"]["epochs"] == 16
-    epochs = {each.get("epochs", recipe["teacher"]["epochs"]) for each in recipe["teachers"].values()}
+    epochs = {teacher.get("epochs", recipe["teacher"]["epochs"]) for teacher in recipe["teachers"].values()}
     assert (min(epochs), max(epochs)) == (6, 15)
     assert recipe["views"]["default"]["operations"] == {
         "rotation": 10.0, "translate": 0.1, "scale": 0.1, "mixing": "none",
