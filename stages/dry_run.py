@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.recipes import Recipe
 from pipeline.data.folders import list_folder
-from pipeline.data.images import BadFile, printable
+from pipeline.data.images import BadFile
+from pipeline.errors import printable
 from pipeline.system.storage import read_json
 from stages.shared.paths import Paths
 

@@ -12,9 +12,9 @@ import torch
 from pipeline.config.recipes import Recipe
 from pipeline.data.arrays import Spill
 from pipeline.data.datasets import Dataset
-from pipeline.data.images import BadFile, printable
+from pipeline.data.images import BadFile
 from pipeline.data.sources import read_source
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, printable
 from pipeline.system.runtime import resident_limit
 from pipeline.system.storage import lock, remove_leftovers, write_json
 

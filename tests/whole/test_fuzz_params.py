@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.params import load_params
-from pipeline.errors import UsageError, one_line
+from pipeline.errors import UsageError
 from tests.support.fuzz_campaign import NUM_PARAMS
 from tests.support.project import ROOT
 
@@ -42,10 +42,3 @@ def test_what_parsers_might_not_agree_about_is_named(tmp_path: Path, old: str, n
     with pytest.raises(UsageError) as error:
         load_params(file)
     assert words in str(error.value)
-
-
-def test_a_message_is_one_line_of_bounded_length_whatever_it_quotes() -> None:
-    line = one_line("key: " + "x\ny\x1b\udcff\u202e" * 10_000 + "; way out")
-    assert line.isprintable() and len(line) < 20_000
-    assert line.startswith("key: x\\ny\\x1b") and line.endswith("; way out")
-    assert str(UsageError("a\nb")) == "a\\nb"
