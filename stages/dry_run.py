@@ -110,7 +110,7 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
         what = f"{source} in {paths.raw}, downloading what is missing"
     else:
         check_source(recipe, paths.raw)
-        what = "scikit-learn's digits" if source == "digits" else f"{source} in {paths.raw}"
+        what = "the bundled digits" if source == "digits" else f"{source} in {paths.raw}"
     return [f"read {what}", f"write {paths.dataset} ({_standing(recipe, paths)})"]
 
 
