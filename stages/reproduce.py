@@ -215,10 +215,10 @@ def _without_data(job: Job, lacking: dict[str, str]) -> State:
     help="Labels cached, none, online; or 1, 2, 5 and all views. The paper has neither.",
 )
 @click.option("--recipe", help="A recipe in place of the paper's; all of it without --table, --figure, --ablation.")
-@click.option("--student", help="Train this student alone, on the teacher it needs; titn for --ablation if left out.")
-@click.option("--seeds", metavar="A,B,...", help="Of the students, one after another; 0 where left out.")
+@click.option("--student", help="Train only this student and the teacher it needs; default for --ablation: titn.")
+@click.option("--seeds", metavar="A,B,...", help="Of the students, one after another; default: 0.")
 @device_option
-@click.option("--download", is_flag=True, help="Download data that are not there to data/raw.")
+@click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
 @records_option
 @time_limit_option
 @dry_run_option
