@@ -19,19 +19,8 @@ from pipeline.labels.parts import LabelParts, seal
 from pipeline.report.progress import progress_bar
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import is_locked, lock, remove_leftovers
+from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.options import (
-    PATH,
-    device_option,
-    dry_run_option,
-    kept_name,
-    open_context,
-    parse_keep,
-    parse_views,
-    recipe_option,
-    require_exists,
-    time_limit_option,
-)
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
@@ -45,15 +34,15 @@ ViewSlice = tuple[int, int | None]
 
 
 @click.command("label")
-@recipe_option
-@device_option
+@options.recipe_option
+@options.device_option
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
-@click.option("--teacher", type=PATH, help="A checkpoint; default: the selected teacher.")
+@click.option("--teacher", type=options.PATH, help="A checkpoint; default: the selected teacher.")
 @click.option("--fresh", is_flag=True, help="Label every view again.")
 @click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; default: the recipe's.")
 @click.option("--views", metavar="A:B", help="Label only the views A to B - 1; :B starts at 0, A: ends at the last.")
-@time_limit_option
-@dry_run_option
+@options.time_limit_option
+@options.dry_run_option
 def command(
     recipe: str | None,
     device: str | None,
@@ -65,10 +54,10 @@ def command(
     dry_run: bool,
 ) -> None:
     """Label every view of the training set with a teacher."""
-    topk, part = parse_keep(keep), parse_views(views)
+    topk, part = options.parse_keep(keep), options.parse_views(views)
     if teacher is not None:
-        require_exists(teacher)
-    context = open_context(recipe, device)
+        options.require_exists(teacher)
+    context = options.open_context(recipe, device)
     if dry_run:
         context.say(plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part).text)
         return
@@ -114,9 +103,9 @@ class LabelPlan:
             return f"{self.path}: every view is labelled; seals them"
         is_first = len(self.missing) == len(self.wanted)
         why = "--fresh" if self.fresh else "no labels yet" if is_first else "the others are labelled"
-        what = f"the views {slices(self.missing)} of {len(self.dataset.train)} images, {kept_name(self.parts.topk)}"
-        how = f"by {self.checkpoint.meta['model']} in {self.parts.provenance['precision']}"
-        return f"{self.path}: label {what}, {how} ({why})"
+        what = f"the views {slices(self.missing)} of {len(self.dataset.train)} images"
+        how = f"{options.kept_name(self.parts.topk)}, by {self.checkpoint.meta['model']}"
+        return f"{self.path}: label {what}, {how} in {self.parts.provenance['precision']} ({why})"
 
 
 def plan_labels(
@@ -271,13 +260,11 @@ def _topk(context: Context, path: Path, cache: LabelCache | None, num_classes: i
         raise UsageError(f"{key}: topk={asked}, but the data set has {num_classes} classes; keep at most that many")
     if cache is None or cache.topk == asked:
         return asked
-    kept = f"{path}: keeps {kept_name(cache.topk)}"
+    kept, wanted = f"{path}: keeps {options.kept_name(cache.topk)}", options.kept_name(asked)
     if cache.topk < asked:
-        option = "" if keep is None else f" --keep {kept_name(keep)}"
-        raise DataError(
-            f"{kept}, {key} asks for {kept_name(asked)}; `pipeline label{option} --fresh` labels every view again"
-        )
-    context.say(f"{kept} and goes on with it; {kept_name(asked)} was asked for")
+        option = "" if keep is None else f" --keep {wanted}"
+        raise DataError(f"{kept}, {key} asks for {wanted}; `pipeline label{option} --fresh` labels every view again")
+    context.say(f"{kept} and goes on with it; {wanted} was asked for")
     return cache.topk
 
 
@@ -397,7 +384,7 @@ class _Labelling:
                 return
         clean = label_clean(context, plan.dataset, self._teacher)
         seal(plan.path, parts=parts, count=count, clean=clean, canaries=make_canaries(self._views, count))
-        what = f"{count} views of {len(plan.dataset.train)} images, {kept_name(parts.topk)}"
+        what = f"{count} views of {len(plan.dataset.train)} images, {options.kept_name(parts.topk)}"
         context.say(f"{plan.path}: {what}, sealed")
         context.changed(f"label@{self._view_recipe}")
 

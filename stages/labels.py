@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.errors import DataError, PipelineError
+from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.options import (
-    PATH,
-    FiniteFloat,
-    device_option,
-    json_option,
-    open_context,
-    recipe_option,
-    require_exists,
-)
 
 if TYPE_CHECKING:
     from pipeline.labels.replay import Replay
@@ -30,13 +22,13 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("file", type=PATH)
-@json_option
+@click.argument("file", type=options.PATH)
+@options.json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a label file holds and where it comes from."""
     from pipeline.labels.cache import LabelCache
 
-    require_exists(file)
+    options.require_exists(file)
     cache = LabelCache.open(file)
     content = {
         "path": str(file),
@@ -59,12 +51,12 @@ def inspect(file: Path, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("file", type=PATH)
-@recipe_option
-@device_option
+@click.argument("file", type=options.PATH)
+@options.recipe_option
+@options.device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
-@click.option("--teacher", type=PATH, help="The checkpoint; default: the selected teacher.")
-@click.option("--margin", type=FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
+@click.option("--teacher", type=options.PATH, help="The checkpoint; default: the selected teacher.")
+@click.option("--margin", type=options.FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
 def verify(
     file: Path,
     recipe: str | None,
@@ -74,10 +66,10 @@ def verify(
     margin: float | None,
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others."""
-    require_exists(file)
-    context = open_context(recipe, device)
+    options.require_exists(file)
+    context = options.open_context(recipe, device)
     if teacher is not None:
-        require_exists(teacher)
+        options.require_exists(teacher)
     replayed, allowed = _replay(context, file, teacher=teacher, num_samples=sample, margin=margin)
     num_failed = 0
     for difference in replayed.differences:

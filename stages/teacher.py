@@ -18,18 +18,10 @@ from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
 from pipeline.training.batches import Batch, TrainingData
 from pipeline.training.step import Objective
+from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.execution import execution
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.options import (
-    device_option,
-    dry_run_option,
-    open_context,
-    parse_settings,
-    recipe_option,
-    time_limit_option,
-    training_options,
-)
 from stages.shared.runs import Run, describe, place, plan_run
 
 
@@ -141,11 +133,11 @@ def teacher_objective(label_smoothing: float) -> Objective:
 
 @click.command("teacher")
 @click.argument("name")
-@recipe_option
-@device_option
-@training_options
-@time_limit_option
-@dry_run_option
+@options.recipe_option
+@options.device_option
+@options.training_options
+@options.time_limit_option
+@options.dry_run_option
 def command(
     name: str,
     recipe: str | None,
@@ -156,7 +148,7 @@ def command(
     dry_run: bool,
 ) -> None:
     """Fine-tune and evaluate one candidate teacher."""
-    context = open_context(recipe, device)
+    context = options.open_context(recipe, device)
     teacher_recipe(context.recipe, name)
-    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
+    train_teacher(context, name, settings=options.parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
     context.end()
