@@ -89,8 +89,7 @@ def prepare(
 ) -> Summary:
     """Read a recipe's data set, cut its splits, and write `dataset.h5` and `summary.json`.
 
-    A folder's images that are too many for RAM go to a file without a name in `out` first, and from there to
-    `dataset.h5`.
+    A folder's images that are too many for RAM go through an unnamed file in `out` to `dataset.h5`.
 
     Args:
         recipe: The recipe.

@@ -16,17 +16,9 @@ from pipeline.errors import UsageError
 from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
 from pipeline.training.execution import Execution
+from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.options import (
-    device_option,
-    dry_run_option,
-    open_context,
-    parse_settings,
-    recipe_option,
-    time_limit_option,
-    training_options,
-)
 from stages.shared.runs import Run, describe, place, plan_run
 
 
@@ -116,11 +108,11 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
 
 @click.command("teacher")
 @click.argument("name")
-@recipe_option
-@device_option
-@training_options
-@time_limit_option
-@dry_run_option
+@options.recipe_option
+@options.device_option
+@options.training_options
+@options.time_limit_option
+@options.dry_run_option
 def command(
     name: str,
     recipe: str | None,
@@ -131,7 +123,7 @@ def command(
     dry_run: bool,
 ) -> None:
     """Fine-tune and evaluate one candidate teacher."""
-    context = open_context(recipe, device)
+    context = options.open_context(recipe, device)
     teacher_recipe(context.recipe, name)
-    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
+    train_teacher(context, name, settings=options.parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
     context.end()

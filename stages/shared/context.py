@@ -150,6 +150,6 @@ class Context:
             self._changed.append(stage)
 
     def end(self) -> None:
-        """Name the line by which DVC adopts what was replaced; else its next run would put its own copy over it."""
+        """Name the command by which DVC adopts what was replaced; otherwise its next run restores its own copy."""
         if self._changed and Path(".dvc").is_dir() and "DVC_STAGE" not in os.environ:
             self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(self._changed)}")
