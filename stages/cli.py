@@ -15,7 +15,8 @@ import click
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError, one_line
-from stages.commands import data, export, labels, machine, reproduction, results, students, teachers, trained
+from stages import bench, evaluate, export, models, predict
+from stages.commands import data, labels, machine, reproduction, results, students, teachers
 from stages.shared.options import STOP
 
 GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
@@ -26,8 +27,8 @@ GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
         (teachers.teacher_select, teachers.teacher, teachers.select, teachers.label, labels.labels),
     ),
     ("Stage two: students", (students.distill,)),
-    ("Trained models", (trained.predict, trained.bench, export.export)),
-    ("Results", (results.evaluate, results.report, results.models)),
+    ("Trained models", (predict.command, bench.command, export.command)),
+    ("Results", (evaluate.command, results.report, models.command)),
     ("The paper's results", (reproduction.reproduce, reproduction.record)),
 )
 

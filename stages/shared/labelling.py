@@ -17,7 +17,7 @@ from pipeline.config.recipes import MAX_VIEWS, Recipe, ViewRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.data.streaming import place_images
 from pipeline.errors import DataError, UsageError
-from pipeline.inference.loading import load_model
+from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.teacher import Teacher, compile_teacher
 from pipeline.models.folding import fold
@@ -185,11 +185,12 @@ def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teache
         DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
     """
     device = context.device
-    model, checkpoint = load_model(path, device, kind="teacher")
+    checkpoint = load_checkpoint_of(path, "teacher")
+    module = from_checkpoint(checkpoint, device).module
     check_teacher(context, dataset, checkpoint)
     settings = context.recipe.label
     precision = resolve_precision(settings.precision, device)
-    folded = fold(model, dataset.image_size).to(memory_format=torch.channels_last)
+    folded = fold(module, dataset.image_size).to(memory_format=torch.channels_last)
     ready = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
     return compile_teacher(ready, dataset.image_size) if settings.compile else ready, checkpoint
 

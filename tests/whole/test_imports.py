@@ -15,16 +15,19 @@ WINGS = ("errors", "system", "config", "data", "views", "losses", "labels", "tra
 LEAVES = {"models": ("labels", "inference"), "report": ()}
 HOMES = {
     "click": {
+        "stages/bench.py",
         "stages/cli.py",
         "stages/commands/data.py",
-        "stages/commands/export.py",
         "stages/commands/labels.py",
         "stages/commands/machine.py",
         "stages/commands/reproduction.py",
         "stages/commands/results.py",
         "stages/commands/students.py",
         "stages/commands/teachers.py",
-        "stages/commands/trained.py",
+        "stages/evaluate.py",
+        "stages/export.py",
+        "stages/models.py",
+        "stages/predict.py",
         "stages/shared/options.py",
     },
     "h5py": {"pipeline/data/file.py", "pipeline/labels/file.py"},
