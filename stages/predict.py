@@ -76,8 +76,8 @@ class Prediction:
 
     Attributes:
         path: As given, or below the folder given; `-` is standard input.
-        top: Of the prediction.
-        heads: Of each head alone.
+        top: The prediction.
+        heads: What each head alone says.
     """
 
     path: str
@@ -97,7 +97,7 @@ class Prediction:
         """Return the line above the texts; None where there is one head, and so one column.
 
         Args:
-            width: Of the longest class name.
+            width: Characters of the longest class name.
         """
         if len(self.heads) == 1:
             return None
@@ -108,7 +108,7 @@ class Prediction:
         """Return it as lines for people: what is predicted, and beside it what each of two heads says.
 
         Args:
-            width: Of the longest class name.
+            width: Characters of the longest class name.
         """
         columns = [self.top, *(self.heads.values() if len(self.heads) > 1 else ())]
         rows = zip(*columns, strict=True)

@@ -153,7 +153,9 @@ class Classifier:
             UsageError: An ONNX or TorchScript file is a whole program, without such a module.
         """
         if not isinstance(self.runner, PixelsToOutputs):
-            raise UsageError(f"{self.file}: {self.format} is a program without a module; load safetensors or the checkpoint")
+            raise UsageError(
+                f"{self.file}: {self.format} is a program without a module; load safetensors or the checkpoint"
+            )
         return self.runner.network.module
 
     @property
@@ -192,7 +194,7 @@ class Classifier:
                 "needed: stack what the transform returns, or add [None] to one"
             )
         outputs, shape = self.runner(images.to(self.device)), (len(images), len(self.class_names))
-        if len(outputs) not in (2, 3) or not all(isinstance(each, Tensor) and each.shape == shape for each in outputs):
+        if len(outputs) not in (2, 3) or any(getattr(output, "shape", None) != shape for output in outputs):
             raise DataError("the model's outputs are not what an export's are; export it again")
         if not torch.stack([output.isfinite().all() for output in outputs]).all():
             raise NumericalError("the model's output is not finite; train it again")
