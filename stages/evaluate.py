@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
-from pipeline.data.images import BadFile, printable, refusal
-from pipeline.errors import DataError, UsageError
+from pipeline.data.images import BadFile, refusal
+from pipeline.errors import DataError, UsageError, printable
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import load
 from pipeline.report.tables import Table, number

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import pipeline
 from pipeline.data.arrays import Images
-from pipeline.data.images import SUFFIXES, printable, read_image
-from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
+from pipeline.data.images import SUFFIXES, read_image
+from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
 from pipeline.inference import exporting
 from pipeline.inference.card import model_card
 from pipeline.inference.classifier import CPU, INPUT, Classifier

@@ -17,8 +17,8 @@ import click
 import numpy as np
 
 from pipeline.data.folders import ImageFile, find_images, read_images
-from pipeline.data.images import BadFile, printable
-from pipeline.errors import PipelineError, UsageError
+from pipeline.data.images import BadFile
+from pipeline.errors import PipelineError, UsageError, printable
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import load
 from stages.shared.options import PATH, device_option, precision_option

@@ -6,22 +6,28 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import click
 import torch
 from torch import nn
 
 from pipeline.config.params import override
 from pipeline.config.recipes import Recipe, TeacherRecipe
 from pipeline.errors import UsageError
-from pipeline.losses import Outputs, mixed_cross_entropy
 from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
-from pipeline.training.batches import Batch, TrainingData
-from pipeline.training.step import Objective
-from stages.dry_run import plan_run
+from pipeline.training.execution import Execution
 from stages.shared.context import Context
-from stages.shared.execution import execution
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place
+from stages.shared.options import (
+    device_option,
+    dry_run_option,
+    open_context,
+    parse_settings,
+    recipe_option,
+    time_limit_option,
+    training_options,
+)
+from stages.shared.runs import Run, describe, place, plan_run
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
@@ -76,19 +82,8 @@ def train_teacher(
 
         model = group.main_first(build)
         model.to(device).to(memory_format=torch.channels_last)
-        carry_out(
-            context,
-            run,
-            group,
-            model=model,
-            dataset=dataset,
-            data=TrainingData(views, dataset.mean, dataset.std),
-            clean={},
-            objective=teacher_objective(recipe.label_smoothing),
-            how=execution(recipe, device, group),
-            metric=context.recipe.select.by,
-            fresh=fresh,
-        )
+        execution = Execution.of(recipe, device, group)
+        carry_out(context, run, model, dataset=dataset, views=views, execution=execution, fresh=fresh)
     return run.out
 
 
@@ -115,16 +110,28 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
         seed=seed,
         inputs=inputs,
         differs=settings or {},
+        metric=context.recipe.select.by,
     )
 
 
-def teacher_objective(label_smoothing: float) -> Objective:
-    """Return loss (9) on a teacher's one head."""
-
-    def objective(outputs: Outputs, batch: Batch) -> torch.Tensor:
-        assert isinstance(outputs, torch.Tensor)
-        return mixed_cross_entropy(
-            outputs, batch.labels, batch.partner_labels, batch.lam, label_smoothing=label_smoothing
-        )
-
-    return objective
+@click.command("teacher")
+@click.argument("name")
+@recipe_option
+@device_option
+@training_options
+@time_limit_option
+@dry_run_option
+def command(
+    name: str,
+    recipe: str | None,
+    device: str | None,
+    fresh: bool,
+    seed: int,
+    settings: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Fine-tune and evaluate one candidate teacher."""
+    context = open_context(recipe, device)
+    teacher_recipe(context.recipe, name)
+    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
+    context.end()

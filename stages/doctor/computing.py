@@ -12,11 +12,10 @@ from pipeline.errors import UsageError
 from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.layers import Student
 from pipeline.system.runtime import device_name, resolve_precision
-from pipeline.training.distributed import ALONE
+from pipeline.training.execution import Execution
 from stages.distill import student_recipe
 from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
 from stages.shared.context import Context
-from stages.shared.execution import execution
 from stages.shared.runs import student_arguments
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -85,7 +84,7 @@ def _graphs(wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]
     found = []
     for name, recipe in wanted.items():
         try:
-            execution(recipe, device, ALONE)
+            Execution.of(recipe, device)
         except UsageError as error:
             found.append(Finding("device", PROBLEM, f"{name}: {error}"))
     graphs = [name for name, recipe in wanted.items() if device.type == "cuda" and recipe.step != "eager"]

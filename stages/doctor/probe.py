@@ -27,24 +27,21 @@ from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.data.streaming import place_images
 from pipeline.labels.source import TeacherAnswer
 from pipeline.labels.teacher import Teacher, label_view
+from pipeline.losses import objective
 from pipeline.models.folding import fold
-from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.teachers import build_teacher
 from pipeline.system.runtime import keep_freed_memory, resolve_precision
-from pipeline.system.stopping import StopSignal
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState
-from pipeline.training.distributed import ALONE
 from pipeline.training.evaluation import CPU_BATCH, GPU_BATCH, evaluate
-from pipeline.training.fit import Fit
+from pipeline.training.execution import Execution
+from pipeline.training.fit import Fit, Session
 from pipeline.training.step import Objective
 from pipeline.views.views import Views
-from stages.distill import micro_batch_on, student_objective
 from stages.doctor.work import Job, Sizes
 from stages.shared.context import Context
-from stages.shared.execution import Execution, execution
 from stages.shared.runs import student_arguments
-from stages.teacher import teacher_objective
 
 TEACHER_BATCH = 64
 STUDENT_BATCH = 128
@@ -152,12 +149,12 @@ def probe(context: Context, job: Job, sizes: Sizes, *, prepared: bool) -> Speed:
     batch = min(batch, sizes.train, most if device.type == "cpu" else batch)
     steps = CPU_STEPS if device.type == "cpu" else GPU_STEPS
     views = _views(context, sizes, views_recipe, min(steps * batch, sizes.train), prepared=prepared)
-    model, how, objective = _model(job, sizes, device)
+    model, how, loss = _model(job, sizes, device)
     speed = Speed()
     if job.recipe is not None:
-        assert how is not None and objective is not None
+        assert how is not None and loss is not None
         data = TrainingData(views, MEAN, STD, None, _answers(views) if job.kind == "student" else None)
-        speed = _time_fit(model, data, objective, job.recipe, how, sizes, batch, steps)
+        speed = _time_fit(model, data, loss, job.recipe, how, sizes, batch, steps)
     if job.kind != "student":
         speed = dataclasses.replace(speed, label_rate=_label_rate(context, model, views, sizes))
     if device.type == "cuda":
@@ -187,13 +184,11 @@ def _model(job: Job, sizes: Sizes, device: torch.device) -> tuple[nn.Module, Exe
         arguments = student_arguments(recipe, num_classes=sizes.num_classes, image_size=sizes.image_size)
         student = build_student(job.model, **arguments).to(device)
         block = use_inner_block(student, recipe.inner_block, device)
-        how = execution(recipe, device, ALONE, micro_batch=micro_batch_on(device, recipe), inner_block=block)
-        distilled = STUDENTS[job.model].has_distillation_head
-        return student, how, student_objective(recipe, distilled=distilled)
+        return student, Execution.of(recipe, device, inner_block=block), objective(recipe)
     model = build_teacher(job.model, num_classes=sizes.num_classes).to(device).to(memory_format=torch.channels_last)
     if recipe is None:
         return model, None, None
-    return model, execution(recipe, device, ALONE), teacher_objective(recipe.label_smoothing)
+    return model, Execution.of(recipe, device), objective(recipe)
 
 
 def _answers(views: Views) -> Callable[[int, torch.Tensor, torch.Tensor], TeacherAnswer]:
@@ -204,7 +199,7 @@ def _answers(views: Views) -> Callable[[int, torch.Tensor, torch.Tensor], Teache
 def _time_fit(
     model: nn.Module,
     data: TrainingData,
-    objective: Objective,
+    loss: Objective,
     recipe: FitRecipe,
     how: Execution,
     sizes: Sizes,
@@ -222,19 +217,14 @@ def _time_fit(
         model=model,
         data=data,
         evaluation=evaluation,
-        objective=objective,
+        objective=loss,
         recipe=dataclasses.replace(recipe, lr=0.0, batch_size=batch),
-        precision=how.precision,
-        seed=0,
-        state=RunState(Path("unused"), ""),
-        watcher=clock,
-        stop=StopSignal(),
-        micro_batch=how.micro_batch,
-        captured=how.step == "graph",
+        execution=how,
+        session=Session(RunState(Path("unused"), ""), clock),
         ema=recipe.ema if isinstance(recipe, StudentRecipe) else 0.0,
     )
     fit.saved_at = math.inf
-    for epoch, most in enumerate((GRAPH_WARM_UP if fit.captured else 1, steps)):
+    for epoch, most in enumerate((GRAPH_WARM_UP if how.step == "graph" else 1, steps)):
         fit.progress.epoch, fit.progress.step = epoch, 0
         rendering = _seconds(device, functools.partial(views.prepare, epoch)) / views.num_samples
         clock.begin(most, SECONDS)

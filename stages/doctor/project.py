@@ -72,7 +72,7 @@ def data(context: Context) -> tuple[list[Finding], bool]:
         check_source(recipe, paths.raw)
     except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
-    where = "comes with scikit-learn" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
+    where = "comes with this package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
     makers = "`pipeline prepare`, teacher-select and DVC make them"
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
 

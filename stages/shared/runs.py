@@ -48,8 +48,7 @@ class Run:
         seed: Of initialisation and order.
         inputs: Whatever else decides the result, as plain JSON values.
         differs: What differs from the recipe but for the seed, as key and value; empty for the recipe's own run.
-        teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
-        is_distilled: Whether it also learns from that teacher's labels.
+        metric: The score that decides the best epoch.
         num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
         soft: Temperature of soft distillation; None for hard labels and without a teacher.
         confidence: Whether the teacher's confidence weighs the samples.
@@ -65,8 +64,7 @@ class Run:
     seed: int
     inputs: Mapping[str, Any]
     differs: Mapping[str, str]
-    teacher: Mapping[str, Any] | None = None
-    is_distilled: bool = False
+    metric: str = "top1"
     num_views: int | None = None
     soft: float | None = None
     confidence: bool = False
@@ -216,3 +214,16 @@ def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),
         "flops_per_image": flops_per_image(model, image_size),
     }
+
+
+def plan_run(run: Run, *, fresh: bool = False) -> str:
+    """Say in one line what training a model would do, and why; writes nothing."""
+    why = "--fresh" if fresh else run.why_stale()
+    if why is None:
+        return f"{run.name}: up to date ({run.out})"
+    state = None if fresh else RunState(run.work, run.fingerprint).peek()
+    if state is None:
+        epochs = f"{run.recipe.epochs} epochs" if run.recipe.epochs > 1 else "1 epoch"
+        return f"{run.name}: train {epochs} ({why}); writes {run.out}"
+    where = f"epoch {state['epoch'] + 1} of {run.recipe.epochs}, step {state['step']}"
+    return f"{run.name}: interrupted, goes on from {where} ({why}); writes {run.out}"

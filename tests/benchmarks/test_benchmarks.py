@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from benchmarks import measure, synthetic, view_peers, views
+from pipeline.inference.speed import interleave
 from pipeline.views import operations
 from pipeline.views import policies as autoaugment
 from tests.support.benchmark_reports import rows, run
@@ -24,7 +25,7 @@ PEER_OF_THE_GOAL = "torchvision PIL, DataLoader 2 workers"
 def test_contenders_take_turns_after_a_turn_that_is_not_timed() -> None:
     turns: list[str] = []
     contenders = {name: lambda name=name: turns.append(name) for name in ("ours", "peer")}
-    seconds = measure.interleave(contenders, rounds=3, device=torch.device("cpu"))
+    seconds = interleave(contenders, rounds=3, device=torch.device("cpu"))
     assert turns == ["ours", "peer"] * 4
     assert all(values.shape == (3,) and (values > 0).all() for values in seconds.values())
 
