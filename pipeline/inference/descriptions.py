@@ -90,4 +90,4 @@ def _is_within(value: Any, kind: type, low: float, high: float) -> bool:
 
 
 def _is_channels(value: Any, low: float) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_is_within(each, float, low, 1.0) for each in value)
+    return isinstance(value, list) and len(value) == 3 and all(_is_within(number, float, low, 1.0) for number in value)
