@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from pipeline.config.params import override
-from pipeline.config.recipes import Recipe, StudentRecipe
+from pipeline.config.recipes import Recipe, StudentRecipe, deciding_values
 from pipeline.data.datasets import Dataset
 from pipeline.errors import UsageError
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistilled_loss
-from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.models.students import STUDENTS, build_student, check_arguments, use_inner_block
 from pipeline.training.batches import Batch, TrainingData
 from pipeline.training.step import Objective
 from stages.dry_run import plan_run
@@ -38,6 +38,7 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
     own = override(recipe.students[name], settings, f"students.{name}")
     if own.model not in STUDENTS:
         raise UsageError(f"students.{name}.model: {own.model!r} is no student; choose from {', '.join(STUDENTS)}")
+    check_arguments(own.model, own.arguments, f"students.{name}.arguments")
     if own.views not in recipe.views:
         raise UsageError(f"students.{name}.views: {own.views!r}; choose from {', '.join(recipe.views)}")
     if own.soft:
@@ -155,7 +156,7 @@ def plan_student(
     differs = {**distillation.differences(context.recipe, name, recipe), **others}
     if distillation.num_views is not None:
         view_recipe = dataclasses.replace(view_recipe, count=distillation.num_views)
-    inputs: dict[str, Any] = {"views": dataclasses.asdict(view_recipe), "labels": distillation.labels}
+    inputs: dict[str, Any] = {"views": deciding_values(view_recipe), "labels": distillation.labels}
     inputs["teacher"] = source.digest
     if recipe.soft:
         inputs["topk"] = source.cache.topk if source.cache else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.data.folders import list_folder
 from pipeline.data.images import BadFile, printable
 from pipeline.system.storage import read_json
@@ -120,7 +119,9 @@ def _standing(recipe: Recipe, paths: Paths) -> str:
     summary = paths.prepared / "summary.json"
     if not (paths.dataset.is_file() and summary.is_file()):
         return "no data yet"
-    changed = differences(read_json(summary)["settings"], dataclasses.asdict(recipe.dataset))
-    if changed:
+    former, now = (
+        {"settings": settings} for settings in (read_json(summary)["settings"], deciding_values(recipe.dataset))
+    )
+    if changed := differences(former, now):
         return f"in place of one of other settings: {', '.join(changed)}"
     return "in place of one of the same settings; the same images give the same file"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.data.arrays import Spill
 from pipeline.data.datasets import Dataset
 from pipeline.data.images import BadFile, printable
@@ -111,7 +111,7 @@ def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> Summ
     return Summary(
         recipe=recipe.name,
         source=dataset.source,
-        settings=dataclasses.asdict(recipe.dataset),
+        settings=deciding_values(recipe.dataset),
         num_samples={name: len(split) for name, split in dataset.splits.items()},
         class_counts={
             name: np.bincount(split.labels, minlength=dataset.num_classes).tolist()
