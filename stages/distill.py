@@ -13,9 +13,9 @@ import torch
 from click.core import ParameterSource
 
 from pipeline.config.params import override
-from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe
+from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_values
 from pipeline.errors import UsageError
-from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.models.students import STUDENTS, build_student, check_arguments, use_inner_block
 from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
 from pipeline.training.execution import Execution
@@ -38,6 +38,7 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
     student = override(recipe.students[name], settings, f"students.{name}")
     if student.model not in STUDENTS:
         raise UsageError(f"students.{name}.model: {student.model!r} is no student; choose from {', '.join(STUDENTS)}")
+    check_arguments(student.model, student.arguments, f"students.{name}.arguments")
     if student.views not in recipe.views:
         raise UsageError(f"students.{name}.views: {student.views!r}; choose from {', '.join(recipe.views)}")
     if student.soft:
@@ -140,7 +141,7 @@ def plan_student(
     differs = {**distillation.differences(context.recipe, name, recipe), **others}
     if distillation.num_views is not None:
         view_recipe = dataclasses.replace(view_recipe, count=distillation.num_views)
-    inputs: dict[str, Any] = {"views": dataclasses.asdict(view_recipe), "labels": distillation.labels}
+    inputs: dict[str, Any] = {"views": deciding_values(view_recipe), "labels": distillation.labels}
     inputs["teacher"] = source.digest
     if recipe.soft:
         inputs["topk"] = source.cache.topk if source.cache else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import UsageError, printable
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_json
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
@@ -159,8 +159,10 @@ def _standing(recipe: Recipe, paths: Paths) -> str:
     summary = paths.prepared / "summary.json"
     if not (paths.dataset.is_file() and summary.is_file()):
         return "no data yet"
-    changed = differences(read_json(summary)["settings"], dataclasses.asdict(recipe.dataset))
-    if changed:
+    former, now = (
+        {"settings": settings} for settings in (read_json(summary)["settings"], deciding_values(recipe.dataset))
+    )
+    if changed := differences(former, now):
         return f"in place of one of other settings: {', '.join(changed)}"
     return "in place of one of the same settings; the same images give the same file"
 
@@ -184,7 +186,7 @@ def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> Summ
     return Summary(
         recipe=recipe.name,
         source=dataset.source,
-        settings=dataclasses.asdict(recipe.dataset),
+        settings=deciding_values(recipe.dataset),
         num_samples={name: len(split) for name, split in dataset.splits.items()},
         class_counts={
             name: np.bincount(split.labels, minlength=dataset.num_classes).tolist()

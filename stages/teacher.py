@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.config.params import override
-from pipeline.config.recipes import Recipe, TeacherRecipe
+from pipeline.config.recipes import Recipe, TeacherRecipe, deciding_values
 from pipeline.errors import UsageError
 from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
@@ -84,8 +83,7 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
     recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
     dataset, paths = context.dataset(), context.paths
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
-    views = dataclasses.asdict(context.recipe.views["default"])
-    del views["count"]
+    views = deciding_values(context.recipe.views["default"], but=("count",))
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
