@@ -12,10 +12,9 @@ from pipeline.system.runtime import current_ranks
 from stages.dry_run import plan_labels, plan_run
 from stages.label import label
 from stages.prepare import prepare
-from stages.reports.others import optimizers_table
+from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
-from stages.reports.scores import NOT_RUN
-from stages.reports.tables import candidates_table
+from stages.reports.tables import candidates_table, optimizers_table
 from stages.selection import select
 from stages.shared.context import Context
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher

@@ -25,6 +25,7 @@ HOMES = {
         "stages/commands/students.py",
         "stages/commands/teachers.py",
         "stages/commands/trained.py",
+        "stages/report.py",
         "stages/shared/options.py",
     },
     "h5py": {"pipeline/data/file.py", "pipeline/labels/file.py"},
