@@ -16,27 +16,12 @@ from pipeline.report.figures import require_matplotlib
 from pipeline.report.page import Item, Missing, Section, file_names
 from pipeline.report.tables import Figure, Table
 from pipeline.system.storage import read_json, write_atomic, write_json
+from stages.reports import compare, tables
 from stages.reports.attention import attention
 from stages.reports.classes import by_class
-from stages.reports.compare import (
-    Comparison,
-    as_json,
-    comparison_items,
-    find_comparisons,
-    others_table,
-    variants_tables,
-)
 from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.figures import figures
 from stages.reports.runs import FinishedRun, FinishedRuns
-from stages.reports.tables import (
-    all_teachers,
-    drops_table,
-    optimizer_runs,
-    optimizers_table,
-    settings_table,
-    students_tables,
-)  # fmt: skip
 from stages.reports.views import teacher_on_views
 from stages.shared.context import Context
 from stages.shared.options import PATH, open_context, recipe_option
@@ -54,10 +39,10 @@ def command(recipe: str | None, out: Path | None, no_figures: bool, tracked_only
     """Write a page, tables and figures of what has been run."""
     context = open_context(recipe)
     directory = context.paths.reports if out is None else out
-    tables = report(context, directory, with_figures=not no_figures, tracked_only=tracked_only)
+    written = report(context, directory, with_figures=not no_figures, tracked_only=tracked_only)
     if out is None:
         context.changed("report")
-    for table in tables:
+    for table in written:
         context.show(table)
     context.say(f"wrote {directory / 'report.html'}, report.md, report.json, tables/ and figures/")
     context.end()
@@ -88,16 +73,18 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
             raise UsageError(f"{error}; or leave them out: pipeline report --no-figures") from None
     runs = FinishedRuns.read(context.recipe, context.paths)
     runs = replace(runs, others={}) if tracked_only else runs
-    comparisons = find_comparisons(runs)
+    comparisons = compare.find_comparisons(runs)
     sections = main_sections(runs, comparisons, with_figures=with_figures)
-    tables = [item for section in sections for item in section.items if isinstance(item, Table)]
+    written = [item for section in sections for item in section.items if isinstance(item, Table)]
     sections += detail_sections(context, runs, with_figures=with_figures)
-    content = {**_as_json(runs), "comparisons": as_json(comparisons)}
+    content = {**_as_json(runs), "comparisons": compare.as_json(comparisons)}
     _write(directory, f"Report on {runs.recipe.name}", lead(runs, tracked_only=tracked_only), sections, content)
-    return tables
+    return written
 
 
-def main_sections(runs: FinishedRuns, comparisons: Sequence[Comparison], *, with_figures: bool = True) -> list[Section]:
+def main_sections(
+    runs: FinishedRuns, comparisons: Sequence[compare.Comparison], *, with_figures: bool = True
+) -> list[Section]:
     """Return the parts of the report whose tables the terminal shows too.
 
     Args:
@@ -109,19 +96,20 @@ def main_sections(runs: FinishedRuns, comparisons: Sequence[Comparison], *, with
         DataError: A curve is damaged.
     """
     teachers, optimizers, students = figures(runs, with_figures=with_figures)
-    outcomes, others = optimizer_runs(runs), others_table(runs)
-    sweep: list[Item] = [optimizers]
+    outcomes = tables.optimizer_runs(runs)
+    shown_teachers: list[Item] = [tables.all_teachers(runs), teachers, optimizers]
     if runs.winner and sum(isinstance(outcome, FinishedRun) for outcome in outcomes.values()) > 1:
-        sweep.append(optimizers_table(runs.recipe, runs.winner, outcomes, {}))
-    tables: list[Item] = [*students_tables(runs), students, *variants_tables(runs), drops_table(runs)]
-    sections = [
-        Section("What was run", [overview_table(runs), settings_table(runs.recipe)]),
-        Section("Teachers", [all_teachers(runs), teachers, *sweep]),
-        Section("Students", [*tables, *([others] if others else [])]),
+        shown_teachers.append(tables.optimizers_table(runs.recipe, runs.winner, outcomes, {}))
+    shown_students: list[Item] = [*tables.students_tables(runs), students, *compare.variants_tables(runs)]
+    others = compare.others_table(runs)
+    shown_students += [tables.drops_table(runs), *([others] if others else [])]
+    answers = compare.comparison_items(comparisons, with_figures=with_figures)
+    return [
+        Section("What was run", [overview_table(runs), tables.settings_table(runs.recipe)]),
+        Section("Teachers", shown_teachers),
+        Section("Students", shown_students),
+        *([Section("Comparisons", answers, COMPARED)] if answers else []),
     ]
-    if comparisons:
-        sections.append(Section("Comparisons", comparison_items(comparisons, with_figures=with_figures), COMPARED))
-    return sections
 
 
 def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
@@ -165,7 +153,7 @@ def overview_table(runs: FinishedRuns) -> Table:
     recipe, source = runs.recipe, runs.recipe.dataset.source
     num_teachers = f"{sum(bool(runs.seeds(name)) for name in recipe.teachers)} of {len(recipe.teachers)} teachers"
     num_students = f"{sum(bool(runs.seeds(name)) for name in recipe.students)} of {len(recipe.students)} students"
-    sweep = [name for name, run in optimizer_runs(runs).items() if isinstance(run, FinishedRun)]
+    sweep = [name for name, run in tables.optimizer_runs(runs).items() if isinstance(run, FinishedRun)]
     rows = [
         ["Table 1", "settings and parameters of the students", "all, without a run"],
         ["Table 2, Figure 4", "teachers", num_teachers],

@@ -277,17 +277,12 @@ def as_json(comparisons: Iterable[Comparison]) -> dict[str, Any]:
 def _arm_as_json(arm: Arm, comparison: Comparison) -> dict[str, Any]:
     figures: dict[str, Any] = {"labels": arm.labels, "views": arm.views, "seeds": list(arm.runs)}
     for score in comparison.top1:
-        figures[score] = {"values": list(arm.scores(score).values()), **_estimate_as_json(arm.mean(score))}
+        values = list(_known(arm.scores(score)).values())
+        figures[score] = {"values": values, **dataclasses.asdict(estimate(values))}
         if arm is not comparison.arms[0]:
-            figures[score]["difference"] = _estimate_as_json(arm.minus(comparison.arms[0], score)) or None
+            minus = arm.minus(comparison.arms[0], score)
+            figures[score]["difference"] = minus and dataclasses.asdict(minus)
     return figures | {score: list(arm.scores(score).values()) for score in ("last_train_loss", "agreement")}
-
-
-def _estimate_as_json(mean: Estimate | None) -> dict[str, Any]:
-    if mean is None:
-        return {}
-    interval = None if mean.interval is None else list(mean.interval)
-    return {"count": mean.count, "mean": mean.mean, "sd": mean.deviation, "interval": interval}
 
 
 def comparison_items(comparisons: Iterable[Comparison], *, with_figures: bool = True) -> list[Item]:
@@ -329,7 +324,7 @@ def _cells(arm: Arm, reference: Arm, score: str) -> list[str]:
         if value is None:
             cells += ["-", "-"]
             continue
-        scatter = "" if value.deviation is None else f" ± {value.deviation:.{digits}f} ({value.count})"
+        scatter = "" if value.sd is None else f" ± {value.sd:.{digits}f} ({value.count})"
         interval = "-" if value.interval is None else " to ".join(f"{end:{form}}" for end in value.interval)
         cells += [f"{value.mean:{form}}{scatter}", interval]
     return cells

@@ -42,7 +42,7 @@ class Curve:
         return np.array([[np.nan if value is None else value for value in row] for row in rows])
 
     def highest(self) -> str:
-        """Return the highest top-1 in percent, of several runs the mean of theirs with its standard deviation."""
+        """Return the highest top-1 in percent; of several runs its mean and standard deviation."""
         values = self.accuracies()
         return spread([float(np.nanmax(row)) if np.isfinite(row).any() else None for row in values])
 
@@ -55,7 +55,7 @@ def figures(runs: FinishedRuns, *, with_figures: bool = True) -> list[Figure | M
         with_figures: Whether to draw.
 
     Returns:
-        The three; of data that the paper has not, the last one has no number.
+        All three; the last has no number where the paper lacks the recipe's data.
 
     Raises:
         UsageError: matplotlib is not installed.

@@ -133,7 +133,10 @@ def teachers_table(recipe: Recipe, teachers: Mapping[str, Sequence[FinishedRun]]
     trained = [run for runs in teachers.values() for run in runs]
     reported = paper.TEACHERS.get(recipe.dataset.source, {})
     columns = [*_accuracy(trained, reported), *_averages({}), *_costs({})]  # Table 3 has the paper's
-    models = [Model(name, runs, _mark(runs, selected=name == winner)) for name, runs in teachers.items()]
+    models = []
+    for name, runs in teachers.items():
+        at_chance = any(run.metrics["at_chance"] for run in runs)
+        models.append(Model(name, runs, " (selected)" if name == winner else " (at chance)" if at_chance else ""))
     note = conditions(trained) + protocol(recipe.dataset.source) if trained else "No teacher has been run."
     absent = [name for name, runs in teachers.items() if not runs]
     note += missing(absent, f"pipeline teacher {{}} --recipe {recipe.name}")
@@ -155,11 +158,6 @@ def all_teachers(runs: FinishedRuns) -> Table:
     return replace(table, note=table.note + outdated(runs, runs.teachers))
 
 
-def _mark(runs: Sequence[FinishedRun], *, selected: bool) -> str:
-    at_chance = any(run.metrics["at_chance"] for run in runs)
-    return " (selected)" if selected else " (at chance)" if at_chance else ""
-
-
 def students_tables(runs: FinishedRuns) -> list[Table]:
     """Return Table 3, 4 or 5 in two: scores of teacher and students, then their heads, agreement and costs."""
     recipe, source = runs.recipe, runs.recipe.dataset.source
@@ -170,7 +168,7 @@ def students_tables(runs: FinishedRuns) -> list[Table]:
     note = conditions(trained) + protocol(source) if trained else "Nothing has been run."
     note += outdated(runs, [model.name for model in models])
     note += missing(absent, f"pipeline distill --student {{}} --recipe {recipe.name}")
-    title = paper.TABLES.get(source, "Table 3")  # whose form data get that the paper has not
+    title = paper.TABLES.get(source, "Table 3")  # data that the paper lacks get the form of Table 3
     scores = [*_accuracy(trained, reported), *_averages(reported)]
     heads = [
         Column("class head %", _score("class_top1")),

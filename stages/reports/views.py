@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,11 @@ class Labelled:
     def suffix(self) -> str:
         """The end of its figures' names, which tells them from those of other view recipes."""
         return "" if self.name == "default" else f"-{self.name}"
+
+    @property
+    def of(self) -> str:
+        """The same for titles."""
+        return "" if self.name == "default" else f", views {self.name}"
 
     @property
     def teacher(self) -> str:
@@ -112,14 +117,19 @@ def by_operation(labelled: Labelled) -> list[Figure | Table]:
         meter.add(labelled.cache.labels[view], labelled.dataset.train.labels, labelled.views.drawn(view))
     scores = meter.scores()
     has_mixing = labelled.views.recipe.mixing != "none"
-    shown = f"view {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} of {count} views ({_listed(chosen)})"
+    listed = ", ".join(map(str, chosen))
+    shown = f"view {listed}" if len(chosen) == 1 else f"{len(chosen)} of {count} views ({listed})"
     note = f"{labelled.note}; {shown} of {len(labelled.dataset.train)} training images. "
     if has_mixing:
         note += "Of two mixed images the one with the larger share decides: its target is right, its operations count. "
     note += "Lines: 95 % intervals, images taken as independent. The teacher learned from other views of these images."
-    title = f"{labelled.teacher} on augmented views by operation{_of(labelled)}"
+    title = f"{labelled.teacher} on augmented views by operation{labelled.of}"
     columns = ["operation", "drawn", "images", "right %", *(["either target %"] if has_mixing else [])]
-    rows = [[one.operation, one.drawn, str(one.num_images), *_shares(one, has_mixing)] for one in scores]
+    rows = []
+    for one in scores:
+        counts = [one.num_right, *([one.num_either] if has_mixing else [])]
+        shares = [number(100 * num / one.num_images, 1) for num in counts]
+        rows.append([one.operation, one.drawn, str(one.num_images), *shares])
     table = Table(title, columns, rows, note)
     total = scores[0]
     assert total.operation == EVERYTHING
@@ -134,19 +144,6 @@ def by_operation(labelled: Labelled) -> list[Figure | Table]:
     return [figure, Table(title, columns, shortened, note)]
 
 
-def _of(labelled: Labelled) -> str:
-    return f", views {labelled.name}" if labelled.suffix else ""
-
-
-def _listed(views: Sequence[int]) -> str:
-    return ", ".join(map(str, views))
-
-
-def _shares(scores: OperationScores, has_mixing: bool) -> list[str]:
-    counts = [scores.num_right, *([scores.num_either] if has_mixing else [])]
-    return [number(100 * count / scores.num_images, 1) for count in counts]
-
-
 def _row(scores: OperationScores) -> DotRow:
     share = 100 * scores.num_right / scores.num_images
     interval = wilson_interval(scores.num_right, scores.num_images)
@@ -154,7 +151,7 @@ def _row(scores: OperationScores) -> DotRow:
 
 
 def sample_views(labelled: Labelled) -> Figure:
-    """Draw a sheet of samples: the image, its view, its partner, what they mix to, targets and the teacher's label."""
+    """Draw a sheet of samples: the image, its view, its partner's view, their mix, targets and the teacher's label."""
     has_mixing = labelled.views.recipe.mixing != "none"
     samples = _choose(labelled)
     indices = torch.from_numpy(samples)
@@ -176,12 +173,13 @@ def sample_views(labelled: Labelled) -> Figure:
         for view in shown:
             _add_plain(labelled, view, indices, rows, data)
     table = Table(
-        f"Sample views{_of(labelled)}",
+        f"Sample views{labelled.of}",
         ["sample", "view", "target", "partner", "partner's target", "lambda", "teacher's label", "drawn"],
         data,
     )
-    note = f"{labelled.note}; view{'s' if len(shown) > 1 else ''} {_listed(shown)}. Framed and bold: the label is none "
-    note += f"of the targets. Up to {NUM_WRONG} samples were chosen for such a label in view 0, the others evenly."
+    note = f"{labelled.note}; view{'s' if len(shown) > 1 else ''} {', '.join(map(str, shown))}. "
+    note += "Framed and bold: the label is none of the targets. "
+    note += f"Up to {NUM_WRONG} samples were chosen for such a label in view 0, the others evenly."
     note += " Before the targets: lambda and 1 - lambda." if has_mixing else ""
     note += " Crop: by how many pixels the frame moves down and right." if labelled.views.recipe.crop else ""
     alt = f"{len(samples)} training images, what their views make of them, and the teacher's labels of these."
@@ -189,7 +187,7 @@ def sample_views(labelled: Labelled) -> Figure:
 
 
 def _choose(labelled: Labelled) -> NDArray[np.int64]:
-    """Return the samples to be shown, ascending: some whose label is no target, the others evenly."""
+    """Return the samples to show, ascending: some whose label is none of the targets, the others evenly."""
     targets, labels = labelled.dataset.train.labels, labelled.cache.labels[0]
     partners = labelled.views.drawn(0).get("partner", np.arange(len(targets)))
     is_wrong = (labels != targets) & (labels != targets[partners])
@@ -246,7 +244,7 @@ def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]
 
 
 def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
-    """Say what was drawn for an image, in lines short enough to stand below it."""
+    """Say what was drawn for an image, in lines that fit below it."""
     values = {name: array[index] for name, array in drawn.items()}
     framed = [f"crop {values['crop'][0]:+d},{values['crop'][1]:+d}"] if "crop" in values else []
     framed += ["flip"] if values.get("flip") else []
