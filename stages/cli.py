@@ -45,7 +45,7 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "Results": (
         ("evaluate", "evaluate", "Score a checkpoint on a recipe's data, or on any folder's."),
-        ("report", "commands.results:report", "Write a page, tables and figures of what has been run."),
+        ("report", "report", "Write a page, tables and figures of what has been run."),
         ("models", "models", "List students and teachers with their parameters and costs."),
     ),
     "The paper's results": (

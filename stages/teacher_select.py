@@ -13,10 +13,9 @@ from pipeline.report.tables import Table
 from pipeline.system.runtime import current_ranks
 from stages.label import label, plan_labels
 from stages.prepare import prepare
-from stages.reports.others import optimizers_table
+from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
-from stages.reports.scores import NOT_RUN
-from stages.reports.tables import candidates_table
+from stages.reports.tables import candidates_table, optimizers_table
 from stages.selection import select
 from stages.shared import options
 from stages.shared.context import Context

@@ -18,13 +18,13 @@ class Estimate:
     Attributes:
         count: How many, at least one.
         mean: In the measurements' unit.
-        deviation: Sample standard deviation, of n - 1; None of a single measurement.
+        sd: Sample standard deviation (divisor n - 1); None of a single measurement.
         interval: Low and high end of the mean's 95 % interval; None of a single measurement.
     """
 
     count: int
     mean: float
-    deviation: float | None
+    sd: float | None
     interval: tuple[float, float] | None
 
     @property

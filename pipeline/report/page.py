@@ -1,4 +1,4 @@
-"""The report as one page of HTML that needs nothing beside it, and as Markdown with its pictures in files."""
+"""The report as one self-contained HTML page, and as Markdown with its pictures in files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Missing:
     Attributes:
         title: Of the table or figure.
         why: In a few words, as `not run`.
-        command: What would bring it; empty where nothing would.
+        command: What makes it; empty where nothing does.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Section:
 def file_names(items: Iterable[Item]) -> list[str]:
     """Return a name without suffix for each item, usable in files and links: `table-3` of `Table 3. ...`.
 
-    They are distinct; a figure's is its own name.
+    They are distinct; a figure is called by its name.
     """
     names: list[str] = []
     for item in items:
@@ -77,7 +77,7 @@ def to_html(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     for index, section in enumerate(sections, 1):
         entries = [(next(names), item) for item in section.items]
         first = {item.title: name for name, item in reversed(entries)}  # a figure's table has its title
-        lines = "".join(f'<li><a href="#{name}">{_text(each)}</a></li>' for each, name in reversed(first.items()))
+        lines = "".join(f'<li><a href="#{name}">{_text(heading)}</a></li>' for heading, name in reversed(first.items()))
         contents.append(f'<li><a href="#section-{index}">{_text(section.title)}</a><ul>{lines}</ul></li>')
         body = "".join(_item(name, item) for name, item in entries)
         text = f"<p>{_text(section.text)}</p>" if section.text else ""
@@ -97,9 +97,9 @@ def to_markdown(title: str, lead: str, sections: Sequence[Section], *, pictures:
     """Return the report as GitHub Markdown.
 
     Args:
-        title: As of `to_html`.
-        lead: The same.
-        sections: The same.
+        title: Of the report.
+        lead: One paragraph below it.
+        sections: Its parts.
         pictures: Folder of the PNG files, relative to the Markdown file.
     """
     names = iter(file_names(item for section in sections for item in section.items))

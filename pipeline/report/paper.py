@@ -74,6 +74,12 @@ STUDENTS: Mapping[str, Mapping[str, Reported]] = {
 TABLES: Mapping[str, str] = {"cifar100": "Table 3", "cifar10": "Table 4", "mnist": "Table 5"}
 """Data set, then the table of its students."""
 
+FIGURES: Mapping[str, str] = {"cifar100": "Figure 6", "cifar10": "Figure 7", "mnist": "Figure 8"}
+"""Data set, then the figure of its students."""
+
+TEACHER = "vgg16_bn"
+"""The teacher of all its students."""
+
 OPTIMIZERS: Mapping[str, float | None] = {"sgd": 79.8017, "adam": None, "rmsprop": 73.40761}
 """Top-1 of VGG16_bn on CIFAR-100 by optimiser (Figure 5); the text gives no figure for Adam."""
 

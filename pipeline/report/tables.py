@@ -1,4 +1,4 @@
-"""What people see: progress of a run, and tables for the terminal and for Markdown."""
+"""Tables for the terminal, Markdown and CSV, figures, and how numbers are written in them."""
 
 from __future__ import annotations
 

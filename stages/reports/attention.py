@@ -25,9 +25,9 @@ COLUMNS = (
     "distillation token,\nrollout",
 )
 EXPLANATION = (
-    "Light: attended most; the rest of a token's attention is on the two tokens themselves. Last block: mean over "
-    "heads. Rollout: through all blocks (arXiv:2005.00928), each of which passes on half of a token as it was; what "
-    "MLPs do, and what pixel tokens add to patches, is left out."
+    "Light patches get the most attention; what is missing to 100 % goes to the two tokens themselves. Last block: "
+    "mean over heads. Rollout (arXiv:2005.00928): attention through all blocks, each of which also passes on half of "
+    "its input; MLPs, and what pixel tokens add to patches, are left out."
 )
 
 
@@ -80,7 +80,7 @@ def _figure(run: FinishedRun, dataset: Dataset) -> Figure:
     names, rows, data = dataset.class_names, [], []
     for row, (sample, image) in enumerate(zip(samples.tolist(), pixels, strict=True)):
         target = names[dataset.test.labels[sample]]
-        heads = [f"its head: {names[head[row]]}" for head in predicted]
+        heads = [f"its head: {names[of_images[row]]}" for of_images in predicted]
         cells = [Cell(image, [f"#{sample}", f"target: {target}"], grid=side)]
         for column in range(len(COLUMNS)):
             patches = shares[row, column].reshape(side, side)

@@ -1,8 +1,7 @@
-"""Test images by class: what is taken for what, by the best student and by its teacher."""
+"""Results by class on the test images: confusion, the worst classes, and agreement with the teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,20 +9,20 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.report.figures import Row, dots, heat_map
+from pipeline.report.figures import DotRow, dots, heat_map
 from pipeline.report.tables import Figure, Table, number
 from pipeline.training.checkpoints import read_meta
 from pipeline.training.metrics import ClassScores, class_scores, worst_first
 from stages.reports.runs import FinishedRun, FinishedRuns
 
-MANY = 20  # classes, from which on not all are shown
+MANY = 20  # classes; of more not all are shown
 NUM_WORST = 15
 NUM_SHOWN = 30
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model says of the test images.
+    """A model's predictions on the test images.
 
     Attributes:
         run: The model.
@@ -70,12 +69,12 @@ class Answers:
 
     @property
     def title(self) -> str:
-        """The model's name, and what it is."""
+        """The model's name, and whether it is a teacher."""
         return f"{self.run.name}{' (teacher)' if self.run.kind == 'teacher' else ''}"
 
     @property
     def note(self) -> str:
-        """Under what conditions the answers were given."""
+        """Under what conditions the model predicted."""
         metrics = self.run.metrics
         epoch = f"epoch {metrics['test']['epoch']} of {metrics['epochs']}"
         return f"{self.title}, {epoch}, seed {self.run.seed}; {len(self.targets)} test images"
@@ -134,7 +133,7 @@ def confusion(answers: Answers) -> list[Figure | Table]:
 
 
 def confused_pairs(answers: Answers) -> Table:
-    """Return the pairs of target and prediction that are most often taken for each other."""
+    """Return the wrong pairs of target and prediction that occur most often."""
     counts = answers.confusion()
     supports = counts.sum(axis=1)
     wrong = counts.copy()
@@ -146,12 +145,12 @@ def confused_pairs(answers: Answers) -> Table:
             share = number(100 * wrong[target, prediction] / supports[target], 1)
             cells = [answers.names[prediction], str(wrong[target, prediction]), share]
             rows.append([answers.names[target], *cells, str(wrong[prediction, target])])
-    columns = ("target", "taken for", "images", "of the target's %", "the other way round")
+    columns = ("target", "taken for", "images", "% of the target's images", "images the other way round")
     return Table(f"Most confused classes, {answers.title}", columns, rows, f"{answers.note}.")
 
 
 def worst_classes(student: Answers, teacher: Answers | None) -> Table:
-    """Return the classes of which the student finds the smallest share, the teacher's figures beside them."""
+    """Return the classes that the student recognises worst, with the teacher's figures."""
     beside = {scores.name: scores for scores in teacher.scores()} if teacher else {}
     columns = ["class", "images", "recall %", "precision %", "most often taken for"]
     columns += ["teacher's recall %", "teacher's precision %"] if beside else []
@@ -165,42 +164,37 @@ def worst_classes(student: Answers, teacher: Answers | None) -> Table:
         rows.append(row)
     count = min(NUM_WORST, len(student.names))
     what = "All classes" if count == len(student.names) else f"The {count} worst classes"
-    note = f"{student.note}" + (f"; beside it {teacher.note}" if teacher else "")
-    return Table(f"{what}, {student.title}", columns, rows, f"{note}. Ascending by recall, then F1.")
+    note = student.note + (f"; the teacher's columns: {teacher.note}" if teacher else "")
+    return Table(f"{what}, {student.title}", columns, rows, f"{note}. Lowest recall first, then lowest F1.")
 
 
 def agreement(student: Answers, labels: NDArray[np.int64]) -> list[Figure | Table]:
-    """Show by class how often the student says what the teacher says, and how often each is right."""
+    """Show by class how often student and teacher predict the same, and how often they are right."""
+    same, right = student.predictions == labels, student.predictions == student.targets
+    teachers = labels == student.targets
+    outcomes = np.stack([same, right, teachers, right & ~teachers, teachers & ~right])
     shares = []
     for label, name in enumerate(student.names):
         members = student.targets == label
         if members.any():
-            same = student.predictions[members] == labels[members]
-            right, teachers = student.predictions[members] == label, labels[members] == label
-            outcomes = (same, right, teachers, right & ~teachers, teachers & ~right)
-            shares.append((name, int(members.sum()), [100 * float(each.mean()) for each in outcomes]))
+            shares.append((name, int(members.sum()), (100 * outcomes[:, members].mean(axis=1)).tolist()))
     shares.sort(key=lambda entry: entry[2][0])
-    overall = [100 * float(np.mean(each)) for each in _outcomes(student, labels)]
+    overall = 100 * float(same.mean())
     columns = ["class", "images", "agreement %", "student right %", "teacher right %"]
     columns += ["only the student right %", "only the teacher right %"]
     title = f"Agreement with the teacher by class, {student.title}"
     rows = [[name, str(count), *(number(value, 1) for value in values)] for name, count, values in shares]
-    note = f"{student.note}; ascending by agreement, the share of images on which student and teacher say the same."
+    note = f"{student.note}; lowest agreement first: the share of images with the same prediction."
     table = Table(title, columns, rows, note, optional=columns[5:])
     series = ["agreement", "student right", "teacher right"]
-    drawn = [Row(name, values[:3], remark=str(count)) for name, count, values in shares[:NUM_SHOWN]]
+    drawn = [DotRow(name, values[:3], remark=str(count)) for name, count, values in shares[:NUM_SHOWN]]
     png = dots(
-        drawn, series, x_label="share of the class's images, %", y_label="target", overall=overall[:1], remarks="images"
+        drawn, series, x_label="share of the class's images, %", y_label="target", overall=[overall], remarks="images"
     )
-    alt = f"Dots: agreement, student's and teacher's accuracy of each class. Overall agreement {overall[0]:.1f} %."
+    alt = f"Dots: agreement, student's and teacher's accuracy of each class. Overall agreement {overall:.1f} %."
     part = f" The {NUM_SHOWN} classes of least agreement of {len(shares)}." if len(shares) > NUM_SHOWN else ""
     shortened = Table(title, columns, rows[:NUM_SHOWN], note + part, optional=columns[5:])
     return [Figure("agreement", title, png, alt, note + part, table), shortened]
-
-
-def _outcomes(student: Answers, labels: NDArray[np.int64]) -> Sequence[NDArray[np.bool_]]:
-    """Return for each image whether both agree, whether the student is right, and whether the teacher is."""
-    return student.predictions == labels, student.predictions == student.targets, labels == student.targets
 
 
 def _percent(share: float | None) -> str:

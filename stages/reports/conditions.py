@@ -1,4 +1,4 @@
-"""The line below a table or figure: under what conditions its figures were reached."""
+"""What is said below a table or figure: under what conditions its figures were reached, and what is missing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 from pipeline.report import paper
 from stages.reports.runs import FinishedRun, FinishedRuns
 
+NOT_RUN = "not run"
+LEFT_OUT = "left out by --no-figures"
+
 
 def conditions(runs: Sequence[FinishedRun]) -> str:
-    """Return device, precision, epochs, views, seeds, batch, teacher, and which epoch counts.
+    """Return which epoch counts, device, precision, epochs, batch, views, seeds, teacher and images, in one line.
 
     Args:
         runs: At least one; several of a model are runs that differ by their seeds.
@@ -19,25 +22,25 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
     where = [run.environment for run in runs]
     teachers = {_teacher(run) for run in runs if run.metrics["teacher"]}
     began = [run.initial_weights for run in runs if run.kind == "teacher"]
-    views = {each["views"] for each in metrics if each["views"]}
+    views = {values["views"] for values in metrics if values["views"]}
     parts = [
         "Best epoch by "
-        + _all(f"{each['evaluated_on']} accuracy" for each in metrics)
+        + _all(f"{values['evaluated_on']} accuracy" for values in metrics)
         + ("; all but best and last top-1 are on test" if is_held_out(runs) else ", as in the paper"),
-        "device " + _all(_device(each) for each in where),
-        "precision " + _all(each["precision"] for each in metrics),
-        "epochs " + _all(each["epochs"] for each in metrics),
-        "effective batch " + _all(each["batch_size"] for each in metrics),
+        "device " + _all(map(_device, where)),
+        "precision " + _all(values["precision"] for values in metrics),
+        "epochs " + _all(values["epochs"] for values in metrics),
+        "effective batch " + _all(values["batch_size"] for values in metrics),
         *(["views " + _all(sorted(views))] if views else []),
         _seeds(runs),
         *(["teachers trained from " + _all(filter(None, began))] if any(began) else []),
         *(["learned from " + _all(sorted(teachers))] if teachers else []),
-        f"{_all(each['num_train'] for each in metrics)} training and "
-        f"{_all(each['num_test'] for each in metrics)} test images",
-        f"{sum(each['seconds'] for each in where):.0f} s of training in all",
-        "torch " + _all(each["versions"]["torch"] for each in where),
-        "commit " + _all(each["commit"] or "unknown" for each in where),
-        _all(each["date"][:10] for each in where),
+        f"{_all(values['num_train'] for values in metrics)} training and "
+        f"{_all(values['num_test'] for values in metrics)} test images",
+        f"{sum(values['seconds'] for values in where):.0f} s of training in all",
+        "torch " + _all(values["versions"]["torch"] for values in where),
+        "commit " + _all(values["commit"] or "unknown" for values in where),
+        _all(values["date"][:10] for values in where),
     ]
     warnings = [f"{_label(run, runs)}: {warning}" for run in runs for warning in run.metrics["warnings"]]
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
@@ -50,18 +53,18 @@ def is_held_out(runs: Iterable[FinishedRun]) -> bool:
 
 def outdated(runs: FinishedRuns, names: Iterable[str]) -> str:
     """Name the models of the recipe that were trained under other settings than params.yaml now has."""
-    own = {**runs.teachers, **runs.students}
-    changed = {name: runs.outdated(own[name]) for name in names if name in own}
+    trained = {**runs.teachers, **runs.students}
+    changed = {name: runs.outdated(trained[name]) for name in names if name in trained}
     return "".join(
         f" {name} was trained before params.yaml changed: {', '.join(why)}." for name, why in changed.items() if why
     )
 
 
 def missing(names: Sequence[str], command: str) -> str:
-    """Name the models that have not been run, and how the first of them is.
+    """Name the models that have not been run, and the command that runs the first.
 
     Args:
-        names: Theirs.
+        names: Of the models.
         command: With `{}` in place of a name.
     """
     return f" Not run: {', '.join(names)}. To run: {command.format(names[0])}" if names else ""
@@ -79,17 +82,17 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
     seeds: dict[str, dict[int, None]] = {}
     for run in runs:
         seeds.setdefault(run.name, {})[run.seed] = None
-    if all(len(each) == 1 for each in seeds.values()):
+    if all(len(of_model) == 1 for of_model in seeds.values()):
         return "seed " + _all(run.seed for run in runs)
-    models = ", ".join(f"{name} {' '.join(map(str, each))}" for name, each in seeds.items())
+    models = ", ".join(f"{name} {' '.join(map(str, of_model))}" for name, of_model in seeds.items())
     return f"seeds {models}: mean ± sample standard deviation (number of seeds)"
 
 
 def _teacher(run: FinishedRun) -> str:
-    """Return the teacher of a run, with its top-1 and what it began from."""
+    """Return the teacher of a run, with its top-1 and initial weights."""
     name, top1 = (run.metrics["teacher"][key] for key in ("name", "top1"))
     began = run.teacher_weights
-    return f"{name} at {top1:.2f} %" + (f", itself from {began}" if began else "")
+    return f"{name} at {top1:.2f} %" + (f" (trained from {began})" if began else "")
 
 
 def _label(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:

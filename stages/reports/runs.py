@@ -34,14 +34,15 @@ ENVIRONMENT: Form = {
     "device": str, "seconds": NUMBER, "commit": (str, type(None)), "date": str, "versions": {"torch": str},
 }  # fmt: skip
 """What a report needs of metrics.json and run.json at least."""
+BUDGET = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "parameters")
 
 
 def misfit(content: object, form: Form) -> str | None:
-    """Say which field of a JSON value is missing or of a wrong kind; None where all fit.
+    """Say which field of a JSON value is missing or has a wrong type; None where all fit.
 
     Args:
         content: The value, which must be an object.
-        form: Field, then its type, its types, or the form of the object that it is.
+        form: Field, then its type or types, or the form of an object.
     """
     if not isinstance(content, dict):
         return "not an object"
@@ -112,9 +113,8 @@ class FinishedRun:
 
     @property
     def budget(self) -> tuple[Any, ...]:
-        """What runs that may be compared have in common, whatever they learn from."""
-        settings = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "parameters")
-        return tuple(self.metrics[key] for key in settings)
+        """What is equal in runs that may be compared, whatever they learn from."""
+        return tuple(self.metrics[key] for key in BUDGET)
 
     @property
     def lesson(self) -> tuple[Any, ...] | None:
@@ -125,14 +125,14 @@ class FinishedRun:
 
     @property
     def basis(self) -> tuple[Any, ...]:
-        """What runs that differ by their seeds alone have in common."""
+        """What is equal in runs that differ by their seeds alone."""
         same = [self.metrics.get(key) for key in ("views", "soft", "confidence", "distilled")]
         teacher = self.metrics.get("teacher")
         return (*self.budget, *same, teacher["sha256"] if teacher else None)
 
     @property
     def initial_weights(self) -> str | None:
-        """What its training began from, as `random weights`; None where its checkpoint does not say.
+        """The weights before its training, as `random weights`; None where its checkpoint does not say.
 
         Raises:
             DataError: Its checkpoint's JSON is damaged.
@@ -141,7 +141,7 @@ class FinishedRun:
 
     @property
     def teacher_weights(self) -> str | None:
-        """What its teacher's training began from, as `initial_weights`; None without the teacher's checkpoint."""
+        """The same of its teacher; None without the teacher's checkpoint."""
         teacher = self.metrics["teacher"]
         meta = read_meta(Paths(str(self.metrics["recipe"])).teacher(teacher["name"])) if teacher else None
         return _initial_weights(meta, "teacher") if meta and meta["sha256"] == teacher["sha256"] else None
@@ -190,8 +190,8 @@ class FinishedRuns:
         recipe: The recipe.
         paths: Its files.
         teachers: The candidates, in the recipe's order.
-        students: The recipe's own runs, in its order.
-        others: Runs that differ from the recipe, by their directories' names.
+        students: The runs that follow the recipe, with seed 0, in its order.
+        others: Runs that differ from the recipe or have another seed, by their directories' names.
         winner: The selected teacher's name; None before `select`.
     """
 
@@ -225,13 +225,13 @@ class FinishedRuns:
 
         A run under settings, data or a teacher that are not those of the recipe's own run is none of them.
         """
-        own = self.teachers.get(name) or self.students.get(name)
-        same = [run for run in self.others.values() if run.name == name and not run.differs]
-        runs = sorted([*([own] if own else []), *same], key=lambda run: run.seed)
+        seed_0 = self.teachers.get(name) or self.students.get(name)
+        others = [run for run in self.others.values() if run.name == name and not run.differs]
+        runs = sorted([*([seed_0] if seed_0 else []), *others], key=lambda run: run.seed)
         return [run for run in runs if run.basis == runs[0].basis]
 
     def outdated(self, run: FinishedRun) -> list[str]:
-        """Say which settings of one of the recipe's own runs params.yaml has changed since."""
+        """Say which settings of a run that follows the recipe have since changed in params.yaml."""
         now = self.recipe.teachers.get(run.name) if run.kind == "teacher" else self.recipe.students.get(run.name)
         meta = read_meta(run.directory)
         if now is None or meta is None or not isinstance(meta.get("training"), dict):
@@ -240,7 +240,7 @@ class FinishedRuns:
 
 
 def _initial_weights(meta: Mapping[str, Any] | None, kind: str) -> str | None:
-    """Read from a checkpoint's JSON what its training began from."""
+    """Read from a checkpoint's JSON the weights before its training."""
     training = meta.get("training") if meta else None
     if not isinstance(training, dict):
         return None
@@ -258,5 +258,5 @@ def _winner(path: Path) -> str | None:
 
 
 def _finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
-    found = {name: FinishedRun.read(path) for name, path in directories.items()}
-    return {name: run for name, run in found.items() if run is not None}
+    runs = {name: FinishedRun.read(path) for name, path in directories.items()}
+    return {name: run for name, run in runs.items() if run is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError
 from pipeline.labels.cache import LabelCache
 from pipeline.labels.replay import check_canaries
-from pipeline.report.figures import Cell, Row, dots, sheet
+from pipeline.report.figures import Cell, DotRow, dots, sheet
 from pipeline.report.tables import Figure, Table, number
 from pipeline.views import operations
 from pipeline.views.augment import SUB_POLICY
@@ -34,7 +34,7 @@ NUM_COLUMNS = 4  # of views, where they do not mix
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """A view recipe's views, and the teacher's labels of them.
+    """The views of a view recipe, and the teacher's labels of them.
 
     Attributes:
         name: Of the view recipe.
@@ -50,8 +50,13 @@ class Labelled:
 
     @property
     def suffix(self) -> str:
-        """What tells its figures from those of other view recipes."""
+        """The end of its figures' names, which tells them from those of other view recipes."""
         return "" if self.name == "default" else f"-{self.name}"
+
+    @property
+    def of(self) -> str:
+        """The same for titles."""
+        return "" if self.name == "default" else f", views {self.name}"
 
     @property
     def teacher(self) -> str:
@@ -113,20 +118,23 @@ def by_operation(labelled: Labelled) -> list[Figure | Table]:
         meter.add(labelled.cache.labels[view], labelled.dataset.train.labels, labelled.views.drawn(view))
     scores = meter.scores()
     has_mixing = labelled.views.recipe.mixing != "none"
-    shown = f"view {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} of {count} views ({_listed(chosen)})"
+    listed = ", ".join(map(str, chosen))
+    shown = f"view {listed}" if len(chosen) == 1 else f"{len(chosen)} of {count} views ({listed})"
     note = f"{labelled.note}; {shown} of {len(labelled.dataset.train)} training images. "
     if has_mixing:
-        note += "Right: the target of the image with the larger share, by whose operations images are grouped. "
-    note += (
-        "Lines: 95 % confidence, images taken as independent. The teacher was trained on these images, in other views."
-    )
-    title = f"{labelled.teacher} on augmented views by operation{_of(labelled)}"
+        note += "Of two mixed images the one with the larger share decides: its target is right, its operations count. "
+    note += "Lines: 95 % intervals, images taken as independent. The teacher learned from other views of these images."
+    title = f"{labelled.teacher} on augmented views by operation{labelled.of}"
     columns = ["operation", "drawn", "images", "right %", *(["either target %"] if has_mixing else [])]
-    rows = [[each.operation, each.drawn, str(each.num_images), *_shares(each, has_mixing)] for each in scores]
+    rows = []
+    for one in scores:
+        counts = [one.num_right, *([one.num_either] if has_mixing else [])]
+        shares = [number(100 * num / one.num_images, 1) for num in counts]
+        rows.append([one.operation, one.drawn, str(one.num_images), *shares])
     table = Table(title, columns, rows, note)
     total = scores[0]
     assert total.operation == EVERYTHING
-    drawn = [_row(each) for each in scores if each.operation not in (EVERYTHING, SUB_POLICY)]
+    drawn = [_row(one) for one in scores if one.operation not in (EVERYTHING, SUB_POLICY)]
     if not drawn:
         return [table]
     overall = 100 * total.num_right / total.num_images
@@ -137,27 +145,14 @@ def by_operation(labelled: Labelled) -> list[Figure | Table]:
     return [figure, Table(title, columns, shortened, note)]
 
 
-def _of(labelled: Labelled) -> str:
-    return f", views {labelled.name}" if labelled.suffix else ""
-
-
-def _listed(views: Sequence[int]) -> str:
-    return ", ".join(map(str, views))
-
-
-def _shares(scores: OperationScores, has_mixing: bool) -> list[str]:
-    counts = [scores.num_right, *([scores.num_either] if has_mixing else [])]
-    return [number(100 * count / scores.num_images, 1) for count in counts]
-
-
-def _row(scores: OperationScores) -> Row:
+def _row(scores: OperationScores) -> DotRow:
     share = 100 * scores.num_right / scores.num_images
     interval = wilson_interval(scores.num_right, scores.num_images)
-    return Row(scores.drawn, [share], [interval], scores.operation, f"{scores.num_images:,}")
+    return DotRow(scores.drawn, [share], [interval], scores.operation, f"{scores.num_images:,}")
 
 
 def sample_views(labelled: Labelled) -> Figure:
-    """Draw a sheet of samples: the image, its view, its partner, what they mix to, targets and the teacher's label."""
+    """Draw a sheet of samples: the image, its view, its partner's view, their mix, targets and the teacher's label."""
     has_mixing = labelled.views.recipe.mixing != "none"
     samples = _choose(labelled)
     indices = torch.from_numpy(samples)
@@ -179,20 +174,21 @@ def sample_views(labelled: Labelled) -> Figure:
         for view in shown:
             _add_plain(labelled, view, indices, rows, data)
     table = Table(
-        f"Sample views{_of(labelled)}",
+        f"Sample views{labelled.of}",
         ["sample", "view", "target", "partner", "partner's target", "lambda", "teacher's label", "drawn"],
         data,
     )
-    note = f"{labelled.note}; view{'s' if len(shown) > 1 else ''} {_listed(shown)}. Framed and bold: the label is no "
-    note += f"target. Up to {NUM_WRONG} of the samples were chosen because it is not in view 0; the others evenly."
-    note += " Beside targets: lambda and 1 - lambda." if has_mixing else ""
-    note += " Crop: pixels by which the frame moves down and right." if labelled.views.recipe.crop else ""
+    note = f"{labelled.note}; view{'s' if len(shown) > 1 else ''} {', '.join(map(str, shown))}. "
+    note += "Framed and bold: the label is none of the targets. "
+    note += f"Up to {NUM_WRONG} samples were chosen for such a label in view 0, the others evenly."
+    note += " Before the targets: lambda and 1 - lambda." if has_mixing else ""
+    note += " Crop: by how many pixels the frame moves down and right." if labelled.views.recipe.crop else ""
     alt = f"{len(samples)} training images, what their views make of them, and the teacher's labels of these."
     return Figure(f"sample-views{labelled.suffix}", table.title, sheet(rows, columns), alt, note, table)
 
 
 def _choose(labelled: Labelled) -> NDArray[np.int64]:
-    """Return the samples to be shown, ascending: some whose label is no target, the others evenly."""
+    """Return the samples to show, ascending: some whose label is none of the targets, the others evenly."""
     targets, labels = labelled.dataset.train.labels, labelled.cache.labels[0]
     partners = labelled.views.drawn(0).get("partner", np.arange(len(targets)))
     is_wrong = (labels != targets) & (labels != targets[partners])
@@ -212,17 +208,17 @@ def _add_mixed(labelled: Labelled, indices: torch.Tensor, rows: list[list[Cell |
     names, views, drawn = labelled.dataset.class_names, labelled.views, labelled.views.drawn(0)
     partners = drawn["partner"][indices.numpy()]
     unmixed = Views(views.images, views.labels, dataclasses.replace(views.recipe, mixing="none"))
-    own, others = (_pixels(unmixed, 0, each) for each in (indices, torch.from_numpy(partners)))
+    firsts, seconds = (_pixels(unmixed, 0, samples) for samples in (indices, torch.from_numpy(partners)))
     mixed = _pixels(views, 0, indices)
     for row, index in enumerate(indices.tolist()):
         share, partner = float(drawn["lambda"][index]), int(partners[row])
-        targets = [int(labelled.dataset.train.labels[each]) for each in (index, partner)]
+        targets = [int(labelled.dataset.train.labels[sample]) for sample in (index, partner)]
         label = int(labelled.cache.labels[0, index])
         lines = [f"{part:.2f}: {names[target]}" for part, target in zip((share, 1 - share), targets, strict=True)]
         lines.append(f"teacher: {names[label]}")
         rows[row] += [
-            Cell(own[row], _described(drawn, index)),
-            Cell(others[row], [f"#{partner}", f"target: {names[targets[1]]}", *_described(drawn, partner)]),
+            Cell(firsts[row], _described(drawn, index)),
+            Cell(seconds[row], [f"#{partner}", f"target: {names[targets[1]]}", *_described(drawn, partner)]),
             Cell(mixed[row], lines, marked=label not in targets),
         ]
         told = [str(index), "0", names[targets[0]], str(partner), names[targets[1]], f"{share:.4f}", names[label]]
@@ -249,17 +245,17 @@ def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]
 
 
 def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
-    """Say what was drawn for an image, in lines short enough to stand below it."""
-    own = {name: values[index] for name, values in drawn.items()}
-    framed = [f"crop {own['crop'][0]:+d},{own['crop'][1]:+d}"] if "crop" in own else []
-    framed += ["flip"] if own.get("flip") else []
-    moved = [f"{own['rotation']:+.0f}°"] if "rotation" in own else []
-    moved += [f"by {own['translate'][0]:+d},{own['translate'][1]:+d}"] if "translate" in own else []
-    formed = [f"×{own['scale']:.2f}"] if "scale" in own else []
-    formed += [f"shear {own['shear']:+.0f}°"] if "shear" in own else []
-    lines = [", ".join(each) for each in (framed, moved, formed) if each]
-    lines += [f"{name} ×{own[name]:.2f}" for name in ("brightness", "contrast") if name in own]
-    applied = zip(own["operations"], own["magnitudes"], strict=True) if "operations" in own else []
+    """Say what was drawn for an image, in lines that fit below it."""
+    values = {name: array[index] for name, array in drawn.items()}
+    framed = [f"crop {values['crop'][0]:+d},{values['crop'][1]:+d}"] if "crop" in values else []
+    framed += ["flip"] if values.get("flip") else []
+    moved = [f"{values['rotation']:+.0f}°"] if "rotation" in values else []
+    moved += [f"by {values['translate'][0]:+d},{values['translate'][1]:+d}"] if "translate" in values else []
+    formed = [f"×{values['scale']:.2f}"] if "scale" in values else []
+    formed += [f"shear {values['shear']:+.0f}°"] if "shear" in values else []
+    lines = [", ".join(parts) for parts in (framed, moved, formed) if parts]
+    lines += [f"{name} ×{values[name]:.2f}" for name in ("brightness", "contrast") if name in values]
+    applied = zip(values["operations"], values["magnitudes"], strict=True) if "operations" in values else []
     lines += [_strength(int(operation), float(value)) for operation, value in applied if operation >= 0]
     return lines
 

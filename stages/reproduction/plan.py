@@ -11,8 +11,8 @@ from pipeline.config.recipes import Recipe
 from pipeline.errors import UsageError
 from pipeline.models.students import STUDENTS
 from pipeline.report import paper
-from stages.reports.figures import STUDENTS as FIGURES
-from stages.reports.tables import PAPERS_TEACHER
+from pipeline.report.paper import FIGURES
+from pipeline.report.paper import TEACHER as PAPERS_TEACHER
 from stages.reproduction.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob
 
 MAIN = "cifar100"

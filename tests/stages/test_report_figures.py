@@ -15,11 +15,11 @@ from tests.support.finished_runs import finished, finished_runs, recipe
 
 
 def draw(*runs: Any, winner: str | None = None, of: str = "cifar100") -> dict[str, Figure]:
-    # The context is the command's; figures need nothing of it.
-    drawn = figures(None, finished_runs(recipe(of), *runs, winner=winner))  # type: ignore[arg-type]
-    for figure in drawn:
+    items = figures(finished_runs(recipe(of), *runs, winner=winner))
+    drawn = {item.name: item for item in items if isinstance(item, Figure)}
+    for figure in drawn.values():
         check(figure.png)
-    return {figure.name: figure for figure in drawn}
+    return drawn
 
 
 def rows(figure: Figure) -> tuple[list[str], list[list[str]]]:

@@ -5,7 +5,7 @@ texts that are readable at 800, and legible in greyscale: dashes, markers and li
 """
 
 from pipeline.report.figures.canvas import require_matplotlib
-from pipeline.report.figures.dots import Row, dots
+from pipeline.report.figures.dots import DotRow, dots
 from pipeline.report.figures.heat_map import heat_map
 from pipeline.report.figures.lines import Series, lines, smoothing
 from pipeline.report.figures.repeats import Panel, Repeats, over_counts
@@ -13,9 +13,9 @@ from pipeline.report.figures.sheet import Cell, sheet
 
 __all__ = [
     "Cell",
+    "DotRow",
     "Panel",
     "Repeats",
-    "Row",
     "Series",
     "dots",
     "heat_map",

@@ -22,11 +22,11 @@ INK, FAINT, PAPER = "#222222", "#dddddd", "#666666"
 """Of texts and axes, of grids, and of the reference values beside ours."""
 # Okabe and Ito's colours, without yellow, which is too light for lines on white; with a grey in its place.
 COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
-# As many as are coprime to the markers, so that 40 series have each their own pair.
+# Their number is coprime to that of the markers, so that each of 40 series gets a pair of its own.
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1.2, 2)), (0, (9, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*")
 MARKER_SIZES = {"*": 9.0, "P": 7.0, "X": 7.0}
-"""Of those that would look smaller than the others."""
+"""For markers that would look smaller than the others."""
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,

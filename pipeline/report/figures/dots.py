@@ -17,7 +17,7 @@ SERIES_LENGTH = 24
 
 
 @dataclass(frozen=True)
-class Row:
+class DotRow:
     """A line of dots.
 
     Attributes:
@@ -36,7 +36,7 @@ class Row:
 
 
 def dots(
-    rows: Sequence[Row],
+    rows: Sequence[DotRow],
     series: Sequence[str],
     *,
     x_label: str,
@@ -83,7 +83,7 @@ def dots(
         return to_png(figure)
 
 
-def _places(rows: Sequence[Row]) -> tuple[list[float], list[tuple[float, str]], float]:
+def _places(rows: Sequence[DotRow]) -> tuple[list[float], list[tuple[float, str]], float]:
     """Return where each row goes, counted in rows from the top, where each heading, and where all end."""
     places: list[float] = []
     headings: list[tuple[float, str]] = []
@@ -100,7 +100,7 @@ def _places(rows: Sequence[Row]) -> tuple[list[float], list[tuple[float, str]], 
 
 
 def _draw(
-    axes: Axes, rows: Sequence[Row], places: Sequence[float], index: int, name: str, overall: float | None
+    axes: Axes, rows: Sequence[DotRow], places: Sequence[float], index: int, name: str, overall: float | None
 ) -> None:
     """Draw one series; the first one's markers are filled, the others' hollow."""
     colour, marker = COLOURS[index], MARKERS[index]

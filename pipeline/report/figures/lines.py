@@ -45,7 +45,7 @@ def lines(series: Sequence[Series], *, x_label: str, y_label: str, legend: str =
     """Draw curves, and where they end close together a second time on a larger scale.
 
     Args:
-        series: At least one, at most 40, which have each a pair of dash and marker of its own.
+        series: At least one, at most 40: as many pairs of dash and marker there are.
         x_label: With unit.
         y_label: With unit.
         legend: Heading of the legend.

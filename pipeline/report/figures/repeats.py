@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.report.figures.canvas import COLOURS, DASHES, MARKERS, new_figure, shown, style, to_png
+from pipeline.report.intervals import estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,17 +26,12 @@ class Repeats:
 
     Attributes:
         name: In the legend.
-        counts: Ascending, at least 1 each; a series of a single one is drawn as a level over the whole width.
-        values: Of each count the runs'.
-        means: Of each count.
-        intervals: Low and high of each mean; None draws none.
+        values: Count, then the runs' values, at least one. Counts ascend from at least 1; a series of a single one is
+            drawn as a level over the whole width.
     """
 
     name: str
-    counts: Sequence[int]
-    values: Sequence[Sequence[float]]
-    means: Sequence[float]
-    intervals: Sequence[tuple[float, float] | None]
+    values: Mapping[int, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def over_counts(panels: Sequence[Panel], *, x_label: str, y_label: str) -> bytes
     Returns:
         PNG.
     """
-    counts = sorted({count for panel in panels for one in panel.series for count in one.counts})
+    counts = sorted({count for panel in panels for one in panel.series for count in one.values})
     low, high = counts[0] / 1.25, counts[-1] * 1.35
     with style():
         figure = new_figure(HEIGHT)
@@ -89,14 +85,15 @@ def over_counts(panels: Sequence[Panel], *, x_label: str, y_label: str) -> bytes
 def _draw(axes: Axes, series: Repeats, index: int, apart: float) -> None:
     """Draw a series: its means, filled; its runs, small and hollow, beside them, a factor `apart` further."""
     colour, marker = COLOURS[index], MARKERS[index]
-    places = [count * apart ** (2 * index) for count in series.counts]
+    places = [count * apart ** (2 * index) for count in series.values]
+    means = [estimate(values) for values in series.values.values()]
     is_level = len(places) == 1
     if is_level:
-        axes.axhline(series.means[0], color=colour, linestyle=(0, (1, 2)), linewidth=1.3, zorder=2)
-    for place, interval in zip(places, series.intervals, strict=True):
-        if interval is not None:
-            axes.plot([place, place], interval, color=colour, linewidth=1.1, zorder=2)
-    for place, values in zip(places, series.values, strict=True):
+        axes.axhline(means[0].mean, color=colour, linestyle=(0, (1, 2)), linewidth=1.3, zorder=2)
+    for place, mean in zip(places, means, strict=True):
+        if mean.interval is not None:
+            axes.plot([place, place], mean.interval, color=colour, linewidth=1.1, zorder=2)
+    for place, values in zip(places, series.values.values(), strict=True):
         axes.plot(
             [place * apart] * len(values),
             values,
@@ -109,7 +106,7 @@ def _draw(axes: Axes, series: Repeats, index: int, apart: float) -> None:
         )
     axes.plot(
         places,
-        series.means,
+        [mean.mean for mean in means],
         color=colour,
         linestyle=(0, (1, 2)) if is_level else DASHES[index],
         linewidth=1.5,

@@ -16,9 +16,9 @@ from PIL import Image
 from pipeline.errors import UsageError
 from pipeline.report.figures import (
     Cell,
+    DotRow,
     Panel,
     Repeats,
-    Row,
     Series,
     dots,
     heat_map,
@@ -68,8 +68,7 @@ def check(png: bytes) -> NDArray[np.uint8]:
 
 def panel(name: str) -> Panel:
     """Means of two and of one count."""
-    several = Repeats(name, [1, 5], [[40.0, 50.0], [60.0]], [45.0, 60.0], [(30.0, 60.0), None])
-    return Panel(name, [several, Repeats(f"{name} 2", [5], [[55.0, 57.0]], [56.0], [(43.0, 69.0)])])
+    return Panel(name, [Repeats(name, {1: [40.0, 50.0], 5: [60.0]}), Repeats(f"{name} 2", {5: [55.0, 57.0]})])
 
 
 def examples(name: str = "class") -> dict[str, bytes]:
@@ -79,7 +78,9 @@ def examples(name: str = "class") -> dict[str, bytes]:
     shades = 100 * counts / counts.sum(axis=1, keepdims=True)
     return {
         "lines": lines([Series(name, EPOCHS, EPOCHS * 10, reference=75.0)], x_label="epoch", y_label="%"),
-        "dots": dots([Row(each, [50.0], [(40.0, 60.0)], name) for each in names], [name], x_label="%", overall=[55.0]),
+        "dots": dots(
+            [DotRow(each, [50.0], [(40.0, 60.0)], name) for each in names], [name], x_label="%", overall=[55.0]
+        ),
         "heat_map": heat_map(shades, names, x_label="x", y_label="y", bar_label="%", numbers=counts),
         "repeats": over_counts([panel(name), panel("best")], x_label="views", y_label="%"),
         "sheet": sheet([[Cell(IMAGE, [name], marked=True), Cell(IMAGE, grid=4)]], ["a", "b"]),
@@ -158,11 +159,8 @@ def test_a_running_mean_is_that_of_hand_arithmetic() -> None:
 
 
 def test_counts_are_drawn_by_their_logarithm_and_many_share_their_ticks() -> None:
-    counts = [2**power for power in range(20)]
-    means = [float(power) for power in range(20)]
-    picture = check(
-        over_counts([Panel("a", [Repeats("a", counts, [[]] * 20, means, [None] * 20)])], x_label="x", y_label="%")
-    )
+    values = {2**power: [float(power)] for power in range(20)}
+    picture = check(over_counts([Panel("a", [Repeats("a", values)])], x_label="x", y_label="%"))
     blue = (picture[..., 2] > 120) & (picture[..., 0] < 60)
     rows, columns = np.nonzero(blue[150:])
     assert np.corrcoef(rows, columns)[0, 1] < -0.99, "a straight line"
@@ -172,7 +170,7 @@ def test_a_hundred_classes_fit() -> None:
     shades = np.random.default_rng(0).uniform(0, 3, (100, 100)) + 60 * np.eye(100)
     names = [f"class number {index}" for index in range(100)]
     check(heat_map(shades, names, x_label="x", y_label="y", bar_label="%"))
-    check(dots([Row(name, [50.0, None]) for name in names[:40]], ["a", "b"], x_label="%"))
+    check(dots([DotRow(name, [50.0, None]) for name in names[:40]], ["a", "b"], x_label="%"))
 
 
 @pytest.mark.parametrize("shade", [0, 255])

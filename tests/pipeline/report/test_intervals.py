@@ -17,11 +17,11 @@ def test_students_quantiles_are_scipys(confidence: float) -> None:
 
 def test_an_interval_is_scipys() -> None:
     values = [71.2, 73.0, 70.4, 72.9]
-    found = estimate(values)
-    assert (found.count, found.mean) == (4, pytest.approx(71.875))
-    assert found.deviation == pytest.approx(np.std(values, ddof=1))
+    mean = estimate(values)
+    assert (mean.count, mean.mean) == (4, pytest.approx(71.875))
+    assert mean.sd == pytest.approx(np.std(values, ddof=1))
     expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    assert found.interval == pytest.approx(expected)
+    assert mean.interval == pytest.approx(expected)
 
 
 def test_a_single_measurement_has_no_interval() -> None:
@@ -33,10 +33,10 @@ def test_differences_are_of_the_seeds_that_both_have() -> None:
     """Runs that scatter by 10 points differ by 1 all the same: that is what pairs are for."""
     values = {0: 61.0, 1: 71.2, 2: 80.8, 3: 99.0}
     references = {2: 80.0, 1: 70.0, 0: 60.0, 4: 1.0}
-    found = paired_difference(values, references)
-    assert found is not None and found.count == 3 and found.mean == pytest.approx(1.0)
+    mean = paired_difference(values, references)
+    assert mean is not None and mean.count == 3 and mean.mean == pytest.approx(1.0)
     expected = stats.ttest_rel([61.0, 71.2, 80.8], [60.0, 70.0, 80.0]).confidence_interval(0.95)
-    assert found.interval == pytest.approx((expected.low, expected.high)) and found.excludes_zero
+    assert mean.interval == pytest.approx((expected.low, expected.high)) and mean.excludes_zero
     assert paired_difference({0: 1.0}, {1: 2.0}) is None
 
 

@@ -1,4 +1,4 @@
-"""Runs that differ in one thing: which are compared, and what is said of them."""
+"""What differs between runs: which are compared, their differences by seed, and what is said of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import pytest
 
 from pipeline.report.page import Item, Missing
 from pipeline.report.tables import Figure, Table
-from stages.reports.compared import compared
-from stages.reports.comparisons import Comparisons
+from stages.reports.compare import (
+    Comparison,
+    as_json,
+    comparison_items,
+    find_comparisons,
+    variants,
+    variants_tables,
+)  # fmt: skip
 from stages.reports.runs import FinishedRun
 from tests.pipeline.report.test_figures import check
 from tests.support import report_project
@@ -42,12 +48,13 @@ def scores(top1: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def find(*runs: FinishedRun) -> Comparisons:
-    return Comparisons.find(finished_runs(recipe("cifar100"), *runs))
+def find(*runs: FinishedRun) -> list[Comparison]:
+    return find_comparisons(finished_runs(recipe("cifar100"), *runs))
 
 
-def tables(found: Comparisons) -> dict[str, Table]:
-    return {item.title: item for item in compared(found, with_figures=False) if isinstance(item, Table)}
+def tables(comparisons: Sequence[Comparison]) -> dict[str, Table]:
+    items = comparison_items(comparisons, with_figures=False)
+    return {item.title: item for item in items if isinstance(item, Table)}
 
 
 def row(table: Table, index: int) -> dict[str, str]:
@@ -65,27 +72,30 @@ def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> 
     found = find(*labelled(tmp_path, [40.0, 42.0, 44.0], [41.0, 43.1, 45.2], [40.5]))
     table = tables(found)[f"{LABELS}titn"]
     assert [row[:2] for row in table.rows] == [
-        [labels, measure] for measure in ("last epoch", "best epoch") for labels in ("none", "cached", "online")
+        [labels, score]
+        for score in ("top-1 %, last epoch", "top-1 %, best epoch", "agreement on test %")
+        for labels in ("none", "cached", "online")
     ]
     cached = row(table, 1)
-    assert cached["seeds"] == "0 1 2" and cached["top-1 %"] == "43.10 ± 2.10 (3)"
+    assert cached["seeds"] == "0 1 2" and cached["mean"] == "43.10 ± 2.10 (3)"
     assert cached["95 % interval"] == "37.88 to 48.32", "43.1 -+ 4.3027 * 2.1 / sqrt(3)"
-    assert (cached["less none"], cached["less none: 95 % interval"]) == ("+1.10 ± 0.10 (3)", "+0.85 to +1.35")
+    assert cached["difference to none"] == "+1.10 ± 0.10 (3)"
+    assert cached["difference to none: 95 % interval"] == "+0.85 to +1.35"
     assert list(table.rows[2][2:]) == ["0", "40.50", "-", "+0.50", "-"]
     assert table.rows[4][3] == "44.10 ± 2.10 (3)", "the best epoch's"
     assert (
-        "Cached less none: last epoch +1.10 points (beyond what the seeds scatter, its interval excludes 0)"
+        "Cached minus none: last epoch +1.10 points (more than the seeds scatter: the interval excludes 0)"
         in table.note
     )
-    assert "Online less none: last epoch +0.50 points (one pair of seeds, no interval)" in table.note
-    assert "over 3 seeds: of initialisation and order alone, not of the data" in table.note
+    assert "Online minus none: last epoch +0.50 points (one pair of seeds, no interval)" in table.note
+    assert "over 3 seeds, which change initialisation and order, not the data" in table.note
     assert "A single seed has no interval." in table.note and "left out" not in table.note
 
 
 def test_what_the_seeds_scatter_is_no_difference(tmp_path: Path) -> None:
     table = tables(find(*labelled(tmp_path, [40.0, 42.0, 44.0], [44.0, 41.0, 43.0])))[f"{LABELS}titn"]
     assert (
-        "Cached less none: last epoch +0.67 points (within what the seeds scatter, its interval includes 0)"
+        "Cached minus none: last epoch +0.67 points (no more than the seeds scatter: the interval includes 0)"
         in table.note
     )
 
@@ -94,7 +104,7 @@ def test_seeds_that_have_no_partner_have_no_difference(tmp_path: Path) -> None:
     none = run(tmp_path, 40.0, 5, differs={"labels": "none"})
     table = tables(find(none, run(tmp_path, 41.0), run(tmp_path, 42.0, 1)))[f"{LABELS}titn"]
     assert list(table.rows[1][3:]) == ["41.50 ± 0.71 (2)", "35.15 to 47.85", "-", "-"]
-    assert "Cached less none: no seed in common, no difference." in table.note
+    assert "Cached minus none: no seed in common, no difference." in table.note
 
 
 @pytest.mark.parametrize(
@@ -105,7 +115,7 @@ def test_runs_of_another_budget_are_left_out_and_counted(tmp_path: Path, change:
     strangers = [run(tmp_path, 90.0, 2, differs=differs, **change) for differs in ({}, {"labels": "none"})]
     table = tables(find(*runs, *strangers))[f"{LABELS}titn"]
     assert table.rows[1][2:4] == ["0 1", "42.00 ± 1.41 (2)"]
-    assert "2 runs are left out, of another budget or teacher" in table.note
+    assert "2 runs are left out: another budget or teacher" in table.note
 
 
 def test_runs_of_another_teacher_are_left_out_but_no_control_for_its(tmp_path: Path) -> None:
@@ -120,9 +130,9 @@ def test_runs_of_another_teacher_are_left_out_but_no_control_for_its(tmp_path: P
 def test_a_copied_run_counts_once(tmp_path: Path) -> None:
     runs = labelled(tmp_path, [40.0, 42.0], [41.0, 43.0])
     copy = run(tmp_path, 90.0, 1)
-    found = finished_runs(recipe("cifar100"), *runs)
-    comparison = Comparisons.find(replace(found, others={**found.others, "copy": copy})).labels[0]
-    assert comparison.ways[0].top1("last") == {0: 41.0, 1: 43.0} and comparison.left_out == 1
+    finished_ = finished_runs(recipe("cifar100"), *runs)
+    (comparison,) = find_comparisons(replace(finished_, others={**finished_.others, "copy": copy}))
+    assert comparison.arms[1].scores("last") == {0: 41.0, 1: 43.0} and comparison.left_out == 1
 
 
 def test_what_differs_otherwise_is_a_comparison_of_its_own(tmp_path: Path) -> None:
@@ -140,8 +150,8 @@ def test_what_differs_otherwise_is_a_comparison_of_its_own(tmp_path: Path) -> No
 def test_a_student_that_learns_from_no_teacher_has_nothing_to_compare(tmp_path: Path) -> None:
     runs = [run(tmp_path, 40.0, name="vit", distilled=False)]
     runs.append(run(tmp_path, 41.0, name="vit", differs={"labels": "none"}))
-    assert find(*runs) == find() == Comparisons([], [])
-    assert compared(find()) == [] and find().as_json() == {"labels": [], "views": []}
+    assert find(*runs) == find() == []
+    assert comparison_items([]) == [] and as_json([]) == {"labels": [], "views": []}
 
 
 def test_views_are_compared_with_the_loss_that_shows_overfitting(tmp_path: Path) -> None:
@@ -152,13 +162,17 @@ def test_views_are_compared_with_the_loss_that_shows_overfitting(tmp_path: Path)
     curve = runs[0].directory / "curve.csv"
     curve.write_text(curve.read_text().replace("1.0,30.0", "0.25,30.0"))
     table = tables(find(*runs))[f"{VIEWS}titn"]
-    assert [row[0] for row in table.rows] == ["1", "5", "12 (the recipe's)", "12 (the recipe's), no teacher"]
-    one = row(table, 0)
-    assert one["last epoch: top-1 %"] == "31.00 ± 1.00 (3)" and one["last epoch: 95 % interval"] == "28.52 to 33.48"
-    assert one["last train loss"] == "0.750 ± 0.433 (3)" and one["agreement %"] == "-"
-    assert "12 views less 1: last epoch +11.00 points (beyond what the seeds scatter" in table.note
-    assert "over 2 or 3 seeds" in table.note and "that without a teacher is of other targets" in table.note
-    assert table.rows[3][4:6] == ["38.00 ± 0.00 (2)", "38.00 to 38.00"]
+    arms = ["1", "5", "12 (the recipe's)", "12 (the recipe's), no teacher"]
+    assert [row[0] for row in table.rows] == 4 * arms, "by top-1 twice, loss and agreement"
+    one, loss, untaught = row(table, 0), row(table, 8), row(table, 11)
+    assert one["mean"] == "31.00 ± 1.00 (3)" and one["95 % interval"] == "28.52 to 33.48"
+    assert row(table, 2)["difference to 1 view"] == "+11.00 ± 1.00 (3)"
+    assert loss["score"] == "train loss, last epoch" and loss["mean"] == "0.750 ± 0.433 (3)"
+    assert untaught["difference to 1 view"] == "-", "of other targets"
+    assert row(table, 12)["score"] == "agreement on test %" and row(table, 12)["mean"] == "-"
+    assert "12 views minus 1: last epoch +11.00 points (more than the seeds scatter" in table.note
+    assert "over 2 or 3 seeds" in table.note and "without a teacher it is of other targets" in table.note
+    assert table.rows[7][3:5] == ["38.00 ± 0.00 (2)", "38.00 to 38.00"]
     assert tables(find(*runs[:3], *runs[7:])) == {}, "one number of views"
 
 
@@ -168,31 +182,32 @@ def test_views_without_a_teacher_are_compared_by_themselves(tmp_path: Path) -> N
     taught = [run(tmp_path, 50.0, differs=each) for each in ({}, {"num_views": "1"})]
     shown = tables(find(*alone, *taught))
     assert [title for title in shown if title.startswith(VIEWS)] == [f"{VIEWS}titn"]
-    assert [row[0] for row in shown[f"{VIEWS}titn"].rows][2:] == ["1, no teacher", "12 (the recipe's), no teacher"]
+    assert [row[0] for row in shown[f"{VIEWS}titn"].rows][2:4] == ["1, no teacher", "12 (the recipe's), no teacher"]
 
 
 def test_where_test_decides_no_epoch_its_scores_stand_apart(tmp_path: Path) -> None:
     test = {"test": {**scores(33.0), "agreement": 80.0}, "evaluated_on": "val"}
     runs = [run(tmp_path, 40.0, differs=each, **test) for each in ({}, {"labels": "none"}, {"num_views": "2"})]
     shown = tables(find(*runs))
-    assert [row[1] for row in shown[f"{LABELS}titn"].rows][::2] == ["last epoch", "best epoch", "best epoch, on test"]
-    few = row(shown[f"{VIEWS}titn"], 0)
-    assert (few["best epoch, on test: top-1 %"], few["agreement %"]) == ("33.00", "80.00")
+    top1 = ["top-1 %, last epoch", "top-1 %, best epoch", "top-1 %, best epoch, on test"]
+    assert [row[1] for row in shown[f"{LABELS}titn"].rows][::2] == [*top1, "agreement on test %"]
+    few = {row[1]: row[3] for row in shown[f"{VIEWS}titn"].rows if row[0] == "2"}
+    assert (few["top-1 %, best epoch, on test"], few["agreement on test %"]) == ("33.00", "80.00")
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 9])
 def test_figures_show_every_seed(tmp_path: Path, seeds: int) -> None:
     runs = labelled(tmp_path, [40.0 + seed for seed in range(seeds)], [43.0 - seed / 2 for seed in range(seeds)])
     runs += [run(tmp_path, 30.0 + seed, seed, differs={"num_views": "1"}) for seed in range(seeds)]
-    items: list[Item] = compared(find(*runs))
+    items: list[Item] = comparison_items(find(*runs))
     drawn = {item.name: item for item in items if isinstance(item, Figure)}
     assert list(drawn) == ["labels-titn", "views-titn"]
     for figure in drawn.values():
         check(figure.png)
         assert figure.data is not None
-    assert len(drawn["labels-titn"].data.rows) == 4 * seeds and len(drawn["views-titn"].data.rows) == 3 * seeds
-    assert list(drawn["views-titn"].data.rows[0]) == ["1", "cached", "0", "30.0000", "31.0000", "1.000000", "-"]
-    missing = [item for item in compared(find(*runs), with_figures=False) if isinstance(item, Missing)]
+    assert len(drawn["labels-titn"].data.rows) == 2 * seeds and len(drawn["views-titn"].data.rows) == 3 * seeds
+    assert list(drawn["views-titn"].data.rows[0]) == ["1", "cached", "0", "30.000000", "31.000000", "1.000000", "-"]
+    missing = [item for item in comparison_items(find(*runs), with_figures=False) if isinstance(item, Missing)]
     assert [item.title for item in missing] == [figure.title for figure in drawn.values()]
 
 
@@ -218,3 +233,51 @@ def test_the_report_has_the_section_and_its_figures_for_machines(tmp_path: Path)
     assert views["reference"] == {"labels": "cached", "views": 1} and "difference" not in views["ways"][1]["best"]
     invoke(project, "report", "--recipe", report_project.RECIPE, "--out", "out", "--no-figures", "--tracked-only")
     assert "## Comparisons" not in (project.path / "out/report.md").read_text(), "they need data/runs"
+
+
+# The recipe's variants
+
+
+def test_variants_are_later_students_of_the_same_model() -> None:
+    changes = variants(recipe("cifar100"))
+    assert changes == {
+        "titn": {"titn-large-patch": "patch_size 8 -> 16, pixel_size 2 -> 4", "titn-mixup": "views default -> mixup"}
+    }
+
+
+def test_every_variant_of_our_own_recipe_names_what_it_leaves_out() -> None:
+    changes = variants(recipe("cifar100-best"))["titn"]
+    assert changes["titn-hard"] == "soft 2 -> 0"
+    assert changes["titn-no-ema"] == "ema 0.9995 -> 0"
+    assert all(changes.values())
+
+
+def test_a_variants_difference_is_paired_by_seed(tmp_path: Path) -> None:
+    runs = finished_runs(
+        recipe("cifar100-best"),
+        *(finished(tmp_path, "titn", [value], seed=seed) for seed, value in enumerate((70.0, 72.0, 74.0))),
+        *(finished(tmp_path, "titn-hard", [value], seed=seed) for seed, value in enumerate((69.0, 71.5, 72.5))),
+        finished(tmp_path, "titn-sgd", [71.0]),
+    )
+    (table,) = variants_tables(runs)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["titn"] == ["-", "72.00 ± 2.00 (3)", "-", "-"]
+    # -1, -0.5, -1.5: mean -1, deviation 0.5, t of 2 degrees 4.3027, so 4.3027 x 0.5 / sqrt(3) on both sides.
+    assert rows["titn-hard"] == ["soft 2 -> 0", "71.00 ± 1.80 (3)", "-1.00 ± 0.50 (3)", "-2.24 to +0.24"]
+    assert rows["titn-sgd"][1:] == ["71.00", "+1.00", "-"]
+    assert rows["titn-long"] == ["epochs 300 -> 600", "not run", "-", "-"]
+    assert table.note is not None and "A single seed has no interval" in table.note
+
+
+def test_test_scores_stand_beside_where_a_validation_split_decides(tmp_path: Path) -> None:
+    made = [finished(tmp_path, name, [50.0], evaluated_on="val") for name in ("titn", "titn-hard")]
+    (table,) = variants_tables(finished_runs(recipe("cifar100-best"), *made))
+    assert [column for column in table.columns if column.startswith("test")] == [
+        "test top-1 %",
+        "test top-1 %: difference to titn",
+    ]
+
+
+def test_without_a_variants_run_there_is_no_table(tmp_path: Path) -> None:
+    assert variants_tables(finished_runs(recipe("cifar100"), finished(tmp_path, "titn", [70.0]))) == []
+    assert variants_tables(finished_runs(recipe("cifar100"), finished(tmp_path, "titn-mixup", [70.0]))) == []

@@ -1,0 +1,243 @@
+"""`pipeline report`: one page, Markdown, tables and figures of whatever of a recipe has been run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import DataError, UsageError
+from pipeline.report import page, paper
+from pipeline.report.figures import require_matplotlib
+from pipeline.report.page import Item, Missing, Section, file_names
+from pipeline.report.tables import Figure, Table
+from pipeline.system.storage import read_json, write_atomic, write_json
+from stages.reports import compare, tables
+from stages.reports.attention import attention
+from stages.reports.classes import by_class
+from stages.reports.conditions import LEFT_OUT, NOT_RUN
+from stages.reports.figures import figures
+from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.reports.views import teacher_on_views
+from stages.shared.context import Context
+from stages.shared.options import PATH, open_context, recipe_option
+
+COMPARED = "Runs that differ in one setting, at an equal budget, over all seeds that have been run."
+OWN_FILE = re.compile(r"tables/[a-z0-9-]+\.csv|figures/[a-z0-9-]+\.png")
+
+
+@click.command("report")
+@recipe_option
+@click.option("--out", type=PATH, help="Directory of the report; data/<recipe>/reports if left out.")
+@click.option("--no-figures", is_flag=True, help="Draw nothing; matplotlib is not needed then.")
+@click.option("--tracked-only", is_flag=True, help="Leave out data/runs, which DVC does not track.")
+def command(recipe: str | None, out: Path | None, no_figures: bool, tracked_only: bool) -> None:
+    """Write a page, tables and figures of what has been run."""
+    context = open_context(recipe)
+    directory = context.paths.reports if out is None else out
+    written = report(context, directory, with_figures=not no_figures, tracked_only=tracked_only)
+    if out is None:
+        context.changed("report")
+    for table in written:
+        context.show(table)
+    context.say(f"wrote {directory / 'report.html'}, report.md, report.json, tables/ and figures/")
+    context.end()
+
+
+def report(context: Context, directory: Path, *, with_figures: bool = True, tracked_only: bool = False) -> list[Table]:
+    """Write report.html, report.md, report.json, tables/ and figures/ from what has been run.
+
+    tables/ holds a CSV file for each table, and for each picture of figures/ the numbers behind it.
+
+    Args:
+        context: The command's setting.
+        directory: Where all goes.
+        with_figures: Whether to draw; without, matplotlib is not needed.
+        tracked_only: Whether to leave out data/runs, which DVC does not track.
+
+    Returns:
+        The paper's tables, other runs and comparisons, for the terminal.
+
+    Raises:
+        UsageError: matplotlib is missing, or a student's settings do not go together.
+        DataError: A file of a run is damaged.
+    """
+    if with_figures:
+        try:
+            require_matplotlib()
+        except UsageError as error:
+            raise UsageError(f"{error}; or leave them out: pipeline report --no-figures") from None
+    runs = FinishedRuns.read(context.recipe, context.paths)
+    runs = replace(runs, others={}) if tracked_only else runs
+    comparisons = compare.find_comparisons(runs)
+    sections = main_sections(runs, comparisons, with_figures=with_figures)
+    written = [item for section in sections for item in section.items if isinstance(item, Table)]
+    sections += detail_sections(context, runs, with_figures=with_figures)
+    content = {**_as_json(runs), "comparisons": compare.as_json(comparisons)}
+    _write(directory, f"Report on {runs.recipe.name}", lead(runs, tracked_only=tracked_only), sections, content)
+    return written
+
+
+def main_sections(
+    runs: FinishedRuns, comparisons: Sequence[compare.Comparison], *, with_figures: bool = True
+) -> list[Section]:
+    """Return the parts of the report whose tables the terminal shows too.
+
+    Args:
+        runs: What has been run.
+        comparisons: Those among the runs; without any there is no such part.
+        with_figures: Whether to draw.
+
+    Raises:
+        DataError: A curve is damaged.
+    """
+    teachers, optimizers, students = figures(runs, with_figures=with_figures)
+    outcomes = tables.optimizer_runs(runs)
+    shown_teachers: list[Item] = [tables.all_teachers(runs), teachers, optimizers]
+    if runs.winner and sum(isinstance(outcome, FinishedRun) for outcome in outcomes.values()) > 1:
+        shown_teachers.append(tables.optimizers_table(runs.recipe, runs.winner, outcomes, {}))
+    shown_students: list[Item] = [*tables.students_tables(runs), students, *compare.variants_tables(runs)]
+    others = compare.others_table(runs)
+    shown_students += [tables.drops_table(runs), *([others] if others else [])]
+    answers = compare.comparison_items(comparisons, with_figures=with_figures)
+    return [
+        Section("What was run", [overview_table(runs), tables.settings_table(runs.recipe)]),
+        Section("Teachers", shown_teachers),
+        Section("Students", shown_students),
+        *([Section("Comparisons", answers, COMPARED)] if answers else []),
+    ]
+
+
+def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
+    """Return what lies behind the tables: by class, by view, and where students look."""
+    distill = f"pipeline distill --recipe {runs.recipe.name} --student titn"
+    label = f"pipeline label --recipe {runs.recipe.name}"
+
+    def section(name: str, title: str, draw: Callable[[], Sequence[Item]], how: str) -> Section:
+        items = (draw() or [Missing(title, NOT_RUN, how)]) if with_figures else [Missing(title, LEFT_OUT)]
+        return Section(name, items)
+
+    views, maps = "The teacher on augmented views", "Attention maps"
+    return [
+        section("By class", "Confusion and agreement by class", lambda: by_class(runs), distill),
+        section(
+            "What the student learns from",
+            views,
+            lambda: _unless_stale(context, views, teacher_on_views, runs),
+            label,
+        ),
+        section("Attention", maps, lambda: _unless_stale(context, maps, attention, runs), distill),
+    ]
+
+
+def _unless_stale(
+    context: Context, title: str, draw: Callable[[Context, FinishedRuns], Sequence[Item]], runs: FinishedRuns
+) -> Sequence[Item]:
+    """Draw what reads data, labels or weights; where these do not belong to the recipe as it is now, say so instead.
+
+    Tables and curves of finished runs stay right.
+    """
+    try:
+        return draw(context, runs)
+    except DataError as error:
+        context.say(f"left out: {title}: {error}")
+        return [Missing(title, f"left out: {error}")]
+
+
+def overview_table(runs: FinishedRuns) -> Table:
+    """Return a row for each of the paper's tables and figures: how much of it is shown here, or where it would be."""
+    recipe, source = runs.recipe, runs.recipe.dataset.source
+    num_teachers = f"{sum(bool(runs.seeds(name)) for name in recipe.teachers)} of {len(recipe.teachers)} teachers"
+    num_students = f"{sum(bool(runs.seeds(name)) for name in recipe.students)} of {len(recipe.students)} students"
+    sweep = [name for name, run in tables.optimizer_runs(runs).items() if isinstance(run, FinishedRun)]
+    rows = [
+        ["Table 1", "settings and parameters of the students", "all, without a run"],
+        ["Table 2, Figure 4", "teachers", num_teachers],
+        ["Figure 5", "the selected teacher by optimiser", ", ".join(sweep) if len(sweep) > 1 else NOT_RUN],
+    ]
+    if source not in paper.TABLES:
+        rows.append(["in the form of Table 3", f"students on {recipe.name}", num_students])
+    for other, table in paper.TABLES.items():
+        name, where = (recipe.name, num_students) if other == source else (other, f"pipeline report --recipe {other}")
+        rows.append([f"{table}, {paper.FIGURES[other]}", f"students on {name}", where])
+    rows.append(["Table 6", "accuracy lost from teacher to student", num_students])
+    note = "A report covers one recipe; the paper's tables of other data sets are in the reports of their recipes."
+    return Table("The paper's tables and figures", ("in the paper", "what", "here"), rows, note)
+
+
+def lead(runs: FinishedRuns, *, tracked_only: bool) -> str:
+    """Return the report's first paragraph: what has been reached.
+
+    Args:
+        runs: What has been run.
+        tracked_only: Whether data/runs has been left out.
+    """
+    recipe = runs.recipe
+    parts = [f"Data: {recipe.dataset.source}."]
+    winner = runs.teachers.get(runs.winner or "")
+    if winner is not None:
+        parts.append(f"Selected teacher: {winner.name}, {winner.metrics['test']['top1']:.2f} % on test.")
+    trained = list(runs.students.values())
+    if trained:
+        best = max(trained, key=lambda run: run.metrics["test"]["top1"])
+        parts.append(
+            f"Best student: {best.name}, {best.metrics['test']['top1']:.2f} % on test at its best epoch, seed 0."
+        )
+    if not runs.teachers and not trained:
+        parts.append(
+            f"Nothing has been run yet: pipeline teacher-select --recipe {recipe.name}, then pipeline distill."
+        )
+    parts.append("The paper is arXiv:2502.16762; a difference is our figure minus the paper's.")
+    if tracked_only:
+        parts.append("Runs in data/runs are left out: DVC does not track them. Without --tracked-only they are shown.")
+    return " ".join(parts)
+
+
+def _write(directory: Path, title: str, text: str, sections: Sequence[Section], content: Mapping[str, Any]) -> None:
+    """Write all files, report.json last, and delete what a former report wrote and this one does not."""
+    items = [item for section in sections for item in section.items]
+    files: dict[str, bytes] = {}
+    for name, item in zip(file_names(items), items, strict=True):
+        if isinstance(item, Table):
+            files[f"tables/{name}.csv"] = item.to_csv()
+        elif isinstance(item, Figure):
+            files[f"figures/{name}.png"] = item.png
+            if item.data is not None:
+                files[f"tables/{name}.csv"] = item.data.to_csv()
+    files["report.md"] = page.to_markdown(title, text, sections, pictures="figures")
+    files["report.html"] = page.to_html(title, text, sections)
+    (directory / "figures").mkdir(parents=True, exist_ok=True)  # DVC expects it, also where nothing was drawn
+    former = _former_files(directory / "report.json")
+    for name, data in files.items():
+        write_atomic(directory / name, data)
+    write_json(directory / "report.json", {**content, "files": sorted(files)})
+    for name in former - set(files):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _former_files(path: Path) -> set[str]:
+    """Return the tables and figures that a former report in the same directory lists."""
+    try:
+        former = read_json(path) if path.is_file() else {}
+    except DataError:
+        return set()  # it is about to be replaced
+    files = former.get("files", []) if isinstance(former, dict) else []
+    return {name for name in files if isinstance(name, str) and OWN_FILE.fullmatch(name)}
+
+
+def _as_json(runs: FinishedRuns) -> dict[str, Any]:
+    """Return every run's metrics, and under `run` where and when it took place."""
+
+    def metrics(finished: Mapping[str, FinishedRun]) -> dict[str, Any]:
+        return {name: {**run.metrics, "run": dict(run.environment)} for name, run in finished.items()}
+
+    return {
+        "recipe": runs.recipe.name,
+        "selected": runs.winner,
+        "models": metrics({**runs.teachers, **runs.students}),
+        "other_runs": metrics(runs.others),
+    }
