@@ -190,7 +190,9 @@ def test_differences_are_named_by_their_last_key_and_once() -> None:
         "seed": 0,
         "inputs": {"teacher": "new"},
     }
-    assert differences(found, expected) == ["width 48 -> 64", "lr 0.1 -> 0.05", "clip none -> 1", "old 1 -> none"]
+    named = ["width 48 -> 64", "lr 0.1 -> 0.05", "clip none -> 1", "old 1 -> none", "inputs not recorded"]
+    assert differences(found, expected) == named
+    assert differences({}, {"seed": 0, "inputs": {"teacher": "new"}}) == ["seed none -> 0", "inputs not recorded"]
     other = {"dataset_sha256": "b", "mean": [0.5], "inputs": {"teacher": "b"}, "compile": True}
     assert differences({"dataset_sha256": "a", "mean": [0.1], "inputs": {"teacher": "a"}, "compile": False}, other) == [
         "other data",

@@ -182,13 +182,15 @@ class EncoderBlock(nn.Module):
         mlp_ratio: Hidden width of the MLP as a multiple of D.
 
     Raises:
-        UsageError: Where `num_heads` does not divide `width`.
+        UsageError: Where `num_heads` does not divide `width`, or `mlp_ratio` is below 1.
 
     Source: arXiv:2502.16762 §3.2; arXiv:2010.11929 Eq. 2 and 3.
     """
 
     def __init__(self, *, width: int, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()
+        if mlp_ratio < 1:
+            raise UsageError(f"mlp_ratio {mlp_ratio} is too small; choose 1 or more")
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width=width, num_heads=num_heads)
         self.mlp_norm = nn.LayerNorm(width)

@@ -81,6 +81,10 @@ def test_own_values_go_over_shared_ones() -> None:
         ("recipes.smoke.dataset", {"a\nb": 1}, ["'a\\nb'", "unknown key"]),
         ("recipes.smoke.students.titn.optimizer", "lion", ["lion", "sgd, adam, adamw, rmsprop"]),
         ("recipes.smoke.students.titn.views", "mixpu", ["mixpu", "default, mixup"]),
+        ("recipes.smoke.students.titn.arguments", [1], ["students.titn.arguments", "[1]", "not a mapping"]),
+        ("recipes.smoke.students.titn.arguments", {1: 1}, ["students.titn.arguments", "1", "window: 4"]),
+        ("recipes.smoke.students.titn.arguments", {"a": None}, ["students.titn.arguments.a", "None", "a number"]),
+        ("recipes.smoke.students.titn.arguments", {"a": float("inf")}, ["titn.arguments.a", "inf", "a number"]),
         ("recipes.smoke.views.default.operations.count", 3, ["operations.count", "one level up"]),
         ("recipes.smoke.views.default.count", None, ["views.default.count", "None"]),
         ("recipes.smoke.dataset", None, ["recipes.smoke.dataset", "not a mapping"]),
@@ -209,10 +213,11 @@ def test_overrides_are_checked_like_the_file() -> None:
             override(STUDENT, settings_, "titn")
 
 
-def test_a_later_field_at_its_default_leaves_former_results_up_to_date() -> None:
-    """What was trained before `ema` and `soft` were fields decides the same as what is trained without them."""
+def test_a_later_field_at_its_absent_value_leaves_former_results_up_to_date() -> None:
+    """What was trained before `ema`, `soft` and `arguments` were fields decides the same as without them."""
     plain = StudentRecipe(model="titn", epochs=1, batch_size=8, lr=0.1)
     values = deciding_values(plain)
-    assert not {"ema", "soft"} & values.keys()
+    assert not {"ema", "soft", "arguments"} & values.keys()
     assert {"model", "epochs", "lr", "micro_batch", "inner_block", "alpha"} <= values.keys()
-    assert deciding_values(dataclasses.replace(plain, ema=0.99, soft=2.0)) == {**values, "ema": 0.99, "soft": 2.0}
+    used: dict[str, Any] = {"ema": 0.99, "soft": 2.0, "arguments": {"mlp_ratio": 2}}
+    assert deciding_values(dataclasses.replace(plain, **used)) == {**values, **used}
