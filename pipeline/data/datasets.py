@@ -143,9 +143,9 @@ class Dataset:
             labels: `(N,)` integers in [0, K).
             class_names: K names.
             test: Images and labels of the test split; None cuts `test_fraction` off.
-            val_fraction: As of `DatasetRecipe`.
-            test_fraction: Likewise.
-            split_seed: Likewise.
+            val_fraction: See `DatasetRecipe`.
+            test_fraction: See `DatasetRecipe`.
+            split_seed: See `DatasetRecipe`.
 
         Returns:
             The data set.
@@ -191,7 +191,7 @@ class Dataset:
 
 
 def _checked(images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], num_classes: int) -> Split:
-    """A split of arrays that may be anything."""
+    """Make a split of a user's arrays, which may be anything."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise DataError(f"images are {images.dtype} of shape {images.shape}; give uint8 RGB, (N, S, S, 3)")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -267,7 +267,7 @@ def assemble(
         DataError: There are fewer than two classes, or too few samples to cut.
     """
     if len(class_names) < 2:
-        raise DataError(f"{source}: {len(class_names)} class found, a classifier needs two: add another")
+        raise DataError(f"{source}: {len(class_names)} class, a classifier needs two: add another")
     val = None
     if test is None:
         rest, cut = stratified_split(train.labels, recipe.test_fraction, recipe.split_seed, class_names)

@@ -1,12 +1,11 @@
-"""Images of any common format, and folders of them with one subfolder for each class, as uint8 RGB arrays.
+"""Folders of images: as a data set (`read_folder`), or found and read batch by batch (`find_images`, `read_images`).
 
-A folder holds `train/<class>/<image>` and, unless a test split is to be cut off train,
-`test/<class>/<image>`; whatever else lies beside `train` and `test` is left alone. Classes are ordered by the
-bytes of their names and so are the images of a class, which makes the same folder the same data set under
-every locale and file system.
+A data set's folder holds `train/<class>/<image>` and perhaps `test/<class>/<image>`; without `test` a split is cut off
+train. Other entries beside `train` and `test` are left alone. Classes, and the images of a class, are ordered by the
+bytes of their names: a folder is the same data set under every locale and file system.
 
-Left out in silence: names that start with a dot, and files `Thumbs.db`, `desktop.ini`, `*.txt` and `*.md`.
-Whatever else is not an image that can be decoded is a bad file: reported by name, never dropped unseen.
+Names that start with a dot and the files `Thumbs.db`, `desktop.ini`, `*.txt` and `*.md` are left out without a word.
+Any other file that cannot be decoded is a bad file, and reported by name.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from pipeline.errors import DataError, StorageError, UsageError, printable
 from pipeline.system.threads import prefetch
 
 MAX_CLASSES_NAMED = 10
-
 IGNORED_NAMES = ("thumbs.db", "desktop.ini")
 IGNORED_SUFFIXES = (".txt", ".md")
 READ_AT_ONCE = 4096
@@ -44,8 +42,8 @@ def list_folder(folder: Path, bad: list[BadFile]) -> dict[str, dict[str, list[Pa
     """List the images of an image folder without opening them.
 
     Args:
-        folder: As of `read_folder`.
-        bad: What is no file that can be read is added to it.
+        folder: See `read_folder`.
+        bad: Gains the files that are in no class or are no images.
 
     Returns:
         Their paths by class name by split.
@@ -59,7 +57,7 @@ def list_folder(folder: Path, bad: list[BadFile]) -> dict[str, dict[str, list[Pa
         raise UsageError(f"--from {printable(folder)}: no such folder; it must hold train/<class>/<image>")
     if not (folder / "train").is_dir():
         raise DataError(f"{printable(folder)}: no folder `train` in it; images go in train/<class>/<image>")
-    listed = {name: list_classes(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
+    listed = {name: _list_classes(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
     for name in listed.get("test", {}):
         if name not in listed["train"]:
             path = printable(folder / "test" / name)
@@ -94,7 +92,9 @@ def read_folder(
     num_images = sum(len(paths) for classes in listed.values() for paths in classes.values())
     if spill is not None and num_images * image_size * image_size * 3 <= spill.max_bytes:
         spill = None
-    splits = {name: _read_split(folder, each, class_names, image_size, bad, spill) for name, each in listed.items()}
+    splits = {
+        name: _read_split(folder, classes, class_names, image_size, bad, spill) for name, classes in listed.items()
+    }
     if bad and not skip_bad:
         raise refusal(folder, bad)
     for split_name, split in splits.items():
@@ -105,13 +105,13 @@ def read_folder(
     return class_names, splits["train"], splits.get("test"), bad
 
 
-def list_classes(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list[Path]]:
+def _list_classes(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list[Path]]:
     """List each class's images.
 
     Args:
         folder: An image folder.
         split: The folder in it that holds the classes' folders; empty where it is `folder` itself.
-        bad: Gains what is in no class or no image.
+        bad: Gains the files that are in no class or are no images.
 
     Returns:
         Class name to images, both ascending by bytes.
@@ -140,8 +140,8 @@ def list_classes(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list
     return classes
 
 
-def is_ignored(path: Path) -> bool:
-    """Whether desktops and authors leave such files beside images."""
+def _is_ignored(path: Path) -> bool:
+    """Whether a file is one of those that desktops and authors leave beside images."""
     if path.name.startswith("."):
         return True
     is_known = path.name.lower() in IGNORED_NAMES or path.suffix.lower() in IGNORED_SUFFIXES
@@ -149,12 +149,12 @@ def is_ignored(path: Path) -> bool:
 
 
 def _list(folder: Path) -> list[Path]:
-    """List a folder, ascending by bytes, without what is left out in silence."""
+    """List a folder, ascending by bytes, without ignored files."""
     try:
         entries = sorted(folder.iterdir(), key=os.fsencode)
     except OSError as error:
         raise StorageError(f"{printable(folder)}: cannot be listed ({error.strerror})") from error
-    return [entry for entry in entries if not is_ignored(entry)]
+    return [entry for entry in entries if not _is_ignored(entry)]
 
 
 def _bad_file(folder: Path, path: Path, reason: str) -> BadFile:
@@ -176,14 +176,14 @@ def _read_split(
     shape = (len(paths), image_size, image_size, 3)
     if spill is None or not paths:
         images: Images = np.empty(shape, np.uint8)
-        found = _decode(folder, paths, image_size, images)
+        undecoded = _decode(folder, paths, image_size, images)
     else:
         with SpilledImages(spill.folder, shape) as spilled:
-            found = _decode(folder, paths, image_size, spilled)
+            undecoded = _decode(folder, paths, image_size, spilled)
             images = spilled.read()
-    bad += found.values()
+    bad += undecoded.values()
     split = Split(images, labels)
-    return split if not found else split.take(np.setdiff1d(np.arange(len(paths)), list(found)))
+    return split.take(np.setdiff1d(np.arange(len(paths)), list(undecoded))) if undecoded else split
 
 
 def _decode(folder: Path, paths: list[Path], image_size: int, images: Any) -> dict[int, BadFile]:
@@ -198,7 +198,7 @@ def _decode(folder: Path, paths: list[Path], image_size: int, images: Any) -> di
         images[index] = image
         return None
 
-    # Decoding releases the interpreter's lock. What Pillow only warns of (damaged metadata) does no harm.
+    # Decoding releases the interpreter's lock. Pillow's warnings, of damaged metadata, do not concern the pixels.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         # In blocks: the pool makes a record of a kilobyte for each image that it is to read.
         for start in range(0, len(paths), READ_AT_ONCE):
@@ -214,8 +214,8 @@ class ImageFile:
     """An image to be read, or that has been.
 
     Attributes:
-        path: Where it lies, or how it is called.
-        content: Its bytes, where they are not to be read from `path`.
+        path: The file, or a name for it in messages.
+        content: Its bytes; None reads them from `path`.
         label: Its class, where that is known.
         pixels: `(image_size, image_size, 3)` uint8 RGB, once it has been read.
         problem: Why it cannot be read, one line; None where it can, or has not been tried yet.
@@ -231,15 +231,15 @@ class ImageFile:
 def find_images(path: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
     """Find the images of a folder and of all folders in it, in the order of their names' bytes.
 
-    An image is what has one of the suffixes of pipeline.data.folders. Names that start with a dot are passed over.
-    Symbolic links are followed; a folder that several lead to is entered once.
+    A file is an image if it has one of SUFFIXES. Names that start with a dot are left out. Symbolic links are followed;
+    a folder that several links lead to is entered once.
 
     Args:
-        path: A folder; or a file, which alone is found, whatever its suffix.
-        left_out: Counts the other files by suffix, but for those that desktops and authors leave beside images.
+        path: A folder; or a single file, whatever its suffix.
+        left_out: Counts the other files by suffix, without those that desktops and authors leave beside images.
 
     Yields:
-        The images, with a `problem` where there is no such file or a folder can't be listed or has no image at all.
+        The images. One has a `problem` if there is no such file, or a folder cannot be listed or holds no image.
     """
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
@@ -251,23 +251,24 @@ def find_images(path: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
         yield ImageFile(path)
         return
     none_found = True
-    for found in _walk(path, left_out):
+    for file in _walk(path, left_out):
         none_found = False
-        yield found
+        yield file
     if none_found:
         yield ImageFile(path, problem=f"no image in it ({' '.join(SUFFIXES)})")
 
 
 def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list[ImageFile], list[BadFile]]:
-    """Find images that lie in a folder for each class, whose name says which.
+    """Find images that lie in one folder for each class, named after it.
 
     Args:
-        folder: Holds `test/<class>/<image>` or, where it has no `test` or that is a class, `<class>/<image>`. Other
+        folder: Holds `test/<class>/<image>`; without `test`, or where a class is called so, `<class>/<image>`. Other
             folders beside `test` are left alone.
-        class_names: The classes there may be; a label is an index into them. Any may be absent.
+        class_names: The model's classes; a label is an index into them. A class may have no folder.
 
     Returns:
-        The images, by class and then by name in the order of their bytes, and what is in no class or no image.
+        The images, by class and then by name in the order of their bytes; and the files that are in no class or are no
+        images.
 
     Raises:
         UsageError: There is no such folder.
@@ -278,7 +279,7 @@ def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list
         raise UsageError(f"{printable(folder)}: no such folder; it must hold <class>/<image>, or test/<class>/<image>")
     split = "test" if "test" not in class_names and (folder / "test").is_dir() else ""
     bad: list[BadFile] = []
-    classes = list_classes(folder, split, bad)
+    classes = _list_classes(folder, split, bad)
     labels = {name: label for label, name in enumerate(class_names)}
     for name in classes:
         if name not in labels:
@@ -296,11 +297,11 @@ def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list
 def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) -> Generator[list[ImageFile], None, None]:
     """Read images on threads, the next batch while the caller works on the last.
 
-    At most three batches of resized images are in memory, and one image in full for each thread. What Pillow warns of,
-    damaged metadata for the most part, does no harm; the caller decides whether to show it.
+    At most three batches of resized images are in memory, and one image in full for each thread. Pillow may warn of
+    damaged metadata, which does not concern the pixels; the caller decides whether to show it.
 
     Args:
-        files: What to read. Those with a problem are passed on as they are.
+        files: What to read. A file with a problem is passed on as it is.
         image_size: Side of the pixels, pixels.
         batch_size: Files a batch; the last has what is left.
 
@@ -334,7 +335,7 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
                 if (status.st_dev, status.st_ino) not in entered:
                     entered.add((status.st_dev, status.st_ino))
                     entries = sorted(path.iterdir(), key=os.fsencode, reverse=True)
-                    pending += (entry for entry in entries if not is_ignored(entry))
+                    pending += (entry for entry in entries if not _is_ignored(entry))
                 continue
         except OSError as error:
             yield ImageFile(path, problem=f"cannot be read: {error.strerror}")

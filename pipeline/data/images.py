@@ -1,4 +1,4 @@
-"""Images of users: which files are accepted, and how one becomes RGB."""
+"""Image files of users: which are accepted, and how one becomes RGB."""
 
 from __future__ import annotations
 
@@ -43,41 +43,6 @@ class BadFile:
     reason: str
 
 
-def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
-    """Convert an image of any mode to RGB and resize it, without keeping its aspect ratio.
-
-    Transparency is composited on white. 16-bit grey is scaled to 8 bits and rounded. An animation gives its
-    first frame. Resizing is PIL's antialiased bilinear, and left out where the size is right already.
-
-    Args:
-        image: The image.
-        image_size: Side of the result, pixels.
-
-    Returns:
-        `(image_size, image_size, 3)` uint8 RGB.
-
-    Raises:
-        ValueError: The pixels are floating-point numbers, whose range nobody states.
-
-    Differs: `convert("RGB")`, as in torchvision's ImageFolder, shows whatever colour lies under transparent
-        pixels, and clips 16-bit grey to white.
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.mode.startswith("I"):
-        levels = np.array(image, np.int32)
-        levels += 128
-        levels //= 257
-        image = Image.fromarray(levels.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.array(image)
-
-
 def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
     """Read one image file.
 
@@ -117,11 +82,39 @@ def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
         raise DataError(f"cannot be read: {reason}") from error
 
 
-def refusal(folder: Path, bad: Sequence[BadFile]) -> DataError:
-    """Return the error that names a folder's first bad files."""
-    named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
-    more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
-    return DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
+    """Convert an image of any mode to RGB and resize it, without keeping its aspect ratio.
+
+    Transparency is composited on white. 16-bit grey is scaled to 8 bits and rounded. An animation gives its
+    first frame. Resizing is PIL's antialiased bilinear, and left out where the size is right already.
+
+    Args:
+        image: The image.
+        image_size: Side of the result, pixels.
+
+    Returns:
+        `(image_size, image_size, 3)` uint8 RGB.
+
+    Raises:
+        ValueError: The pixels are floating-point numbers, of unknown range.
+
+    Differs: `convert("RGB")`, as in torchvision's ImageFolder, shows whatever colour lies under transparent
+        pixels, and clips 16-bit grey to white.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):
+        levels = np.array(image, np.int32)
+        levels += 128
+        levels //= 257
+        image = Image.fromarray(levels.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.array(image)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -129,5 +122,12 @@ def upright(image: Image.Image) -> Image.Image:
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, ValueError, TypeError):
-        return image  # metadata that is no EXIF does not spoil the pixels
+        return image  # damaged metadata does not concern the pixels
     return image if turn is None else image.transpose(turn)
+
+
+def refusal(folder: Path, bad: Sequence[BadFile]) -> DataError:
+    """Return the error that names a folder's first bad files."""
+    named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
+    more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
+    return DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")

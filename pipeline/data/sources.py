@@ -24,19 +24,21 @@ from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.storage import sha256_file, write_atomic
 
 TORCHVISION_CLASSES = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-# Of the unpacked files: torchvision has checksums of the archives alone. A file that was cut off while it was
-# unpacked it would neither accept nor make anew.
+# Of the unpacked files. torchvision has checksums of the archives alone; a file that was cut off while it was being
+# unpacked it would neither accept nor replace.
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-
-
-KNOWN_SIZES = {"digits": (1797, 0, 10), "mnist": (60000, 10000, 10), "cifar10": (50000, 10000, 10)}
-KNOWN_SIZES["cifar100"] = (50000, 10000, 100)
-"""Images to train and to test on, and classes, of the sources that are always the same."""
+# Training images, test images and classes of the sources that are always the same.
+KNOWN_SIZES = {
+    "digits": (1797, 0, 10),
+    "mnist": (60000, 10000, 10),
+    "cifar10": (50000, 10000, 10),
+    "cifar100": (50000, 10000, 100),
+}
 
 
 def read_source(
@@ -156,12 +158,12 @@ def check_source(recipe: Recipe, raw: Path) -> None:
     source_class = getattr(torchvision.datasets, TORCHVISION_CLASSES[source])
     if source == "mnist":
         folder = raw / "MNIST" / "raw"
-        found = all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in MNIST_SHA256)
+        is_there = all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in MNIST_SHA256)
     else:
         names = [name for name, _ in [*source_class.train_list, *source_class.test_list]]
-        unpacked = all((raw / source_class.base_folder / name).is_file() for name in names)
-        found = unpacked or (raw / source_class.filename).is_file()
-    if not found:
+        is_unpacked = all((raw / source_class.base_folder / name).is_file() for name in names)
+        is_there = is_unpacked or (raw / source_class.filename).is_file()
+    if not is_there:
         raise DataError(f"{source}: not found in {raw}; run {_ways(recipe)}")
 
 

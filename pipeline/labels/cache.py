@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from pipeline.errors import DataError, StorageError
-from pipeline.labels.answers import PROBABILITY_DTYPE, ViewLabels
-from pipeline.labels.file import SEAL_SIZE, Contents, check_beginning, decode, encode
+from pipeline.labels.answers import PROBABILITY_DTYPE
+from pipeline.labels.file import SEAL_SIZE, Canary, Contents, check_beginning, decode, encode
 from pipeline.labels.identity import (
     SCHEMA_VERSION,
     check_identity,
@@ -30,7 +28,7 @@ from pipeline.labels.identity import (
     make_identity,
     make_provenance,
 )
-from pipeline.system.canonical import fingerprint, is_sha256, require_equal
+from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.storage import read_bytes, read_if_exists
 
 __all__ = [
@@ -48,60 +46,9 @@ _SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]*")
 MAX_CANARY_SAMPLES = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class Canary:
-    """The pixels that the labels were made from, so that a student can tell that its views are the same.
-
-    Attributes:
-        view: View index.
-        samples: Sample indices, in the order of the digest.
-        sha256: Digest of those samples' pixels, 64 hexadecimal digits.
-    """
-
-    view: int
-    samples: tuple[int, ...]
-    sha256: str
-
-    def check(self, num_views: int, num_samples: int) -> None:
-        """Refuse a canary of pixels that a cache does not label.
-
-        Args:
-            num_views: Of the cache, V.
-            num_samples: Of the cache, N.
-
-        Raises:
-            ValueError: What is wrong.
-        """
-        if type(self.view) is not int or not 0 <= self.view < num_views:
-            raise ValueError(f"a canary is of view {self.view!a}, there are {num_views}")
-        if not all(type(each) is int and 0 <= each < num_samples for each in self.samples):
-            raise ValueError(f"a canary of view {self.view} is of samples outside of 0..{num_samples - 1}")
-        if not is_sha256(self.sha256):
-            raise ValueError(f"a canary of view {self.view} has no SHA-256")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LabelCache:
-    """A label cache in memory; whatever constructs one, it is consistent.
-
-    Attributes:
-        labels: `(V, N)` uint8 or uint16, the teacher's argmax in [0, C).
-        clean: Split name to `(n,)` of the same type, its argmax on unaugmented images.
-        canaries: Digests of a few views' pixels.
-        identity: See `make_identity`.
-        provenance: See `make_provenance`.
-        classes: `(V, N, K)` as `labels`, its K most probable classes, descending, the label first; None where
-            `provenance["topk"]` is 0.
-        probabilities: `(V, N, K)` float16 in [0, 1], descending, of those classes; None without `classes`.
-    """
-
-    labels: NDArray[Any]
-    clean: Mapping[str, NDArray[Any]]
-    canaries: tuple[Canary, ...]
-    identity: dict[str, Any]
-    provenance: dict[str, Any]
-    classes: NDArray[Any] | None = None
-    probabilities: NDArray[Any] | None = None
+class LabelCache(Contents):
+    """A label cache in memory; whatever constructs one, it is consistent. Its attributes are those of Contents."""
 
     def __post_init__(self) -> None:
         """Refuse what no teacher can have made.
@@ -141,23 +88,13 @@ class LabelCache:
         ):
             shape = (*self.labels.shape, self.topk) if self.topk else None
             if (None if array is None else array.shape) != shape or (array is not None and array.dtype != dtype):
-                found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
-                raise ValueError(f"{name} is {found}, expected {f'{dtype} of shape {shape}' if shape else 'none'}")
+                actual = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
+                raise ValueError(f"{name} is {actual}, expected {f'{dtype} of shape {shape}' if shape else 'none'}")
         for index in range(self.num_views if self.topk else 0):
             try:
                 self.view(index).check(num_samples=self.num_samples, num_classes=self.num_classes, topk=self.topk)
             except ValueError as error:
                 raise ValueError(f"view {index}: {error}") from error
-
-    def view(self, index: int) -> ViewLabels:
-        """Return one view's answers, sharing memory with the cache.
-
-        Args:
-            index: View index, below `num_views`.
-        """
-        if self.classes is None or self.probabilities is None:
-            return ViewLabels(self.labels[index])
-        return ViewLabels(self.labels[index], self.classes[index], self.probabilities[index])
 
     @property
     def topk(self) -> int:
@@ -212,7 +149,7 @@ class LabelCache:
             raise DataError(f"{path} does not exist; make it with `pipeline teacher-select`")
         try:
             # A large file of another kind is refused before it is read.
-            check_beginning(beginning, SCHEMA_VERSION)
+            check_beginning(beginning)
             cache = cls.from_bytes(read_bytes(path))
         except StorageError:
             raise
@@ -239,9 +176,7 @@ class LabelCache:
         Raises:
             ValueError: What is wrong. HDF5 may raise any other exception on a hostile file.
         """
-        contents = decode(data)
-        canaries = tuple(Canary(**{**each, "samples": tuple(each["samples"])}) for each in contents.canaries)
-        return cls(**{**vars(contents), "canaries": canaries})
+        return cls(**vars(decode(data)))
 
     def to_bytes(self) -> bytes:
         """Write the sealed file; equal caches give equal bytes.
@@ -249,14 +184,4 @@ class LabelCache:
         Returns:
             The whole file, seal included.
         """
-        return encode(
-            Contents(
-                labels=self.labels,
-                clean=self.clean,
-                canaries=[asdict(canary) for canary in self.canaries],
-                identity=self.identity,
-                provenance=self.provenance,
-                classes=self.classes,
-                probabilities=self.probabilities,
-            )
-        )
+        return encode(self)

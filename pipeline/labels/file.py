@@ -2,7 +2,7 @@
 
 Layout, open to any HDF5 tool:
 
-    user block       512 bytes, the seal (pipeline.labels.file)
+    user block       512 bytes, the seal, see `make_seal`
     labels           (V, N) uint8 or little-endian uint16; chunk (1, N), fletcher32;
                      fill value the largest of the type, never a label
     topk             group, only where the K most probable classes are kept
@@ -15,19 +15,18 @@ Layout, open to any HDF5 tool:
     provenance       likewise
     canaries         attribute of the root, canonical JSON
 
-This module knows the layout and what HDF5 can do; what the values mean is pipeline.labels.cache' business.
+This module knows the layout and what HDF5 can do; pipeline.labels.cache knows what the values mean.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import h5py
@@ -36,7 +35,7 @@ from numpy.typing import NDArray
 
 from pipeline.labels.answers import PROBABILITY_DTYPE, ViewLabels
 from pipeline.labels.identity import IDENTITY_FIELDS, PROVENANCE_FIELDS, SCHEMA_VERSION
-from pipeline.system.canonical import canonical_json
+from pipeline.system.canonical import canonical_json, is_sha256
 
 SEAL_SIZE = 512
 MAGIC = b"\x93TITNLC\n"
@@ -49,34 +48,70 @@ _NOWHERE = 2**64 - 1
 _LABEL_DTYPES = (np.dtype("u1"), np.dtype("<u2"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """The pixels that the labels were made from, so that a student can tell that its views are the same.
+
+    Attributes:
+        view: View index.
+        samples: Sample indices, in the order of the digest.
+        sha256: Digest of those samples' pixels, 64 hexadecimal digits.
+    """
+
+    view: int
+    samples: tuple[int, ...]
+    sha256: str
+
+    def check(self, num_views: int, num_samples: int) -> None:
+        """Refuse a canary of pixels that a cache does not label.
+
+        Args:
+            num_views: Of the cache, V.
+            num_samples: Of the cache, N.
+
+        Raises:
+            ValueError: What is wrong.
+        """
+        if type(self.view) is not int or not 0 <= self.view < num_views:
+            raise ValueError(f"a canary is of view {self.view!a}, there are {num_views}")
+        if not all(type(sample) is int and 0 <= sample < num_samples for sample in self.samples):
+            raise ValueError(f"a canary of view {self.view} is of samples outside of 0..{num_samples - 1}")
+        if not is_sha256(self.sha256):
+            raise ValueError(f"a canary of view {self.view} has no SHA-256")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contents:
     """What a label cache file holds.
 
     Attributes:
-        labels: `(V, N)` uint8 or uint16.
-        clean: Split name to `(n,)` of the same type.
-        canaries: JSON objects.
-        identity: JSON values under IDENTITY_FIELDS.
-        provenance: JSON values under PROVENANCE_FIELDS.
-        classes: `(V, N, K)` as `labels`, or None.
-        probabilities: `(V, N, K)` float16 with `classes`, else None.
+        labels: `(V, N)` uint8 or uint16, the teacher's argmax in [0, C).
+        clean: Split name to `(n,)` of the same type, its argmax on unaugmented images.
+        canaries: Digests of a few views' pixels.
+        identity: JSON values under IDENTITY_FIELDS, see `make_identity`.
+        provenance: JSON values under PROVENANCE_FIELDS, see `make_provenance`.
+        classes: `(V, N, K)` as `labels`, its K most probable classes, descending, the label first; None where
+            `provenance["topk"]` is 0.
+        probabilities: `(V, N, K)` float16 in [0, 1], descending, of those classes; None without `classes`.
     """
 
     labels: NDArray[Any]
     clean: Mapping[str, NDArray[Any]]
-    canaries: Sequence[Any]
+    canaries: tuple[Canary, ...]
     identity: dict[str, Any]
     provenance: dict[str, Any]
     classes: NDArray[Any] | None = None
     probabilities: NDArray[Any] | None = None
 
-    @property
-    def views(self) -> Iterator[ViewLabels]:
-        """Each view's answers, as views of these arrays."""
+    def view(self, index: int) -> ViewLabels:
+        """Return one view's answers, sharing memory with these arrays.
+
+        Args:
+            index: View index, below V.
+        """
         if self.classes is None or self.probabilities is None:
-            return (ViewLabels(row) for row in self.labels)
-        return map(ViewLabels, self.labels, self.classes, self.probabilities)
+            return ViewLabels(self.labels[index])
+        return ViewLabels(self.labels[index], self.classes[index], self.probabilities[index])
 
 
 def encode(contents: Contents) -> bytes:
@@ -92,7 +127,7 @@ def encode(contents: Contents) -> bytes:
     # A fixed format version, so that the bytes do not follow the library's default. The format before 1.8
     # limits an attribute to 64 KiB, too little for the names of many classes.
     with h5py.File(buffer, "w", userblock_size=SEAL_SIZE, libver=("v108", "v108")) as file:
-        file.attrs["canaries"] = np.bytes_(canonical_json(list(contents.canaries)))
+        file.attrs["canaries"] = np.bytes_(canonical_json([asdict(canary) for canary in contents.canaries]))
         for name, fields in (("identity", contents.identity), ("provenance", contents.provenance)):
             group = _create_group(file, name)
             for key in sorted(fields):
@@ -106,7 +141,7 @@ def encode(contents: Contents) -> bytes:
         clean = file.create_group("clean")
         for split in sorted(contents.clean):
             clean.create_dataset(split, data=contents.clean[split], track_times=False)
-    seal = make_seal(buffer.getbuffer()[SEAL_SIZE:], SCHEMA_VERSION)
+    seal = make_seal(buffer.getbuffer()[SEAL_SIZE:])
     buffer.seek(0)
     buffer.write(seal)
     return buffer.getvalue()
@@ -155,7 +190,7 @@ def decode(data: bytes) -> Contents:
     Raises:
         ValueError: What is wrong. HDF5 may raise any other exception on a hostile file.
     """
-    check_seal(data, SCHEMA_VERSION)
+    check_seal(data)
     if len(data) < SEAL_SIZE + _SUPERBLOCK.size:
         raise ValueError("it holds no HDF5 file")
     signature, *_, base, extension, end = _SUPERBLOCK.unpack_from(data, SEAL_SIZE)
@@ -179,12 +214,14 @@ def decode(data: bytes) -> Contents:
         contents = Contents(
             labels=_read_array(file, "labels", _LABEL_DTYPES, len(data), chunked=True),
             clean={split: _read_array(file["clean"], split, _LABEL_DTYPES, len(data)) for split in file["clean"]},
-            canaries=_read_json(file, "canaries"),
+            canaries=tuple(
+                Canary(**{**canary, "samples": tuple(canary["samples"])}) for canary in _read_json(file, "canaries")
+            ),
             identity={key: _read_json(file["identity"], key) for key in IDENTITY_FIELDS},
             provenance={key: _read_json(file["provenance"], key) for key in PROVENANCE_FIELDS},
         )
         if keeps_topk:
-            contents = dataclasses.replace(
+            contents = replace(
                 contents,
                 classes=_read_array(file["topk"], "classes", _LABEL_DTYPES, len(data), chunked=True),
                 probabilities=_read_array(file["topk"], "probabilities", (PROBABILITY_DTYPE,), len(data), chunked=True),
@@ -202,10 +239,10 @@ def _require_members(group: Any, links: set[str] | None, attributes: set[str]) -
     """Refuse a group that holds anything else, or anything by more than one hard link; None is any names."""
     if not isinstance(group, h5py.Group):
         raise ValueError(f"{group.name} is not a group")
-    found = set(group)
-    if found != (found if links is None else links) or set(group.attrs) != attributes:
+    names = set(group)
+    if names != (names if links is None else links) or set(group.attrs) != attributes:
         raise ValueError(f"{group.name} does not hold exactly what a label cache holds")
-    for name in found:
+    for name in names:
         # Looked at before the object is opened: opening follows soft and external links.
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ValueError(f"{name!a} is a link")
@@ -266,11 +303,11 @@ def _read_array(
 
 def _digests(contents: Contents) -> NDArray[np.uint8]:
     """Digest each view's answers, `(V, 32)` uint8."""
-    digests = b"".join(view.digest() for view in contents.views)
+    digests = b"".join(contents.view(index).digest() for index in range(len(contents.labels)))
     return np.frombuffer(digests, dtype=np.uint8).reshape(len(contents.labels), 32)
 
 
-def make_seal(content: memoryview, version: int) -> bytes:
+def make_seal(content: memoryview, version: int = SCHEMA_VERSION) -> bytes:
     """Make the block that belongs in front of some content.
 
     Args:
@@ -284,39 +321,37 @@ def make_seal(content: memoryview, version: int) -> bytes:
     return _LAYOUT.pack(MAGIC, version, len(content), digest).ljust(SEAL_SIZE, b"\0")
 
 
-def check_beginning(data: bytes, version: int) -> None:
+def check_beginning(data: bytes) -> None:
     """Refuse what cannot be a sealed file, by its first bytes.
 
     Args:
         data: The first SEAL_SIZE bytes, or more.
-        version: The schema version that the caller reads.
 
     Raises:
         ValueError: What is wrong, to follow the name of the file.
     """
     if len(data) < SEAL_SIZE:
         raise ValueError(f"it has {len(data)} bytes, less than a seal")
-    magic, found_version, *_ = _LAYOUT.unpack_from(data)
+    magic, version, *_ = _LAYOUT.unpack_from(data)
     if magic != MAGIC:
         raise ValueError("it does not begin with the seal of a label cache")
-    if found_version != version:
-        raise ValueError(f"its schema version is {found_version}, this release reads {version}")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"its schema version is {version}, this release reads {SCHEMA_VERSION}")
 
 
-def check_seal(data: bytes, version: int) -> None:
+def check_seal(data: bytes) -> None:
     """Refuse a file of which any byte is not as sealed.
 
     Args:
         data: The whole file.
-        version: The schema version that the caller reads.
 
     Raises:
         ValueError: What is wrong, to follow the name of the file.
     """
-    check_beginning(data, version)
+    check_beginning(data)
     *_, length, _ = _LAYOUT.unpack_from(data)
     content = memoryview(data)[SEAL_SIZE:]
     if length != len(content):
         raise ValueError(f"it holds {len(content)} bytes behind the seal, sealed were {length}")
-    if data[:SEAL_SIZE] != make_seal(content, version):
+    if data[:SEAL_SIZE] != make_seal(content):
         raise ValueError("its bytes are not those that were sealed (SHA-256 differs)")
