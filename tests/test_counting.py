@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torchvision import models
 
 from pipeline.counting import flops_per_image, num_parameters, paper_gmacs_1024, paper_macs
@@ -120,14 +121,15 @@ def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("attend", [attend_by_products, scaled_dot_product_attention])
 def test_flops_do_not_depend_on_how_attention_is_computed(
-    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, device: str, attend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.device(device):
         student = build_student(name, num_classes=10, depth=2)
-    fused = flops_per_image(student, 32)
-    monkeypatch.setattr(layers, "attend", attend_by_products)
-    assert flops_per_image(student, 32) == fused
+    ours = flops_per_image(student, 32)
+    monkeypatch.setattr(layers, "attend", attend)
+    assert flops_per_image(student, 32) == ours
 
 
 def test_vit_flops_are_twice_the_products_written_out() -> None:

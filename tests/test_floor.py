@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floor, steps
@@ -18,13 +18,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("operation", [TRAINING, FORWARD])
 @pytest.mark.parametrize("student", STUDENTS)
 def test_flops_are_those_that_pytorch_counts(student: str, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.students.layers.attend", scaled_dot_product_attention)
     monkeypatch.setattr(Student, "plain", True)
     run = turn(Contender(student, "fp32"), steps.synthetic_batch(2, CPU), operation, student=student, depth=2)
-    with FlopCounterMode(display=False) as counter:
+    # Attention as matrix products: which fused attention PyTorch counts changes from release to release.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     counted = floor.operations(recipe(student, 2), batch_size=2, precision="fp32", training=operation == TRAINING)
-    assert sum(part.flops for part in counted) == counter.get_total_flops()
+    # Fused attention keeps no scores: its backward pass repeats the first of the two products.
+    repeated = sum(part.flops for part in counted if part.name == "attention") / 2 if operation == TRAINING else 0
+    assert sum(part.flops for part in counted) == counter.get_total_flops() + repeated
 
 
 @pytest.mark.parametrize(("precision", "activation"), [("fp32", 4), ("bf16", 2)])
