@@ -20,7 +20,7 @@ import pipeline
 from pipeline.errors import Interrupted, PipelineError, one_line
 from stages.shared.options import STOP
 
-# Of each command its name, the module below stages/ whose `command` it is (or module:attribute), and one line of help.
+# Of each command its name, the module below stages/ whose `command` it is, and one line of help.
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "This machine": (
         ("doctor", "doctor", "Check whether a full run can work here, and estimate its disk, memory and time."),
@@ -60,8 +60,7 @@ class Commands(Mapping[str, click.Command]):
     """The table's commands by name; a command is imported when it is taken out."""
 
     def __getitem__(self, name: str) -> click.Command:
-        module, _, attribute = ROWS[name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(f"stages.{module}"), attribute or "command")
+        command: click.Command = importlib.import_module(f"stages.{ROWS[name][0]}").command
         return command
 
     def __iter__(self) -> Iterator[str]:
