@@ -15,8 +15,8 @@ from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.inference.loading import build_model
 from pipeline.labels.identity import label_dtype
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
-from stages.doctor.project import DVC, dvc_setting, has_source, weights_file
+from stages.doctor.software import OK, PROBLEM, WARNING, Finding, size_text
+from stages.doctor.checks import DVC, dvc_setting, has_source, weights_file
 from stages.doctor.work import Job, Sizes
 from stages.shared.context import Context
 from stages.shared.paths import DATA
