@@ -1,58 +1,99 @@
 """The command line: `pipeline COMMAND`, or `python -m stages.cli COMMAND`.
 
-Every command imports what it needs when it runs, so that `--help` is quick and the handlers of SIGINT and SIGTERM
-stand before anything slow.
+A command's module is imported when the command is called, so that `pipeline --help` and the completion of names are
+quick and the handlers of SIGINT and SIGTERM stand before anything slow.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError, one_line
-from stages.commands import data, export, labels, machine, reproduction, results, students, teachers, trained
 from stages.shared.options import STOP
 
-GROUPS: tuple[tuple[str, tuple[click.Command, ...]], ...] = (
-    ("This machine", (machine.doctor,)),
-    ("Data", (data.prepare,)),
-    (
-        "Stage one: teachers and labels",
-        (teachers.teacher_select, teachers.teacher, teachers.select, teachers.label, labels.labels),
+# Of each command its name, the module below stages/ whose `command` it is (or module:attribute), and one line of help.
+TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "This machine": (
+        ("doctor", "doctor", "Check whether a full run can work here, and estimate its disk, memory and time."),
     ),
-    ("Stage two: students", (students.distill,)),
-    ("Trained models", (trained.predict, trained.bench, export.export)),
-    ("Results", (results.evaluate, results.report, results.models)),
-    ("The paper's results", (reproduction.reproduce, reproduction.record)),
-)
+    "Data": (("prepare", "prepare", "Turn a data set into one file of uint8 images."),),
+    "Stage one: teachers and labels": (
+        ("teacher-select", "teacher_select", "Do all of stage one: prepare, train what is missing, select, label."),
+        ("teacher", "teacher", "Fine-tune and evaluate one candidate teacher."),
+        ("select", "selection", "Compare the candidates and copy the winner."),
+        ("label", "label", "Label every view of the training set with a teacher."),
+        ("labels", "labels", "Look into a label file, or replay its teacher."),
+    ),
+    "Stage two: students": (("distill", "distill", "Train a student against the cached labels."),),
+    "Trained models": (
+        ("predict", "commands.trained:predict", "Name the classes of images, by a student or a teacher."),
+        ("bench", "commands.trained:bench", "Show what models cost and how fast they answer here."),
+        (
+            "export",
+            "commands.export:export",
+            "Write a trained model as ONNX, TorchScript or safetensors, with a model card.",
+        ),
+    ),
+    "Results": (
+        ("evaluate", "commands.results:evaluate", "Score a checkpoint on a recipe's data, or on any folder's."),
+        ("report", "commands.results:report", "Write a page, tables and figures of what has been run."),
+        ("models", "commands.results:models", "List students and teachers with their parameters and costs."),
+    ),
+    "The paper's results": (
+        ("reproduce", "reproduce", "Run whatever the paper's tables and figures still lack."),
+        ("record", "record", "Keep finished runs as lines of results/runs.jsonl."),
+    ),
+}
+ROWS = {name: (module, line) for rows in TABLE.values() for name, module, line in rows}
 
 
-class GroupedCommands(click.Group):
-    """A group that lists its commands by stage."""
+class Commands(Mapping[str, click.Command]):
+    """The table's commands by name; a command is imported when it is taken out."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, _, attribute = ROWS[name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"stages.{module}"), attribute or "command")
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ROWS)
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+class TableGroup(click.Group):
+    """A group that shows and completes its commands from the table, importing none of them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, commands=Commands())  # type: ignore[arg-type]  # a mapping that nobody writes to
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section of the help for each stage."""
-        for title, commands in GROUPS:
-            rows = [(command.name or "", command.get_short_help_str(90)) for command in commands]
+        for title, rows in TABLE.items():
             with formatter.section(title):
-                formatter.write_dl(rows)
+                formatter.write_dl([(name, line) for name, _, line in rows])
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name, or one of this group's options."""
+        names = [CompletionItem(name, help=line) for name, (_, line) in ROWS.items() if name.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, context, incomplete)]
 
 
-@click.group(cls=GroupedCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=TableGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(pipeline.__version__, prog_name="pipeline")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Distil CNN teachers into small transformers from cached labels (arXiv:2502.16762)."""
-
-
-for _, commands in GROUPS:
-    for command in commands:
-        cli.add_command(command)
 
 
 def main() -> None:
@@ -109,7 +150,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if STOP.received is not None:  # which reached code that made another error of it
+        if STOP.received is not None:  # a signal came, and the code it reached made another error of it
             return _tell_stop(STOP.error("stopped; run the same command again"))
         hint = "" if debug else "; --debug in front of the command shows where"
         click.echo(one_line(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}"), err=True)
@@ -118,9 +159,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _stop_behind(error: BaseException) -> Interrupted | None:
-    """Return the signal's exception of which code that catches every error has made another; None where there is none.
+    """Return the signal's exception that an error hides; None where there is none.
 
-    So may code do that reads what others wrote, since decoders raise nearly anything on a damaged file.
+    A decoder raises nearly anything on a damaged file, so what reads one turns every error into its own, this too.
     """
     cause = error.__cause__ or error.__context__
     if cause is None or isinstance(cause, Interrupted):

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
+from click.core import ParameterSource
 
 from pipeline.config.params import override
-from pipeline.config.recipes import Recipe, StudentRecipe
+from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.errors import UsageError
 from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistilled_loss
 from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.report.tables import spread
+from pipeline.system.storage import read_json
 from pipeline.training.batches import Batch, TrainingData
 from pipeline.training.step import Objective
-from stages.dry_run import plan_run
 from stages.shared.context import Context
 from stages.shared.execution import execution
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place, student_arguments
+from stages.shared.options import (
+    PATH,
+    FiniteFloat,
+    device_option,
+    dry_run_option,
+    open_context,
+    parse_seeds,
+    parse_settings,
+    recipe_option,
+    require_exists,
+    time_limit_option,
+    training_options,
+)
+from stages.shared.runs import Run, describe, place, plan_run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
 CPU_MICRO_BATCH = 128
@@ -210,3 +227,81 @@ def student_objective(recipe: StudentRecipe, *, distilled: bool) -> Objective:
         )
 
     return objective
+
+
+@click.command("distill")
+@click.option("--student", required=True, help="A student of the recipe, as titn.")
+@recipe_option
+@device_option
+@training_options
+@click.option(
+    "--labels",
+    type=click.Choice(["cached", "none", "online"]),
+    default="cached",
+    show_default=True,
+    help="none and online are controls; they go to data/runs.",
+)
+@click.option("--teacher", type=PATH, help="The checkpoint that --labels online asks.")
+@click.option(
+    "--soft",
+    type=FiniteFloat(0.0, 1000.0),
+    metavar="T",
+    help="Learn from the teacher's probabilities at temperature T; 0 from its label alone.",
+)
+@click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
+@click.option("--seeds", metavar="A,B,...", help="Train with each of these seeds, and say mean and standard deviation.")
+@click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Train on the first views only.")
+@time_limit_option
+@dry_run_option
+def command(
+    student: str,
+    recipe: str | None,
+    device: str | None,
+    fresh: bool,
+    seed: int,
+    settings: tuple[str, ...],
+    labels: str,
+    teacher: Path | None,
+    soft: float | None,
+    confidence: bool,
+    num_views: int | None,
+    seeds: str | None,
+    dry_run: bool,
+) -> None:
+    """Train a student against the cached labels."""
+    if teacher is not None:
+        require_exists(teacher)
+    several = parse_seeds(seeds)
+    if several and click.get_current_context().get_parameter_source("seed") is not ParameterSource.DEFAULT:
+        raise UsageError(f"--seed {seed} --seeds {seeds}: give one of them")
+    context = open_context(recipe, device)
+    results = []
+    with context.joined() if several else nullcontext():  # torchrun's ranks meet once for all seeds
+        for this_seed in several or (seed,):
+            out = distill(
+                context,
+                student,
+                labels=labels,
+                teacher=teacher,
+                confidence=confidence,
+                num_views=num_views,
+                settings=parse_settings(settings, soft=soft),
+                seed=this_seed,
+                fresh=fresh,
+                dry_run=dry_run,
+            )
+            if dry_run:
+                continue
+            results.append(read_json(out / "metrics.json"))
+            best, last, test = (results[-1][key] for key in ("best", "last", "test"))
+            context.say(
+                f"{out}: best top-1 {best['top1']:.2f} % in epoch {best['epoch']}, "
+                f"last {last['top1']:.2f} %, test {test['top1']:.2f} %"
+            )
+    if several and not dry_run:
+        best, last, test = (spread([one[key]["top1"] for one in results]) for key in ("best", "last", "test"))
+        context.say(
+            f"{student}, seeds {seeds}, mean ± standard deviation (number): "
+            f"top-1 % of the best epochs {best}, of the last {last}, on test {test}"
+        )
+    context.end()

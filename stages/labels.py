@@ -2,26 +2,94 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import click
 
-from pipeline.errors import DataError
-from pipeline.labels.cache import RELABEL, LabelCache
-from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, Replay, check_canaries, replay
-from pipeline.system.canonical import require_equal
+from pipeline.errors import DataError, PipelineError
 from stages.shared.context import Context
-from stages.shared.fitting import make_views
-from stages.shared.labelling import identity_of, load_teacher
+from stages.shared.options import (
+    PATH,
+    FiniteFloat,
+    device_option,
+    json_option,
+    open_context,
+    recipe_option,
+    require_exists,
+)
+
+if TYPE_CHECKING:
+    from pipeline.labels.replay import Replay
 
 
-def inspect(path: Path) -> dict[str, Any]:
+@click.group("labels")
+def command() -> None:
+    """Look into a label file, or replay its teacher."""
+
+
+@command.command()
+@click.argument("file", type=PATH)
+@json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Show what a label file holds and where it comes from."""
+    require_exists(file)
+    content = describe(file)
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+        return
+    for key, value in content.items():
+        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+@command.command()
+@click.argument("file", type=PATH)
+@recipe_option
+@device_option
+@click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
+@click.option("--teacher", type=PATH, help="The checkpoint; the selected teacher if left out.")
+@click.option("--margin", type=FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
+def verify(
+    file: Path,
+    recipe: str | None,
+    device: str | None,
+    sample: int,
+    teacher: Path | None,
+    margin: float | None,
+) -> None:
+    """Replay the teacher on some labels; exit 1 if it would give others."""
+    require_exists(file)
+    context = open_context(recipe, device)
+    if teacher is not None:
+        require_exists(teacher)
+    replay, allowed = replay_teacher(context, file, teacher=teacher, num_samples=sample, margin=margin)
+    num_failed = 0
+    for difference in replay.differences:
+        is_tie = difference.margin <= allowed
+        num_failed += not is_tie
+        context.say(
+            f"view {difference.view}, sample {difference.sample}: cached {difference.cached}, now "
+            f"{difference.replayed}, logit margin {difference.margin:.4g}" + (" (near tie, allowed)" if is_tie else "")
+        )
+    context.say(
+        f"{file}: {replay.num_samples} labels replayed, {len(replay.differences)} differ, "
+        f"{num_failed} by more than {allowed:g}"
+    )
+    if replay.probability_error is not None:
+        context.say(f"{file}: probabilities differ by at most {replay.probability_error:.2g}")
+    if num_failed:
+        raise PipelineError(f"{file}: {num_failed} labels are not the teacher's; run `pipeline label --fresh`")
+
+
+def describe(path: Path) -> dict[str, Any]:
     """Return what a label file holds, as plain JSON values.
 
     Raises:
         DataError: It is missing or not valid.
     """
+    from pipeline.labels.cache import LabelCache
+
     cache = LabelCache.open(path)
     return {
         "path": str(path),
@@ -38,7 +106,7 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def verify(
+def replay_teacher(
     context: Context,
     path: Path,
     *,
@@ -62,11 +130,19 @@ def verify(
     Raises:
         DataError: The file is not valid or belongs to other data, views or another teacher.
     """
+    import numpy as np
+
+    from pipeline.labels.cache import RELABEL, LabelCache
+    from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, check_canaries, replay
+    from pipeline.system.canonical import require_equal
+    from stages.shared.fitting import make_views
+    from stages.shared.labelling import identity_of, load_teacher
+
     cache, dataset = LabelCache.open(path), context.dataset()
     names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:
-        own = context.recipe.views.get(path.stem, context.recipe.views["default"])
-        require_equal(str(path), cache.identity, identity_of(dataset, own), RELABEL)
+        view_recipe = context.recipe.views.get(path.stem, context.recipe.views["default"])
+        require_equal(str(path), cache.identity, identity_of(dataset, view_recipe), RELABEL)
     model, checkpoint = load_teacher(context, dataset, teacher or context.paths.winner)
     recorded = cache.provenance
     if checkpoint.sha256 != recorded["checkpoint_sha256"]:

@@ -1,22 +1,48 @@
-"""Prepare: from raw files to one HDF5 file of uint8 images, and a summary of it."""
+"""`pipeline prepare`: from raw files to one HDF5 file of uint8 images, and a summary of it."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
+import click
 
 from pipeline.config.recipes import Recipe
-from pipeline.data.arrays import Spill
-from pipeline.data.datasets import Dataset
-from pipeline.data.images import BadFile, printable
-from pipeline.data.sources import read_source
 from pipeline.errors import UsageError
-from pipeline.system.runtime import resident_limit
-from pipeline.system.storage import lock, remove_leftovers, write_json
+from pipeline.system.storage import lock, read_json, remove_leftovers, write_json
+from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
+from stages.shared.paths import Paths
+
+if TYPE_CHECKING:
+    from pipeline.data.datasets import Dataset
+    from pipeline.data.images import BadFile
+
+
+@click.command("prepare")
+@recipe_option
+@click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
+@click.option("--from", "folder", type=PATH, help="Take the images from this folder.")
+@click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files out.")
+@dry_run_option
+def command(recipe: str | None, download: bool, folder: Path | None, skip_bad: bool, dry_run: bool) -> None:
+    """Turn a data set into one file of uint8 images."""
+    context = open_context(recipe)
+    paths = context.paths
+    if dry_run:
+        for line in plan_prepare(context.recipe, paths, folder=folder, download=download, skip_bad=skip_bad):
+            context.say(line)
+        return
+    summary = prepare(
+        context.recipe, out=paths.prepared, raw=paths.raw, folder=folder, download=download, skip_bad=skip_bad
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in summary.num_samples.items())
+    context.say(f"{paths.dataset}: {counts} images of {len(summary.class_names)} classes, SHA-256 {summary.sha256}")
+    if summary.num_skipped:
+        context.say(f"skipped {summary.num_skipped} bad files; {paths.prepared / 'summary.json'} names them")
+    context.changed("prepare")
+    context.end()
 
 
 @dataclass(frozen=True)
@@ -82,7 +108,13 @@ def prepare(
         DataError: The files are missing, damaged, or no data set.
         StorageError: Downloading, reading or writing failed.
     """
-    check_request(folder, download=download)
+    import torch
+
+    from pipeline.data.arrays import Spill
+    from pipeline.data.sources import read_source
+    from pipeline.system.runtime import resident_limit
+
+    _check_request(folder, download=download)
     spill = Spill(out, resident_limit(torch.device("cpu")))
     dataset, skipped = read_source(recipe, raw=raw, folder=folder, download=download, skip_bad=skip_bad, spill=spill)
     summary = _summarize(recipe, dataset, skipped)
@@ -94,12 +126,55 @@ def prepare(
     return summary
 
 
-def check_request(folder: Path | None, *, download: bool) -> None:
+def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download: bool, skip_bad: bool) -> list[str]:
+    """Say what `prepare` would do, and write nothing; arguments are the same.
+
+    Raises:
+        UsageError: See `prepare`.
+        DataError: Files are missing, or the folder is no image folder. Images are not opened.
+    """
+    from pipeline.data.folders import list_folder
+    from pipeline.data.images import printable
+    from pipeline.data.sources import check_source
+
+    _check_request(folder, download=download)
+    source = recipe.dataset.source
+    if folder is not None:
+        bad: list[BadFile] = []
+        listed = list_folder(folder, bad)
+        counts = ", ".join(f"{sum(map(len, classes.values()))} {split}" for split, classes in listed.items())
+        what = f"{counts} images of {len(listed['train'])} classes in {printable(folder)}, which are not opened yet"
+        if bad:
+            what += f"; {len(bad)} other files, " + ("left out" if skip_bad else "for which it is refused")
+    elif download and source not in ("digits", "folder"):
+        what = f"{source} in {paths.raw}, downloading what is missing"
+    else:
+        check_source(recipe, paths.raw)
+        what = "scikit-learn's digits" if source == "digits" else f"{source} in {paths.raw}"
+    return [f"read {what}", f"write {paths.dataset} ({_standing(recipe, paths)})"]
+
+
+def _standing(recipe: Recipe, paths: Paths) -> str:
+    """Say which prepared data are there already."""
+    from stages.shared.runs import differences
+
+    summary = paths.prepared / "summary.json"
+    if not (paths.dataset.is_file() and summary.is_file()):
+        return "no data yet"
+    changed = differences(read_json(summary)["settings"], dataclasses.asdict(recipe.dataset))
+    if changed:
+        return f"in place of one of other settings: {', '.join(changed)}"
+    return "in place of one of the same settings; the same images give the same file"
+
+
+def _check_request(folder: Path | None, *, download: bool) -> None:
     """Refuse arguments that say twice where images come from.
 
     Raises:
         UsageError: Both a folder and a download.
     """
+    from pipeline.data.images import printable
+
     if folder is not None and download:
         raise UsageError(
             f"--from {printable(folder)} and --download: both say where images come from; give one of them"
@@ -108,6 +183,8 @@ def check_request(folder: Path | None, *, download: bool) -> None:
 
 def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> Summary:
     """Count what was read."""
+    import numpy as np
+
     return Summary(
         recipe=recipe.name,
         source=dataset.source,

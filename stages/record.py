@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from pipeline.errors import DataError
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
-from pipeline.training.checkpoints import read_meta
-from stages.reports.runs import FinishedRun
+from stages.shared.options import PATH, records_option, require_exists
 from stages.shared.paths import RECORDS
 
 ID_DIGITS = 12
@@ -25,6 +26,20 @@ METRICS = (
     "recipe", "kind", "name", "precision", "seed", "epochs", "views", "evaluated_on", "num_train", "num_test",
 )  # fmt: skip
 ENVIRONMENT = ("commit", "device", "seconds", "date", "versions")
+
+
+@click.command("record")
+@click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=PATH)
+@records_option
+def command(directories: tuple[Path, ...], out: Path) -> None:
+    """Keep finished runs as lines of results/runs.jsonl.
+
+    DIR is what `teacher` or `distill` wrote, as data/cifar100/students/titn. A run that is there already is left as it
+    is.
+    """
+    for directory in directories:
+        require_exists(directory)
+    record(click.echo, directories, out)
 
 
 class Records:
@@ -66,8 +81,8 @@ class Records:
             if read_if_exists(curve) != data:
                 write_atomic(curve, data)
             is_new = all(former["id"] != record["id"] for _, former in lines)
-            own = [json.dumps(record, sort_keys=True, allow_nan=False).encode()] if is_new else []
-            whole = b"".join(line + b"\n" for line in [*(line for line, _ in lines), *own])
+            added = [json.dumps(record, sort_keys=True, allow_nan=False).encode()] if is_new else []
+            whole = b"".join(line + b"\n" for line in [*(line for line, _ in lines), *added])
             if read_if_exists(self.path) != whole:  # or its last line was cut short
                 write_atomic(self.path, whole)
         return str(record["id"]) if is_new else None
@@ -75,15 +90,15 @@ class Records:
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         """Return the lines as they stand, each with its record."""
         data = read_if_exists(self.path) or b""
-        lines, found = data.splitlines(), []
+        lines, records = data.splitlines(), []
         for number, line in enumerate(lines, start=1):
             record = _parse(line)
             is_torn = number == len(lines) and not data.endswith(b"\n")
             if record is not None:
-                found.append((line, record))
+                records.append((line, record))
             elif not is_torn:
                 raise DataError(f"{self.path}: line {number} is no record; delete it, and record its run again")
-        return found
+        return records
 
     def curve(self, identifier: str) -> Path:
         """Return where a run's curve lies."""
@@ -99,6 +114,9 @@ def describe(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: The directory is no finished run, or one of its files is damaged.
     """
+    from pipeline.training.checkpoints import read_meta
+    from stages.reports.runs import FinishedRun
+
     run, meta = FinishedRun.read(directory), read_meta(directory)
     if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):
         raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
+
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from stages.record import Records
 from stages.reproduction.jobs import Job, State
 from stages.reproduction.plan import Choice, plan
 from stages.shared.context import Context
+from stages.shared.options import (
+    device_option,
+    dry_run_option,
+    open_context,
+    parse_seeds,
+    records_option,
+    time_limit_option,
+)
 from stages.teacher_select import prepare_from_raw
 
 NEEDS_DATA = State("needs data")
@@ -194,3 +204,42 @@ class Reproduction:
 
 def _without_data(job: Job, lacking: dict[str, str]) -> State:
     return NEEDS_DATA if job.recipe in lacking else State("runs")
+
+
+@click.command("reproduce")
+@click.option("--table", type=int, help="Of the paper, 1 to 6.")
+@click.option("--figure", type=int, help="Of the paper, 4 to 8.")
+@click.option(
+    "--ablation",
+    type=click.Choice(["labels", "views"]),
+    help="Labels cached, none, online; or 1, 2, 5 and all views. The paper has neither.",
+)
+@click.option("--recipe", help="A recipe in place of the paper's; all of it without --table, --figure, --ablation.")
+@click.option("--student", help="Train this student alone, on the teacher it needs; titn for --ablation if left out.")
+@click.option("--seeds", metavar="A,B,...", help="Of the students, one after another; 0 where left out.")
+@device_option
+@click.option("--download", is_flag=True, help="Download data that are not there to data/raw.")
+@records_option
+@time_limit_option
+@dry_run_option
+def command(
+    table: int | None,
+    figure: int | None,
+    ablation: str | None,
+    recipe: str | None,
+    student: str | None,
+    seeds: str | None,
+    device: str | None,
+    download: bool,
+    out: Path,
+    dry_run: bool,
+) -> None:
+    """Run whatever the paper's tables and figures still lack.
+
+    Without a choice all of them, the most telling first. What is done costs nothing; what was stopped goes on. Each
+    finished run leaves a line in results/runs.jsonl, and its curve in results/curves.
+    """
+    several = parse_seeds(seeds) or (0,)
+    context = open_context(recipe, device)
+    choice = Choice(table=table, figure=figure, ablation=ablation, recipe=recipe, student=student, seeds=several)
+    reproduce(context, choice, out=out, download=download, dry_run=dry_run)

@@ -6,11 +6,27 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import click
+
 from pipeline.errors import DataError, UsageError
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
-from pipeline.training.checkpoints import load_checkpoint
 from stages.shared.context import Context
+from stages.shared.options import open_context, recipe_option, split_names, teachers_option
 from stages.shared.paths import Paths
+
+
+@click.command("select")
+@recipe_option
+@teachers_option
+def command(recipe: str | None, teachers: str | None) -> None:
+    """Compare the candidates and copy the winner."""
+    from stages.reports.tables import candidates_table
+
+    context = open_context(recipe)
+    comparison = select(context, split_names(teachers))
+    context.show(candidates_table(context, comparison))
+    context.say(f"selected {comparison['winner']} by {comparison['by']}")
+    context.end()
 
 
 def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
@@ -27,6 +43,8 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         UsageError: The recipe has no such teacher.
         DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
     """
+    from pipeline.training.checkpoints import load_checkpoint
+
     paths, comparison = context.paths, compare(context, teachers)
     checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import click
 import torch
 from torch import nn
 
@@ -17,11 +18,19 @@ from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
 from pipeline.training.batches import Batch, TrainingData
 from pipeline.training.step import Objective
-from stages.dry_run import plan_run
 from stages.shared.context import Context
 from stages.shared.execution import execution
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place
+from stages.shared.options import (
+    device_option,
+    dry_run_option,
+    open_context,
+    parse_settings,
+    recipe_option,
+    time_limit_option,
+    training_options,
+)
+from stages.shared.runs import Run, describe, place, plan_run
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
@@ -128,3 +137,26 @@ def teacher_objective(label_smoothing: float) -> Objective:
         )
 
     return objective
+
+
+@click.command("teacher")
+@click.argument("name")
+@recipe_option
+@device_option
+@training_options
+@time_limit_option
+@dry_run_option
+def command(
+    name: str,
+    recipe: str | None,
+    device: str | None,
+    fresh: bool,
+    seed: int,
+    settings: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Fine-tune and evaluate one candidate teacher."""
+    context = open_context(recipe, device)
+    teacher_recipe(context.recipe, name)
+    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
+    context.end()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import click
+
 from pipeline.config.recipes import OPTIMIZERS, TeacherRecipe
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.report.tables import Table
 from pipeline.system.runtime import current_ranks
-from stages.dry_run import plan_labels, plan_run
-from stages.label import label
+from stages.label import label, plan_labels
 from stages.prepare import prepare
 from stages.reports.others import optimizers_table
 from stages.reports.runs import FinishedRun
@@ -18,6 +19,16 @@ from stages.reports.scores import NOT_RUN
 from stages.reports.tables import candidates_table
 from stages.selection import select
 from stages.shared.context import Context
+from stages.shared.options import (
+    device_option,
+    dry_run_option,
+    open_context,
+    recipe_option,
+    split_names,
+    teachers_option,
+    time_limit_option,
+)
+from stages.shared.runs import plan_run
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
 # Rates for Figure 5 where an optimiser is not the recipe's own; the paper gives one rate, SGD's.
@@ -148,3 +159,31 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
             continue
         outcomes[optimizer] = FinishedRun.read(out) or NOT_RUN
     return optimizers_table(context.recipe, winner, outcomes, rates)
+
+
+@click.command("teacher-select")
+@recipe_option
+@device_option
+@teachers_option
+@click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
+@click.option("--fresh", is_flag=True, help="Train and label everything again.")
+@time_limit_option
+@dry_run_option
+def command(
+    recipe: str | None,
+    device: str | None,
+    teachers: str | None,
+    optimizers: str | None,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
+    """Do all of stage one: prepare, train what is missing, select, label."""
+    context = open_context(recipe, device)
+    names, sweep = split_names(teachers), split_names(optimizers) or ()
+    if dry_run:
+        for line in plan(context, names, sweep, fresh=fresh):
+            context.say(line)
+        return
+    for table in teacher_select(context, teachers=names, optimizers=sweep, fresh=fresh):
+        context.show(table)
+    context.end()

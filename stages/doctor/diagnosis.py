@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from pipeline.report.tables import Table
-from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
+from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
 from stages.doctor.software import gpus, software
 from stages.shared.paths import PARAMS
 

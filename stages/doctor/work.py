@@ -10,7 +10,7 @@ from pipeline.data.sources import KNOWN_SIZES
 from pipeline.training.checkpoints import RunState, read_meta
 from stages.distill import plan_student, student_recipe
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding
-from stages.dry_run import plan_labels
+from stages.label import plan_labels
 from stages.shared.context import Context
 from stages.shared.runs import Run
 from stages.shared.teacher_labels import Distillation, TeacherSource

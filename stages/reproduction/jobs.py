@@ -16,8 +16,7 @@ from pipeline.errors import DataError
 from pipeline.system.storage import read_json
 from pipeline.training.checkpoints import RunState, read_meta
 from stages.distill import distill, distilled_recipe, plan_student
-from stages.dry_run import plan_labels
-from stages.label import label
+from stages.label import label, plan_labels
 from stages.reproduction.standing_labels import any_labels, labels_of, selected
 from stages.selection import compare, select
 from stages.shared.context import Context

@@ -12,11 +12,12 @@ from typing import Any
 import click
 from rich.console import Console
 
+from pipeline.config.params import load_params
 from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.system.stopping import StopSignal
 from stages.shared.context import Context
-from stages.shared.paths import PARAMS
+from stages.shared.paths import PARAMS, RECORDS
 
 STOP = StopSignal()
 MAX_SEED = 2**31 - 1
@@ -50,6 +51,9 @@ class FiniteFloat(click.FloatRange):
 PATH = FilePath()
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
+teachers_option = click.option(
+    "--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out."
+)
 device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
 precision_option = click.option(
@@ -68,6 +72,9 @@ time_limit_option = click.option(
     callback=begin_time_limit,
     expose_value=False,
     help="Stop at the next step once this time is over, saved, with exit code 75; run again to go on.",
+)
+records_option = click.option(
+    "--out", type=PATH, default=RECORDS, show_default=True, help="The file of records; the curves go beside it."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
@@ -99,7 +106,6 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
     Raises:
         UsageError: params.yaml or a name is wrong.
     """
-    from pipeline.config.params import load_params
     from pipeline.system.runtime import current_ranks
 
     params = load_params(PARAMS)
@@ -160,6 +166,11 @@ def parse_keep(text: str | None) -> int | None:
     if topk is None:
         raise UsageError(f"--keep {text}: write argmax or topk=K, as topk=5")
     return int(topk[1])
+
+
+def kept_name(topk: int) -> str:
+    """Write what `parse_keep` reads: what is kept of each answer."""
+    return f"topk={topk}" if topk else "argmax"
 
 
 def parse_views(text: str | None) -> tuple[int, int | None] | None:

@@ -216,3 +216,16 @@ def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),
         "flops_per_image": flops_per_image(model, image_size),
     }
+
+
+def plan_run(run: Run, *, fresh: bool = False) -> str:
+    """Say in one line what training a model would do, and why; writes nothing."""
+    why = "--fresh" if fresh else run.why_stale()
+    if why is None:
+        return f"{run.name}: up to date ({run.out})"
+    state = None if fresh else RunState(run.work, run.fingerprint).peek()
+    if state is None:
+        epochs = f"{run.recipe.epochs} epochs" if run.recipe.epochs > 1 else "1 epoch"
+        return f"{run.name}: train {epochs} ({why}); writes {run.out}"
+    where = f"epoch {state['epoch'] + 1} of {run.recipe.epochs}, step {state['step']}"
+    return f"{run.name}: interrupted, goes on from {where} ({why}); writes {run.out}"

@@ -13,7 +13,6 @@ import torch
 from pipeline.config.recipes import Recipe, StudentRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.inference.loading import load_checkpoint_of
 from pipeline.labels.cache import RELABEL, LabelCache
 from pipeline.labels.replay import check_canaries
 from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
@@ -22,7 +21,8 @@ from pipeline.system.canonical import require_equal
 from pipeline.training.checkpoints import read_meta
 from pipeline.views.views import Views
 from stages.shared.context import Context
-from stages.shared.labelling import check_teacher, identity_of, kept_name, label_clean, load_teacher
+from stages.shared.labelling import identity_of, label_clean, load_teacher, read_teacher
+from stages.shared.options import kept_name
 from stages.shared.paths import Paths
 
 USUAL_TOPK = 5
@@ -151,9 +151,7 @@ class TeacherSource:
         self._online: TeacherLabels | None = None
         if distillation.labels == "online":
             assert distillation.teacher is not None
-            checkpoint = load_checkpoint_of(distillation.teacher, "teacher")
-            check_teacher(context, dataset, checkpoint)
-            self.digest = checkpoint.sha256
+            self.digest = read_teacher(context, dataset, distillation.teacher).sha256
         elif self.is_distilled or context.paths.labels(recipe.views).exists():
             self._open(context, dataset, name, recipe)
 

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
+from pipeline.config.params import load_params
 from pipeline.labels.cache import LabelCache
+from pipeline.system.stopping import StopSignal
 from pipeline.training.checkpoints import RunState
+from stages.label import plan_labels
+from stages.shared.context import Context
 from stages.shared.runs import OUTPUTS, differences, why_stale
 from tests.support.in_process import invoke
 from tests.support.project import Project
@@ -114,6 +119,25 @@ def test_labels_are_extended_and_sliced(project: Project) -> None:
     invoke(project, "label", "--views", "4:5")
     assert "label the views 2:4, 5:6 of" in dry(project, "label")
     assert LabelCache.open(project.data / "labels/default.h5").num_views == 2
+
+
+def test_labelling_anew_leaves_what_is_there_until_it_begins(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.edit("count: 2", "count: 4")
+    invoke(project, "label", "--views", "3:4")
+    labels, work = project.data / "labels", project.path / "data/work/smoke/labels/default"
+    parts = {path: path.read_bytes() for path in work.glob("*.part")}
+    assert len(parts) == 1
+    assert "label the views 0:4 of 1149 images" in dry(project, "label", "--fresh")
+    assert {path: path.read_bytes() for path in work.glob("*.part")} == parts
+    assert [path.name for path in labels.iterdir()] == ["default.h5"]
+    monkeypatch.chdir(project.path)
+    params = load_params(Path("params.yaml"))
+    plan = plan_labels(Context(params, params.select(None), Console(), StopSignal()), fresh=True)
+    assert project.path / plan.parts.directory == work, "which `label --fresh` deletes"
+    assert (plan.path, plan.missing) == (Path("data/smoke/labels/default.h5"), [0, 1, 2, 3])
+    invoke(project, "label", "--fresh")
+    assert not list(work.glob("*.part"))
+    assert "up to date, 4 views" in dry(project, "label")
 
 
 @pytest.mark.parametrize(

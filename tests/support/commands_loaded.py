@@ -6,6 +6,6 @@ import importlib
 
 import torch
 
-for name in ("cli", "prepare", "teacher", "selection", "label", "distill", "fitting"):
+for name in ("cli", "prepare", "teacher", "selection", "label", "distill", "shared.fitting", "shared.labelling"):
     importlib.import_module(f"stages.{name}")
 torch.set_num_threads(1)

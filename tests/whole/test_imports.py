@@ -14,19 +14,6 @@ WINGS = ("errors", "system", "config", "data", "views", "losses", "labels", "tra
 # Leaves import errors and system alone. The second tuple names the wings that may import a leaf, beside stages/.
 LEAVES = {"models": ("labels", "inference"), "report": ()}
 HOMES = {
-    "click": {
-        "stages/cli.py",
-        "stages/commands/data.py",
-        "stages/commands/export.py",
-        "stages/commands/labels.py",
-        "stages/commands/machine.py",
-        "stages/commands/reproduction.py",
-        "stages/commands/results.py",
-        "stages/commands/students.py",
-        "stages/commands/teachers.py",
-        "stages/commands/trained.py",
-        "stages/shared/options.py",
-    },
     "h5py": {"pipeline/data/file.py", "pipeline/labels/file.py"},
     "yaml": {"pipeline/config/strict_yaml.py"},
     "sklearn": {"pipeline/data/sources.py"},
@@ -131,6 +118,16 @@ def test_a_dependency_has_its_home(dependency: str) -> None:
         str(file.relative_to(ROOT)) for file in FILES if any(name.split(".")[0] == dependency for name in imports(file))
     }
     assert users == HOMES[dependency]
+
+
+def test_click_is_for_commands_and_what_they_share() -> None:
+    """A file below stages/ imports it to define a command; the table and the shared options are no commands."""
+    shared = {"stages/cli.py", "stages/shared/options.py"}
+    users = {file for file in FILES if any(name.split(".")[0] == "click" for name in imports(file))}
+    for file in users - {ROOT / name for name in shared}:
+        assert file.is_relative_to(ROOT / "stages"), file
+        decorators = [ast.unparse(call.func) for call in nodes(file) if isinstance(call, ast.Call)]
+        assert {"click.command", "click.group"} & set(decorators), f"{file} defines no command"
 
 
 def test_the_library_prints_nothing() -> None:

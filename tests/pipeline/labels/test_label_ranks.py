@@ -112,21 +112,21 @@ def test_a_second_writer_is_refused_and_the_first_is_unharmed(labelling: Labelli
 
 
 def slow_views() -> None:
-    import stages.label
+    import pipeline.labels.teacher
 
-    real = stages.label.label_view
+    real = pipeline.labels.teacher.label_view
 
     def slow(*args):
         time.sleep(0.3)
         return real(*args)
 
-    stages.label.label_view = slow
+    pipeline.labels.teacher.label_view = slow
 
 
 def other_versions() -> None:
-    import stages.label
+    import stages.shared.labelling
 
-    stages.label.versions = lambda: {"torch": "0.0"}
+    stages.shared.labelling.versions = lambda: {"torch": "0.0"}
 
 
 def seal_when_rank_1_has_begun() -> None:
