@@ -27,7 +27,7 @@ def synthetic_batch(size: int, device: torch.device) -> Batch:
     images, labels = images_and_labels(size)
     partners, teacher = torch.randint(NUM_CLASSES, (2, size), generator=generator).to(device)
     lam = torch.rand(size, generator=generator).to(device)
-    return Batch(normalize(images.to(device), MEAN, STD), labels.to(device), partners, lam, teacher)
+    return Batch(labels.to(device), partners, lam, teacher, images=normalize(images.to(device), MEAN, STD))
 
 
 def our_step(

@@ -16,10 +16,11 @@ from benchmarks.student_peers import PEERS
 from benchmarks.synthetic import NUM_CLASSES, SIZE
 from pipeline.config.recipes import StudentRecipe
 from pipeline.errors import UsageError
+from pipeline.losses import objective
 from pipeline.models.students import STUDENTS, Student, build_student, use_inner_block
 from pipeline.training.batches import Batch
+from pipeline.training.execution import Execution
 from pipeline.training.optimization import build_optimizer
-from stages.distill import micro_batch_on, student_objective
 from stages.shared.runs import student_arguments
 
 TRAINING, FORWARD = "training step", "forward"
@@ -146,10 +147,10 @@ def turn(
         model,
         batch,
         recipe=own,
-        objective=student_objective(own, distilled=STUDENTS[student].has_distillation_head),
+        objective=objective(own),
         optimizer=optimizer,
         precision=precision,
-        micro_batch=micro_batch_on(batch.images.device, own),
+        micro_batch=Execution.of(own, batch.images.device).micro_batch,
         captured=captured,
     )
 

@@ -15,11 +15,11 @@ from benchmarks import built_teachers, steps, training
 from benchmarks.measure import Row, begin, compare, option_parser, positive
 from pipeline.config.recipes import TeacherRecipe
 from pipeline.inference.speed import interleave
+from pipeline.losses import objective
 from pipeline.models.teachers import TEACHERS
 from pipeline.system.runtime import keep_freed_memory, resolve_precision
 from pipeline.training.batches import Batch
 from pipeline.training.optimization import build_optimizer
-from stages.teacher import teacher_objective
 
 QUICK = "squeezenet1_1"
 
@@ -106,8 +106,8 @@ def our_turn(name: str, model: nn.Module, batch: Batch, operation: str, precisio
         return steps.forward_pass(own.eval(), batch, precision=precision)
     recipe = _recipe(name)
     optimizer = steps.at_rest(build_optimizer(own.train().parameters(), recipe))
-    objective = teacher_objective(recipe.label_smoothing)
-    return steps.our_step(own, batch, recipe=recipe, objective=objective, optimizer=optimizer, precision=precision)
+    loss = objective(recipe)
+    return steps.our_step(own, batch, recipe=recipe, objective=loss, optimizer=optimizer, precision=precision)
 
 
 def plain_turn(name: str, model: nn.Module, batch: Batch, operation: str, setting: Setting) -> Callable[[], object]:

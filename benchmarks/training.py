@@ -19,15 +19,13 @@ from pipeline.data.streaming import in_batches
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.parts import LabelParts, seal
 from pipeline.labels.source import TeacherLabels
-from pipeline.models.students import STUDENTS, build_student, use_inner_block
-from pipeline.system.stopping import StopSignal
+from pipeline.losses import objective
+from pipeline.models.students import build_student, use_inner_block
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState
-from pipeline.training.distributed import ALONE
-from pipeline.training.fit import Fit
+from pipeline.training.execution import Execution
+from pipeline.training.fit import Fit, Session
 from pipeline.views.views import Views
-from stages.distill import micro_batch_on, student_objective
-from stages.shared.execution import execution
 from stages.shared.runs import student_arguments
 
 
@@ -77,22 +75,15 @@ def make_fit(
     device = views.images.device
     model = build_student(own.model, **student_arguments(own, num_classes=NUM_CLASSES, image_size=SIZE)).to(device)
     inner_block = use_inner_block(model, own.inner_block, device)
-    how = execution(own, device, ALONE, micro_batch=micro_batch_on(device, own), inner_block=inner_block)
-    distilled = teacher_labels is not None and STUDENTS[own.model].has_distillation_head
     return Fit(
         model=model,
         data=TrainingData(views, MEAN, STD, num_views, teacher_labels),
         evaluation=EvaluationData(next(in_batches(views.images, 1)), views.labels[:1], MEAN, STD, NUM_CLASSES),
-        objective=student_objective(own, distilled=distilled),
+        objective=objective(own),
         recipe=own,
-        precision=how.precision,
-        seed=0,
-        state=RunState(Path("unused"), ""),
-        watcher=Silence(),
-        stop=StopSignal(),
-        micro_batch=how.micro_batch,
-        captured=how.step == "graph",
         ema=own.ema,
+        execution=Execution.of(own, device, inner_block=inner_block),
+        session=Session(RunState(Path("unused"), ""), Silence()),
     )
 
 

@@ -244,7 +244,7 @@ def step_share(options: argparse.Namespace) -> Row:
         what="views, share of a TITN training step",
         ours=float(np.median(share)),
         peer=100.0,
-        peer_name=f"whole step, batch {options.step_batch}, {fit.precision}",
+        peer_name=f"whole step, batch {options.step_batch}, {fit.execution.precision}",
         unit="%",
         ratio=STEP_SHARE / float(np.median(share)),
         goal=1.0,

@@ -5,6 +5,8 @@ Every message is one line that names the key, the value and the way out.
 
 from __future__ import annotations
 
+import os
+
 MAX_LINE = 2000
 
 
@@ -59,10 +61,21 @@ class Interrupted(PipelineError):
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line that any terminal and any file can hold.
-
-    What cannot be printed is escaped, and of more than MAX_LINE characters the middle is left out.
-    """
+    """Return a text made safe by `printable`; of more than MAX_LINE characters the middle is left out."""
     if len(text) > MAX_LINE:
         text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return printable(text)
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""Return a text or a path as one line that any terminal, JSON file or page can hold.
+
+    Terminal escapes, line breaks, invisible characters and those that turn the direction of text are escaped as in
+    Python, a file name's bytes that are not UTF-8 as `\xff`. Markdown and HTML have an escaping of their own after it.
+    """
+
+    def escaped(char: str) -> str:
+        is_byte = "\udc80" <= char <= "\udcff"  # see os.fsdecode
+        return f"\\x{ord(char) - 0xDC00:02x}" if is_byte else repr(char)[1:-1]
+
+    return "".join(char if char.isprintable() else escaped(char) for char in os.fspath(text))

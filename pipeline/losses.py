@@ -1,75 +1,123 @@
 """The paper's losses, equations 8 to 10, soft distillation beside the hard one, and the prediction of one or two heads.
 
-A model's outputs are either one tensor of logits, or a pair (class head, distillation head).
+A model's outputs are either one tensor of logits, or a pair (class head, distillation head). `objective` gives the loss
+that a recipe trains with, and `training_loss` chooses the equation.
 
 Source: arXiv:2502.16762 §3.5.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.recipes import FitRecipe, StudentRecipe
+
 Outputs = Tensor | tuple[Tensor, Tensor]
 
 
-def mixed_cross_entropy(
-    logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, *, label_smoothing: float = 0.0
+@dataclass(frozen=True)
+class Targets:
+    """What the outputs for a batch of views are compared with.
+
+    Attributes:
+        labels: `(B,)` int64, y1, the labels of the images.
+        partner_labels: `(B,)` int64, y2, the labels of their CutMix or MixUp partners.
+        lam: `(B,)` float32 in [0, 1], the share of the image that is left.
+        teacher_labels: `(B,)` int64, y_t, the teacher's labels of the same views; or `(B, C)` float32, its
+            distributions; None where the model learns without a teacher.
+        confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
+        mean_confidence: Its mean over all samples of the step, a float32 scalar; None is the mean of those here.
+    """
+
+    labels: Tensor
+    partner_labels: Tensor
+    lam: Tensor
+    teacher_labels: Tensor | None = None
+    confidence: Tensor | None = None
+    mean_confidence: Tensor | None = None
+
+
+def objective(recipe: FitRecipe) -> Callable[[Outputs, Targets], Tensor]:
+    """Return the loss that a teacher's or a student's recipe trains with, see `training_loss`."""
+    loss = functools.partial(training_loss, label_smoothing=recipe.label_smoothing)
+    if isinstance(recipe, StudentRecipe):
+        loss = functools.partial(loss, alpha=recipe.alpha, temperature=recipe.soft or 1.0)
+    return loss
+
+
+def training_loss(
+    outputs: Outputs, targets: Targets, *, alpha: float = 0.5, label_smoothing: float = 0.0, temperature: float = 1.0
 ) -> Tensor:
+    """Return equation 9 for one head, equation 10 for two heads, or its control for two heads without a teacher.
+
+    Args:
+        outputs: One or two heads' logits, `(B, K)` float each.
+        targets: Of the same samples. A single head never learns from the teacher's labels.
+        alpha: Weight of the distillation head.
+        label_smoothing: Of the ground truth.
+        temperature: T, where the teacher's labels are distributions.
+
+    Returns:
+        A float32 scalar, the mean over the samples.
+
+    Source: arXiv:2502.16762 Eq. 9, 10.
+    """
+    if not isinstance(outputs, tuple):
+        return mixed_cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+    if targets.teacher_labels is None:
+        return undistilled_loss(outputs, targets, alpha=alpha, label_smoothing=label_smoothing)
+    return hybrid_loss(outputs, targets, alpha=alpha, label_smoothing=label_smoothing, temperature=temperature)
+
+
+def mixed_cross_entropy(logits: Tensor, targets: Targets, *, label_smoothing: float = 0.0) -> Tensor:
     """Return the mean of lambda CE(p, y1) + (1 - lambda) CE(p, y2).
+
+    Without mixing lambda is 1 everywhere, and this is the plain cross-entropy of equation 8.
 
     Args:
         logits: `(B, K)` float.
-        labels: `(B,)` int64, y1, the labels of the images.
-        partner_labels: `(B,)` int64, y2, the labels of their CutMix or MixUp partners.
-        lam: `(B,)` float32 in [0, 1], the share of the image that is left. All 1 without mixing, which makes this
-            the plain cross-entropy of equation 8.
+        targets: Of the same samples; y1, y2 and lambda.
         label_smoothing: Weight of the uniform distribution in both targets.
 
     Returns:
         A float32 scalar.
 
     Source: arXiv:2502.16762 Eq. 9.
-    Differs: lambda is drawn per sample, not once per batch, so it weighs each sample's own terms.
+    Differs: lambda is drawn for each sample, not once for the batch.
     """
-    logits = logits.float()
-    own = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    partner = functional.cross_entropy(logits, partner_labels, reduction="none", label_smoothing=label_smoothing)
-    return (lam * own + (1.0 - lam) * partner).mean()
+    lam = targets.lam
+    cross_entropy = functools.partial(
+        functional.cross_entropy, logits.float(), reduction="none", label_smoothing=label_smoothing
+    )
+    return (lam * cross_entropy(targets.labels) + (1.0 - lam) * cross_entropy(targets.partner_labels)).mean()
 
 
 def hybrid_loss(
     outputs: tuple[Tensor, Tensor],
-    labels: Tensor,
-    partner_labels: Tensor,
-    lam: Tensor,
-    teacher_labels: Tensor,
+    targets: Targets,
     *,
     alpha: float = 0.5,
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
-    confidence: Tensor | None = None,
-    mean_confidence: Tensor | None = None,
 ) -> Tensor:
     """Return (1 - alpha) CM(p_cls; y1, y2, lambda) + alpha D(p_dist, y_t).
 
     D is the cross-entropy with the teacher's labels (hard distillation), or T^2 KL(q || p) with its distributions at
-    temperature T (soft distillation, see `soft_divergence`).
+    temperature T (soft distillation, see `soft_divergence`). Where the targets have a confidence, it weighs the samples
+    in D. The weights are divided by their mean over the step, so that alpha keeps its meaning.
 
     Args:
         outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
-        labels: `(B,)` int64, y1.
-        partner_labels: `(B,)` int64, y2.
-        lam: `(B,)` float32 in [0, 1].
-        teacher_labels: `(B,)` int64, y_t, the argmax of the teacher's logits on the same mixed view; or `(B, C)`
-            float32, its distributions.
+        targets: Of the same samples, with the teacher's labels.
         alpha: Weight of the distillation term.
         label_smoothing: Of the ground-truth term only; the teacher's label is used as it is.
         temperature: T, of distributions only.
-        confidence: `(B,)` float32, weights of the samples in D, which their mean over the batch then divides, so that
-            alpha keeps its meaning; None weighs all the same.
-        mean_confidence: That mean, a float32 scalar, where these samples are a part of the batch.
 
     Returns:
         A float32 scalar.
@@ -77,15 +125,35 @@ def hybrid_loss(
     Source: arXiv:2502.16762 Eq. 10; soft, arXiv:1503.02531 §2. The weights are ours.
     """
     class_logits, distillation_logits = outputs
-    truth = mixed_cross_entropy(class_logits, labels, partner_labels, lam, label_smoothing=label_smoothing)
+    teacher_labels, confidence, mean = targets.teacher_labels, targets.confidence, targets.mean_confidence
+    assert teacher_labels is not None, "no teacher"
+    truth = mixed_cross_entropy(class_logits, targets, label_smoothing=label_smoothing)
     if teacher_labels.ndim == 2:
         terms = soft_divergence(distillation_logits, teacher_labels, temperature)
     else:
         terms = functional.cross_entropy(distillation_logits.float(), teacher_labels, reduction="none")
     if confidence is not None:
-        terms = confidence / (confidence.mean() if mean_confidence is None else mean_confidence) * terms
+        terms = confidence / (confidence.mean() if mean is None else mean) * terms
     distillation = terms.mean()
     return (1.0 - alpha) * truth + alpha * distillation
+
+
+def undistilled_loss(
+    outputs: tuple[Tensor, Tensor], targets: Targets, *, alpha: float = 0.5, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the hybrid loss of a two-headed model without a teacher: both heads learn the ground truth.
+
+    This is the control of distillation: network, data and the heads' weights stay the same, and only y_t is replaced
+    by (y1, y2, lambda). The second head has to learn too, because the prediction is the mean of both.
+
+    Args:
+        outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
+        targets: Of the same samples.
+        alpha: Weight of the distillation head.
+        label_smoothing: Of both terms.
+    """
+    truth, second = (mixed_cross_entropy(logits, targets, label_smoothing=label_smoothing) for logits in outputs)
+    return (1.0 - alpha) * truth + alpha * second
 
 
 def soft_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -109,7 +177,7 @@ def soft_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tens
 
 
 def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
-    """Return the distributions that a teacher's most probable classes leave: the rest is spread over the others.
+    """Return a teacher's distributions from its most probable classes: the others share the rest evenly.
 
     Args:
         classes: `(B, K)` int64 in [0, C), distinct in each row.
@@ -117,9 +185,9 @@ def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int)
         num_classes: C.
 
     Returns:
-        `(B, C)` float32, each row with the sum 1. The mass that the K classes leave, 1 minus their sum, is shared
-        evenly by the C - K others. With K = C it is the teacher's own distribution, as rounded. A float16 above 0.9998
-        is 1: what such a teacher leaves to the others is lost, also to high temperatures.
+        `(B, C)` float32, each row with the sum 1. The C - K other classes share evenly what the K classes leave, 1
+        minus their sum. With K = C it is the teacher's own distribution, as rounded. In float16 a probability above
+        0.9998 becomes 1: what such a teacher gives to the other classes is lost, also at high temperatures.
 
     Source: arXiv:2112.01528 §3.2, "marginal smoothing".
     Differs: rows are normalised, because rounded probabilities may sum to a little more than 1.
@@ -129,34 +197,6 @@ def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int)
     rest = (1.0 - kept.sum(dim=1, keepdim=True)).clamp(min=0.0) / max(num_others, 1)
     full = rest.expand(-1, num_classes).scatter(1, classes, kept)
     return full / full.sum(dim=1, keepdim=True)
-
-
-def undistilled_loss(
-    outputs: tuple[Tensor, Tensor],
-    labels: Tensor,
-    partner_labels: Tensor,
-    lam: Tensor,
-    *,
-    alpha: float = 0.5,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Return the hybrid loss of a two-headed model without a teacher: both heads learn the ground truth.
-
-    The control of distillation: the same network, data and weights of the two heads, only y_t is replaced by
-    (y1, y2, lambda). Leaving the second head out would leave it untrained, and the prediction averages both.
-
-    Args:
-        outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
-        labels: `(B,)` int64, y1.
-        partner_labels: `(B,)` int64, y2.
-        lam: `(B,)` float32 in [0, 1].
-        alpha: Weight of the distillation head.
-        label_smoothing: Of both terms.
-    """
-    terms = [
-        mixed_cross_entropy(logits, labels, partner_labels, lam, label_smoothing=label_smoothing) for logits in outputs
-    ]
-    return (1.0 - alpha) * terms[0] + alpha * terms[1]
 
 
 def probabilities(outputs: Outputs) -> Tensor:

@@ -14,16 +14,12 @@ from click.core import ParameterSource
 
 from pipeline.config.params import override
 from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe
-from pipeline.data.datasets import Dataset
 from pipeline.errors import UsageError
-from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy, undistilled_loss
 from pipeline.models.students import STUDENTS, build_student, use_inner_block
 from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
-from pipeline.training.batches import Batch, TrainingData
-from pipeline.training.step import Objective
+from pipeline.training.execution import Execution
 from stages.shared.context import Context
-from stages.shared.execution import execution
 from stages.shared.fitting import carry_out, make_views, up_to_date
 from stages.shared.options import (
     PATH,
@@ -41,39 +37,38 @@ from stages.shared.options import (
 from stages.shared.runs import Run, describe, place, plan_run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
-CPU_MICRO_BATCH = 128
-
 
 def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> StudentRecipe:
     """Return a student's recipe.
 
     Raises:
-        UsageError: The recipe has no such student, the student no such architecture, or that no head for `soft`.
+        UsageError: The recipe has no such student, there is no such architecture or view recipe, or `soft` is set
+            for a student without a distillation head.
     """
     if name not in recipe.students:
         raise UsageError(f"--student {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.students)}")
-    own = override(recipe.students[name], settings, f"students.{name}")
-    if own.model not in STUDENTS:
-        raise UsageError(f"students.{name}.model: {own.model!r} is no student; choose from {', '.join(STUDENTS)}")
-    if own.views not in recipe.views:
-        raise UsageError(f"students.{name}.views: {own.views!r}; choose from {', '.join(recipe.views)}")
-    if own.soft:
-        require_distillation_head(soft_name(own, name, given="soft" in settings), name, own)
-    return own
+    student = override(recipe.students[name], settings, f"students.{name}")
+    if student.model not in STUDENTS:
+        raise UsageError(f"students.{name}.model: {student.model!r} is no student; choose from {', '.join(STUDENTS)}")
+    if student.views not in recipe.views:
+        raise UsageError(f"students.{name}.views: {student.views!r}; choose from {', '.join(recipe.views)}")
+    if student.soft:
+        require_distillation_head(soft_name(student, name, given="soft" in settings), name, student)
+    return student
 
 
 def distilled_recipe(
     recipe: Recipe, name: str, distillation: Distillation, settings: Mapping[str, str]
 ) -> StudentRecipe:
-    """Return a student's recipe as it follows from what the student learns from its teacher.
+    """Return a student's recipe under a command's changes to distillation.
 
     Raises:
-        UsageError: As of `student_recipe`, or the two do not go together.
+        UsageError: See `student_recipe`; or the changes do not go together with the recipe.
     """
-    own = student_recipe(recipe, name, settings)
-    distillation.check(name, own)
-    # Without a teacher there is nothing to learn from, softly or not.
-    return dataclasses.replace(own, soft=0.0) if distillation.labels == "none" else own
+    student = student_recipe(recipe, name, settings)
+    distillation.check(name, student)
+    # Without a teacher nothing is learned from it, softly or not.
+    return dataclasses.replace(student, soft=0.0) if distillation.labels == "none" else student
 
 
 def distill(
@@ -94,8 +89,8 @@ def distill(
     Args:
         context: The command's setting.
         name: A student of the recipe.
-        labels: `cached`; or a control that goes to data/runs: `none` trains both heads on the ground truth, `online`
-            asks the teacher at every step.
+        labels: `cached`; or a control, whose outputs go to data/runs: `none` trains both heads on the ground truth,
+            `online` asks the teacher at every step.
         teacher: The checkpoint that `online` asks.
         confidence: Weigh each sample's distillation term by the teacher's probability of its label.
         num_views: Train on the first of the views only. Such runs go to data/runs too.
@@ -111,63 +106,48 @@ def distill(
         UsageError: A name or option that does not exist, or options that do not go together.
         DataError: Prepared data or labels are missing, do not belong together, or hold less than is asked for.
     """
-    settings = settings or {}
+    soft_given = settings is not None and "soft" in settings
     distillation = Distillation(
-        labels=labels, teacher=teacher, soft_given="soft" in settings, confidence=confidence, num_views=num_views
+        labels=labels, teacher=teacher, soft_given=soft_given, confidence=confidence, num_views=num_views
     )
-    recipe = distilled_recipe(context.recipe, name, distillation, settings)
     with context.joined() as group:
-        device, dataset = context.device, context.dataset()
-        source = TeacherSource(context, dataset, name, recipe, distillation)
-        run = plan_student(context, dataset, name, recipe, source, distillation, settings=settings, seed=seed)
+        run, source = plan_student(context, name, distillation, settings=settings, seed=seed)
         if dry_run:
             context.say(plan_run(run, fresh=fresh))
             return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
-        source.ask(context, dataset)
-        run = dataclasses.replace(run, teacher=source.teacher)
+        device, dataset, recipe = context.device, context.dataset(), source.recipe
         views = make_views(context, dataset, recipe.views)
-        source.check(views)
+        teaching = source.open(context, views)
         torch.manual_seed(seed)
         model = build_student(recipe.model, **run.description["arguments"]).to(device)
         inner_block = use_inner_block(model, recipe.inner_block, device)
+        execution = Execution.of(recipe, device, group, inner_block=inner_block)
         carry_out(
-            context,
-            run,
-            group,
-            model=model,
-            dataset=dataset,
-            data=TrainingData(views, dataset.mean, dataset.std, run.num_views, source.teacher_labels(device)),
-            clean=source.clean,
-            objective=student_objective(recipe, distilled=source.is_distilled),
-            how=execution(recipe, device, group, micro_batch=micro_batch_on(device, recipe), inner_block=inner_block),
-            ema=recipe.ema,
-            fresh=fresh,
+            context, run, model, dataset=dataset, views=views, execution=execution, teaching=teaching, fresh=fresh
         )
     return run.out
 
 
-def micro_batch_on(device: torch.device, recipe: StudentRecipe) -> int | None:
-    """Return the samples that go through a student at once on a device; None is all of a batch."""
-    if recipe.micro_batch:
-        return recipe.micro_batch
-    return CPU_MICRO_BATCH if device.type == "cpu" else None
-
-
 def plan_student(
     context: Context,
-    dataset: Dataset,
     name: str,
-    recipe: StudentRecipe,
-    source: TeacherSource,
-    distillation: Distillation,
+    distillation: Distillation | None = None,
     *,
-    settings: Mapping[str, str],
-    seed: int,
-) -> Run:
-    """Say what training a student means: its recipe, inputs and outputs."""
-    paths, view_recipe = context.paths, context.recipe.views[recipe.views]
+    settings: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> tuple[Run, TeacherSource]:
+    """Return what training a student means, its recipe, inputs and outputs, and where its teacher labels come from.
+
+    Raises:
+        UsageError: See `distilled_recipe`.
+        DataError: See `distill`.
+    """
+    distillation, settings = distillation or Distillation(), settings or {}
+    recipe = distilled_recipe(context.recipe, name, distillation, settings)
+    dataset, paths, view_recipe = context.dataset(), context.paths, context.recipe.views[recipe.views]
+    source = TeacherSource.find(context, name, recipe, distillation)
     others = {key: value for key, value in settings.items() if key != "soft"}
     differs = {**distillation.differences(context.recipe, name, recipe), **others}
     if distillation.num_views is not None:
@@ -180,7 +160,7 @@ def plan_student(
         inputs["confidence"] = True
     out, work, stage = place(paths, f"students/{name}", name, differs, seed, paths.student(name), f"student@{name}")
     arguments = student_arguments(recipe, num_classes=dataset.num_classes, image_size=dataset.image_size)
-    return Run(
+    run = Run(
         name=name,
         out=out,
         work=work,
@@ -190,43 +170,12 @@ def plan_student(
         seed=seed,
         inputs=inputs,
         differs=differs,
-        teacher=source.teacher,
-        is_distilled=source.is_distilled,
         num_views=view_recipe.count,
         soft=recipe.soft or None,
         confidence=distillation.confidence,
         keep_last=True,
     )
-
-
-def student_objective(recipe: StudentRecipe, *, distilled: bool) -> Objective:
-    """Return loss (10) for two heads with a teacher, its control without one, or loss (9) for one head.
-
-    Args:
-        recipe: The student's; its `soft` is the temperature where the teacher's labels are distributions.
-        distilled: Whether there is a teacher.
-    """
-
-    def objective(outputs: Outputs, batch: Batch) -> torch.Tensor:
-        mixed = (batch.labels, batch.partner_labels, batch.lam)
-        if not isinstance(outputs, tuple):
-            return mixed_cross_entropy(outputs, *mixed, label_smoothing=recipe.label_smoothing)
-        alpha, smoothing = recipe.alpha, recipe.label_smoothing
-        if not distilled:
-            return undistilled_loss(outputs, *mixed, alpha=alpha, label_smoothing=smoothing)
-        assert batch.teacher_labels is not None
-        return hybrid_loss(
-            outputs,
-            *mixed,
-            batch.teacher_labels,
-            alpha=alpha,
-            label_smoothing=smoothing,
-            temperature=recipe.soft or 1.0,
-            confidence=batch.confidence,
-            mean_confidence=batch.mean_confidence,
-        )
-
-    return objective
+    return run, source
 
 
 @click.command("distill")

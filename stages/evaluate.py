@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
-from pipeline.data.images import BadFile, printable, refusal
-from pipeline.errors import DataError, UsageError
+from pipeline.data.images import BadFile, refusal
+from pipeline.errors import DataError, UsageError, printable
 from pipeline.inference.prediction import Predictor
 from pipeline.report.tables import Table, number
 from pipeline.training.metrics import Meter, class_scores, worst_first

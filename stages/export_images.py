@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.arrays import Images
-from pipeline.data.images import SUFFIXES, printable, read_image
-from pipeline.errors import DataError, UsageError
+from pipeline.data.images import SUFFIXES, read_image
+from pipeline.errors import DataError, UsageError, printable
 from pipeline.inference.descriptions import Description
 from stages.shared.context import Context
 

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.data.folders import ImageFile, find_images, read_images
-from pipeline.data.images import BadFile, printable
-from pipeline.errors import UsageError
+from pipeline.data.images import BadFile
+from pipeline.errors import UsageError, printable
 from pipeline.inference.prediction import Predictor
 
 MAX_INPUT_BYTES = 2**29  # more than an image of MAX_PIXELS takes at 16 bits

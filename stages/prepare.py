@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.config.recipes import Recipe
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, printable
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_json
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
 from stages.shared.paths import Paths
@@ -134,7 +134,6 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
         DataError: Files are missing, or the folder is no image folder. Images are not opened.
     """
     from pipeline.data.folders import list_folder
-    from pipeline.data.images import printable
     from pipeline.data.sources import check_source
 
     _check_request(folder, download=download)
@@ -150,7 +149,7 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
         what = f"{source} in {paths.raw}, downloading what is missing"
     else:
         check_source(recipe, paths.raw)
-        what = "scikit-learn's digits" if source == "digits" else f"{source} in {paths.raw}"
+        what = "the bundled digits" if source == "digits" else f"{source} in {paths.raw}"
     return [f"read {what}", f"write {paths.dataset} ({_standing(recipe, paths)})"]
 
 
@@ -173,8 +172,6 @@ def _check_request(folder: Path | None, *, download: bool) -> None:
     Raises:
         UsageError: Both a folder and a download.
     """
-    from pipeline.data.images import printable
-
     if folder is not None and download:
         raise UsageError(
             f"--from {printable(folder)} and --download: both say where images come from; give one of them"

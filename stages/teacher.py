@@ -13,13 +13,10 @@ from torch import nn
 from pipeline.config.params import override
 from pipeline.config.recipes import Recipe, TeacherRecipe
 from pipeline.errors import UsageError
-from pipeline.losses import Outputs, mixed_cross_entropy
 from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
-from pipeline.training.batches import Batch, TrainingData
-from pipeline.training.step import Objective
+from pipeline.training.execution import Execution
 from stages.shared.context import Context
-from stages.shared.execution import execution
 from stages.shared.fitting import carry_out, make_views, up_to_date
 from stages.shared.options import (
     device_option,
@@ -85,19 +82,8 @@ def train_teacher(
 
         model = group.main_first(build)
         model.to(device).to(memory_format=torch.channels_last)
-        carry_out(
-            context,
-            run,
-            group,
-            model=model,
-            dataset=dataset,
-            data=TrainingData(views, dataset.mean, dataset.std),
-            clean={},
-            objective=teacher_objective(recipe.label_smoothing),
-            how=execution(recipe, device, group),
-            metric=context.recipe.select.by,
-            fresh=fresh,
-        )
+        execution = Execution.of(recipe, device, group)
+        carry_out(context, run, model, dataset=dataset, views=views, execution=execution, fresh=fresh)
     return run.out
 
 
@@ -124,19 +110,8 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
         seed=seed,
         inputs=inputs,
         differs=settings or {},
+        metric=context.recipe.select.by,
     )
-
-
-def teacher_objective(label_smoothing: float) -> Objective:
-    """Return loss (9) on a teacher's one head."""
-
-    def objective(outputs: Outputs, batch: Batch) -> torch.Tensor:
-        assert isinstance(outputs, torch.Tensor)
-        return mixed_cross_entropy(
-            outputs, batch.labels, batch.partner_labels, batch.lam, label_smoothing=label_smoothing
-        )
-
-    return objective
 
 
 @click.command("teacher")

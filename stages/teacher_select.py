@@ -64,7 +64,9 @@ def teacher_select(
         )
     with context.joined() as group:
         group.on_main(lambda: prepare_from_raw(context))
-        for name in names:
+        runs = [plan_teacher(context, name) for name in names]
+        epochs = [run.recipe.epochs if fresh or run.why_stale() else 0 for run in runs]
+        for name in context.in_turn("teacher", names, epochs):
             train_teacher(context, name, fresh=fresh)
         comparison = group.on_main(lambda: select(context, names))
         tables = [candidates_table(context, comparison)]

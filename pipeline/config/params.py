@@ -1,7 +1,7 @@
 """Strict loading of params.yaml into recipes.
 
-Unknown keys, wrong types and values out of range are refused, naming the key, the value and what is allowed. So is what
-YAML parsers read differently, see pipeline.config.strict_yaml.
+params.yaml is read as DVC reads it. Unknown keys, wrong types and values out of range are refused, naming the key, the
+value and what is allowed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from pipeline.config.recipes import (
     DatasetRecipe,
@@ -24,12 +29,14 @@ from pipeline.config.recipes import (
     TeacherRecipe,
     ViewRecipe,
 )
-from pipeline.config.strict_yaml import load_yaml
 from pipeline.errors import UsageError
 
 T = TypeVar("T")
 
 MAX_BYTES = 100_000
+MAX_DIGITS = 30  # of an integer; every range ends below
+MAX_LEVELS = 20  # of nesting; params.yaml has six
+_ODD = re.compile("[\x85\u2028\u2029]|(?m:^%)")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
 
@@ -280,3 +287,83 @@ def _name(value: Any, path: str) -> str:
     if not isinstance(value, str) or not _NAME.match(value):
         raise UsageError(f"{path}: {value!r} is not a name (lower-case letters, digits, - and _, at most 64)")
     return value
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Parse YAML with the parser that DVC uses, without what no params.yaml needs.
+
+    Aliases, anchors, tags, directives, keys that are no text, keys given twice, integers of more than MAX_DIGITS digits
+    and more than MAX_LEVELS levels are refused.
+
+    Args:
+        text: YAML 1.2.
+        where: The file or option that it comes from, for messages.
+
+    Returns:
+        Mappings, lists and scalars.
+
+    Raises:
+        UsageError: It is not valid YAML or holds what is refused.
+    """
+    odd = _ODD.search(text)
+    if odd is not None:
+        line, what = text.count("\n", 0, odd.start()) + 1, "begins a directive" if odd[0] == "%" else "may end a line"
+        raise UsageError(f"{where} line {line}: {odd[0]!a} {what} of YAML; remove it")
+    parser = YAML(typ="safe", pure=True)
+    parser.Composer = _StrictComposer
+    try:
+        return parser.load(text)
+    except _Refused as error:
+        raise UsageError(f"{where} line {error.problem_mark.line + 1}: {error.problem}") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+        raise UsageError(f"{where} line {mark.line + 1}: not valid YAML: {reason}; mend the line") from None
+    except (YAMLError, ValueError, IndexError) as error:
+        raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+class _Refused(ComposerError):
+    """Valid YAML that no params.yaml needs."""
+
+
+class _StrictComposer(Composer):
+    """A composer that refuses what `load_yaml` does not take."""
+
+    levels = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node:
+        event = self.parser.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            _refuse(event, f"the anchor or alias {event.anchor}; write the value out")
+        if getattr(event, "tag", None) is not None:
+            _refuse(event, f"the tag {event.tag}; write the value alone")
+        self.levels += 1
+        if self.levels > MAX_LEVELS:
+            _refuse(event, "nested too deeply; params.yaml has six levels")
+        node: Node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def compose_scalar_node(self, anchor: str | None) -> ScalarNode:
+        node: ScalarNode = super().compose_scalar_node(anchor)
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+            _refuse(node, f"{node.value} has more than {MAX_DIGITS} digits")
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> MappingNode:
+        mapping: MappingNode = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in mapping.value:
+            if not isinstance(key, ScalarNode):
+                _refuse(key, f"a {key.id} as a key; keys are names")
+            if key.tag != "tag:yaml.org,2002:str":
+                _refuse(key, f"the key {key.value!r} is not a plain name; quote it")
+            if key.value in keys:
+                _refuse(key, f"the key {key.value!r} is given twice; keep one")
+            keys.add(key.value)
+        return mapping
+
+
+def _refuse(part: Any, problem: str) -> NoReturn:
+    raise _Refused(None, None, problem, part.start_mark)

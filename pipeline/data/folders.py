@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.arrays import Images, Spill, SpilledImages
 from pipeline.data.datasets import Split
-from pipeline.data.images import SUFFIXES, BadFile, printable, read_image, refusal
-from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.data.images import SUFFIXES, BadFile, read_image, refusal
+from pipeline.errors import DataError, StorageError, UsageError, printable
 from pipeline.system.threads import prefetch
 
 MAX_CLASSES_NAMED = 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 
 # Pillow reads many more, some of them by starting other programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
@@ -132,9 +131,3 @@ def upright(image: Image.Image) -> Image.Image:
     except (SyntaxError, ValueError, TypeError):
         return image  # metadata that is no EXIF does not spoil the pixels
     return image if turn is None else image.transpose(turn)
-
-
-def printable(path: Path | str) -> str:
-    """Return a path as text that any terminal and any JSON file can hold: one line, other bytes escaped."""
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, torchvision's MNIST and CIFAR, or a user's image folder."""
+"""Where images come from: the bundled digits, torchvision's MNIST and CIFAR, or a user's image folder."""
 
 from __future__ import annotations
 
@@ -80,13 +80,22 @@ def read_source(
     return assemble(source, class_names, train, test, recipe.dataset), bad
 
 
-def _read_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
-    """Read scikit-learn's 1,797 digits of 8 x 8 pixels, 17 levels of grey."""
-    from sklearn.datasets import load_digits  # takes a second to import
+def load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Read the handwritten digits that come with this package, see digits.txt beside the file.
 
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return tuple("0123456789"), Split(_to_rgb(images, image_size), digits.target.astype(np.int64))
+    Returns:
+        Grey levels `(1797, 8, 8)` float64, whole numbers in [0, 16]; labels `(1797,)` int64 in [0, 10).
+
+    Source: https://doi.org/10.24432/C50P49, as in scikit-learn's `load_digits`.
+    """
+    table = np.loadtxt(Path(__file__).with_name("digits.csv.gz"), delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+
+
+def _read_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
+    """Read the digits, their 17 levels of grey scaled to 255."""
+    levels, labels = load_digits()
+    return tuple("0123456789"), Split(_to_rgb(np.rint(levels * (255 / 16)).astype(np.uint8), image_size), labels)
 
 
 def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[str, ...], Split, Split]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.data.images import printable
+from pipeline.errors import printable
 
 LIBRARY = "titn-pipeline"
 TASK = "image-classification"

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.data.images import printable, read_image, to_rgb, upright
-from pipeline.errors import DataError, NumericalError, UsageError
+from pipeline.data.images import read_image, to_rgb, upright
+from pipeline.errors import DataError, NumericalError, UsageError, printable
 from pipeline.losses import probabilities
 
 INPUT = "images"

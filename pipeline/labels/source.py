@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,11 @@ from pipeline.labels.teacher import Teacher
 from pipeline.losses import marginal_smoothing
 
 
-@dataclass(frozen=True)
-class TeacherAnswer:
+class TeacherAnswer(NamedTuple):
     """What a teacher says of a batch.
 
     Attributes:
-        labels: `(B,)` int64, or `(B, C)` float32 distributions, as the targets of torch's cross_entropy.
+        labels: `(B,)` int64, or `(B, C)` float32, its distributions over the classes.
         confidence: `(B,)` float32 in (0, 1], its probability of its label, or None.
     """
 
@@ -33,14 +32,14 @@ TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
 
 
 def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = False) -> TeacherLabels:
-    """Return a source of teacher labels that asks the teacher at every step, for pipeline.training.fit.TrainingData.
+    """Return what asks the teacher for its labels in every step, for pipeline.training.batches.TrainingData.
 
-    The images are normalised by the data set's statistics, which are the teacher's own.
+    The images come normalised by the data set's mean and std, which are also the teacher's.
 
     Args:
         teacher: The teacher.
         soft: Whether to give its distribution over all classes instead of its labels.
-        confidence: Whether to give its probability of each label beside.
+        confidence: Whether to add its probability of each label.
     """
 
     def answer(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
@@ -55,13 +54,13 @@ def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = Fa
 def cached_labels(
     cache: LabelCache, device: torch.device, *, soft: bool = False, confidence: bool = False
 ) -> TeacherLabels:
-    """Return a source of teacher labels that reads the cache, for pipeline.training.fit.TrainingData.
+    """Return what reads the teacher's labels from the cache, for pipeline.training.batches.TrainingData.
 
     Args:
-        cache: The cache; with its top-k where `soft` or `confidence`.
-        device: Where the answers are kept and given.
+        cache: The cache; `soft` and `confidence` need the top-k that it keeps.
+        device: Where the labels are kept and returned.
         soft: Whether to give the distributions of `marginal_smoothing` instead of labels.
-        confidence: Whether to give the probability of each label beside.
+        confidence: Whether to add the teacher's probability of each label.
     """
 
     def put(array: NDArray[np.generic] | None) -> Tensor:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.errors import printable
 from pipeline.report.tables import Figure, Table
-from pipeline.system.text import markdown_text, printable
+from pipeline.system.text import markdown_text
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,8 @@ def _column_class(cells: Iterable[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """Return text for HTML, also within quotes; what HTML cannot hold is replaced."""
-    return html.escape(printable(text))
+    """Return text for HTML, also within quotes."""
+    return html.escape(printable(" ".join(text.split())))
 
 
 LONGEST_NAME_ON_A_LINE = 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -19,19 +20,45 @@ from rich.progress import (
 from rich.text import Text
 
 
+@dataclass(frozen=True)
+class Position:
+    """Which of a command's runs is under way.
+
+    Attributes:
+        label: What the runs are, in the singular, as `teacher`.
+        index: The run's number, from 1.
+        count: Number of runs.
+        epochs_after: Epochs of the runs that follow.
+    """
+
+    label: str
+    index: int
+    count: int
+    epochs_after: int
+
+
 class RunWatcher:
     """Shows a run: a progress bar with rate and ETA on a terminal, one plain line per epoch in a log.
+
+    Once a whole epoch has been timed, the line also says how long the rest of the command takes, as if every epoch to
+    come took as long, those of other models too. Labelling and the like is not in it.
 
     Args:
         console: Where to print.
         name: What is being trained.
         num_samples: Images of an epoch, for the rate.
+        position: Which of the command's runs it is; None where it is the only one.
+
+    Attributes:
+        name: What is being trained, with its position.
     """
 
-    def __init__(self, console: Console, name: str, num_samples: int) -> None:
-        self._console, self._name, self._num_samples = console, name, num_samples
+    def __init__(self, console: Console, name: str, num_samples: int, position: Position | None = None) -> None:
+        self.name = name if position is None else f"{name} ({position.label} {position.index} of {position.count})"
+        self._console, self._num_samples, self._position = console, num_samples, position
         self._epochs = 0
         self._epoch_began = time.monotonic()
+        self._is_whole = True
         self._bar: Progress | None = None
 
     def __enter__(self) -> RunWatcher:
@@ -43,13 +70,13 @@ class RunWatcher:
 
     def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
         """Begin at `step` of `epoch`, both counted from 0."""
-        self._epochs, self._epoch_began = epochs, time.monotonic()
+        self._epochs, self._epoch_began, self._is_whole = epochs, time.monotonic(), step == 0
         if epoch or step:
-            self._console.print(f"{self._name}: going on from epoch {epoch + 1}, step {step}", highlight=False)
+            self._console.print(f"{self.name}: going on from epoch {epoch + 1}, step {step}", highlight=False)
         if self._console.is_terminal:
             self._bar = progress_bar(self._console)
             self._task = self._bar.add_task(
-                self._name, total=epochs * steps_per_epoch, completed=epoch * steps_per_epoch + step
+                self.name, total=epochs * steps_per_epoch, completed=epoch * steps_per_epoch + step
             )
             self._bar.start()
 
@@ -60,20 +87,38 @@ class RunWatcher:
 
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
         """Print one line."""
-        seconds = time.monotonic() - self._epoch_began
-        self._epoch_began = time.monotonic()
+        now = time.monotonic()
+        seconds = now - self._epoch_began
+        left = self._left(self._epochs - row["epoch"], seconds) if self._is_whole else ""
+        self._epoch_began, self._is_whole = now, True
         agreement = "" if row["agreement"] is None else f", agreement {row['agreement']:.2f} %"
         self._console.print(
-            f"{self._name}: epoch {row['epoch']}/{self._epochs}, lr {row['lr']:.2e}, "
+            f"{self.name}: epoch {row['epoch']}/{self._epochs}, lr {row['lr']:.2e}, "
             f"train loss {row['train_loss']:.4f}, top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %{agreement}, "
-            f"{seconds:.1f} s, {self._num_samples / max(seconds, 1e-9):.0f} images/s",
+            f"{seconds:.1f} s, {self._num_samples / max(seconds, 1e-9):.0f} images/s{left}",
             highlight=False,
             soft_wrap=True,
         )
 
+    def _left(self, epochs: int, seconds: float) -> str:
+        """Say how long the rest takes, after an epoch of `seconds`, with `epochs` of this run to go."""
+        runs = ""
+        if self._position is not None:
+            epochs += self._position.epochs_after
+            runs = f" for all {self._position.label}s"
+        return f", about {_span(epochs * seconds)} left{runs}" if epochs else ""
+
     def warned(self, message: str) -> None:
         """Print a warning."""
-        self._console.print(f"{self._name}: warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+        self._console.print(f"{self.name}: warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def _span(seconds: float) -> str:
+    """Write a duration in whole numbers of the unit that fits."""
+    for limit, divisor, unit in ((90, 1, "s"), (5400, 60, "min"), (129_600, 3600, "h")):
+        if seconds < limit:
+            return f"{max(1, round(seconds / divisor))} {unit}"
+    return f"{round(seconds / 86_400)} days"
 
 
 class _RateColumn(ProgressColumn):

@@ -1,4 +1,4 @@
-"""Text made safe to print, as Markdown and as CSV."""
+"""Text as Markdown and as CSV; pipeline.errors.printable makes it safe to print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
+
+from pipeline.errors import printable
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
@@ -17,12 +19,7 @@ def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
-def printable(text: str) -> str:
-    """Return text with the replacement character in place of control characters other than white space."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
 def markdown_text(text: str) -> str:
     """Return text of one line that Markdown shows as it is; an underscore within a word needs no escape."""
-    text = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    text = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\|*`\[\]~]|\b_|_\b)", r"\\\1", text)

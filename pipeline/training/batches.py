@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,47 +15,45 @@ from torch import Tensor
 
 from pipeline.data.streaming import HostImages, in_batches
 from pipeline.labels.source import TeacherLabels
+from pipeline.losses import Targets
 from pipeline.views.draws import uniforms
 from pipeline.views.views import ViewBatch, Views, normalize
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one training step sees.
+class Batch(Targets):
+    """What one training step sees: views, and the targets of pipeline.losses.Targets.
 
     Attributes:
         images: `(B, 3, H, W)` float32, normalised.
-        labels: `(B,)` int64, y1.
-        partner_labels: `(B,)` int64, y2.
-        lam: `(B,)` float32, the share of the image that is left.
-        teacher_labels: `(B,)` int64, y_t, or `(B, C)` float32, the teacher's distributions; None where the model
-            learns without a teacher.
-        confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
-        mean_confidence: Its mean over all samples of the step, a float32 scalar, or None with it.
+        weight: Size of this rank's share of the step over the mean size of all ranks' shares.
     """
 
-    images: Tensor
-    labels: Tensor
-    partner_labels: Tensor
-    lam: Tensor
-    teacher_labels: Tensor | None
-    confidence: Tensor | None = None
-    mean_confidence: Tensor | None = None
+    images: Tensor = field(kw_only=True)
+    weight: float = field(default=1.0, kw_only=True)
 
     def __len__(self) -> int:
         """Return B."""
         return len(self.labels)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with every tensor changed."""
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, **changed)
+
     def split(self, size: int | None) -> list[Batch]:
         """Cut the batch into parts of `size` samples, the last of what is left; None leaves it whole."""
         if size is None or size >= len(self):
             return [self]
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        columns = {name: value for name, value in values.items() if value is not None and value.ndim}
-        return [
-            dataclasses.replace(self, **{name: value[start : start + size] for name, value in columns.items()})
-            for start in range(0, len(self), size)
-        ]
+
+        def part(start: int) -> Batch:
+            return self.map(lambda tensor: tensor[start:][:size] if tensor.ndim else tensor)
+
+        return [part(start) for start in range(0, len(self), size)]
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,12 @@ class TrainingData:
     def _answered(self, view: int, rendered: ViewBatch) -> Batch:
         """Normalise a batch and add the teacher's answer."""
         images = normalize(rendered.images, self.mean, self.std)
-        batch = Batch(images, rendered.labels, rendered.partner_labels, rendered.lam, None)
+        batch = Batch(rendered.labels, rendered.partner_labels, rendered.lam, images=images)
         if self.teacher_labels is None:
             return batch
-        answer = self.teacher_labels(view, rendered.indices, images)
-        mean = None if answer.confidence is None else answer.confidence.mean()
-        return dataclasses.replace(
-            batch, teacher_labels=answer.labels, confidence=answer.confidence, mean_confidence=mean
-        )
+        labels, confidence = self.teacher_labels(view, rendered.indices, images)
+        mean = None if confidence is None else confidence.mean()
+        return dataclasses.replace(batch, teacher_labels=labels, confidence=confidence, mean_confidence=mean)
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,8 @@ class RunState:
 
     def _newest_first(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the slots that by their JSON hold a state of this run, and that JSON."""
-        own = [(slot, meta) for slot, meta in self._states() if meta["fingerprint"] == self._fingerprint]
-        return sorted(own, key=lambda each: int(each[1]["serial"]), reverse=True)
+        states = [(slot, meta) for slot, meta in self._states() if meta["fingerprint"] == self._fingerprint]
+        return sorted(states, key=lambda state: int(state[1]["serial"]), reverse=True)
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the slots that by their JSON hold a state, of whatever run, and that JSON."""
@@ -297,26 +297,26 @@ def fingerprint(**parts: Any) -> str:
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's tensors into a model of the same architecture, which may be on the device `meta`.
+    """Copy a checkpoint's tensors into a model of the same architecture.
 
-    Of such a model nothing is allocated before it has been seen to fit.
+    The model may be on the device `meta`: then its memory is allocated once the checkpoint is known to fit.
 
     Raises:
         DataError: Names, shapes or dtypes differ, or a value is not finite; the message names the first that does.
     """
-    own = model.state_dict()
-    for name in sorted(own.keys() | checkpoint.tensors.keys()):
-        if name not in own or name not in checkpoint.tensors:
-            where = "the model" if name not in own else "the checkpoint"
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | checkpoint.tensors.keys()):
+        if name not in expected or name not in checkpoint.tensors:
+            where = "the model" if name not in expected else "the checkpoint"
             raise DataError(f"{checkpoint.path}: tensor {name} is not in {where}; it belongs to another model")
-        found, expected = checkpoint.tensors[name], own[name]
-        if found.shape != expected.shape or found.dtype != expected.dtype:
+        saved, tensor = checkpoint.tensors[name], expected[name]
+        if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
             raise DataError(
-                f"{checkpoint.path}: tensor {name} is {tuple(found.shape)} {found.dtype}, "
-                f"the model's is {tuple(expected.shape)} {expected.dtype}"
+                f"{checkpoint.path}: tensor {name} is {tuple(saved.shape)} {saved.dtype}, "
+                f"the model's is {tuple(tensor.shape)} {tensor.dtype}"
             )
-        if not found.isfinite().all():
+        if not saved.isfinite().all():
             raise DataError(f"{checkpoint.path}: tensor {name} holds values that are not finite; run its stage again")
-    if any(tensor.is_meta for tensor in own.values()):
+    if any(tensor.is_meta for tensor in expected.values()):
         model.to_empty(device="cpu")
     model.load_state_dict(dict(checkpoint.tensors))

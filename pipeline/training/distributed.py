@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-# Within it all ranks must arrive at the same operation. That a rank died is noticed at once, by its connection or by
-# torchrun; this is for one that hangs.
+# All ranks must arrive at the same operation within this time. It is for a rank that hangs: one that died is noticed
+# at once, by its connection or by torchrun.
 TIMEOUT = datetime.timedelta(minutes=10)
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -103,24 +103,26 @@ class Group:
         """Return every rank's tensor, of one shape, on the CPU, in the order of ranks."""
         if self.is_alone:
             return [tensor.cpu()]
-        own = tensor.to(self.device)
-        found = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(found, own)
-        return [each.cpu() for each in found]
+        sent = tensor.to(self.device)
+        received = [torch.empty_like(sent) for _ in range(self.world_size)]
+        torch.distributed.all_gather(received, sent)
+        return [tensor.cpu() for tensor in received]
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
         for tensor in () if self.is_alone else tensors:
-            own = tensor.contiguous()  # both backends send memory as it lies
-            torch.distributed.broadcast(own, 0)
-            tensor.copy_(own)
+            sent = tensor.contiguous()  # both backends send memory as it lies
+            torch.distributed.broadcast(sent, 0)
+            tensor.copy_(sent)
 
     def distribute(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return rank 0's tensors, on the CPU, to every rank; what the others give is left aside."""
+        """Return rank 0's tensors, on the CPU, on every rank; what other ranks pass in does not matter."""
         if self.is_alone:
             return tensors
         shapes = self.on_main(
-            lambda: {name: [str(each.dtype).removeprefix("torch."), *each.shape] for name, each in tensors.items()}
+            lambda: {
+                name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()
+            }
         )
         received = {}
         for name, (dtype, *shape) in shapes.items():
@@ -141,7 +143,7 @@ class Group:
             Its result, on every rank.
 
         Raises:
-            PipelineError: On the other ranks, what rank 0 has failed of.
+            PipelineError: On the other ranks, with rank 0's error, where that has failed.
         """
         key = self._next_turn()
         if not self.is_main:
@@ -156,7 +158,7 @@ class Group:
         """Do some work on every rank, first on rank 0: what it downloads is there for the others.
 
         Raises:
-            PipelineError: On the other ranks, what rank 0 has failed of.
+            PipelineError: On the other ranks, with rank 0's error, where that has failed.
         """
         key = self._next_turn()
         if not self.is_main:
@@ -220,8 +222,8 @@ def join(device: torch.device) -> Iterator[Group]:
     from torch.distributed.rendezvous import rendezvous
 
     with _naming_lost_ranks(ranks):
-        found, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        store = PrefixStore(f"pipeline-{next(_serial)}", found)
+        shared, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        store = PrefixStore(f"pipeline-{next(_serial)}", shared)
         torch.distributed.init_process_group(
             BACKENDS[device.type], store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
         )

@@ -21,19 +21,19 @@ from pipeline.views.views import normalize
 CPU_BATCH = 256
 GPU_BATCH = 4096
 PREDICTION_COLUMNS = ("sample", "target", "prediction", "probability", "class_head", "distillation_head", "teacher")
-"""Of predictions.csv: `sample` counts from 0, `probability` is the prediction's, the heads' columns are what each alone
-predicts, and `teacher` is its label of the same image."""
+"""Of predictions.csv: `sample` counts from 0, `probability` is the prediction's, the heads' columns are what one head
+alone predicts, and `teacher` is its label of the same image."""
 
 
 @dataclass
 class Predictions:
-    """What a model says of each image of a split, on the data's device; zeros until `evaluate` has filled it.
+    """What a model predicts for each image of a split, on the data's device; zeros until `evaluate` has filled it.
 
     Attributes:
         classes: `(N,)` int64, the most probable class.
         probabilities: `(N,)` float32 in [0, 1], of that class.
         class_head: `(N,)` int64, the most probable class by the class head alone.
-        distillation_head: `(N,)` int64, the same of the distillation head; None where there is none.
+        distillation_head: `(N,)` int64, likewise by the distillation head; None where there is none.
     """
 
     classes: Tensor
@@ -59,7 +59,7 @@ class Predictions:
 
     @torch.inference_mode()
     def reduce(self, group: Group) -> None:
-        """Put together what all ranks have filled in, each its share of the split."""
+        """Put all ranks' shares of the split together."""
         has_two_heads = torch.tensor(
             [self.distillation_head is not None], dtype=torch.int64, device=self.classes.device
         )

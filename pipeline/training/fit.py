@@ -4,19 +4,20 @@
 saves a resumable state at most once a minute. A run that was stopped and started again ends with the same weights
 and curve as one that was not: views and order are pure functions of the epoch, and the generators' states are saved.
 
-Under torchrun every rank runs the same loop on its share of every batch. What decides how it goes on (a stop, a save, a
-loss that is not finite, scores) is agreed on first, so that all take the same steps; rank 0 alone writes.
+Under torchrun every rank runs the same loop on its share of every batch. The ranks first agree on whatever decides how
+the loop goes on (a stop, a save, a loss that is not finite, scores), so all take the same steps; rank 0 alone writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,12 @@ from pipeline.errors import NumericalError
 from pipeline.system.stopping import StopSignal, stopped
 from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
 from pipeline.training.checkpoints import RunState
-from pipeline.training.distributed import ALONE, Group, has_batch_norm, parallel
+from pipeline.training.distributed import has_batch_norm, parallel
 from pipeline.training.evaluation import evaluate
+from pipeline.training.execution import Execution
 from pipeline.training.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.resuming import FitResult, Progress, averages, keep_best, load_progress, moments, save_progress
-from pipeline.training.step import CapturedStep, Objective, train_step
+from pipeline.training.step import CapturedStep, Objective, Step, train_step
 
 SECONDS_BETWEEN_SAVES = 60.0
 # Writing states takes at most a thirtieth of the time; the thread that does it needs a core. A VGG with its best epoch
@@ -63,6 +65,21 @@ class Silent(Watcher):
 
 
 @dataclass(frozen=True)
+class Session:
+    """What connects a run with the process that it runs in; by default nothing does.
+
+    Attributes:
+        state: Where the resumable state is kept; None keeps none.
+        watcher: Is told of every step and epoch.
+        stop: Is asked after every step.
+    """
+
+    state: RunState | None = None
+    watcher: Watcher = field(default_factory=Silent)
+    stop: StopSignal = field(default_factory=StopSignal)
+
+
+@dataclass(frozen=True)
 class _Share:
     """A rank's part of a step.
 
@@ -87,17 +104,12 @@ class Fit:
         evaluation: The split that decides the best epoch.
         objective: The loss.
         recipe: Epochs, batch size, optimiser, schedule, clipping.
-        precision: `fp32` or `bf16`, resolved.
         seed: Of the order of samples; initialisation is the caller's.
-        state: Where the run's resumable state is kept; None keeps none.
-        watcher: Is told of every step and epoch.
-        stop: Asked after every step.
         metric: The score that decides the best epoch, higher is better.
-        micro_batch: As for `train_step`.
-        captured: Whether steps are replayed from CUDA graphs; for one process on a CUDA device.
         ema: Share of the old value that a moving average of the weights keeps in each step; 0 keeps none. The average
             is what is evaluated and what becomes the best and the last weights; the resumable state holds both.
-        group: The ranks that train it together; each has all of the data, and the same seed.
+        execution: How it is computed: precision, parts of a batch, CUDA graph, ranks.
+        session: Where its state is kept, who is told of it, what stops it.
     """
 
     model: nn.Module
@@ -105,23 +117,29 @@ class Fit:
     evaluation: EvaluationData
     objective: Objective
     recipe: FitRecipe
-    precision: str = "fp32"
     seed: int = 0
-    state: RunState | None = None
-    watcher: Watcher = field(default_factory=Silent)
-    stop: StopSignal = field(default_factory=StopSignal)
     metric: str = "top1"
-    micro_batch: int | None = None
-    captured: bool = False
     ema: float = 0.0
-    group: Group = ALONE
+    execution: Execution = field(default_factory=Execution)
+    session: Session = field(default_factory=Session)
 
     def __post_init__(self) -> None:
+        self.group = self.execution.group
+        self.device = self.evaluation.images.device
         self.parallel = parallel(self.model, self.group)
         self.average = MovingAverage(self.model, self.ema) if self.ema else None
-        self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=self.captured)
-        self.device = self.evaluation.images.device
-        self.replay = CapturedStep(self._eager_step, self.device) if self.captured else None
+        captured = self.execution.step == "graph"
+        self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=captured)
+        step = functools.partial(
+            train_step,
+            self.parallel,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            clip=self.recipe.clip,
+            precision=self.execution.precision,
+            micro_batch=self.execution.micro_batch,
+        )
+        self.step: Step = CapturedStep(step, self.device) if captured else step
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1
@@ -142,17 +160,17 @@ class Fit:
         if not self.group.is_main:
             # Else all ranks would drop the same units out.
             torch.manual_seed(self.seed + (self.group.rank << 32))
-        with self.stop.deferred():
-            progress = self.progress
-            if self.state is not None:
-                load_progress(self.state, progress, self.model, self.optimizer, self.group, self.average)
-            self.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
+        state, progress = self.session.state, self.progress
+        with self.session.stop.deferred():
+            if state is not None:
+                load_progress(state, progress, self.model, self.optimizer, self.group, self.average)
+            self.session.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
             try:
                 while progress.epoch < self.recipe.epochs:
                     self.train_epoch()
                     self.end_epoch()
             except NumericalError as error:
-                kept = keep_best(self.state, progress.result, self.group)
+                kept = keep_best(state, progress.result, self.group)
                 raise NumericalError(f"epoch {progress.epoch + 1}, {error}; {kept}") from None
             if self.average is not None:
                 self.average.give()
@@ -167,18 +185,17 @@ class Fit:
         finite: list[Tensor] = []
         shares = self._shares(order)
         batches = self.data.batches(progress.epoch, [share.indices for share in shares])
-        for share, own in zip(shares, batches, strict=True):
+        for share, batch in zip(shares, batches, strict=True):
             lr = self._learning_rate(progress.step)
             set_learning_rate(self.optimizer, lr)
-            batch = self._with_mean_of_all(own, share)
-            loss, is_finite = self._step(batch, share.count * ranks / share.size)
+            loss, is_finite = self.step(self._weighed(batch, share))
             if self.average is not None:
                 self.average.update(self._steps_done(progress.step))
             progress.loss_sum += loss.double() * (share.size / ranks)
             progress.step += 1
-            self.watcher.stepped()
+            self.session.watcher.stepped()
             finite.append(is_finite)
-            wishes = (self.stop.after_step(), int(self._save_is_due()))
+            wishes = (self.session.stop.after_step(), int(self._save_is_due()))
             due = len(finite) == check_every or progress.step == len(self.batches)
             if due or (self.group.is_alone and any(wishes)):
                 self._check(finite, lr, *wishes)
@@ -192,15 +209,15 @@ class Fit:
         self._require_finite({**self.model.state_dict(), **averages(self.average)})
         with contextlib.nullcontext() if self.average is None else self.average.applied():
             row = self._score()
-        self.watcher.epoch_ended(row)
+        self.session.watcher.epoch_ended(row)
         self._warn_at_chance(row)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum.zero_()
 
     def _score(self) -> dict[str, Any]:
-        """Evaluate the model as it is, extend the curve, keep its weights where they are the best; return the row."""
+        """Evaluate the model as it is, and return the curve's new row; the best weights so far are kept."""
         progress, result = self.progress, self.progress.result
-        scores = evaluate(self.model, self.evaluation, precision=self.precision, group=self.group)
+        scores = evaluate(self.model, self.evaluation, precision=self.execution.precision, group=self.group)
         self.group.sum_(progress.loss_sum)
         row = {
             "epoch": progress.epoch + 1,
@@ -218,53 +235,39 @@ class Fit:
 
     def save(self) -> None:
         """Write the resumable state, if there is to be one."""
-        if self.state is not None:
-            save_progress(self.state, self.progress, self.model, self.optimizer, self.group, self.average)
+        if self.session.state is not None:
+            save_progress(self.session.state, self.progress, self.model, self.optimizer, self.group, self.average)
         self.saved_at = time.monotonic()
-
-    def _step(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
-        """Do one step on this rank's share of a batch, as `train_step`."""
-        if self.replay is not None:
-            assert weight == 1.0, "one process has all of a batch"
-            return self.replay(batch)
-        return self._eager_step(batch, weight)
-
-    def _eager_step(self, batch: Batch, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-        return train_step(
-            self.parallel,
-            batch,
-            self.objective,
-            self.optimizer,
-            clip=self.recipe.clip,
-            precision=self.precision,
-            micro_batch=self.micro_batch,
-            weight=weight,
-        )
 
     def _shares(self, order: Tensor) -> list[_Share]:
         """Return this rank's samples of each step to come, from the epoch's order, `(N,)` int64."""
         shares = []
         for part in self.batches[self.progress.step :]:
             batch = order[part]
-            own = self.group.share(len(batch), least=self.least)
-            count = own.stop - own.start
+            share = self.group.share(len(batch), least=self.least)
+            count = share.stop - share.start
             # A rank without a share takes part in the reduction all the same: the first samples again, without weight.
-            shares.append(_Share(batch[own if count else slice(self.least)], count, len(batch)))
+            shares.append(_Share(batch[share if count else slice(self.least)], count, len(batch)))
         return shares
 
-    def _with_mean_of_all(self, batch: Batch, share: _Share) -> Batch:
-        """Return a batch whose mean confidence is that of all ranks' samples."""
-        if batch.confidence is None or self.group.is_alone:
+    def _weighed(self, batch: Batch, share: _Share) -> Batch:
+        """Return a batch with its weight among all ranks' and the mean confidence of all their samples."""
+        if self.group.is_alone:
             return batch
-        total = batch.confidence.sum() * (share.count > 0)
-        self.group.sum_(total)
-        return dataclasses.replace(batch, mean_confidence=total / share.size)
+        mean = None
+        if batch.confidence is not None:
+            mean = batch.confidence.sum() * (share.count > 0)
+            self.group.sum_(mean)
+            mean = mean / share.size
+        weight = share.count * self.group.world_size / share.size
+        return dataclasses.replace(batch, weight=weight, mean_confidence=mean)
 
     def _save_is_due(self) -> bool:
         """Tell whether it is time to save; rank 0's clock decides."""
-        if self.state is None:
+        state = self.session.state
+        if state is None:
             return False
-        seconds = self.assumed_seconds if self.state.seconds is None else self.state.seconds
+        seconds = self.assumed_seconds if state.seconds is None else state.seconds
         pause = max(SECONDS_BETWEEN_SAVES, seconds / SAVING_SHARE)
         return self.group.is_main and time.monotonic() - self.saved_at > pause
 
@@ -273,27 +276,24 @@ class Fit:
         wishes = torch.tensor([stop, save], device=self.device)
         stop, save, *broken = self.group.max_(torch.cat([wishes, (~torch.stack(finite)).long()])).tolist()
         if any(broken):
-            self._fail(self.progress.step - len(broken) + broken.index(1) + 1, lr)
+            step = self.progress.step - len(broken) + broken.index(1) + 1
+            raise NumericalError(f"step {step}, lr {lr:.3g}: the loss or its gradient is not finite; {ADVICE}")
         if stop or save:
             self._require_finite({**self.model.state_dict(), **moments(self.optimizer), **averages(self.average)})
             self.save()
         if stop:
-            if self.state is not None:
-                self.state.wait()
+            if self.session.state is not None:
+                self.session.state.wait()
             epoch = f"epoch {self.progress.epoch + 1} of {self.recipe.epochs}"
             raise stopped(stop, f"in {epoch} after step {self.progress.step}")
 
-    def _fail(self, step: int, lr: float) -> NoReturn:
-        """Stop at a step that was not finite."""
-        raise NumericalError(f"step {step}, lr {lr:.3g}: the loss or its gradient is not finite; {ADVICE}")
-
     def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stop where a rank's tensors are not finite, before they are kept or saved."""
+        """Stop where one of a rank's tensors is not finite, before it is kept or saved."""
         names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
         broken = torch.stack([~torch.isfinite(tensors[name]).all().to(self.device) for name in names]).long()
-        found = self.group.max_(broken).tolist()
-        if any(found):
-            name = names[found.index(1)]
+        flags = self.group.max_(broken).tolist()
+        if any(flags):
+            name = names[flags.index(1)]
             raise NumericalError(f"after step {self.progress.step}: {name} is not finite; {ADVICE}")
 
     def _learning_rate(self, step: int) -> float:
@@ -305,7 +305,7 @@ class Fit:
         return self.progress.epoch * len(self.batches) + step
 
     def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
-        """Warn of an epoch after warm-up whose loss has not left that of guessing, ln K; recorded while it lasts."""
+        """Warn of an epoch after warm-up whose loss is still that of guessing, ln K; the next good one clears it."""
         result = self.progress.result
         chance = 100.0 / self.evaluation.num_classes
         stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and row["top1"] < 1.5 * chance
@@ -317,4 +317,4 @@ class Fit:
             advice = "if it stays there, lower lr, add warmup_epochs, or set clip to 1.0"
             message = f"epoch {row['epoch']} is still at chance ({figures}); {advice}"
             result.warnings.append(message)
-            self.watcher.warned(message)
+            self.session.watcher.warned(message)

@@ -25,7 +25,7 @@ class Scores:
         top5: Percentage of images whose target is among the five most probable classes (all where K <= 5).
         precision: Macro precision in [0, 1]; a class that is never predicted counts 0.
         recall: Macro recall in [0, 1].
-        f1: Macro F1 in [0, 1], the mean of the classes' own F1.
+        f1: Macro F1 in [0, 1], the mean of the classes' F1.
         loss: Mean cross-entropy of the predicted probabilities, nats.
         agreement: Percentage of images on which the prediction equals the teacher's label; None without a teacher.
         class_top1: Top-1 percentage of the class head alone.
@@ -169,7 +169,7 @@ def class_scores(confusion: Tensor, class_names: tuple[str, ...]) -> list[ClassS
         class_names: K names.
     """
     counts = confusion.cpu()
-    hits, supports, predictions = (each.tolist() for each in (counts.diagonal(), counts.sum(1), counts.sum(0)))
+    hits, supports, predictions = (sums.tolist() for sums in (counts.diagonal(), counts.sum(1), counts.sum(0)))
     num_confused, others = counts.clone().fill_diagonal_(0).max(dim=1)
     scores = []
     for label, name in enumerate(class_names):
@@ -190,4 +190,4 @@ def class_scores(confusion: Tensor, class_names: tuple[str, ...]) -> list[ClassS
 
 def worst_first(scores: list[ClassScores]) -> list[ClassScores]:
     """Return classes by ascending recall, then F1; those without images come last."""
-    return sorted(scores, key=lambda each: (math.inf if each.recall is None else each.recall, each.f1 or 0.0))
+    return sorted(scores, key=lambda score: (math.inf if score.recall is None else score.recall, score.f1 or 0.0))

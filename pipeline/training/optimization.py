@@ -20,8 +20,8 @@ def build_optimizer(
     """Return the recipe's optimiser over `parameters`.
 
     Weight decay acts on every parameter, as in the paper's SGD. `momentum` is also RMSprop's momentum and the beta1
-    of Adam and AdamW; everything else is torch's default. Fused where torch can: the update of a VGG's 134 million
-    weights is bound by memory, and one pass over them takes a fifth of the time of one pass for every operation.
+    of Adam and AdamW; everything else is torch's default. Where torch has a fused update it is used: memory bounds the
+    update of a VGG's 134 million weights, and one pass over them takes a fifth of the time of a pass per operation.
 
     Args:
         parameters: On one device.
@@ -79,9 +79,9 @@ def learning_rate(recipe: FitRecipe, step: int, steps_per_epoch: int) -> float:
 class MovingAverage:
     """An exponential moving average of a model's parameters, in their dtype and on their device.
 
-    Buffers are not averaged: the model's own go with the average, as in torch.optim.swa_utils.AveragedModel. The
-    arithmetic is torch's own too. The class is not: it keeps a second model to evaluate, copies a counter to the device
-    in every step, which waits for it, and starts from the weights after the first step.
+    Buffers are not averaged: the model's go with the average, as in torch.optim.swa_utils.AveragedModel. The arithmetic
+    is torch's too. AveragedModel itself is not used, because it keeps a second model, waits for the device in every
+    step to copy a counter there, and starts from the weights after the first step.
 
     Args:
         model: Whose weights are averaged; they are the first value.
@@ -99,8 +99,8 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Take in the weights after a step, without waiting for the device.
 
-        Early on less of the old value is kept, min(decay, (1 + t) / (10 + t)) after t steps: else the average of a
-        short run would be that of its random start.
+        After t steps the share of the old value that is kept is min(decay, (1 + t) / (10 + t)), less at the beginning:
+        else the average of a short run would be mostly its random start.
 
         Args:
             step: Steps done before this one, t, 0 for the first.
@@ -113,13 +113,13 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the average within a block, and its own weights back at the end."""
-        own = {name: parameter.clone() for name, parameter in self._parameters.items()}
+        """Give the model the average within a block, and its weights back at the end."""
+        weights = {name: parameter.clone() for name, parameter in self._parameters.items()}
         self.give()
         try:
             yield
         finally:
-            _copy(own, self._parameters)
+            _copy(weights, self._parameters)
 
     def give(self) -> None:
         """Replace the model's weights by the average."""

@@ -1,4 +1,8 @@
-"""What a run has done so far, as tensors and JSON and back: from it a stopped run goes on as if it had not stopped."""
+"""How far a run is, written as tensors and JSON and read back, so that a stopped run goes on as if it had not stopped.
+
+pipeline.training.checkpoints knows files and nothing of training; pipeline.training.fit knows training and nothing of
+files.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class FitResult:
         best: Weights of the best epoch, the earliest of equals, on the CPU; on rank 0 alone. Replaced, never changed.
         best_epoch: Its number, from 1.
         warnings: What went wrong without ending the run.
-        at_chance: Whether the run ended without having learned anything.
+        at_chance: Whether the last epoch predicts no better than guessing.
     """
 
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -43,8 +47,8 @@ class Progress:
         epoch: Epochs done.
         step: Steps done of the epoch under way.
         result: What the epochs done have given.
-        began: When this process took the run up, by the monotonic clock.
-        earlier_seconds: How long the processes before it had been at work on it.
+        began: When this process took the run up, by the monotonic clock, seconds.
+        earlier_seconds: How long earlier processes had worked on it.
     """
 
     loss_sum: Tensor
@@ -56,7 +60,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """How long the run has been at work, the time before its stops included."""
+        """How long the run has been at work, in this process and the ones before."""
         return self.earlier_seconds + time.monotonic() - self.began
 
 
@@ -68,7 +72,7 @@ def save_progress(
     group: Group,
     average: MovingAverage | None = None,
 ) -> None:
-    """Write the resumable state; every rank calls it, rank 0 writes.
+    """Write the resumable state. Every rank calls it, rank 0 writes.
 
     Raises:
         StorageError: The state cannot be written; the one before is unharmed.
@@ -134,16 +138,19 @@ def load_progress(
 
     A state may have been written by another number of ranks.
     """
-    saved: list[SavedState] = []
+    loaded: list[SavedState] = []
 
-    def read() -> dict[str, Any] | None:
-        saved.extend(found for found in [state.load()] if found is not None)
-        return dict(saved[0].meta) if saved else None
+    def load() -> dict[str, Any] | None:
+        saved = state.load()
+        if saved is None:
+            return None
+        loaded.append(saved)
+        return dict(saved.meta)
 
-    meta = group.on_main(read)
+    meta = group.on_main(load)
     if meta is None:
         return
-    tensors, best = (saved[0].tensors, saved[0].best) if saved else ({}, {})
+    tensors, best = (loaded[0].tensors, loaded[0].best) if loaded else ({}, {})
     tensors = group.distribute(tensors)
     model.load_state_dict(_part(tensors, "model."))
     _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
@@ -151,7 +158,7 @@ def load_progress(
         average.load(_part(tensors, "average."))
     progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
     device = progress.loss_sum.device
-    # A state of a former version does not tell its seconds.
+    # States of former versions do not have it.
     progress.earlier_seconds = float(meta.get("seconds", 0.0))
     if (cpu := tensors.get(_of_rank("rng.cpu", group.rank))) is not None:
         torch.set_rng_state(cpu)
@@ -180,7 +187,7 @@ def _load_optimizer(
 
 
 def _of_rank(name: str, rank: int) -> str:
-    """Return the name under which a rank's own tensor is kept."""
+    """Return the name under which a rank's tensor is kept."""
     return f"{name}.{rank}" if rank else name
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +15,14 @@ from pipeline.system.runtime import autocast
 from pipeline.training.batches import Batch
 from pipeline.training.distributed import accumulating
 
+Objective = Callable[[Outputs, Batch], Tensor]
+"""Maps a model's outputs and the batch to the mean loss of its samples, a float32 scalar."""
+
 Step = Callable[[Batch], tuple[Tensor, Tensor]]
-"""Does a training step; returns what `pipeline.training.step.train_step` does."""
+"""Does a training step on a batch, and returns what `train_step` does."""
 
 # Libraries set themselves up in the first steps, and the optimiser makes its moments: neither may be captured.
 WARM_UP_STEPS = 3
-
-Objective = Callable[[Outputs, Batch], Tensor]
-"""Maps a model's outputs and the batch to the mean loss of its samples, a float32 scalar."""
 
 
 def train_step(
@@ -35,25 +34,23 @@ def train_step(
     clip: float,
     precision: str,
     micro_batch: int | None = None,
-    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Do one step: forward, loss, backward, clip, update.
 
     Args:
         model: In training mode.
-        batch: On the model's device; this rank's share.
-        objective: Maps outputs and batch to the mean loss of its samples.
+        batch: This rank's share, on the model's device. With its `weight`, the mean over the ranks of loss and
+            gradients is the mean over all samples.
+        objective: The loss.
         optimizer: Over the model's parameters.
         clip: Largest gradient norm; 0 leaves gradients alone.
         precision: `fp32` or `bf16`.
         micro_batch: Samples that go through the model at once; their gradients add up to those of the batch. None
             takes all. Not for models with batch norm.
-        weight: Size of the share over the mean size of all ranks' shares, so that the mean over the ranks of loss and
-            gradients is that over all samples.
 
     Returns:
-        The loss times `weight`, a float32 scalar, and whether loss and gradient norm are finite, a boolean scalar;
-        both stay on the device.
+        The loss times the batch's weight, a float32 scalar, and whether loss and gradient norm are finite, a boolean
+        scalar; both stay on the device.
     """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=batch.images.device)
@@ -62,7 +59,7 @@ def train_step(
         with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
             with autocast(batch.images.device, precision):
                 outputs = model(part.images)
-            loss = objective(outputs, part) * (weight * len(part) / len(batch))
+            loss = objective(outputs, part) * (batch.weight * len(part) / len(batch))
             torch.autograd.backward(loss)
         total += loss.detach()
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
@@ -88,7 +85,7 @@ class _Capture:
 
 
 class CapturedStep:
-    """A training step that is captured once it has been done a few times, and replayed from then on.
+    """A training step that is done a few times, then captured in a CUDA graph, and replayed from then on.
 
     Args:
         step: Must not wait for the GPU, and must do the same to every batch of a size. Its optimiser's learning rates
@@ -104,45 +101,35 @@ class CapturedStep:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Do a step on a batch on the device."""
-        size = len(batch.labels)
+        size = len(batch)
         with torch.cuda.device(self._device):
             if self._done[size] < WARM_UP_STEPS:
                 self._done[size] += 1
-                return self._warm_up(batch)
+                with _another_stream():  # captured steps run on one too
+                    return self._step(batch)
             if size not in self._captures:
                 self._captures[size] = self._capture(batch)
             capture = self._captures[size]
-            for own, values in zip(_tensors(capture.batch), _tensors(batch), strict=True):
-                own.copy_(values)
+            for memory, values in zip(capture.batch.tensors().values(), batch.tensors().values(), strict=True):
+                memory.copy_(values)
             capture.graph.replay()
             loss, finite = capture.results
             return loss.clone(), finite.clone()
 
-    def _warm_up(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Do the step as it will be captured, on a stream of its own."""
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            results = self._step(batch)
-        current.wait_stream(stream)
-        return results
-
     def _capture(self, batch: Batch) -> _Capture:
         """Record the step; nothing is computed yet."""
-        own = dataclasses.replace(
-            batch,
-            **{
-                field.name: value.clone()
-                for field in dataclasses.fields(batch)
-                if isinstance(value := getattr(batch, field.name), Tensor)
-            },
-        )
+        memory = batch.map(torch.clone)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = self._step(own)
-        return _Capture(graph, own, results)
+            results = self._step(memory)
+        return _Capture(graph, memory, results)
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    values = (getattr(batch, field.name) for field in dataclasses.fields(batch))
-    return [value for value in values if isinstance(value, Tensor)]
+@contextlib.contextmanager
+def _another_stream() -> Iterator[None]:
+    """Work on another stream, after what this one does, and before what it will do."""
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from pipeline.config.recipes import PRECISIONS
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes, precision_option
 
 
@@ -35,7 +35,7 @@ def predict(
     """
     from collections import Counter
 
-    from pipeline.data.images import BadFile, printable
+    from pipeline.data.images import BadFile
     from stages.predict import predict as run
     from stages.trained import load_trained
 

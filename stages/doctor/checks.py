@@ -28,10 +28,9 @@ from pipeline.errors import UsageError
 from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.layers import Student
 from pipeline.system.runtime import device_name, resolve_precision
-from pipeline.training.distributed import ALONE
+from pipeline.training.execution import Execution
 from stages.distill import student_recipe
 from stages.shared.context import Context
-from stages.shared.execution import execution
 from stages.shared.runs import student_arguments
 
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text
@@ -89,7 +88,7 @@ def data(context: Context) -> tuple[list[Finding], bool]:
         check_source(recipe, paths.raw)
     except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
-    where = "comes with scikit-learn" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
+    where = "comes with the package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
     makers = "`pipeline prepare`, teacher-select and DVC make them"
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
 
@@ -195,7 +194,7 @@ def _graphs(wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]
     found = []
     for name, recipe in wanted.items():
         try:
-            execution(recipe, device, ALONE)
+            Execution.of(recipe, device)
         except UsageError as error:
             found.append(Finding("device", PROBLEM, f"{name}: {error}"))
     graphs = [name for name, recipe in wanted.items() if device.type == "cuda" and recipe.step != "eager"]

@@ -13,7 +13,6 @@ from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding
 from stages.label import plan_labels
 from stages.shared.context import Context
 from stages.shared.runs import Run
-from stages.shared.teacher_labels import Distillation, TeacherSource
 from stages.teacher import plan_teacher
 
 
@@ -152,9 +151,7 @@ def _student(context: Context, name: str, *, is_stale: bool) -> Job:
     if is_stale:
         return Job("student", name, "teachers and labels come first", recipe.epochs, recipe, recipe.model)
     try:
-        dataset, distillation = context.dataset(), Distillation()
-        source = TeacherSource(context, dataset, name, recipe, distillation)
-        run = plan_student(context, dataset, name, recipe, source, distillation, settings={}, seed=0)
+        run, _ = plan_student(context, name)
     except FAULTS as error:
         return Job("student", name, str(error), recipe.epochs, recipe, recipe.model)
     return _fit("student", name, run, recipe.model)

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from pipeline.errors import DataError
 from pipeline.system.storage import read_json
 from pipeline.training.checkpoints import RunState, read_meta
-from stages.distill import distill, distilled_recipe, plan_student
+from stages.distill import distill, plan_student
 from stages.label import label, plan_labels
 from stages.reproduction.standing_labels import any_labels, labels_of, selected
 from stages.selection import compare, select
 from stages.shared.context import Context
 from stages.shared.runs import NOT_TRAINED, Run
-from stages.shared.teacher_labels import Distillation, TeacherSource
+from stages.shared.teacher_labels import Distillation
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 from stages.teacher_select import sweep_settings
 
@@ -245,11 +245,8 @@ class StudentJob(Job):
         return self._plan(context).out
 
     def _plan(self, context: Context) -> Run:
-        dataset = context.dataset()
         how = Distillation(labels=self.labels, teacher=self._asked(context), num_views=self.num_views)
-        recipe = distilled_recipe(context.recipe, self.name, how, {})
-        source = TeacherSource(context, dataset, self.name, recipe, how)
-        return plan_student(context, dataset, self.name, recipe, source, how, settings={}, seed=self.seed)
+        return plan_student(context, self.name, how, seed=self.seed)[0]
 
     def _asked(self, context: Context) -> Path | None:
         """Return the teacher that is asked online, if one is."""

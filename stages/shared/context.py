@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.data.datasets import Dataset
+    from pipeline.report.progress import Position
     from pipeline.training.distributed import Group
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Context:
         console: Where output for people goes.
         stop: SIGINT and SIGTERM.
         device_name: As given by --device; None chooses.
+        position: Which of the command's runs is under way, see `in_turn`.
     """
 
     params: Params
@@ -44,6 +48,7 @@ class Context:
     console: Console
     stop: StopSignal
     device_name: str | None = None
+    position: Position | None = None
     _changed: list[str] = field(default_factory=list)
     _group: Group | None = None
     _loaded: tuple[tuple[int, ...], Dataset] | None = None
@@ -79,6 +84,22 @@ class Context:
                 yield group
             finally:
                 self._group = None
+
+    def in_turn(self, label: str, items: Sequence[T], epochs: Sequence[int]) -> Iterator[T]:
+        """Yield a command's runs one after the other; the progress of each says which of how many it is.
+
+        Args:
+            label: What the runs are, in the singular, as `teacher`.
+            items: What to yield.
+            epochs: Epochs that each has yet to train, 0 where it is up to date.
+        """
+        from pipeline.report.progress import Position
+
+        for index, item in enumerate(items):
+            if len(items) > 1:
+                self.position = Position(label, index + 1, len(items), sum(epochs[index + 1 :]))
+            yield item
+        self.position = None
 
     def say(self, message: str) -> None:
         """Print one line, unwrapped and without markup."""

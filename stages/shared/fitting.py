@@ -1,8 +1,8 @@
 """What `teacher` and `distill` share: run the fit loop and write its outputs.
 
 A run's directory holds best.safetensors and best.json (students also last.*), metrics.json, curve.csv, predictions.csv
-(the best epoch's on the test split) and run.json; the last is the only one that holds times, dates and the device, so
-nothing that depends on the others reruns because of them.
+(the best epoch's on the test split) and run.json. Times, dates and the device are in run.json alone: nothing that
+depends on the other files reruns because of them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.recipes import StudentRecipe
 from pipeline.data.arrays import MappedImages
 from pipeline.data.datasets import Dataset, Split
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import NumericalError
+from pipeline.labels.source import TeacherLabels
+from pipeline.losses import objective
 from pipeline.report.progress import RunWatcher
 from pipeline.system.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
 from pipeline.system.stopping import stopped
@@ -29,20 +33,19 @@ from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState, save_checkpoint
 from pipeline.training.distributed import Group, has_batch_norm
 from pipeline.training.evaluation import Predictions, evaluate
-from pipeline.training.fit import Fit
+from pipeline.training.execution import Execution
+from pipeline.training.fit import Fit, Session
 from pipeline.training.metrics import Scores
 from pipeline.training.resuming import FitResult, keep_best
-from pipeline.training.step import Objective
 from pipeline.views.views import Views
 from stages.shared.context import Context
-from stages.shared.execution import Execution, explaining_compilation
 from stages.shared.runs import NOT_TRAINED, Run, costs
 
 
 def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
     """Return a view recipe's views of the training set; `key` as for pipeline.views.views.Views.
 
-    The images are put on the device, unless they are too many for it: then they stream, which is said.
+    The images are put on the device. Too many for it stream, and a line says so.
     """
     split, device = dataset.train, context.device
     limit = resident_limit(device)
@@ -69,7 +72,7 @@ def evaluation_data(
 
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
-    """Tell whether there is nothing to do, and say so; rank 0 looks, since it also writes."""
+    """Tell whether there is nothing to do, and say so. Rank 0 looks, since it is the one that writes."""
     if fresh:
         return False
     why = group.on_main(run.why_stale)
@@ -81,19 +84,30 @@ def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool
     return why is None
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """What a model's training gets from another model, its teacher; by default there is none.
+
+    Attributes:
+        labels: Gives each batch its teacher labels; None where the model does not learn from them.
+        clean: The teacher's labels of the clean splits by name, `(n,)` integers.
+        teacher: Its name, SHA-256 and top-1 in percent on the evaluation split.
+    """
+
+    labels: TeacherLabels | None = None
+    clean: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    teacher: Mapping[str, Any] | None = None
+
+
 def carry_out(
     context: Context,
     run: Run,
-    group: Group,
-    *,
     model: nn.Module,
+    *,
     dataset: Dataset,
-    data: TrainingData,
-    clean: Mapping[str, np.ndarray[Any, Any]],
-    objective: Objective,
-    how: Execution,
-    metric: str = "top1",
-    ema: float = 0.0,
+    views: Views,
+    execution: Execution,
+    teaching: Teaching | None = None,
     fresh: bool = False,
 ) -> None:
     """Train a model and write its outputs, or go on where a former run stopped.
@@ -101,58 +115,48 @@ def carry_out(
     Args:
         context: The command's setting.
         run: What to train.
-        group: The ranks that train it together; rank 0 holds the lock and writes.
         model: Initialised, on the device.
         dataset: Its evaluation split decides the best epoch; the test split is scored once, at the end.
-        data: Training batches on the device.
-        clean: The teacher's labels of the clean splits by name; empty without a teacher.
-        objective: The loss.
-        how: How it is computed.
-        metric: The score that decides the best epoch.
-        ema: As for pipeline.training.fit.Fit.
-        fresh: Whether to leave a saved state aside.
+        views: Of the training set.
+        execution: How it is computed. Rank 0 of its group holds the lock and writes.
+        teaching: What the model learns from its teacher, if it has one.
+        fresh: Whether to ignore a saved state.
     """
-    device = context.device
+    device, group, recipe, teaching = context.device, execution.group, run.recipe, teaching or Teaching()
+    ema = recipe.ema if isinstance(recipe, StudentRecipe) else 0.0
     if device.type == "cpu":
         keep_freed_memory()
     _stop_before(context, run, group)
+    watcher = RunWatcher(context.console, run.name, len(dataset.train), context.position)
     with _claimed(run, group, fresh=fresh) as state:
-        context.say(f"{run.name}: {how.describe(device, run.recipe.batch_size, ema)}")
+        context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
         _say_ranks(context, run, group, model)
-        if how.compiled:
-            model.compile()
         split_name, split = dataset.evaluation
-        evaluation = evaluation_data(dataset, split, device, clean.get(split_name))
-        watching = RunWatcher(context.console, run.name, len(dataset.train))
-        with context.stop.deferred(), explaining_compilation(how), watching as watcher:
+        with context.stop.deferred(), execution.compiling(model), watcher:
             fit = Fit(
                 model=model,
-                data=data,
-                evaluation=evaluation,
-                objective=objective,
-                recipe=run.recipe,
-                precision=how.precision,
+                data=TrainingData(views, dataset.mean, dataset.std, run.num_views, teaching.labels),
+                evaluation=evaluation_data(dataset, split, device, teaching.clean.get(split_name)),
+                objective=objective(recipe),
+                recipe=recipe,
                 seed=run.seed,
-                state=state,
-                watcher=watcher,
-                stop=context.stop,
-                metric=metric,
-                micro_batch=how.micro_batch,
-                captured=how.step == "graph",
+                metric=run.metric,
                 ema=ema,
-                group=group,
+                execution=execution,
+                session=Session(state, watcher, context.stop),
             )
             result = fit.run()
             last = _take_best(run, group, model, result)
-            test = evaluation_data(dataset, dataset.test, device, clean.get("test"))
+            test = evaluation_data(dataset, dataset.test, device, teaching.clean.get("test"))
+            predictions = Predictions.of(test)
             try:
-                scores, predictions = _score(model, test, how, group)
+                scores = evaluate(model, test, precision=execution.precision, group=group, predictions=predictions)
             except NumericalError as error:
                 raise NumericalError(f"test split, {error}; {keep_best(state, result, group)}") from None
 
             def end() -> None:
-                metrics = _metrics(run, dataset, result, scores, how.precision)
-                where = {**environment(device), "ranks": group.world_size, "execution": how.as_json()}
+                metrics = _metrics(run, dataset, teaching, result, scores, execution.precision)
+                where = {**environment(device), "ranks": group.world_size, "execution": execution.as_json()}
                 where["seconds"] = round(fit.progress.seconds, 1)
                 _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
                 state.delete()
@@ -163,7 +167,7 @@ def carry_out(
 
 
 def _stop_before(context: Context, run: Run, group: Group) -> None:
-    """End before a run begins where the time is up; the ranks' clocks differ, so they agree on it.
+    """End before a run begins if the time is up. The ranks agree on it, because their clocks differ.
 
     Raises:
         Interrupted: The time limit has been reached.
@@ -200,7 +204,7 @@ def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> No
 
 
 def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> dict[str, Tensor] | None:
-    """Give `model` the best epoch's weights, and return the last one's, which it holds, where they are kept."""
+    """Give `model` the best epoch's weights, and return the last epoch's, which it holds, if they are to be kept."""
     last = None
     if group.is_main:
         if run.keep_last:
@@ -210,15 +214,8 @@ def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> d
     return last
 
 
-def _score(model: nn.Module, test: EvaluationData, how: Execution, group: Group) -> tuple[dict[str, Any], Predictions]:
-    """Return the fields of pipeline.training.metrics.Scores, and what the model says of each image."""
-    predictions = Predictions.of(test)
-    scores = evaluate(model, test, precision=how.precision, group=group, predictions=predictions)
-    return dataclasses.asdict(scores), predictions
-
-
 def _metrics(
-    run: Run, dataset: Dataset, result: FitResult, test_scores: Mapping[str, Any], precision: str
+    run: Run, dataset: Dataset, teaching: Teaching, result: FitResult, test_scores: Scores, precision: str
 ) -> dict[str, Any]:
     """Return metrics.json: the same keys for every model, no times."""
     return {
@@ -229,7 +226,7 @@ def _metrics(
         "evaluated_on": dataset.evaluation[0],
         "best": _scores(result.curve[result.best_epoch - 1]),
         "last": _scores(result.curve[-1]),
-        "test": {"epoch": result.best_epoch, **test_scores},
+        "test": {"epoch": result.best_epoch, **dataclasses.asdict(test_scores)},
         **costs(dict(run.description), dataset.image_size),
         "epochs": run.recipe.epochs,
         "batch_size": run.recipe.batch_size,
@@ -242,8 +239,8 @@ def _metrics(
         "seed": run.seed,
         "num_train": len(dataset.train),
         "num_test": len(dataset.test),
-        "teacher": dict(run.teacher) if run.teacher else None,
-        "distilled": run.is_distilled,
+        "teacher": dict(teaching.teacher) if teaching.teacher else None,
+        "distilled": teaching.labels is not None,
         "at_chance": result.at_chance,
         "warnings": result.warnings,
     }

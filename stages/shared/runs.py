@@ -48,8 +48,7 @@ class Run:
         seed: Of initialisation and order.
         inputs: Whatever else decides the result, as plain JSON values.
         differs: What differs from the recipe but for the seed, as key and value; empty for the recipe's own run.
-        teacher: Name, SHA-256 and top-1 of the teacher against whose labels it is measured, if any.
-        is_distilled: Whether it also learns from that teacher's labels.
+        metric: The score that decides the best epoch.
         num_views: Views that the epochs cycle through; None for a teacher, which never sees a view twice.
         soft: Temperature of soft distillation; None for hard labels and without a teacher.
         confidence: Whether the teacher's confidence weighs the samples.
@@ -65,8 +64,7 @@ class Run:
     seed: int
     inputs: Mapping[str, Any]
     differs: Mapping[str, str]
-    teacher: Mapping[str, Any] | None = None
-    is_distilled: bool = False
+    metric: str = "top1"
     num_views: int | None = None
     soft: float | None = None
     confidence: bool = False

@@ -1,26 +1,27 @@
-"""What a student learns from its teacher, and where that comes from: the cache, the teacher itself, or nowhere."""
+"""What a student learns from its teacher, and where that comes from: the label cache, the teacher itself, or nowhere.
+
+`TeacherSource.find` is enough to plan a run, and loads no model; `TeacherSource.open` gives what training needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.config.recipes import Recipe, StudentRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.labels.cache import RELABEL, LabelCache
 from pipeline.labels.replay import check_canaries
-from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
+from pipeline.labels.source import cached_labels, online_labels
 from pipeline.models.students import STUDENTS
 from pipeline.system.canonical import require_equal
 from pipeline.training.checkpoints import read_meta
 from pipeline.views.views import Views
 from stages.shared.context import Context
+from stages.shared.fitting import Teaching
 from stages.shared.labelling import identity_of, label_clean, load_teacher, read_teacher
 from stages.shared.options import kept_name
 from stages.shared.paths import Paths
@@ -30,14 +31,14 @@ USUAL_TOPK = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How a run differs from the recipe in what it learns from the teacher; by default in nothing.
+    """What a command changes in how a student learns from its teacher; by default nothing.
 
-    The temperature is no part of it, but the student's recipe's field `soft`.
+    The temperature is not part of it: it is the field `soft` of the student's recipe.
 
     Attributes:
         labels: `cached`; `none` trains both heads on the ground truth, `online` asks the teacher at every step.
         teacher: The checkpoint that `online` asks.
-        soft_given: Whether the command gave the temperature, in place of the recipe's own.
+        soft_given: Whether the command set the temperature.
         confidence: Whether the teacher's probability of its label weighs each sample's distillation term.
         num_views: Views that the epochs cycle through, always the first ones; None takes the recipe's number.
     """
@@ -49,10 +50,10 @@ class Distillation:
     num_views: int | None = None
 
     def check(self, name: str, recipe: StudentRecipe) -> None:
-        """Refuse what cannot be, before any data is looked for.
+        """Check the options before any data is looked for.
 
         Raises:
-            UsageError: Options that do not go together, or not with this student.
+            UsageError: They do not go together, or not with this student.
         """
         if (self.labels == "online") != (self.teacher is not None):
             raise UsageError(f"--labels {self.labels}: --teacher CHECKPOINT belongs to --labels online, and only to it")
@@ -62,26 +63,26 @@ class Distillation:
                 raise UsageError(f"{option}: --labels none has no teacher; leave one of them out")
             require_distillation_head(option, name, recipe)
 
-    def differences(self, recipe: Recipe, name: str, own: StudentRecipe) -> dict[str, str]:
-        """Name what a student's run under `own` differs in from its recipe, for the run's directory."""
-        found = {}
+    def differences(self, recipe: Recipe, name: str, student: StudentRecipe) -> dict[str, str]:
+        """Return what differs between a student's run and params.yaml, for the name of the run's directory."""
+        differs = {}
         if self.labels != "cached":
-            found["labels"] = self.labels
-        if self.soft_given and own.soft != recipe.students[name].soft:
-            found["soft"] = str(own.soft).removesuffix(".0")
+            differs["labels"] = self.labels
+        if self.soft_given and student.soft != recipe.students[name].soft:
+            differs["soft"] = str(student.soft).removesuffix(".0")
         if self.confidence:
-            found["confidence"] = "on"
-        if self.num_views not in (None, recipe.views[own.views].count):
-            found["num_views"] = str(self.num_views)
-        return found
+            differs["confidence"] = "on"
+        if self.num_views not in (None, recipe.views[student.views].count):
+            differs["num_views"] = str(self.num_views)
+        return differs
 
-    def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, name: str, own: StudentRecipe) -> None:
-        """Refuse a cache that holds less than this run needs.
+    def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, name: str, student: StudentRecipe) -> None:
+        """Check that a cache holds what this run needs.
 
         Raises:
             DataError: Too few views, or no probabilities.
         """
-        view_recipe = own.views
+        view_recipe = student.views
         command = "pipeline label" + ("" if view_recipe == "default" else f" --view-recipe {view_recipe}")
         count = recipe.views[view_recipe].count
         if self.num_views is not None and cache.num_views < self.num_views:
@@ -94,8 +95,8 @@ class Distillation:
                 f"{path}: {cache.num_views} views, the recipe asks for {count} "
                 f"(recipes.{recipe.name}.views.{view_recipe}.count); run `{command}`, or train on fewer with --views"
             )
-        if cache.topk == 0 and (own.soft or self.confidence):
-            option = soft_name(own, name, given=self.soft_given) if own.soft else "--confidence"
+        if cache.topk == 0 and (student.soft or self.confidence):
+            option = soft_name(student, name, given=self.soft_given) if student.soft else "--confidence"
             keep = "" if recipe.label.topk else f" --keep {kept_name(min(USUAL_TOPK, cache.num_classes))}"
             raise DataError(
                 f"{path}: keeps {kept_name(cache.topk)}, {option} needs the teacher's probabilities; "
@@ -103,131 +104,113 @@ class Distillation:
             )
 
 
-def soft_name(own: StudentRecipe, name: str, *, given: bool) -> str:
-    """Return what a student's temperature is called where it came from: the command, or params.yaml."""
-    return f"--soft {own.soft:g}" if given else f"students.{name}.soft: {own.soft:g}"
+def soft_name(student: StudentRecipe, name: str, *, given: bool) -> str:
+    """Return a student's temperature as the user wrote it: an option of the command, or a key of params.yaml."""
+    return f"--soft {student.soft:g}" if given else f"students.{name}.soft: {student.soft:g}"
 
 
 def require_distillation_head(option: str, name: str, recipe: StudentRecipe) -> None:
-    """Refuse an option or field for a student that has no head for the teacher's answers.
+    """Check that a student has a head for the teacher's labels, which an option or field needs.
 
     Raises:
         UsageError: It has none.
     """
     if not STUDENTS[recipe.model].has_distillation_head:
-        able = [each for each, student in STUDENTS.items() if student.has_distillation_head]
+        able = [model for model, student in STUDENTS.items() if student.has_distillation_head]
         way_out = "choose from" if option.startswith("--") else "set it to 0 there, or choose from"
         raise UsageError(
             f"{option}: student {name} ({recipe.model}) has no distillation head; {way_out} {', '.join(able)}"
         )
 
 
+@dataclass(frozen=True, kw_only=True)
 class TeacherSource:
     """Where a student's teacher labels come from.
 
-    Of a teacher that is to be asked online only the checkpoint is read at first: `ask` loads it.
-
     Attributes:
-        is_distilled: Whether the student learns from them.
-        cache: The label cache, where there is one.
-        clean: The teacher's labels of the clean splits by name; empty without a teacher.
-        teacher: Its name, SHA-256 and top-1, or None.
-        digest: Its SHA-256, or None.
-
-    Raises:
-        DataError: The cache or the teacher is missing, damaged, belongs to something else or holds too little.
+        recipe: The student's.
+        distillation: What the command changes.
+        digest: SHA-256 of the teacher's checkpoint; None without a teacher.
+        cache: The label cache. A student that does not learn from it is still measured against it where it exists.
     """
 
-    def __init__(
-        self, context: Context, dataset: Dataset, name: str, recipe: StudentRecipe, distillation: Distillation
-    ) -> None:
-        self.is_distilled = STUDENTS[recipe.model].has_distillation_head and distillation.labels != "none"
-        self.cache: LabelCache | None = None
-        self.clean: Mapping[str, np.ndarray[Any, Any]] = {}
-        self.teacher: Mapping[str, Any] | None = None
-        self.digest: str | None = None
-        self._is_soft = recipe.soft > 0
-        self._distillation = distillation
-        self._online: TeacherLabels | None = None
-        if distillation.labels == "online":
-            assert distillation.teacher is not None
-            self.digest = read_teacher(context, dataset, distillation.teacher).sha256
-        elif self.is_distilled or context.paths.labels(recipe.views).exists():
-            self._open(context, dataset, name, recipe)
+    recipe: StudentRecipe
+    distillation: Distillation
+    digest: str | None = None
+    cache: LabelCache | None = None
 
-    def teacher_labels(self, device: torch.device) -> TeacherLabels | None:
-        """Return what gives each batch its teacher labels."""
-        if not self.is_distilled:
-            return None
-        confidence = self._distillation.confidence
-        return self._online or (
-            cached_labels(self.cache, device, soft=self._is_soft, confidence=confidence) if self.cache else None
-        )
-
-    def check(self, views: Views) -> None:
-        """Check that the views are still those that were labelled.
+    @classmethod
+    def find(cls, context: Context, name: str, recipe: StudentRecipe, distillation: Distillation) -> TeacherSource:
+        """Find a student's cache or teacher, and check that it fits the data, the views and the run.
 
         Raises:
-            DataError: A canary's pixels differ.
+            DataError: It is missing, damaged, belongs to something else or holds too little.
         """
-        view = check_canaries(self.cache, views) if self.cache else None
-        if view is not None:
-            raise DataError(
-                f"view {view}: its pixels are not those that were labelled (another version of this project or of "
-                "its libraries made them); run `pipeline label --fresh`"
-            )
-
-    def _open(self, context: Context, dataset: Dataset, student: str, recipe: StudentRecipe) -> None:
-        """Open the cache, checking that it belongs to the data, the views and the teacher at hand."""
-        paths, name = context.paths, recipe.views
-        path = paths.labels(name)
+        dataset, path = context.dataset(), context.paths.labels(recipe.views)
+        if distillation.teacher is not None:
+            digest = read_teacher(context, dataset, distillation.teacher).sha256
+            return cls(recipe=recipe, distillation=distillation, digest=digest)
+        source = cls(recipe=recipe, distillation=distillation)
         if not path.exists():
+            if not source.is_distilled:
+                return source
             raise DataError(
                 f"{path}: no cached labels; run `pipeline teacher-select --recipe {context.recipe.name}`, or "
-                f"`pipeline label --view-recipe {name}` where a teacher is selected"
+                f"`pipeline label --view-recipe {recipe.views}` where a teacher is selected"
             )
-        self.cache = open_labels(paths, context.recipe, dataset, name)
-        self._distillation.check_cache(self.cache, path, context.recipe, student, recipe)
-        self.clean = self.cache.clean
-        provenance = self.cache.provenance
-        self.digest = str(provenance["checkpoint_sha256"])
-        split = dataset.evaluation[0]
-        truth = dataset.splits[split].labels
-        self.teacher = {
-            "name": provenance["teacher"],
-            "sha256": self.digest,
-            "top1": 100.0 * float(np.mean(self.clean[split] == truth)),
-        }
+        cache = open_labels(context.paths, context.recipe, dataset, recipe.views)
+        distillation.check_cache(cache, path, context.recipe, name, recipe)
+        return replace(source, cache=cache, digest=str(cache.provenance["checkpoint_sha256"]))
 
-    def ask(self, context: Context, dataset: Dataset) -> None:
-        """Load the teacher that is asked at every step, if there is one.
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the student learns from the teacher's labels."""
+        return STUDENTS[self.recipe.model].has_distillation_head and self.distillation.labels != "none"
+
+    def open(self, context: Context, views: Views) -> Teaching:
+        """Load the teacher or put the cached labels on the device, and return what training needs of them.
+
+        Args:
+            context: The command's setting.
+            views: Those that the student trains on; they must be those that were labelled.
 
         Raises:
-            DataError: As of the class.
+            UsageError: torch.compile was asked for and fails.
+            DataError: The teacher does not fit the data, or a view's pixels are not those that were labelled.
         """
-        distillation = self._distillation
-        if distillation.teacher is None:
-            return
-        teacher, checkpoint = load_teacher(context, dataset, distillation.teacher)
-        self._online = online_labels(teacher, soft=self._is_soft, confidence=distillation.confidence)
-        self.clean = label_clean(context, dataset, teacher)
+        dataset, kind = context.dataset(), {"soft": self.recipe.soft > 0, "confidence": self.distillation.confidence}
+        if self.distillation.teacher is not None:
+            teacher, checkpoint = load_teacher(context, dataset, self.distillation.teacher)
+            labels = online_labels(teacher, **kind) if self.is_distilled else None
+            clean, name = label_clean(context, dataset, teacher), str(checkpoint.meta["model"])
+        elif self.cache is not None:
+            view = check_canaries(self.cache, views)
+            if view is not None:
+                raise DataError(
+                    f"view {view}: its pixels are not those that were labelled (another version of this project or of "
+                    "its libraries made them); run `pipeline label --fresh`"
+                )
+            labels = cached_labels(self.cache, context.device, **kind) if self.is_distilled else None
+            clean, name = dict(self.cache.clean), str(self.cache.provenance["teacher"])
+        else:
+            return Teaching()
         split, part = dataset.evaluation
-        top1 = 100.0 * float(np.mean(self.clean[split] == part.labels))
-        self.teacher = {"name": checkpoint.meta["model"], "sha256": checkpoint.sha256, "top1": top1}
+        top1 = 100.0 * float(np.mean(clean[split] == part.labels))
+        return Teaching(labels, clean, {"name": name, "sha256": self.digest, "top1": top1})
 
 
 def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str) -> LabelCache:
     """Open a recipe's label cache.
 
     Raises:
-        DataError: It is not valid, belongs to other data or views, or to another teacher than the selected one, or
-            labels other evaluation images.
+        DataError: It is not valid; or it belongs to other data, views or evaluation images, or to a teacher that is not
+            the selected one.
     """
     identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe)
     winner = read_meta(paths.winner)
     provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}
     cache = LabelCache.open(path, expected_identity=identity, expected_provenance=provenance)
-    found = {split: len(labels) for split, labels in cache.clean.items()}
+    labelled = {split: len(labels) for split, labels in cache.clean.items()}
     expected = {split: len(part) for split, part in dataset.splits.items() if split != "train"}
-    require_equal(f"{path}", {"clean": found}, {"clean": expected}, RELABEL)
+    require_equal(f"{path}", {"clean": labelled}, {"clean": expected}, RELABEL)
     return cache

@@ -26,12 +26,12 @@ def file(sealed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def test_the_example_reads_the_labels_with_h5py_alone(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "pipeline" not in READING
-    found: dict[str, object] = {}
-    exec(READING, found)
-    labels = found["labels"]
+    names: dict[str, object] = {}
+    exec(READING, names)
+    labels = names["labels"]
     assert isinstance(labels, np.ndarray) and labels.shape == (4, NUM_SAMPLES)
     assert all(np.array_equal(labels[view], row_of(view, num_classes=NUM_CLASSES)) for view in range(4))
-    assert found["identity"] == LabelCache.open(file).identity
+    assert names["identity"] == LabelCache.open(file).identity
     assert f"(4, {NUM_SAMPLES}) uint8 class {labels[0, 0]}" in capsys.readouterr().out
 
 

@@ -44,17 +44,18 @@ def test_its_view_is_the_one_that_students_see(notebook: dict[str, Any]) -> None
 def test_its_student_learns_and_is_scored(notebook: dict[str, Any]) -> None:
     first, last = notebook["result"].curve
     assert last["train_loss"] < first["train_loss"] < 2.4
-    assert torch.isclose(notebook["likely"].sum(), torch.tensor(1.0)) and notebook["likely"].shape == (10,)
+    probability = notebook["probability"]
+    assert torch.isclose(probability.sum(), torch.tensor(1.0)) and probability.shape == (10,)
 
 
 def test_its_teacher_answers_in_probabilities(notebook: dict[str, Any]) -> None:
-    assert notebook["probability"].sum() == pytest.approx(1.0, abs=1e-5)
+    assert notebook["answer"].sum() == pytest.approx(1.0, abs=1e-5)
     assert notebook["model"].class_names == notebook["data"].class_names
 
 
 def test_its_arrays_make_a_data_set_of_their_own(notebook: dict[str, Any]) -> None:
-    own, data = notebook["own"], notebook["data"]
-    assert len(own.train) + len(own.test) == len(data.train) and own.sha256 != data.sha256
+    other, data = notebook["other"], notebook["data"]
+    assert len(other.train) + len(other.test) == len(data.train) and other.sha256 != data.sha256
 
 
 IMAGES, LABELS = np.zeros((6, 4, 4, 3), np.uint8), np.array([0, 1] * 3)

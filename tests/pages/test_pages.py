@@ -1,4 +1,4 @@
-"""Every page of the project: its links lead somewhere, its commands and options exist, its lines are not endless."""
+"""Every page of the project: its links lead somewhere, its commands and options exist; README stays short."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import click
 import pytest
 
 from stages.cli import cli
-from tests.support.markdown import commands, links, pages
+from tests.support.markdown import blocks, commands, links, pages
 from tests.support.project import ROOT
 
-PAGES = pages()
+README, *DOCS = pages()
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "results/README.md")]
+PAGES = [README, *DOCS, *OTHERS]
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 
 
@@ -34,13 +36,13 @@ def check(line: str) -> None:
         names = [word for word in words if not word.startswith("-")]
         if not names:
             break
-        found = command.get_command(context, names[0])
+        named = command.get_command(context, names[0])
         # A word in capitals stands for any command.
-        if found is None and names[0].isupper():
+        if named is None and names[0].isupper():
             return
-        assert found is not None, f"{line}: there is no command {names[0]}"
+        assert named is not None, f"{line}: there is no command {names[0]}"
         words.remove(names[0])
-        command = found
+        command = named
     known = {name for parameter in command.get_params(context) for name in parameter.opts}
     for word in words:
         if word.startswith("-"):
@@ -51,6 +53,20 @@ def check(line: str) -> None:
 def test_links_lead_to_files(path: Path) -> None:
     for target in links(path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=IDS)
+def test_links_to_a_part_of_a_page_lead_to_a_heading(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", path.read_text()):
+        page = (path.parent / target) if target else path
+        assert anchor in headings(page.read_text()), f"{target}#{anchor}"
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=IDS)
@@ -67,6 +83,13 @@ def test_a_command_that_does_not_exist_would_be_noticed() -> None:
 
 
 def test_the_readme_names_every_page() -> None:
-    readme = PAGES[0].read_text()
-    for path in PAGES[1:]:
-        assert path.name in readme
+    for path in [*DOCS, *OTHERS]:
+        assert str(path.relative_to(ROOT)) in README.read_text()
+
+
+def test_a_stranger_finishes_the_readme() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 170
+    assert lines.index("## Your own images") < 80
+    ten = next(block for block in blocks(README.read_text(), "sh") if "doctor" in block)
+    assert len(ten.splitlines()) == 10

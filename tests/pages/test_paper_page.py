@@ -16,17 +16,17 @@ PAGE = page("docs/paper-to-code.md")
 NAMED = sorted(set(re.findall(r"\[`((?:pipeline|stages)[\w.]*)`\]\(\.\./([\w/.]+)\)", PAGE)))
 
 
-def find(name: str) -> tuple[object, Path]:
+def locate(name: str) -> tuple[object, Path]:
     """What a dotted name stands for, and the file of its module."""
     module, *rest = name.rsplit(".", 1)
     try:
-        found: object = importlib.import_module(name)
+        named: object = importlib.import_module(name)
         file = importlib.import_module(name).__file__
     except ModuleNotFoundError:
-        found = getattr(importlib.import_module(module), rest[0])
+        named = getattr(importlib.import_module(module), rest[0])
         file = importlib.import_module(module).__file__
     assert file is not None
-    return found, Path(file)
+    return named, Path(file)
 
 
 @pytest.mark.parametrize("kind, numbers", [("Table", range(1, 7)), ("Figure", range(1, 9))])
@@ -42,10 +42,10 @@ def test_every_equation_has_a_row() -> None:
 
 @pytest.mark.parametrize("name, file", NAMED, ids=[name for name, _ in NAMED])
 def test_what_the_page_names_is_in_the_file_that_it_links(name: str, file: str) -> None:
-    found, module = find(name)
+    named, module = locate(name)
     assert (ROOT / file).resolve() == module.resolve()
-    if not inspect.ismodule(found):
-        source = inspect.getsourcefile(inspect.unwrap(found))  # type: ignore[arg-type]
+    if not inspect.ismodule(named):
+        source = inspect.getsourcefile(inspect.unwrap(named))  # type: ignore[arg-type]
         assert source == str(module), f"{name} is only imported there"
 
 

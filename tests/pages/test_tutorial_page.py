@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from tests.support.commands import run
 from tests.support.markdown import blocks, commands, page
@@ -59,10 +59,10 @@ def test_the_tutorial_ends_with_a_student_and_its_tables(followed: tuple[Path, d
 
 
 def test_the_recipe_is_what_the_tutorial_says() -> None:
-    recipe = yaml.safe_load((ROOT / "params.yaml").read_text())["recipes"]["folder-small"]
+    recipe = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())["recipes"]["folder-small"]
     assert len(recipe["teachers"]) == 3 and recipe["teacher"]["weights"] == "none"
     assert recipe["views"]["default"]["count"] == recipe["student"]["epochs"] == 16
-    epochs = {each.get("epochs", recipe["teacher"]["epochs"]) for each in recipe["teachers"].values()}
+    epochs = {teacher.get("epochs", recipe["teacher"]["epochs"]) for teacher in recipe["teachers"].values()}
     assert (min(epochs), max(epochs)) == (6, 15)
     assert recipe["views"]["default"]["operations"] == {
         "rotation": 10.0, "translate": 0.1, "scale": 0.1, "mixing": "none",

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from pipeline.labels.teacher import top_classes
-from pipeline.losses import hybrid_loss, marginal_smoothing, soft_divergence
+from pipeline.losses import Targets, hybrid_loss, marginal_smoothing, soft_divergence
 
 HALVES = torch.zeros(1, 2)  # logits of the probabilities 1/2, 1/2
 FIFTHS = torch.tensor([[0.8, 0.2]])
@@ -59,8 +59,10 @@ def test_a_certain_teacher_at_temperature_1_is_hard_distillation() -> None:
         ours = soft_divergence(logits, certain, temperature)
         theirs = temperature**2 * functional.cross_entropy(logits / temperature, labels, reduction="none")
         torch.testing.assert_close(ours, theirs)
-    soft = hybrid_loss((logits, logits), labels, labels, torch.ones(3), certain, alpha=0.5, temperature=1.0)
-    torch.testing.assert_close(soft, hybrid_loss((logits, logits), labels, labels, torch.ones(3), labels, alpha=0.5))
+    soft, hard = (
+        hybrid_loss((logits, logits), Targets(labels, labels, torch.ones(3), teacher)) for teacher in (certain, labels)
+    )
+    torch.testing.assert_close(soft, hard)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 1000.0])
@@ -106,31 +108,33 @@ def test_any_k_leaves_distributions_that_keep_the_kept() -> None:
 
 def test_the_soft_hybrid_loss_weighs_both_terms_by_alpha() -> None:
     teacher = torch.tensor([[0.8, 0.2], [0.5, 0.5]])
-    truth = hybrid_loss((CLASS, DIST), Y1, Y2, LAM, teacher, alpha=0.0, temperature=2.0)
-    soft = hybrid_loss((CLASS, DIST), Y1, Y2, LAM, teacher, alpha=1.0, temperature=2.0)
+    truth = hybrid_loss((CLASS, DIST), Targets(Y1, Y2, LAM, teacher), alpha=0.0, temperature=2.0)
+    soft = hybrid_loss((CLASS, DIST), Targets(Y1, Y2, LAM, teacher), alpha=1.0, temperature=2.0)
     torch.testing.assert_close(soft, soft_divergence(DIST, teacher, 2.0).mean())
-    both = hybrid_loss((CLASS, DIST), Y1, Y2, LAM, teacher, alpha=0.3, temperature=2.0)
+    both = hybrid_loss((CLASS, DIST), Targets(Y1, Y2, LAM, teacher), alpha=0.3, temperature=2.0)
     torch.testing.assert_close(both, 0.7 * truth + 0.3 * soft)
 
 
 def test_confidence_weighs_the_samples_and_leaves_alpha_its_meaning() -> None:
     labels = torch.tensor([0, 1])
     terms = functional.cross_entropy(DIST, labels, reduction="none")
-    loss = hybrid_loss((CLASS, DIST), Y1, Y2, LAM, labels, alpha=1.0, confidence=torch.tensor([0.9, 0.3]))
+    loss = hybrid_loss((CLASS, DIST), Targets(Y1, Y2, LAM, labels, torch.tensor([0.9, 0.3])), alpha=1.0)
     assert loss.item() == pytest.approx((1.5 * terms[0].item() + 0.5 * terms[1].item()) / 2, rel=1e-6)
     for teacher in (labels, torch.tensor([[0.8, 0.2], [0.5, 0.5]])):
-        plain = hybrid_loss((CLASS, DIST), Y1, Y2, LAM, teacher, temperature=2.0)
-        alike = hybrid_loss((CLASS, DIST), Y1, Y2, LAM, teacher, temperature=2.0, confidence=torch.full((2,), 0.4))
+        plain = hybrid_loss((CLASS, DIST), Targets(Y1, Y2, LAM, teacher), temperature=2.0)
+        confident = Targets(Y1, Y2, LAM, teacher, torch.full((2,), 0.4))
+        alike = hybrid_loss((CLASS, DIST), confident, temperature=2.0)
         torch.testing.assert_close(alike, plain)
 
 
 def test_a_temperature_does_not_touch_hard_labels() -> None:
-    hot, cold = (hybrid_loss((CLASS, DIST), Y1, Y2, LAM, Y1, temperature=value) for value in (4.0, 1.0))
+    hot, cold = (hybrid_loss((CLASS, DIST), Targets(Y1, Y2, LAM, Y1), temperature=value) for value in (4.0, 1.0))
     assert torch.equal(hot, cold)
 
 
 def test_the_soft_loss_is_computed_in_float32_from_bf16_logits() -> None:
-    loss = hybrid_loss((CLASS.bfloat16(), DIST.bfloat16()), Y1, Y2, LAM, torch.full((2, 2), 0.5), temperature=2.0)
+    targets = Targets(Y1, Y2, LAM, torch.full((2, 2), 0.5))
+    loss = hybrid_loss((CLASS.bfloat16(), DIST.bfloat16()), targets, temperature=2.0)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, hybrid_loss((CLASS, DIST), Y1, Y2, LAM, torch.full((2, 2), 0.5), temperature=2.0),
-                               rtol=2e-2, atol=1e-2)  # fmt: skip
+    expected = hybrid_loss((CLASS, DIST), targets, temperature=2.0)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=1e-2)

@@ -28,7 +28,7 @@ from tests.support.project import ROOT, TEACHERS, Project, environment
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project in which both stages have been run. Tests that change anything copy it."""
     project = Project.create(tmp_path_factory.mktemp("finished"))
-    project.run("teacher-select")
+    assert f"{TEACHERS[1]} (teacher 2 of 2): epoch 1/" in project.run("teacher-select")
     for student in ("titn", "vit"):
         project.run("distill", "--student", student)
     return project

@@ -73,7 +73,7 @@ def test_a_new_project_is_examined_in_words(empty: Project) -> None:
     for words in (
         f"torch {torch.__version__}",
         "this is smoke",
-        "digits comes with scikit-learn",
+        "digits comes with this package",
         "0 of 4 stages that train or label are up to date",
         "disk: the recipe needs at most",
         "steps are eager",

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from PIL import Image
+from ruamel.yaml import YAML
 
 import pipeline
 from pipeline.data.datasets import Dataset
@@ -204,7 +204,7 @@ def test_the_papers_titn_in_bf16_takes_less_than_12_mb() -> None:
 def test_the_card_is_what_hubs_read_and_says_what_was_measured(exported: Project) -> None:
     card = (exported.path / "exported/README.md").read_text()
     _, front, text = card.split("---\n", 2)
-    fields = yaml.safe_load(front)
+    fields = YAML(typ="safe", pure=True).load(front)
     assert fields["library_name"] == "titn-pipeline" and fields["pipeline_tag"] == "image-classification"
     assert fields["license"] == "unknown" and "onnx" in fields["tags"]
     (entry,) = fields["model-index"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,5 +116,5 @@ def shown(text: str, length: int) -> str:
         text: Anything, such as the name of a class.
         length: At least 2.
     """
-    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    line = printable(text)
     return line if len(line) <= length else f"{line[: length - 1]}…"

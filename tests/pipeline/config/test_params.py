@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
-from pipeline.config.params import load_params, override, parse_params
+from pipeline.config.params import Params, load_params, override, parse_params
 from pipeline.config.recipes import StudentRecipe, deciding_values
 from pipeline.errors import UsageError
 
 FILE = Path(__file__).parents[3] / "params.yaml"
-TREE = yaml.safe_load(FILE.read_text())
+TREE = YAML(typ="safe", pure=True).load(FILE.read_text())
+STUDENT = StudentRecipe(model="titn", epochs=3, batch_size=8, lr=0.1)
 
 
 def test_every_recipe_of_the_project_loads() -> None:
@@ -112,16 +113,33 @@ def test_a_missing_key_is_named() -> None:
         parse_params(tree)
 
 
+def params_with_lr(tmp_path: Path, scalar: str) -> Params:
+    file, text = tmp_path / "params.yaml", FILE.read_text()
+    assert "lr: 0.0007" in text
+    file.write_text(text.replace("lr: 0.0007", f"lr: {scalar}", 1))
+    return load_params(file)
+
+
+@pytest.mark.parametrize(
+    ("scalar", "value"),
+    [("1e-3", 0.001), ("1E-5", 1e-5), (".5", 0.5), ("1.", 1.0), ("+3", 3.0), ("0x1F", 31.0), ("1_0", 10.0),
+     ("010", 10.0)],
+)  # fmt: skip
+def test_a_number_is_what_dvc_reads(tmp_path: Path, scalar: str, value: float) -> None:
+    assert override(STUDENT, {"lr": scalar}, "titn") == dataclasses.replace(STUDENT, lr=value)
+    assert params_with_lr(tmp_path, scalar) == params_with_lr(tmp_path, f"{value:.5f}") != load_params(FILE)
+
+
 @pytest.mark.parametrize(
     "scalar",
-    ["1e-3", "1E5", "no", "Yes", "on", "off", "010", "0o10", "0x1F", "1_000", ".5", "1.", "+3", "1:30", ".inf", ".nan",
-     "2026-01-01", "True", "NULL", "1.0e5", "!!python/object:os.system x", "*alias"],
+    ["no", "Yes", "on", "True", "NULL", "1:30", ".inf", ".nan", "1e400", "2026-01-01", "2026-13-45", "1,000", "0o9",
+     "9" * 31, "=", "!!float 1", "!!python/object:os.system x", "*alias", "&anchor 0.1", "'0.1'"],
 )  # fmt: skip
-def test_a_scalar_that_parsers_read_differently_is_refused(tmp_path: Path, scalar: str) -> None:
-    file = tmp_path / "params.yaml"
-    file.write_text(FILE.read_text().replace("lr: 0.0007", f"lr: {scalar}", 1))
+def test_what_is_no_number_is_refused(tmp_path: Path, scalar: str) -> None:
     with pytest.raises(UsageError):
-        load_params(file)
+        params_with_lr(tmp_path, scalar)
+    with pytest.raises(UsageError):
+        override(STUDENT, {"lr": scalar}, "titn")
 
 
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
@@ -145,9 +163,9 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         load_params(tmp_path / "params.yaml")
 
 
-def test_dvcs_parser_reads_the_same_values() -> None:
-    ruamel = pytest.importorskip("ruamel.yaml", reason="comes with the extra dvc")
-    assert ruamel.YAML(typ="safe", pure=True).load(FILE.read_text()) == TREE
+def test_dvc_reads_the_same_values() -> None:
+    serialize = pytest.importorskip("dvc.utils.serialize", reason="comes with the extra dvc")
+    assert serialize.load_yaml(FILE) == TREE
 
 
 def _paths(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -181,15 +199,14 @@ def test_any_value_anywhere_is_accepted_whole_or_refused_in_one_line(path: tuple
 
 
 def test_overrides_are_checked_like_the_file() -> None:
-    recipe = StudentRecipe(model="titn", epochs=3, batch_size=8, lr=0.1)
-    assert override(recipe, {"epochs": "5", "lr": "0.01"}, "titn") == dataclasses.replace(recipe, epochs=5, lr=0.01)
+    assert override(STUDENT, {"epochs": "5", "lr": "0.01"}, "titn") == dataclasses.replace(STUDENT, epochs=5, lr=0.01)
     for settings_, words in (
         ({"epochs": "0"}, "titn.epochs"),
         ({"epoch": "5"}, "unknown key"),
-        ({"lr": "1e-3"}, "1e-3"),
+        ({"lr": "a: 1\na: 2"}, "--set lr=.* line 2: the key 'a' is given twice; keep one"),
     ):
         with pytest.raises(UsageError, match=words):
-            override(recipe, settings_, "titn")
+            override(STUDENT, settings_, "titn")
 
 
 def test_a_later_field_at_its_default_leaves_former_results_up_to_date() -> None:

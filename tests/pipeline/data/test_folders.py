@@ -1,35 +1,20 @@
-"""Images of every mode and format against hand-written pixels; folders whole, odd and damaged."""
+"""Image folders whole, odd and damaged; images wherever they lie, read a batch ahead."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipeline.data import images
-from pipeline.data.folders import read_folder
-from pipeline.data.images import BadFile, read_image, to_rgb
+from pipeline.data.folders import ImageFile, find_images, find_labelled_images, read_folder, read_images
+from pipeline.data.images import BadFile
 from pipeline.errors import DataError, StorageError, UsageError
-
-RED, GREEN, WHITE, ROSE = [255, 0, 0], [0, 255, 0], [255, 255, 255], [255, 127, 127]
-BLUE_NEXT = {"save_all": True, "append_images": [Image.new("RGB", (2, 2), "blue")]}
-
-
-def grey(*rows):
-    return Image.fromarray(np.array(rows, np.uint8))
-
-
-def palette():
-    image = Image.new("P", (2, 2))
-    image.putpalette([*RED, *GREEN])
-    image.putpixel((1, 0), 1)
-    return image
-
-
-def noise(width=9, height=7, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def make_folder(root, files):
@@ -52,131 +37,6 @@ def order_of(split):
 
 def png(number=0):
     return Image.new("RGB", (3, 3), (number, 0, 0))
-
-
-# --- one image ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "options", "expected"),
-    [
-        ("grey.png", grey([0, 7], [128, 255]), {}, [[0] * 3, [7] * 3, [128] * 3, WHITE]),
-        ("grey.pgm", grey([0, 7], [128, 255]), {}, [[0] * 3, [7] * 3, [128] * 3, WHITE]),
-        ("bits.png", grey([0, 255], [255, 0]).convert("1"), {}, [[0] * 3, WHITE, WHITE, [0] * 3]),
-        ("key.png", grey([0, 7], [128, 255]), {"transparency": 7}, [[0] * 3, WHITE, [128] * 3, WHITE]),
-        ("rgb.ppm", Image.new("RGB", (2, 2), (1, 2, 3)), {}, [[1, 2, 3]] * 4),
-        ("rgb.bmp", Image.new("RGB", (2, 2), (1, 2, 3)), {}, [[1, 2, 3]] * 4),
-        ("rgb.webp", Image.new("RGB", (2, 2), (1, 2, 3)), {"lossless": True}, [[1, 2, 3]] * 4),
-        ("palette.png", palette(), {}, [RED, GREEN, RED, RED]),
-        ("palette.bmp", palette(), {}, [RED, GREEN, RED, RED]),
-        ("hole.png", palette(), {"transparency": 0}, [WHITE, GREEN, WHITE, WHITE]),
-        ("glass.png", palette(), {"transparency": bytes([128, 255])}, [ROSE, GREEN, ROSE, ROSE]),
-        ("alpha.png", Image.new("RGBA", (2, 2), (0, 255, 0, 0)), {}, [WHITE] * 4),
-        ("alpha.webp", Image.new("RGBA", (2, 2), (0, 0, 255, 255)), {"lossless": True}, [[0, 0, 255]] * 4),
-        ("grey_alpha.png", Image.merge("LA", [grey([10, 10], [10, 0]), grey([0, 255], [128, 0])]), {},
-         [WHITE, [10] * 3, [132] * 3, WHITE]),
-        ("ink.jpg", Image.new("CMYK", (2, 2), (0, 255, 255, 0)), {}, [RED] * 4),
-        ("moving.webp", Image.new("RGB", (2, 2), "red"), {**BLUE_NEXT, "lossless": True}, [RED] * 4),
-        ("moving.png", Image.new("RGB", (2, 2), "red"), BLUE_NEXT, [RED] * 4),
-    ],
-)  # fmt: skip
-def test_every_mode_and_format_gives_the_colours_one_sees(tmp_path, name, image, options, expected):
-    image.save(tmp_path / name, **options)
-    pixels = read_image(tmp_path / name, 2)
-    assert pixels.dtype == np.uint8 and pixels.shape == (2, 2, 3)
-    assert pixels.reshape(4, 3).tolist() == expected
-
-
-def test_grey_of_16_bits_is_scaled_and_rounded_not_clipped(tmp_path):
-    levels = np.array([[0, 128, 129], [385, 386, 1000], [32768, 65407, 65535]], np.uint16)
-    expected = [0, 0, 1, 1, 2, 4, 128, 255, 255]
-    assert expected == [round(level / 257) for level in levels.ravel()]
-    Image.fromarray(levels).save(tmp_path / "deep.png")
-    (tmp_path / "deep.pgm").write_bytes(b"P5 3 3 65535\n" + levels.astype(">u2").tobytes())
-    for name in ("deep.png", "deep.pgm"):
-        assert read_image(tmp_path / name, 3)[..., 1].ravel().tolist() == expected
-
-
-def test_grey_of_12_bits_fills_the_whole_range(tmp_path):
-    (tmp_path / "deep.pgm").write_bytes(b"P5 2 2 4095\n" + np.array([0, 16, 2048, 4095], ">u2").tobytes())
-    assert read_image(tmp_path / "deep.pgm", 2)[..., 0].ravel().tolist() == [0, 1, 128, 255]
-
-
-def test_floating_point_pixels_are_refused(tmp_path):
-    (tmp_path / "deep.ppm").write_bytes(b"Pf\n2 2\n-1.0\n" + bytes(16))
-    with pytest.raises(DataError, match="floating-point"):
-        read_image(tmp_path / "deep.ppm", 2)
-
-
-def test_resizing_is_pillows_bilinear_and_left_out_where_it_need_not_be():
-    image = noise(9, 7)
-    assert np.array_equal(to_rgb(image, 5), np.asarray(image.resize((5, 5), Image.Resampling.BILINEAR)))
-    square = noise(6, 6)
-    assert np.array_equal(to_rgb(square, 6), np.asarray(square))
-
-
-@pytest.mark.parametrize("suffix", ["png", "webp"])
-@pytest.mark.parametrize("orientation", range(10))
-def test_a_photograph_is_upright_whatever_its_exif_orientation(tmp_path, orientation, suffix):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / f"photo.{suffix}"
-    noise().save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
-    with Image.open(path) as image:
-        assert np.array_equal(read_image(path, 8), to_rgb(ImageOps.exif_transpose(image), 8))
-
-
-@pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0garbage!", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b""])
-@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_metadata_does_not_spoil_the_pixels(tmp_path, exif, suffix):
-    noise().save(tmp_path / f"photo.{suffix}", exif=exif)
-    noise().save(tmp_path / f"plain.{suffix}")
-    assert np.array_equal(read_image(tmp_path / f"photo.{suffix}", 7), read_image(tmp_path / f"plain.{suffix}", 7))
-
-
-def test_a_format_is_known_by_its_content_and_only_those_allowed_are_interpreted(tmp_path):
-    noise().save(tmp_path / "really.png", format="BMP")
-    assert np.array_equal(read_image(tmp_path / "really.png", 7), to_rgb(noise(), 7))
-    for name, form in (("a.png", "GIF"), ("b.png", "TIFF"), ("c.png", "EPS")):
-        noise().save(tmp_path / name, format=form)
-        with pytest.raises(DataError, match="not an image of a known format"):
-            read_image(tmp_path / name, 7)
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "ppm"])
-def test_a_file_cut_anywhere_is_refused_or_whole(tmp_path, suffix):
-    path = tmp_path / f"photo.{suffix}"
-    noise(16, 16).save(path)
-    content, whole = path.read_bytes(), read_image(path, 16)
-    num_refused = 0
-    for length in range(0, len(content), max(1, len(content) // 60)):
-        path.write_bytes(content[:length])
-        try:
-            assert np.array_equal(read_image(path, 16), whole)
-        except DataError as error:
-            assert "\n" not in str(error)
-            num_refused += 1
-    assert num_refused >= 50
-
-
-def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    header_only = b"P6 12 10 255\n"
-    (tmp_path / "big.ppm").write_bytes(header_only)
-    with pytest.raises(DataError, match="12 x 10 pixels, more than 100"):
-        read_image(tmp_path / "big.ppm", 4)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_000, 20_000])
-def test_what_pillow_takes_for_a_decompression_bomb_is_refused(tmp_path, side):
-    (tmp_path / "bomb.ppm").write_bytes(f"P6 {side} {side} 255\n".encode())
-    with pytest.raises(DataError, match="more than 64000000"):
-        read_image(tmp_path / "bomb.ppm", 4)
-
-
-# --- folders -----------------------------------------------------------------------------------------------
 
 
 def test_classes_and_images_are_ordered_by_bytes(tmp_path):
@@ -332,21 +192,124 @@ def test_an_image_that_may_not_be_read_is_a_bad_file(tmp_path, monkeypatch):
     def refuse(path, formats):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(images.Image, "open", refuse)
+    monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(DataError, match=r"2 bad: train/a/x.png \(cannot be read: Permission denied\)"):
         read_folder(tmp_path, 3, skip_bad=False)
 
 
-def test_a_files_content_is_read_as_the_file_is(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    noise().save(tmp_path / "photo.png", exif=exif)
-    content = (tmp_path / "photo.png").read_bytes()
-    assert np.array_equal(read_image(content, 5), read_image(tmp_path / "photo.png", 5))
-    for damaged, words in (
-        (b"", "empty"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0", "known format"),
-        (content[:90], "cannot be read"),
-    ):
-        with pytest.raises(DataError, match=words):
-            read_image(damaged, 5)
+# --- images of any depth ---------------------------------------------------------------------------------
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def listed(path: Path, left_out: Counter[str] | None = None) -> list[str]:
+    files = find_images(path, Counter() if left_out is None else left_out)
+    return [
+        os.fsdecode(os.path.relpath(file.path, path)) if file.problem is None else f"!{file.problem}" for file in files
+    ]
+
+
+def test_images_of_any_depth_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "b/z.png", "b/a/1.PNG", "a.jpg", "é.bmp", "z.webp", "B.ppm", os.fsdecode(b"b/\xff.pgm"), "c.png/1.png"
+    )
+    expected = ["B.ppm", "a.jpg", "b/a/1.PNG", "b/z.png", os.fsdecode(b"b/\xff.pgm"), "c.png/1.png", "z.webp", "é.bmp"]
+    assert listed(tmp_path) == expected
+
+
+def test_other_files_are_counted_and_what_desktops_leave_is_not(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "a.mp4", "d/b.MP4", "d/c", ".hidden.png", ".cache/1.png", "Thumbs.db", "notes.txt")
+    left_out: Counter[str] = Counter()
+    assert listed(tmp_path, left_out) == ["1.png"]
+    assert left_out == {".mp4": 2, "": 1}
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    touch(tmp_path, "in/1.png", "elsewhere/2.png")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/out").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/same").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/3.png").symlink_to(tmp_path / "elsewhere/2.png")
+    (tmp_path / "in/broken.png").symlink_to(tmp_path / "nothing")
+    assert listed(tmp_path / "in") == ["1.png", "3.png", "!cannot be read: No such file or directory", "out/2.png"]
+
+
+def test_what_is_not_there_is_a_problem_and_not_an_error(tmp_path: Path) -> None:
+    assert listed(tmp_path / "nothing") == ["!no such file or folder"]
+    assert listed(tmp_path / ("x" * 300)) == ["!cannot be read: File name too long"]
+    (only,) = listed(tmp_path)
+    assert only.startswith("!no image in it")
+    touch(tmp_path, "any.name")
+    assert listed(tmp_path / "any.name") == ["."], "a file that is named is taken whatever its suffix"
+
+
+def test_images_are_read_at_most_two_batches_ahead_in_order_with_their_problems(tmp_path: Path) -> None:
+    for number in range(10):
+        Image.new("RGB", (3, 3), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "4.png").write_bytes(b"")
+    asked: list[int] = []
+
+    def files() -> Iterator[ImageFile]:
+        for number in range(10):
+            asked.append(number)
+            yield ImageFile(tmp_path / f"{number}.png", label=number)
+
+    batches = read_images(files(), 2, 2)
+    first = next(batches)
+    assert len(asked) <= 6, "two batches beyond the one in hand"
+    rest = [file for batch in batches for file in batch]
+    reds = [None if file.pixels is None else int(file.pixels[0, 0, 0]) for file in (*first, *rest)]
+    assert reds == [0, 1, 2, 3, None, 5, 6, 7, 8, 9]
+    assert [file.label for file in (*first, *rest)] == list(range(10))
+    assert [file.problem for file in rest if file.problem] == ["empty"]
+
+
+def test_closing_the_reader_leaves_no_thread_behind(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "1.png")
+    before = threading.active_count()
+    batches = read_images((ImageFile(tmp_path / "1.png") for _ in range(50)), 2, 2)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
+
+
+# Folders with a folder for each class
+
+
+@pytest.mark.parametrize("split", ["", "test/"])
+def test_labels_go_by_the_names_of_folders(tmp_path: Path, split: str) -> None:
+    touch(tmp_path, f"{split}dog/2.png", f"{split}ant/1.png")
+    if split:
+        touch(tmp_path, "train/unknown/1.png", "readme.json")
+    files, bad = find_labelled_images(tmp_path, ("cat", "dog", "ant"))
+    assert [(file.path.name, file.label) for file in files] == [("1.png", 2), ("2.png", 1)]
+    assert bad == []
+
+
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
+    touch(tmp_path, "test/1.png", "rest/2.png")
+    files, _ = find_labelled_images(tmp_path, ("rest", "test"))
+    assert [file.label for file in files] == [0, 1]
+
+
+def test_what_is_in_no_class_is_bad_and_an_unknown_class_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.png", "loose.png", "cat/film.mp4", "cat/deep/1.png")
+    _, bad = find_labelled_images(tmp_path, ("cat", "dog"))
+    assert {file.path for file in bad} == {"loose.png", "cat/film.mp4", "cat/deep"}
+    touch(tmp_path, "Cat/1.png")
+    with pytest.raises(DataError, match=r"/Cat: not one of the model's 2 classes \(cat, dog\); rename or remove"):
+        find_labelled_images(tmp_path, ("cat", "dog"))
+    with pytest.raises(DataError, match=r"12 classes \(0, 1, .*, 9, \.\.\.\)"):
+        find_labelled_images(tmp_path, tuple(map(str, range(12))))
+
+
+def test_a_folder_without_images_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="no image in it"):
+        find_labelled_images(tmp_path, ("cat", "dog"))
+    with pytest.raises(UsageError, match="no such folder"):
+        find_labelled_images(tmp_path / "nothing", ("cat", "dog"))

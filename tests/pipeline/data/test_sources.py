@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torchvision.datasets
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from pipeline.config.recipes import DatasetRecipe, LabelRecipe, Recipe, SelectRecipe
 from pipeline.data import sources
-from pipeline.data.sources import read_source
+from pipeline.data.sources import load_digits, read_source
 from pipeline.errors import DataError, StorageError, UsageError
 
 DIGITS_SHA256 = "67f9bfeb5259416f071d9d2623d1ef6b9b4ca13bf19ef4afa285c9c7bb03c7d5"
@@ -47,14 +47,23 @@ def test_digits_are_the_same_data_set_for_everybody(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_bundled_digits_are_scikit_learns():
+    levels, labels = load_digits()
+    theirs = sklearn.datasets.load_digits()
+    assert np.array_equal(levels, theirs.images) and np.array_equal(labels, theirs.target)
+    assert levels.dtype == np.float64 and labels.dtype == np.int64
+    file = Path(sources.__file__).with_name("digits.csv.gz")
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in file.with_name("digits.txt").read_text()
+
+
 def test_digits_of_their_own_size_are_grey_levels_scaled_to_255(tmp_path):
     dataset, _ = read_source(make_recipe("digits", image_size=8), raw=tmp_path)
-    levels = load_digits().images
+    levels, labels = load_digits()
     images = {image.tobytes(): label for image, label in zip(dataset.test.images, dataset.test.labels, strict=True)}
     scaled = np.stack([np.round(levels * 255 / 16).astype(np.uint8)] * 3, axis=-1)
-    found = [index for index, image in enumerate(scaled) if image.tobytes() in images]
-    assert len(found) == 360
-    assert [images[scaled[index].tobytes()] for index in found] == load_digits().target[found].tolist()
+    tested = [index for index, image in enumerate(scaled) if image.tobytes() in images]
+    assert len(tested) == 360
+    assert [images[scaled[index].tobytes()] for index in tested] == labels[tested].tolist()
 
 
 def test_the_validation_split_leaves_the_test_split_as_it_was(tmp_path):

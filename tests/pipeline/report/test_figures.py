@@ -105,7 +105,7 @@ def test_a_class_may_have_any_name(name: str) -> None:
 
 def test_texts_fit_their_place() -> None:
     assert shown("abcdef", 6) == "abcdef" and shown("abcdefg", 6) == "abcde…"
-    assert shown("a\tb", 6) == "a�b"
+    assert shown("a\tb", 6) == "a\\tb"
 
 
 def test_forty_curves_can_be_told_apart_in_greyscale() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from pipeline.config.params import load_params
 from pipeline.report import paper
-from pipeline.report.progress import RunWatcher
+from pipeline.report.progress import Position, RunWatcher
 from pipeline.report.tables import Table, difference, number
+from pipeline.system.stopping import StopSignal
+from stages.shared.context import Context
+from tests.support.project import ROOT
 
 ROW: dict[str, Any] = {
     "epoch": 1, "lr": 0.1, "train_loss": 1.5, "top1": 50.0, "top5": 90.0, "agreement": None,
@@ -69,6 +74,41 @@ def test_a_resumed_run_says_where_it_goes_on() -> None:
     with RunWatcher(out, "titn", 100) as watcher:
         watcher.started(2, 10, 1, 3)
     assert file.getvalue() == "titn: going on from epoch 2, step 3\n"
+
+
+def test_a_line_says_how_long_the_rest_of_the_command_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pipeline.report.progress.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    out, file = console(terminal=False)
+
+    def lines(position: Position | None, *, seconds: float = 30.0, step: int = 0) -> list[str]:
+        file.seek(0)
+        file.truncate()
+        with RunWatcher(out, "vgg16", 100, position) as watcher:
+            watcher.started(3, 10, 0, step)
+            for epoch in (1, 2, 3):
+                clock[0] += seconds
+                watcher.epoch_ended({**ROW, "epoch": epoch})
+        return [line.partition("images/s")[2] for line in file.getvalue().splitlines() if "images/s" in line]
+
+    assert lines(None) == [", about 60 s left", ", about 30 s left", ""]
+    ends = lines(Position("teacher", 2, 8, epochs_after=18))
+    assert ends == [f", about {minutes} min left for all teachers" for minutes in (10, 10, 9)]
+    assert file.getvalue().startswith("vgg16 (teacher 2 of 8): epoch 1/3, ")
+    assert lines(Position("teacher", 8, 8, epochs_after=0), seconds=7200)[1:] == [
+        ", about 2 h left for all teachers",
+        "",
+    ]
+    assert lines(None, step=4) == ["", ", about 30 s left", ""], "a part of an epoch tells nothing"
+
+
+def test_runs_in_turn_know_their_position() -> None:
+    params = load_params(ROOT / "params.yaml")
+    context = Context(params, params.select("smoke"), Console(quiet=True), StopSignal())
+    positions = [context.position for _ in context.in_turn("seed", ("a", "b", "c"), (2, 0, 5))]
+    assert positions == [Position("seed", index, 3, after) for index, after in ((1, 5), (2, 5), (3, 0))]
+    assert context.position is None
+    assert [context.position for _ in context.in_turn("seed", (0,), (2,))] == [None], "one run is the whole command"
 
 
 def test_a_terminal_gets_a_bar() -> None:

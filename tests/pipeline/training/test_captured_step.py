@@ -12,17 +12,17 @@ from torch import Tensor
 from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.errors import Interrupted, UsageError
 from pipeline.labels.source import TeacherAnswer
+from pipeline.losses import training_loss
 from pipeline.models.students import build_student, use_inner_block
 from pipeline.system.runtime import Ranks
 from pipeline.system.stopping import StopSignal
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState
-from pipeline.training.distributed import ALONE, Group
-from pipeline.training.fit import Fit, FitResult
+from pipeline.training.distributed import Group
+from pipeline.training.execution import Execution
+from pipeline.training.fit import Fit, FitResult, Session
 from pipeline.views.views import Views
-from stages.distill import micro_batch_on
-from stages.shared.execution import execution
-from tests.pipeline.training.test_fit import MEAN, NUM_CLASSES, STD, VIEW_RECIPE, Watcher, images_and_labels, objective
+from tests.pipeline.training.test_fit import MEAN, NUM_CLASSES, STD, VIEW_RECIPE, Watcher, images_and_labels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -49,15 +49,12 @@ def make_fit(
             Views(images, labels, VIEW_RECIPE), MEAN, STD, VIEW_RECIPE.count, lambda view, indices, _: answer(indices)
         ),
         evaluation=EvaluationData(images, labels, MEAN, STD, NUM_CLASSES, teacher_labels),
-        objective=objective,
+        objective=training_loss,
         recipe=FitRecipe(**{"epochs": 8, "batch_size": 16, "lr": 0.05, "clip": 1.0, "warmup_epochs": 1.0, **settings}),
-        precision="fp32",
         seed=3,
-        state=RunState(directory, "fingerprint"),
-        watcher=watcher or Watcher(),
-        stop=stop or StopSignal(),
-        captured=captured,
         ema=ema,
+        execution=Execution(step="graph" if captured else "eager"),
+        session=Session(RunState(directory, "fingerprint"), watcher or Watcher(), stop or StopSignal()),
     )
 
 
@@ -68,7 +65,7 @@ def fit(directory: Path, **settings: Any) -> tuple[FitResult, dict[str, Tensor]]
 
 
 def answer(indices: Tensor) -> TeacherAnswer:
-    """A teacher that knows nothing but its own mind."""
+    """Labels that have nothing to do with the images."""
     return TeacherAnswer(indices % NUM_CLASSES)
 
 
@@ -108,11 +105,11 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, captured: bool) -> None:
     assert run.average is not None
     for epoch in range(2):  # the second is past warming up and capturing
         batches = run.data.batches(epoch, [share.indices for share in run._shares(torch.arange(50))])
-        run._step(next(batches), 1.0)
+        run.step(next(batches))
         torch.cuda.set_sync_debug_mode("error" if epoch else "default")
         try:
             for step, batch in enumerate(batches):
-                run._step(batch, 1.0)
+                run.step(batch)
                 run.average.update(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -121,19 +118,19 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, captured: bool) -> None:
 def test_a_graph_is_refused_where_there_is_none() -> None:
     recipe = FitRecipe(epochs=1, batch_size=8, lr=0.1, step="graph")
     with pytest.raises(UsageError, match="step: graph: there are no CUDA graphs on cpu; use auto or eager"):
-        execution(recipe, CPU, ALONE)
+        Execution.of(recipe, CPU)
     with pytest.raises(UsageError, match="there are no CUDA graphs with 2 processes"):
-        execution(recipe, CUDA, Group(Ranks(0, 2, 0)))
+        Execution.of(recipe, CUDA, Group(Ranks(0, 2, 0)))
 
 
 def test_the_device_decides_what_a_recipe_leaves_open() -> None:
     recipe = StudentRecipe(model="titn", epochs=1, batch_size=1024, lr=0.1, precision="fp32")
-    on_cpu = execution(recipe, CPU, ALONE, micro_batch=micro_batch_on(CPU, recipe), inner_block="c++")
+    on_cpu = Execution.of(recipe, CPU, inner_block="c++")
     assert (on_cpu.step, on_cpu.micro_batch) == ("eager", 128)
     assert on_cpu.describe(CPU, 1024).endswith("; fp32; inner block c++; batch 1024 in parts of 128")
     assert on_cpu.describe(CPU, 64).endswith("; batch 64")
     assert on_cpu.describe(CPU, 64, 0.9995).endswith("; batch 64; EMA 0.9995")
-    on_gpu = execution(recipe, CUDA, ALONE, micro_batch=micro_batch_on(CUDA, recipe))
+    on_gpu = Execution.of(recipe, CUDA)
     assert (on_gpu.step, on_gpu.micro_batch) == ("graph", None)
-    several = execution(recipe, CUDA, Group(Ranks(0, 2, 0)))
+    several = Execution.of(recipe, CUDA, Group(Ranks(0, 2, 0)))
     assert several.step == "eager"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, Interrupted, NumericalError, PipelineError, UsageError
 from pipeline.labels.source import TeacherAnswer
+from pipeline.losses import training_loss
 from pipeline.system.runtime import Ranks
 from pipeline.system.stopping import StopSignal
 from pipeline.training import fit as training
@@ -23,7 +24,7 @@ from pipeline.training.batches import EvaluationData
 from pipeline.training.distributed import ALONE, Group, join
 from pipeline.training.evaluation import Predictions, evaluate
 from pipeline.training.metrics import Scores
-from tests.pipeline.training.test_fit import SIZE, Watcher, make_fit, weighing_objective
+from tests.pipeline.training.test_fit import SIZE, Watcher, make_fit
 from tests.support.ranks import on_ranks
 
 CLASSES = 3
@@ -52,7 +53,6 @@ def train_student(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """50 samples in batches of 16, 16, 16 and 2."""
     fit = make_fit(directory, model=TwoHeads(), teacher_labels=teacher, group=group, micro_batch=micro_batch, ema=ema)
-    fit.objective = weighing_objective
     return fit.run().curve, fit.model.state_dict()
 
 
@@ -153,17 +153,15 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_they_go_on_alike(tm
 
 
 def train_to_a_loss_that_is_not_finite(group: Group, directory: Path) -> None:
-    fit = make_fit(directory, model=TwoHeads(), teacher_labels=teacher, group=group)
     calls = 0
 
     def objective(outputs: Any, batch: Any) -> Tensor:
         nonlocal calls
         calls += 1
         # No gradient: nothing but the flag tells the other rank.
-        return weighing_objective(outputs, batch) + (math.inf if calls == 6 and group.rank == 1 else 0.0)
+        return training_loss(outputs, batch) + (math.inf if calls == 6 and group.rank == 1 else 0.0)
 
-    fit.objective = objective
-    fit.run()
+    make_fit(directory, model=TwoHeads(), teacher_labels=teacher, objective=objective, group=group).run()
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_the_same_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import signal
@@ -19,16 +20,17 @@ from pipeline.errors import Interrupted, NumericalError
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
 from pipeline.labels.teacher import Teacher, label_view
-from pipeline.losses import Outputs, hybrid_loss, mixed_cross_entropy
+from pipeline.losses import Outputs, training_loss
 from pipeline.models.students import STUDENTS, build_student
 from pipeline.system.stopping import StopSignal
 from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
 from pipeline.training.checkpoints import RunState, load_checkpoint
 from pipeline.training.distributed import ALONE, Group
 from pipeline.training.evaluation import evaluate
-from pipeline.training.fit import Fit
+from pipeline.training.execution import Execution
+from pipeline.training.fit import Fit, Session
 from pipeline.training.resuming import FitResult
-from pipeline.training.step import train_step
+from pipeline.training.step import Objective, train_step
 from pipeline.views.views import Views, normalize
 
 NUM_CLASSES, SIZE, NUM_TRAIN = 3, 8, 50
@@ -90,23 +92,6 @@ class Bomb(nn.Module):
         return logits * math.nan if self.calls == 6 else logits
 
 
-def objective(outputs: Outputs, batch: Batch) -> Tensor:
-    if isinstance(outputs, tuple):
-        assert batch.teacher_labels is not None
-        return hybrid_loss(outputs, batch.labels, batch.partner_labels, batch.lam, batch.teacher_labels)
-    return mixed_cross_entropy(outputs, batch.labels, batch.partner_labels, batch.lam)
-
-
-def weighing_objective(outputs: Outputs, batch: Batch) -> Tensor:
-    if not isinstance(outputs, tuple):
-        return objective(outputs, batch)
-    assert batch.teacher_labels is not None
-    return hybrid_loss(
-        outputs, batch.labels, batch.partner_labels, batch.lam, batch.teacher_labels,
-        confidence=batch.confidence, mean_confidence=batch.mean_confidence,
-    )  # fmt: skip
-
-
 def evaluation() -> EvaluationData:
     images, labels = images_and_labels(30, seed=1)
     return EvaluationData(images, labels, MEAN, STD, NUM_CLASSES)
@@ -119,6 +104,7 @@ def make_fit(
     watcher: Watcher | None = None,
     stop: StopSignal | None = None,
     teacher_labels: TeacherLabels | None = None,
+    objective: Objective = training_loss,
     group: Group = ALONE,
     micro_batch: int | None = None,
     ema: float = 0.0,
@@ -132,14 +118,10 @@ def make_fit(
         evaluation=evaluation(),
         objective=objective,
         recipe=recipe,
-        precision="fp32",
         seed=3,
-        state=RunState(directory, "fingerprint"),
-        watcher=watcher or Watcher(),
-        stop=stop or StopSignal(),
-        group=group,
-        micro_batch=micro_batch,
         ema=ema,
+        execution=Execution(micro_batch=micro_batch, group=group),
+        session=Session(RunState(directory, "fingerprint"), watcher or Watcher(), stop or StopSignal()),
     )
 
 
@@ -216,8 +198,8 @@ def test_the_parts_of_a_batch_have_its_loss_gradients_and_weights(student: str, 
     images, labels = images_and_labels(13, seed=5)
     teacher_labels, confidence = labels.roll(1), torch.linspace(0.1, 0.9, 13)
     batch = Batch(
-        normalize(images, MEAN, STD), labels, labels.roll(2), torch.linspace(0.2, 1.0, 13), teacher_labels,
-        confidence, confidence.mean(),
+        labels, labels.roll(2), torch.linspace(0.2, 1.0, 13), teacher_labels, confidence, confidence.mean(),
+        images=normalize(images, MEAN, STD),
     )  # fmt: skip
 
     def step(micro_batch: int | None) -> tuple[Tensor, nn.Module]:
@@ -225,7 +207,7 @@ def test_the_parts_of_a_batch_have_its_loss_gradients_and_weights(student: str, 
         model = build_student(student, num_classes=NUM_CLASSES, image_size=SIZE, patch_size=4, width=12, depth=1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         settings: dict[str, Any] = {"clip": clip, "precision": "fp32", "micro_batch": micro_batch}
-        loss, finite = train_step(model, batch, weighing_objective, optimizer, **settings)
+        loss, finite = train_step(model, batch, training_loss, optimizer, **settings)
         assert finite
         return loss, model
 
@@ -251,7 +233,7 @@ def test_state_is_saved_once_a_minute(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("pipeline.training.fit.time.monotonic", tick)
     saved: list[float] = []
     fit = make_fit(tmp_path, epochs=50)
-    monkeypatch.setattr(fit.state, "save", lambda *arguments: saved.append(clock[0]))
+    monkeypatch.setattr(fit.session.state, "save", lambda *arguments: saved.append(clock[0]))
     fit.run()
     assert len(saved) >= 2
     assert all(60.0 <= later - earlier <= 70.0 for earlier, later in itertools.pairwise(saved))
@@ -261,12 +243,13 @@ def test_a_run_without_a_state_ends_alike_and_writes_nothing(tmp_path: Path) -> 
     whole, _ = run(tmp_path / "whole")
     torch.manual_seed(7)
     plain = make_fit(tmp_path / "nowhere")
-    plain.state = None
+    plain.session = dataclasses.replace(plain.session, state=None)
     assert plain.run().curve == whole.curve
     stop = StopSignal()
     stopped = make_fit(tmp_path / "nowhere", stop=stop, watcher=Watcher(stop, stop_at=2))
     broken = make_fit(tmp_path / "nowhere", model=Bomb())
-    stopped.state = broken.state = None
+    for fit in (stopped, broken):
+        fit.session = dataclasses.replace(fit.session, state=None)
     with pytest.raises(Interrupted):
         stopped.run()
     with pytest.raises(NumericalError, match=r"epoch 2, step 2, .* nothing is kept"):
@@ -416,15 +399,13 @@ def test_cached_and_online_labels_give_the_same_loss_at_every_step(tmp_path: Pat
         model = build_student(
             "titn", num_classes=NUM_CLASSES, image_size=SIZE, patch_size=4, pixel_size=2, width=12, depth=1
         )
-        fit = make_fit(directory, model=model, teacher_labels=teacher_labels)
 
         def recording(outputs: Outputs, batch: Batch) -> Tensor:
-            loss = objective(outputs, batch)
+            loss = training_loss(outputs, batch)
             seen.append(loss.item())
             return loss
 
-        fit.objective = recording
-        fit.run()
+        make_fit(directory, model=model, teacher_labels=teacher_labels, objective=recording).run()
         return seen
 
     cached = losses(cached_labels(cache, torch.device("cpu")), tmp_path / "cached")

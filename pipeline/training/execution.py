@@ -1,0 +1,108 @@
+"""How a run is computed here: what changes its results by rounding only. The run's first line says it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config.recipes import FitRecipe, StudentRecipe
+from pipeline.errors import UsageError
+from pipeline.system.runtime import device_name, resolve_precision
+from pipeline.training.distributed import ALONE, Group
+
+CPU_MICRO_BATCH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a run is computed.
+
+    Attributes:
+        precision: `fp32` or `bf16`.
+        step: `eager`; or `graph`, replayed from a CUDA graph, for one process on a CUDA device.
+        compiled: Whether torch.compile prepares the model.
+        micro_batch: Samples of a rank that go through the model at once; None is all of its share of a batch.
+        inner_block: What pipeline.models.students.use_inner_block returned.
+        group: The ranks that train the model together. Each has all of the data, and the same seed.
+    """
+
+    precision: str = "fp32"
+    step: str = "eager"
+    compiled: bool = False
+    micro_batch: int | None = None
+    inner_block: str = "none"
+    group: Group = ALONE
+
+    @classmethod
+    def of(
+        cls, recipe: FitRecipe, device: torch.device, group: Group = ALONE, *, inner_block: str = "none"
+    ) -> Execution:
+        """Resolve what a recipe leaves to the device.
+
+        Raises:
+            UsageError: It asks for a CUDA graph, and there is no CUDA device, or more than one process.
+        """
+        can_capture = device.type == "cuda" and group.is_alone
+        if recipe.step == "graph" and not can_capture:
+            where = f"on {device}" if device.type != "cuda" else f"with {group.world_size} processes"
+            raise UsageError(f"step: graph: there are no CUDA graphs {where}; use auto or eager")
+        micro_batch = None
+        if isinstance(recipe, StudentRecipe):
+            micro_batch = recipe.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" else None)
+        return cls(
+            precision=resolve_precision(recipe.precision, device),
+            step="graph" if can_capture and recipe.step != "eager" else "eager",
+            compiled=recipe.compile,
+            micro_batch=micro_batch,
+            inner_block=inner_block,
+            group=group,
+        )
+
+    def describe(self, device: torch.device, batch_size: int, ema: float = 0.0) -> str:
+        """Say it in one line, with what the recipe says of batches and of the weights' moving average."""
+        parts = [device_name(device), self.precision]
+        if self.inner_block != "none":
+            parts.append(f"inner block {self.inner_block}")
+        if self.step == "graph":
+            parts.append("CUDA graph")
+        if self.compiled:
+            parts.append("torch.compile")
+        batch = f"batch {batch_size}"
+        if self.micro_batch is not None and self.micro_batch < batch_size:
+            batch += f" in parts of {self.micro_batch}"
+        parts.append(batch)
+        if ema:
+            parts.append(f"EMA {ema:g}")
+        return "; ".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all but the group as plain JSON values."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "group"]
+        return {name: getattr(self, name) for name in names}
+
+    @contextlib.contextmanager
+    def compiling(self, model: nn.Module) -> Iterator[None]:
+        """Let torch.compile prepare a model, if it is to; the first step within the block finds out whether it can.
+
+        Raises:
+            UsageError: In place of what torch.compile raises, in one line.
+        """
+        if not self.compiled:
+            yield
+            return
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+        model.compile()
+        try:
+            yield
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise UsageError(
+                f"compile: true: torch.compile fails here ({reason}); set it to false or install a C++ compiler"
+            ) from error
