@@ -28,7 +28,7 @@ from pipeline.labels.source import cached_labels
 from pipeline.system.runtime import keep_freed_memory
 from pipeline.training.batches import epoch_order, split_batches
 from pipeline.views import operations
-from pipeline.views import policies as autoaugment
+from pipeline.views.policies import CIFAR10_POLICY, POLICIES
 from pipeline.views.views import Views, normalize
 
 GOAL = 10.0
@@ -138,8 +138,8 @@ class Single(NamedTuple):
 
     def draws(self, num_images: int) -> NDArray[np.float64]:
         """Return draws `(N, 5)` that choose this operation and no other, half of them negative."""
-        uniform = np.full((num_images, autoaugment.NUM_DRAWS), np.nextafter(1.0, 0.0))
-        uniform[:, 0] = (self.row + 0.5) / len(autoaugment.CIFAR10_POLICY)
+        uniform = np.full((num_images, POLICIES["cifar10"].num_draws), np.nextafter(1.0, 0.0))
+        uniform[:, 0] = (self.row + 0.5) / len(CIFAR10_POLICY)
         uniform[:, 1 + self.place] = 0.0
         uniform[::2, 3:] = 0.0
         return uniform
@@ -148,7 +148,7 @@ class Single(NamedTuple):
 def policy_operations() -> dict[str, Single]:
     """Return every operation of the policy, where it occurs first with a probability."""
     found: dict[str, Single] = {}
-    for row, sub_policy in enumerate(autoaugment.CIFAR10_POLICY):
+    for row, sub_policy in enumerate(CIFAR10_POLICY):
         for place, (name, probability, magnitude_bin) in enumerate(sub_policy):
             if probability > 0:
                 found.setdefault(name, Single(row, place, magnitude_bin))
@@ -177,7 +177,7 @@ def single_operations(report: Report, images: Tensor, labels: Tensor, options: a
     singles = policy_operations()
     for name, single in singles.items():
         ours[name] = _ours_single(single, images, batch_size)
-        value = operations.magnitude(autoaugment.SPACE, name, single.magnitude_bin or 0, SIZE, SIZE)
+        value = operations.magnitude(POLICIES["cifar10"].space, name, single.magnitude_bin or 0, SIZE, SIZE)
         peers[name] = ON_ONE_CORE, view_peers.each_with_magnitude(name, pictures, [value] * len(pictures))
     in_kornia: dict[str, Callable[[Tensor, Tensor], object]] = {}
     if report.has("kornia"):
@@ -213,7 +213,7 @@ def _ours_single(single: Single, images: Tensor, batch_size: int) -> Callable[[]
     def run() -> None:
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            operations.apply(images[part], autoaugment.choose(uniform[part], SIZE, SIZE))
+            operations.apply(images[part], POLICIES["cifar10"].choose(uniform[part], SIZE, SIZE))
 
     return run
 

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipeline.inference.classifier import ImageClassifier, Transform
+    from pipeline.inference.classifier import Classifier, Transform
 
 __version__ = "0.1.0"
 
 
-def load(
-    path: Path | str, *, format: str | None = None, device: str | None = "cpu"
-) -> tuple[ImageClassifier, Transform]:
+def load(path: Path | str, *, format: str | None = None, device: str | None = "cpu") -> tuple[Classifier, Transform]:
     """Load a trained model and the transform that makes images fit it.
 
         model, transform = pipeline.load("exported")
@@ -31,14 +29,15 @@ def load(
     no code of a file runs, but for TorchScript: such an archive is a program, so it is loaded only if asked for.
 
     Args:
-        path: What `pipeline export` wrote, a directory that a stage wrote, or a checkpoint's .safetensors file in it.
+        path: What `pipeline export` wrote, or a file in it; or a directory that a stage wrote, or a .safetensors file
+            in it.
         format: Of an export: `safetensors`, `safetensors-bf16`, `onnx`, `onnx-int8` or `torchscript`; None takes the
             first that is there, never the last.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one. ONNX files run on the CPU.
 
     Returns:
-        The model, images `(B, 3, H, W)` uint8 to probabilities `(B, K)` float32; and the transform, a PIL image or a
-        path to `(3, H, W)` uint8.
+        The model, images `(B, 3, H, W)` uint8 to probabilities `(B, K)` float32, computed in fp32, whose `module` is
+        the nn.Module that was trained; and the transform, a PIL image or a path to `(3, H, W)` uint8.
 
     Raises:
         UsageError: The path or the format does not exist, or the device can't be used.
@@ -46,4 +45,5 @@ def load(
     """
     from pipeline.inference.loading import load
 
-    return load(path, format=format, device=device)
+    model = load(path, format=format, device=device)
+    return model, model.transform

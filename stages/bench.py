@@ -3,72 +3,99 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
+from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
+from pipeline.inference.classifier import Classifier
 from pipeline.inference.exporting import ROUNDED
-from pipeline.inference.loading import build_model
-from pipeline.inference.prediction import Network, Predictor
-from pipeline.inference.speed import Speed
+from pipeline.inference.loading import build_model, load
+from pipeline.inference.speed import Speed, measure_speed, shared_device
 from pipeline.models.counting import flops_per_image, num_parameters, paper_macs
+from pipeline.models.students import Student, use_inner_block
 from pipeline.report.tables import Table, number
 from pipeline.system.runtime import device_name, environment
-from stages.trained import load_trained
+from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes
 
 
-def load(
-    paths: Sequence[Path], device: str | None, precision: str
-) -> tuple[dict[str, Predictor], list[dict[str, Any]]]:
-    """Load models and count what they cost.
+@click.command("bench")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...", type=PATH)
+@click.option("--batch-sizes", default="1,8,64,256", show_default=True, help="Images a batch.")
+@device_option
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; PyTorch's choice where left out.")
+@click.option("--rounds", type=click.IntRange(1, 10000), default=10, show_default=True, help="Turns of each.")
+@json_option
+def command(
+    checkpoints: tuple[Path, ...],
+    batch_sizes: str,
+    device: str | None,
+    precision: str,
+    threads: int | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Show what models cost and how fast they answer here.
 
-    Args:
-        paths: As of stages.trained.load_trained.
-        device: As of stages.trained.load_trained.
-        precision: `auto`, `fp32` or `bf16`.
+    Several checkpoints take turns, so that what else the machine does hits all of them. Timed are batches of pixels;
+    reading image files is left out.
+    """
+    sizes, console = parse_batch_sizes(batch_sizes), open_console()
+    models: dict[str, Classifier] = {}
+    with cpu_threads(threads):
+        for path in checkpoints:
+            if str(path) in models:
+                raise UsageError(f"{path}: named twice; name each checkpoint once")
+            models[str(path)] = load(path, device=device, precision=precision)
+        costs = [{"checkpoint": name, **costs_of(model)} for name, model in models.items()]
+        on = shared_device(models.values())
+        where = conditions(on, rounds)
+        if not as_json:
+            console.print(costs_table(costs).to_rich(console.width))
+        speeds = measure_speed(models, sizes, rounds=rounds)
+        if as_json:
+            result = {"environment": where, "models": costs, "speeds": [dataclasses.asdict(speed) for speed in speeds]}
+            click.echo(json.dumps(result, indent=2))
+        else:
+            console.print(speed_table(speeds, where, on).to_rich(console.width))
+
+
+def costs_of(classifier: Classifier) -> dict[str, Any]:
+    """Count what a model costs.
 
     Returns:
-        Path to model, and for each a row of plain JSON values: checkpoint, model, kind, format, precision, device,
-        inner_block, image_size, num_classes, parameters, file_bytes, paper_macs and flops_per_image (of one image),
-        top1 (of its own evaluation while it was trained, percent; None of a quantised one).
-
-    Raises:
-        UsageError: A path does not exist, or is named twice.
-        DataError: A path holds no valid checkpoint.
+        Plain JSON values: model, kind, format, precision, device, inner_block, image_size, num_classes, parameters,
+        file_bytes, paper_macs and flops_per_image (of one image), top1 (of its own evaluation while it was trained,
+        percent; None of a quantised one).
     """
-    predictors: dict[str, Predictor] = {}
-    rows = []
-    for path in paths:
-        if str(path) in predictors:
-            raise UsageError(f"{path}: named twice; name each checkpoint once")
-        trained = load_trained(path, device, precision)
-        predictors[str(path)], described = trained.predictor, trained.description
-        with torch.device("meta"):
-            model = build_model(described.kind, described.model, described.arguments)
-        scores = trained.meta.get("scores")
-        rows.append(
-            {
-                "checkpoint": str(path),
-                "model": described.model,
-                "kind": described.kind,
-                "format": trained.format,
-                "precision": trained.precision,
-                "device": trained.predictor.device.type,
-                "inner_block": _inner_block(trained.predictor),
-                "image_size": described.image_size,
-                "num_classes": len(described.class_names),
-                "parameters": num_parameters(model),
-                "file_bytes": trained.file.stat().st_size,
-                "paper_macs": paper_macs(model, described.image_size),
-                "flops_per_image": flops_per_image(model, described.image_size),
-                "top1": scores.get("top1") if isinstance(scores, dict) and trained.format not in ROUNDED else None,
-            }
-        )
-    return predictors, rows
+    config, size = classifier.config, classifier.image_size
+    assert classifier.file is not None, "it has been loaded"
+    with torch.device("meta"):
+        plain = build_model(config["kind"], config["model"], config["arguments"])
+    scores = config.get("scores")
+    return {
+        "model": config["model"],
+        "kind": config["kind"],
+        "format": classifier.format,
+        "precision": classifier.precision,
+        "device": classifier.device.type,
+        "inner_block": _inner_block(classifier),
+        "image_size": size,
+        "num_classes": len(classifier.class_names),
+        "parameters": num_parameters(plain),
+        "file_bytes": classifier.file.stat().st_size,
+        "paper_macs": paper_macs(plain, size),
+        "flops_per_image": flops_per_image(plain, size),
+        "top1": scores.get("top1") if isinstance(scores, dict) and classifier.format not in ROUNDED else None,
+    }
 
 
 @contextlib.contextmanager
@@ -135,10 +162,10 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch
     """Return the table of how fast the models answer."""
     columns = ["checkpoint", "batch", "median, ms", "quartiles, ms", "p95, ms", "images/s"]
     rows = []
-    for each in speeds:
-        figures = [number(each.median_ms), " to ".join(map(number, each.quartiles_ms)), number(each.p95_ms)]
-        row = [each.name, str(each.batch_size), *figures, f"{each.images_per_second:,.0f}"]
-        rows.append(row if each.peak_bytes is None else [*row, number(each.peak_bytes / 2**20, 0)])
+    for speed in speeds:
+        times = [number(speed.median_ms), " to ".join(map(number, speed.quartiles_ms)), number(speed.p95_ms)]
+        row = [speed.name, str(speed.batch_size), *times, f"{speed.images_per_second:,.0f}"]
+        rows.append(row if speed.peak_bytes is None else [*row, number(speed.peak_bytes / 2**20, 0)])
     if device.type == "cuda":
         columns.append("memory, MiB")
     note = (
@@ -149,13 +176,9 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch
     return Table("How fast they answer", columns, rows, note)
 
 
-def _inner_block(predictor: Predictor) -> str | None:
+def _inner_block(classifier: Classifier) -> str | None:
     """Say how a checkpoint's inner blocks are computed; None of an export."""
-    from pipeline.models.students import Student, use_inner_block
-
-    network = predictor.network
-    if not isinstance(network, Network):
+    if classifier.format != "checkpoint":
         return None
-    if not isinstance(network.model, Student):
-        return "none"
-    return use_inner_block(network.model, "auto", predictor.device)
+    module = classifier.module
+    return use_inner_block(module, "auto", classifier.device) if isinstance(module, Student) else "none"

@@ -35,18 +35,18 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "Stage two: students": (("distill", "distill", "Train a student against the cached labels."),),
     "Trained models": (
-        ("predict", "commands.trained:predict", "Name the classes of images, by a student or a teacher."),
-        ("bench", "commands.trained:bench", "Show what models cost and how fast they answer here."),
+        ("predict", "predict", "Name the classes of images, by a student or a teacher."),
+        ("bench", "bench", "Show what models cost and how fast they answer here."),
         (
             "export",
-            "commands.export:export",
+            "export",
             "Write a trained model as ONNX, TorchScript or safetensors, with a model card.",
         ),
     ),
     "Results": (
-        ("evaluate", "commands.results:evaluate", "Score a checkpoint on a recipe's data, or on any folder's."),
+        ("evaluate", "evaluate", "Score a checkpoint on a recipe's data, or on any folder's."),
         ("report", "commands.results:report", "Write a page, tables and figures of what has been run."),
-        ("models", "commands.results:models", "List students and teachers with their parameters and costs."),
+        ("models", "models", "List students and teachers with their parameters and costs."),
     ),
     "The paper's results": (
         ("reproduce", "reproduce", "Run whatever the paper's tables and figures still lack."),

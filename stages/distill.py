@@ -13,27 +13,15 @@ import torch
 from click.core import ParameterSource
 
 from pipeline.config.params import override
-from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe
+from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_values
 from pipeline.errors import UsageError
-from pipeline.models.students import STUDENTS, build_student, use_inner_block
+from pipeline.models.students import STUDENTS, build_student, check_arguments, use_inner_block
 from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
 from pipeline.training.execution import Execution
+from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.options import (
-    PATH,
-    FiniteFloat,
-    device_option,
-    dry_run_option,
-    open_context,
-    parse_seeds,
-    parse_settings,
-    recipe_option,
-    require_exists,
-    time_limit_option,
-    training_options,
-)
 from stages.shared.runs import Run, describe, place, plan_run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
@@ -50,6 +38,7 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
     student = override(recipe.students[name], settings, f"students.{name}")
     if student.model not in STUDENTS:
         raise UsageError(f"students.{name}.model: {student.model!r} is no student; choose from {', '.join(STUDENTS)}")
+    check_arguments(student.model, student.arguments, f"students.{name}.arguments")
     if student.views not in recipe.views:
         raise UsageError(f"students.{name}.views: {student.views!r}; choose from {', '.join(recipe.views)}")
     if student.soft:
@@ -152,7 +141,7 @@ def plan_student(
     differs = {**distillation.differences(context.recipe, name, recipe), **others}
     if distillation.num_views is not None:
         view_recipe = dataclasses.replace(view_recipe, count=distillation.num_views)
-    inputs: dict[str, Any] = {"views": dataclasses.asdict(view_recipe), "labels": distillation.labels}
+    inputs: dict[str, Any] = {"views": deciding_values(view_recipe), "labels": distillation.labels}
     inputs["teacher"] = source.digest
     if recipe.soft:
         inputs["topk"] = source.cache.topk if source.cache else None
@@ -180,9 +169,9 @@ def plan_student(
 
 @click.command("distill")
 @click.option("--student", required=True, help="A student of the recipe, as titn.")
-@recipe_option
-@device_option
-@training_options
+@options.recipe_option
+@options.device_option
+@options.training_options
 @click.option(
     "--labels",
     type=click.Choice(["cached", "none", "online"]),
@@ -190,18 +179,18 @@ def plan_student(
     show_default=True,
     help="none and online are controls; they go to data/runs.",
 )
-@click.option("--teacher", type=PATH, help="The checkpoint that --labels online asks.")
+@click.option("--teacher", type=options.PATH, help="The checkpoint that --labels online asks.")
 @click.option(
     "--soft",
-    type=FiniteFloat(0.0, 1000.0),
+    type=options.FiniteFloat(0.0, 1000.0),
     metavar="T",
     help="Learn from the teacher's probabilities at temperature T; 0 from its label alone.",
 )
 @click.option("--confidence", is_flag=True, help="Weigh the samples by the teacher's probability of its label.")
 @click.option("--seeds", metavar="A,B,...", help="Train with each of these seeds, and say mean and standard deviation.")
 @click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Train on the first views only.")
-@time_limit_option
-@dry_run_option
+@options.time_limit_option
+@options.dry_run_option
 def command(
     student: str,
     recipe: str | None,
@@ -219,11 +208,11 @@ def command(
 ) -> None:
     """Train a student against the cached labels."""
     if teacher is not None:
-        require_exists(teacher)
-    several = parse_seeds(seeds)
+        options.require_exists(teacher)
+    several = options.parse_seeds(seeds)
     if several and click.get_current_context().get_parameter_source("seed") is not ParameterSource.DEFAULT:
         raise UsageError(f"--seed {seed} --seeds {seeds}: give one of them")
-    context = open_context(recipe, device)
+    context = options.open_context(recipe, device)
     results = []
     with context.joined() if several else nullcontext():  # torchrun's ranks meet once for all seeds
         for this_seed in several or (seed,):
@@ -234,7 +223,7 @@ def command(
                 teacher=teacher,
                 confidence=confidence,
                 num_views=num_views,
-                settings=parse_settings(settings, soft=soft),
+                settings=options.parse_settings(settings, soft=soft),
                 seed=this_seed,
                 fresh=fresh,
                 dry_run=dry_run,

@@ -4,34 +4,90 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
 from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
 from pipeline.data.images import BadFile, refusal
 from pipeline.errors import DataError, UsageError, printable
-from pipeline.inference.prediction import Predictor
+from pipeline.inference.classifier import Classifier
+from pipeline.inference.loading import load
 from pipeline.report.tables import Table, number
 from pipeline.training.metrics import Meter, class_scores, worst_first
 from stages.shared.context import Context
 from stages.shared.fitting import evaluation_data
-from stages.trained import Trained, load_trained
+from stages.shared.options import (
+    PATH,
+    device_option,
+    json_option,
+    open_console,
+    open_context,
+    precision_option,
+    recipe_option,
+    require_exists,
+)
 
 
-def evaluate_checkpoint(
-    context: Context, path: Path, *, split: str = "test", precision: str | None = None, per_class: bool = False
-) -> dict[str, Any]:
-    """Score a checkpoint on a split of the recipe's prepared data.
+@click.command("evaluate")
+@click.argument("checkpoint", type=PATH)
+@recipe_option
+@device_option
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
+@click.option("--data", type=PATH, help="Score on this folder's <class>/* or test/<class>/*.")
+@click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
+@click.option("--per-class", is_flag=True, help="Show each class too, the worst first.")
+@precision_option
+@json_option
+def command(
+    checkpoint: Path,
+    recipe: str | None,
+    device: str | None,
+    split: str | None,
+    data: Path | None,
+    skip_bad: bool,
+    per_class: bool,
+    precision: str | None,
+    as_json: bool,
+) -> None:
+    """Score a checkpoint on a recipe's data, or on any folder's.
+
+    With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
+    name; classes may be absent, others are refused.
+    """
+    require_exists(checkpoint)
+    if data is None:
+        if skip_bad:
+            raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
+        context = open_context(recipe, device)
+        classifier = load(checkpoint, device=device, precision=precision)
+        result = evaluate_split(context, classifier, split or "test", per_class=per_class)
+    else:
+        if recipe is not None or split is not None:
+            given = "--recipe" if recipe is not None else "--split"
+            raise UsageError(f"--data and {given}: both say what to score on; give one of them")
+        classifier = load(checkpoint, device=device, precision=precision)
+        result = evaluate_folder(classifier, data, skip_bad=skip_bad, per_class=per_class)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    console = open_console()
+    for table in (scores_table, classes_table) if per_class else (scores_table,):
+        console.print(table(result).to_rich(console.width))
+
+
+def evaluate_split(context: Context, classifier: Classifier, split: str, *, per_class: bool = False) -> dict[str, Any]:
+    """Score a model on a split of the recipe's prepared data.
 
     Args:
         context: The command's setting.
-        path: As of stages.trained.load_trained.
+        classifier: The model, loaded from a file.
         split: `train`, `val` or `test`.
-        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
         per_class: Whether to add the scores of each class.
 
     Returns:
@@ -39,74 +95,59 @@ def evaluate_checkpoint(
         with `per_class` also `classes`, the fields of pipeline.training.metrics.ClassScores for each, the worst first.
 
     Raises:
-        UsageError: The path does not exist, or there is no such split.
-        DataError: It holds no valid checkpoint, or one of other classes or image size.
+        UsageError: There is no such split.
+        DataError: The recipe's classes or image size are not the model's.
     """
-    trained = load_trained(path, context.device_name, precision)
-    predictor = trained.predictor
     dataset = context.dataset()
     if split not in dataset.splits:
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
-    for key, own, expected in (
-        ("class_names", predictor.class_names, dataset.class_names),
-        ("image_size", predictor.image_size, dataset.image_size),
-    ):
-        if own != expected:
-            raise DataError(f"{trained.file}: its {key} is not that of recipe {context.recipe.name}; name its own")
-    data = evaluation_data(dataset, dataset.splits[split], predictor.device)
-    meter = Meter(dataset.num_classes, predictor.device)
-    for part, images in data.batches(predictor.batch_size, slice(0, len(data.labels))):
-        meter.add(predictor.logits(images), data.labels[part])
-    where = {"checkpoint": str(trained.file), "recipe": context.recipe.name, "split": split}
-    return {"model": trained.meta["model"], **where, **_scores(trained, meter, per_class)}
+    for key in ("class_names", "image_size"):
+        if getattr(classifier, key) != getattr(dataset, key):
+            raise DataError(f"{classifier.file}: its {key} is not that of recipe {context.recipe.name}; name its own")
+    data = evaluation_data(dataset, dataset.splits[split], classifier.device)
+    meter = Meter(dataset.num_classes, classifier.device)
+    for part, images in data.batches(classifier.batch_size, slice(0, len(data.labels))):
+        meter.add(classifier.logits(images), data.labels[part])
+    where = {"recipe": context.recipe.name, "split": split}
+    return _result(classifier, where, meter, per_class)
 
 
 def evaluate_folder(
-    path: Path,
-    folder: Path,
-    *,
-    device: str | None = None,
-    precision: str | None = None,
-    skip_bad: bool = False,
-    per_class: bool = False,
+    classifier: Classifier, folder: Path, *, skip_bad: bool = False, per_class: bool = False
 ) -> dict[str, Any]:
-    """Score a checkpoint on a folder of images; nothing else is needed.
+    """Score a model on a folder of images; nothing else is needed.
 
     Args:
-        path: As of stages.trained.load_trained.
-        folder: As of pipeline.data.folders.find_labelled_images.
-        device: As of stages.trained.load_trained.
-        precision: `auto`, `fp32` or `bf16`; None takes that of the training.
+        classifier: The model, loaded from a file.
+        folder: Laid out as pipeline.data.folders.find_labelled_images reads it.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
         per_class: Whether to add the scores of each class.
 
     Returns:
-        As of `evaluate_checkpoint`, with `data` (the folder), `absent_classes` and `skipped` in place of recipe and
+        What `evaluate_split` returns, with `data` (the folder), `absent_classes` and `skipped` in place of recipe and
         split.
 
     Raises:
-        UsageError: A path does not exist.
-        DataError: There is no valid checkpoint, a folder has the name of no class, or there are bad files.
+        UsageError: There is no such folder.
+        DataError: A folder has the name of no class, or there are bad files.
     """
-    trained = load_trained(path, device, precision)
-    predictor = trained.predictor
-    files, bad = find_labelled_images(folder, predictor.class_names)
-    meter = Meter(len(predictor.class_names), predictor.device)
+    files, bad = find_labelled_images(folder, classifier.class_names)
+    meter = Meter(len(classifier.class_names), classifier.device)
     # Pillow warns of damaged metadata, which does no harm.
     quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
-    with quiet, contextlib.closing(read_images(files, predictor.image_size, predictor.batch_size)) as batches:
+    with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
         for batch in batches:
             bad += (BadFile(printable(file.path.relative_to(folder)), file.problem) for file in batch if file.problem)
-            _add(meter, predictor, [file for file in batch if file.pixels is not None])
+            _add(meter, classifier, [file for file in batch if file.pixels is not None])
     if bad and not skip_bad:
         raise refusal(folder, bad)
     supports = meter.confusion.sum(dim=1).tolist()
     if not any(supports):
         raise DataError(f"{printable(folder)}: none of its {len(files)} images can be read")
-    absent = [name for name, support in zip(predictor.class_names, supports, strict=True) if not support]
-    where = {"checkpoint": str(trained.file), "data": printable(folder), "absent_classes": absent}
+    absent = [name for name, support in zip(classifier.class_names, supports, strict=True) if not support]
     skipped = [dataclasses.asdict(file) for file in bad]
-    return {"model": trained.meta["model"], **where, "skipped": skipped, **_scores(trained, meter, per_class)}
+    where = {"data": printable(folder), "absent_classes": absent, "skipped": skipped}
+    return _result(classifier, where, meter, per_class)
 
 
 def scores_table(result: dict[str, Any]) -> Table:
@@ -139,32 +180,34 @@ def scores_table(result: dict[str, Any]) -> Table:
 def classes_table(result: dict[str, Any]) -> Table:
     """Return the table of an evaluation's classes, the worst first."""
     rows = []
-    for each in result["classes"]:
-        scores = [number(each[key], 3) for key in ("recall", "precision", "f1")]
-        confused = (
-            "-" if each["confused_with"] is None else f"{printable(each['confused_with'])} ({each['num_confused']})"
-        )
-        rows.append([printable(each["name"]), str(each["support"]), *scores, confused])
+    for row in result["classes"]:
+        scores = [number(row[key], 3) for key in ("recall", "precision", "f1")]
+        other = row["confused_with"]
+        confused = "-" if other is None else f"{printable(other)} ({row['num_confused']})"
+        rows.append([printable(row["name"]), str(row["support"]), *scores, confused])
     columns = ["class", "images", "recall", "precision", "F1", "most often taken for"]
     return Table("Classes, the worst first", columns, rows, "Recall is the accuracy on the images of the class alone.")
 
 
-def _add(meter: Meter, predictor: Predictor, files: list[ImageFile]) -> None:
+def _add(meter: Meter, classifier: Classifier, files: list[ImageFile]) -> None:
     """Count a batch of images that have been read."""
     if not files:
         return
-    images = predictor.place(np.stack([file.pixels for file in files if file.pixels is not None]))
-    labels = torch.tensor([file.label for file in files], device=predictor.device)
-    meter.add(predictor.logits(images), labels)
+    images = classifier.place(np.stack([file.pixels for file in files if file.pixels is not None]))
+    labels = torch.tensor([file.label for file in files], device=classifier.device)
+    meter.add(classifier.logits(images), labels)
 
 
-def _scores(trained: Trained, meter: Meter, per_class: bool) -> dict[str, Any]:
-    """Return what an evaluation found, as plain JSON values."""
-    classes = worst_first(class_scores(meter.confusion, trained.predictor.class_names))
+def _result(classifier: Classifier, where: dict[str, Any], meter: Meter, per_class: bool) -> dict[str, Any]:
+    """Return the result of an evaluation as plain JSON values."""
+    classes = worst_first(class_scores(meter.confusion, classifier.class_names))
     return {
+        "model": classifier.config["model"],
+        "checkpoint": str(classifier.file),
+        **where,
         "num_images": int(meter.confusion.sum()),
-        "autocast": trained.precision,
-        "device": trained.predictor.device.type,
+        "autocast": classifier.precision,
+        "device": classifier.device.type,
         **dataclasses.asdict(meter.scores()),
-        **({"classes": [dataclasses.asdict(each) for each in classes]} if per_class else {}),
+        **({"classes": [dataclasses.asdict(scores) for scores in classes]} if per_class else {}),
     }

@@ -6,39 +6,123 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import click
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 import pipeline
-from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
+from pipeline.data.arrays import Images
+from pipeline.data.images import SUFFIXES, read_image
+from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
 from pipeline.inference import exporting
 from pipeline.inference.card import model_card
-from pipeline.inference.classifier import INPUT, OUTPUTS, Classifier, Runner
-from pipeline.inference.descriptions import Description
+from pipeline.inference.classifier import CPU, INPUT, Classifier
 from pipeline.inference.exporting import CARD, CONFIG, FILES, SCHEMA
-from pipeline.inference.loading import restore, run_safetensors
+from pipeline.inference.loading import from_checkpoint, from_file
 from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
-from pipeline.training.checkpoints import Checkpoint, load_checkpoint
-from stages.export_images import RealImages
+from pipeline.training.checkpoints import load_checkpoint
+from stages.shared.context import Context
+from stages.shared.options import PATH, json_option, open_console, open_context, require_exists
 
-FORMATS = tuple(name for name in FILES if name != "onnx-int8")
+NUM_CHECKED = 256
+BATCH = 64
 RESULTS = ("top1", "top5", "precision", "recall", "f1", "class_top1", "distillation_top1", "agreement")
 
 
-def read_inputs(path: Path) -> tuple[Checkpoint, Description]:
-    """Load a checkpoint and what its inputs are.
+@click.command("export")
+@click.argument("checkpoint", type=PATH)
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["onnx", "torchscript", "safetensors"]),
+    help="Repeatable; at least one.",
+)
+@click.option("--out", required=True, type=PATH, help="A new directory, or that of a former export.")
+@click.option("--int8", is_flag=True, help="Also quantise the ONNX file, and measure what that costs in accuracy.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the weights in a safetensors file; bf16 halves it, and its accuracy is measured.",
+)
+@click.option("--recipe", help="Whose test images it is checked on; the checkpoint's own where left out.")
+@click.option("--data", type=PATH, help="Check it on the images of this folder instead.")
+@click.option("--license", default="unknown", show_default=True, help="License of the weights, as hubs name it.")
+@json_option
+def command(
+    checkpoint: Path,
+    formats: tuple[str, ...],
+    out: Path,
+    int8: bool,
+    dtype: str,
+    recipe: str | None,
+    data: Path | None,
+    license: str,
+    as_json: bool,
+) -> None:
+    """Write a trained model as ONNX, TorchScript or safetensors, with a model card.
+
+    CHECKPOINT is a directory that a stage wrote, or a .safetensors file in it. Each file is compared with PyTorch on
+    real images; nothing is written before all of them agree. `pipeline.load` takes the directory in Python.
+    """
+    require_exists(checkpoint)
+    if recipe is not None and data is not None:
+        raise UsageError("--recipe and --data: give one of them; both name the images to check on")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
+        raise UsageError(f"--license {license!r}: write an identifier, as apache-2.0")
+    names = format_names(formats, dtype, int8=int8)
+    check_out(out)
+    classifier = from_checkpoint(load_checkpoint(checkpoint), CPU, inner_block="plain")
+    if data is not None:
+        console, real = open_console(), from_folder(data, classifier, labelled=int8 or dtype == "bf16")
+    else:
+        trained_on = classifier.config.get("recipe")
+        context = open_context(trained_on if recipe is None and isinstance(trained_on, str) else recipe)
+        console, real = context.console, from_recipe(context, classifier)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    config = export(classifier, real, out, formats=names, license=license, say=say)
+    if as_json:
+        click.echo(json.dumps(config, indent=2))
+
+
+def format_names(formats: Sequence[str], dtype: str, *, int8: bool) -> tuple[str, ...]:
+    """Return the formats as pipeline.inference.exporting.FILES names them, in the order in which they are made.
+
+    Args:
+        formats: As given by --format.
+        dtype: `fp32` or `bf16`.
+        int8: Whether to quantise the ONNX file too.
 
     Raises:
-        UsageError: The path does not exist.
-        DataError: It holds no valid checkpoint.
+        UsageError: There is none, or two options don't go together.
     """
-    checkpoint = load_checkpoint(path)
-    return checkpoint, Description.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
+    if not formats:
+        raise UsageError("--format: name one or more of onnx, torchscript and safetensors")
+    if dtype == "bf16" and (int8 or set(formats) != {"safetensors"}):
+        other = "--int8" if int8 else f"--format {next(name for name in formats if name != 'safetensors')}"
+        raise UsageError(
+            f"--dtype bf16 {other}: only a safetensors file is written in bf16; export the other by itself"
+        )
+    if int8 and "onnx" not in formats:
+        raise UsageError("--int8: only ONNX files are quantised; add --format onnx")
+    names = ["safetensors-bf16" if dtype == "bf16" else name for name in formats]
+    return tuple(dict.fromkeys([*names, "onnx-int8"] if int8 else names))
 
 
 def check_out(out: Path) -> None:
@@ -53,92 +137,179 @@ def check_out(out: Path) -> None:
         raise UsageError(f"--out {out}: it holds other files than a former export's; name a new directory")
 
 
+@dataclass(frozen=True, eq=False)
+class RealImages:
+    """The images that an export is checked on, and their classes where these are known.
+
+    Attributes:
+        images: `(N, H, W, 3)` uint8, N at least 1.
+        labels: `(N,)` int64, or None.
+        description: What they are, for people.
+        source: The data set's, one of pipeline.config.recipes.SOURCES; None for a folder.
+        sha256: The data set's; None for a folder.
+        evaluated_on: The split that the recipe's models are compared on; None for a folder.
+    """
+
+    images: Images
+    labels: NDArray[np.int64] | None
+    description: str
+    source: str | None = None
+    sha256: str | None = None
+    evaluated_on: str | None = None
+
+    def sample(self) -> Tensor:
+        """Return at most NUM_CHECKED of them, evenly spread, `(n, 3, H, W)` uint8."""
+        count = len(self.images)
+        rows = np.linspace(0, count - 1, min(count, NUM_CHECKED)).astype(np.int64)
+        return _to_tensor(self.images[rows])
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images with their labels, BATCH at a time."""
+        assert self.labels is not None
+        for start in range(0, len(self.images), BATCH):
+            part = slice(start, start + BATCH)
+            yield _to_tensor(self.images[part]), torch.from_numpy(self.labels[part])
+
+
+def from_recipe(context: Context, classifier: Classifier) -> RealImages:
+    """Return a recipe's prepared test images.
+
+    Raises:
+        DataError: There is no prepared data, or its classes or image size are not the model's.
+    """
+    try:
+        dataset = context.dataset()
+    except DataError as error:
+        raise DataError(f"{error}, or give a folder of images with --data") from error
+    for key in ("class_names", "image_size"):
+        if getattr(dataset, key) != getattr(classifier, key):
+            raise DataError(f"recipe {context.recipe.name}: its {key} is not the model's; give its own with --recipe")
+    return RealImages(
+        images=dataset.test.images,
+        labels=dataset.test.labels,
+        description=f"{context.recipe.name}, test",
+        source=dataset.source,
+        sha256=dataset.sha256,
+        evaluated_on=dataset.evaluation[0],
+    )
+
+
+def from_folder(folder: Path, classifier: Classifier, *, labelled: bool) -> RealImages:
+    """Return the images at any depth of a folder.
+
+    Args:
+        folder: The folder. A name that starts with a dot, of a file or a folder, is passed over.
+        classifier: The model.
+        labelled: Whether every image must lie in a folder named after one of the model's classes; then all are
+            returned, else at most NUM_CHECKED.
+
+    Raises:
+        UsageError: There is no such folder.
+        DataError: There is no image in it, one cannot be read, or one has no class.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--data {printable(folder)}: no such folder")
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths.sort(key=os.fsencode)
+    if not paths:
+        raise DataError(f"--data {printable(folder)}: no image in it ({' '.join(SUFFIXES)})")
+    labels = None
+    if labelled:
+        classes = {name: label for label, name in enumerate(classifier.class_names)}
+        for path in paths:
+            if path.parent.name not in classes:
+                raise DataError(
+                    f"{printable(path)}: not in a folder named after a class, without which --int8 and --dtype bf16 "
+                    "can't be measured; use <class>/<image>, or leave them out"
+                )
+        labels = np.array([classes[path.parent.name] for path in paths], np.int64)
+    elif len(paths) > NUM_CHECKED:
+        paths = [paths[row] for row in np.linspace(0, len(paths) - 1, NUM_CHECKED).astype(int)]
+    images = np.empty((len(paths), classifier.image_size, classifier.image_size, 3), np.uint8)
+    for row, path in enumerate(paths):
+        try:
+            images[row] = read_image(path, classifier.image_size)
+        except DataError as error:
+            raise DataError(f"{printable(path)}: {error}; mend or remove it") from error
+    return RealImages(images, labels, printable(folder))
+
+
 def export(
-    checkpoint: Checkpoint,
-    inputs: Description,
+    classifier: Classifier,
     real: RealImages,
     out: Path,
     *,
     formats: Sequence[str],
-    int8: bool,
     license: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Export a checkpoint, check every file on real images, and only then write them all.
+    """Export a model, check every file on real images, and only then write them all.
 
     Args:
-        checkpoint: The model.
-        inputs: Its inputs.
+        classifier: The model, of a checkpoint: on the CPU, in fp32, without fused blocks.
         real: What it is checked on; with labels for int8 and bf16.
         out: Directory of the files, as `check_out` allows it; a former export there is replaced.
-        formats: Of FORMATS.
-        int8: Whether to quantise the ONNX file too.
+        formats: Names that `format_names` returned.
         license: Of the weights, for the card.
         say: Takes a line for people.
 
     Returns:
-        What config.json says.
+        The content of config.json.
 
     Raises:
         UsageError: An extra is missing, or nothing can be quantised.
-        DataError: The checkpoint describes no model.
         NumericalError: A file's outputs are not PyTorch's.
         StorageError: A file cannot be written.
     """
-    model = restore(checkpoint, torch.device("cpu"), inner_block="plain")
-    classifier = Classifier(model, inputs.mean, inputs.std).eval()
+    assert classifier.file is not None, "it has been loaded"
     sample = real.sample()
     contents: dict[str, bytes] = {}
+    models: dict[str, Classifier] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name in formats:
-        contents[name] = _make(name, classifier, inputs, checkpoint)
-        runner = _run(name, contents[name], checkpoint)
-        entries[name] = _entry(name, contents[name], classifier, runner, sample)
-        if name == "safetensors-bf16":
-            entries[name] |= {"dtype": "bfloat16", **_measured(runner, real)}
-            entries[name]["top1_of_checkpoint"] = exporting.top1(classifier.run, real.batches())
-        say(f"{_described(entries[name])}, {_agreed(entries[name], real)}")
-    if int8:
-        contents["onnx-int8"] = exporting.to_onnx_int8(contents["onnx"])
-        runners = {name: exporting.run_onnx(contents[name]) for name in ("onnx", "onnx-int8")}
-        entries["onnx-int8"] = _entry("onnx-int8", contents["onnx-int8"], classifier, runners["onnx-int8"], sample)
-        for name, runner in runners.items():
-            entries[name] |= _measured(runner, real)
-        say(f"{_described(entries['onnx-int8'])}, {_compared(entries, real)}")
-    config = _config(checkpoint, inputs, real, classifier, entries, license)
+        contents[name] = _make(name, classifier, contents)
+        # As its users will load it.
+        models[name] = from_file(name, contents[name], classifier.config, classifier.file, CPU)
+        entries[name] = entry = _entry(name, contents[name], classifier, models[name], sample)
+        line = f"{entry['file']}: {entry['bytes'] / 1e6:.2f} MB, "
+        if name == "onnx-int8":
+            for measured in ("onnx", name):
+                entries[measured] |= _measured(models[measured], real)
+            line += _compared(entries, real)
+        else:
+            if name == "safetensors-bf16":
+                entry |= {"dtype": "bfloat16", **_measured(models[name], real)}
+                entry["top1_of_checkpoint"] = exporting.top1(classifier, real.batches())
+            line += _agreed(entry, real)
+        say(line)
+    config = _config(classifier, real, entries, license)
     _write(out, contents, config)
     say(f"wrote {out}; {out / CARD} is its model card")
     return config
 
 
-def _make(name: str, classifier: Classifier, inputs: Description, checkpoint: Checkpoint) -> bytes:
-    """Return the content of a format's file."""
+def _make(name: str, classifier: Classifier, contents: Mapping[str, bytes]) -> bytes:
+    """Return the content of a format's file, given those made before it."""
     if name == "onnx":
-        kept = {"model": checkpoint.meta["model"], "class_names": json.dumps(inputs.class_names)}
-        kept |= {"checkpoint_sha256": checkpoint.sha256, "input": "uint8 RGB (batch, 3, height, width), not normalised"}
-        return exporting.to_onnx(classifier, inputs.image_size, kept)
+        config = classifier.config
+        kept = {"model": config["model"], "class_names": json.dumps(classifier.class_names)}
+        kept |= {"checkpoint_sha256": config["sha256"], "input": "uint8 RGB (batch, 3, height, width), not normalised"}
+        return exporting.to_onnx(classifier, kept)
+    if name == "onnx-int8":
+        return exporting.to_onnx_int8(contents["onnx"])
     if name == "torchscript":
-        return exporting.to_torchscript(classifier, inputs.image_size)
+        return exporting.to_torchscript(classifier)
     return exporting.to_safetensors(classifier, torch.bfloat16 if name == "safetensors-bf16" else torch.float32)
 
 
-def _run(name: str, content: bytes, checkpoint: Checkpoint) -> Runner:
-    """Load what was made as its users will."""
-    cpu = torch.device("cpu")
-    if name == "onnx":
-        return exporting.run_onnx(content)
-    if name == "torchscript":
-        return exporting.run_torchscript(content, cpu)
-    return run_safetensors(content, checkpoint.meta, checkpoint.path, cpu)
-
-
-def _entry(name: str, content: bytes, classifier: Classifier, runner: Runner, sample: torch.Tensor) -> dict[str, Any]:
+def _entry(name: str, content: bytes, classifier: Classifier, exported: Classifier, sample: Tensor) -> dict[str, Any]:
     """Compare what was made with the original, and return what config.json says of the file."""
     # Of int8 the accuracy tells what it is worth; the difference is noted.
     rounded = {"onnx-int8": math.inf, "safetensors-bf16": exporting.BF16_TOLERANCE}
     tolerance = rounded.get(name, exporting.TOLERANCE)
     try:
-        agreement = exporting.compare(classifier.run, runner, sample, tolerance=tolerance)
+        agreement = exporting.compare(classifier.outputs, exported.outputs, sample, tolerance=tolerance)
     except NumericalError as error:
         raise NumericalError(f"{FILES[name]}: {error}; nothing was written") from error
     digest = hashlib.sha256(content).hexdigest()
@@ -146,12 +317,8 @@ def _entry(name: str, content: bytes, classifier: Classifier, runner: Runner, sa
     return {**entry, "agreement": dataclasses.asdict(agreement)}
 
 
-def _measured(runner: Runner, real: RealImages) -> dict[str, Any]:
-    return {"top1": exporting.top1(runner, real.batches()), "top1_images": len(real.images)}
-
-
-def _described(entry: Mapping[str, Any]) -> str:
-    return f"{entry['file']}: {entry['bytes'] / 1e6:.2f} MB"
+def _measured(exported: Classifier, real: RealImages) -> dict[str, Any]:
+    return {"top1": exporting.top1(exported, real.batches()), "top1_images": len(real.images)}
 
 
 def _agreed(entry: Mapping[str, Any], real: RealImages) -> str:
@@ -175,17 +342,11 @@ def _compared(entries: Mapping[str, Mapping[str, Any]], real: RealImages) -> str
 
 
 def _config(
-    checkpoint: Checkpoint,
-    inputs: Description,
-    real: RealImages,
-    classifier: Classifier,
-    entries: Mapping[str, Mapping[str, Any]],
-    license: str,
+    classifier: Classifier, real: RealImages, entries: Mapping[str, Mapping[str, Any]], license: str
 ) -> dict[str, Any]:
     """Return all that is known of the export, as plain JSON values; the model card says it in words."""
-    meta = checkpoint.meta
-    num_outputs = len(classifier.run(torch.zeros(1, 3, inputs.image_size, inputs.image_size, dtype=torch.uint8)))
-    side, num_classes = inputs.image_size, len(inputs.class_names)
+    meta, side, num_classes = classifier.config, classifier.image_size, len(classifier.class_names)
+    outputs = classifier.outputs(torch.zeros(1, 3, side, side, dtype=torch.uint8))
     described = {
         key: meta.get(key) for key in ("kind", "model", "arguments", "recipe", "epoch", "seed", "dataset_sha256")
     }
@@ -195,10 +356,10 @@ def _config(
     return {
         **described,
         "schema": SCHEMA,
-        "class_names": list(inputs.class_names),
+        "class_names": list(classifier.class_names),
         "image_size": side,
-        "mean": list(inputs.mean),
-        "std": list(inputs.std),
+        "mean": meta["mean"],
+        "std": meta["std"],
         "input": {
             "name": INPUT,
             "dtype": "uint8",
@@ -206,29 +367,27 @@ def _config(
             "channels": "RGB",
             "range": [0, 255],
         },
-        "outputs": [
-            {"name": name, "dtype": "float32", "shape": ["batch", num_classes]} for name in OUTPUTS[:num_outputs]
-        ],
-        "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
-        "checkpoint_sha256": checkpoint.sha256,
+        "outputs": [{"name": name, "dtype": "float32", "shape": ["batch", num_classes]} for name in outputs],
+        "parameters": sum(parameter.numel() for parameter in classifier.module.parameters()),
+        "checkpoint_sha256": meta["sha256"],
         "files": {name: dict(entry) for name, entry in entries.items()},
         "checked_on": {"images": real.description, "dataset_sha256": real.sha256},
         "data_source": real.source if real.sha256 == meta.get("dataset_sha256") else None,
         "license": license,
         "versions": _versions(entries),
-        **_results(checkpoint, real),
+        **_results(classifier, real),
     }
 
 
-def _results(checkpoint: Checkpoint, real: RealImages) -> dict[str, Any]:
+def _results(classifier: Classifier, real: RealImages) -> dict[str, Any]:
     """Return what the model reached: on the test split if metrics.json lies beside it, else on that which chose it."""
-    metrics, run = (_read_beside(checkpoint, name) for name in ("metrics.json", "run.json"))
+    metrics, run = (_read_beside(classifier, name) for name in ("metrics.json", "run.json"))
     scores: Any = metrics.get("test")
     split: str | None = "test"
     selected_on = metrics.get("evaluated_on")
-    of_this = (checkpoint.meta.get("epoch"), checkpoint.meta.get("seed"))
+    of_this = (classifier.config.get("epoch"), classifier.config.get("seed"))
     if not isinstance(scores, dict) or (scores.get("epoch"), metrics.get("seed")) != of_this:
-        metrics, scores = {}, checkpoint.meta.get("scores")
+        metrics, scores = {}, classifier.config.get("scores")
         split = selected_on = real.evaluated_on
     scores = scores if isinstance(scores, dict) else {}
     return {
@@ -242,21 +401,22 @@ def _results(checkpoint: Checkpoint, real: RealImages) -> dict[str, Any]:
     }
 
 
-def _read_beside(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def _read_beside(classifier: Classifier, name: str) -> dict[str, Any]:
     """Return a JSON file beside a checkpoint; empty where there is none."""
-    file = checkpoint.path.with_name(name)
-    found = read_json(file) if file.is_file() else {}
-    if not isinstance(found, dict):
+    assert classifier.file is not None
+    file = classifier.file.with_name(name)
+    content = read_json(file) if file.is_file() else {}
+    if not isinstance(content, dict):
         raise DataError(f"{file}: not what a stage writes; delete it or train again")
-    return found
+    return content
 
 
 def _versions(entries: Mapping[str, Any]) -> dict[str, str]:
     """Return the versions that the files depend on."""
     names = ["torch", "safetensors", "numpy"]
     names += ["onnx", "onnxscript", "onnxruntime"] if "onnx" in entries else []
-    found = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), "titn-pipeline": pipeline.__version__, **found}
+    versions = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "titn-pipeline": pipeline.__version__, **versions}
 
 
 def _is_export(out: Path) -> bool:
@@ -279,3 +439,7 @@ def _write(out: Path, contents: Mapping[str, bytes], config: Mapping[str, Any]) 
             (out / file).unlink(missing_ok=True)
     write_atomic(out / CARD, model_card(config).encode())
     write_json(out / CONFIG, config)
+
+
+def _to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

@@ -12,26 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.config.recipes import MAX_VIEWS, Recipe
+from pipeline.config.recipes import MAX_VIEWS
 from pipeline.errors import DataError, UsageError
 from pipeline.labels.cache import LabelCache
 from pipeline.labels.parts import LabelParts, seal
 from pipeline.report.progress import progress_bar
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import is_locked, lock, remove_leftovers
+from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.options import (
-    PATH,
-    device_option,
-    dry_run_option,
-    kept_name,
-    open_context,
-    parse_keep,
-    parse_views,
-    recipe_option,
-    require_exists,
-    time_limit_option,
-)
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
@@ -45,15 +34,15 @@ ViewSlice = tuple[int, int | None]
 
 
 @click.command("label")
-@recipe_option
-@device_option
+@options.recipe_option
+@options.device_option
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
-@click.option("--teacher", type=PATH, help="A checkpoint; the selected teacher where left out.")
+@click.option("--teacher", type=options.PATH, help="A checkpoint; default: the selected teacher.")
 @click.option("--fresh", is_flag=True, help="Label every view again.")
-@click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; the recipe's if left out.")
+@click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; default: the recipe's.")
 @click.option("--views", metavar="A:B", help="Label only the views A to B - 1; :B starts at 0, A: ends at the last.")
-@time_limit_option
-@dry_run_option
+@options.time_limit_option
+@options.dry_run_option
 def command(
     recipe: str | None,
     device: str | None,
@@ -65,10 +54,10 @@ def command(
     dry_run: bool,
 ) -> None:
     """Label every view of the training set with a teacher."""
-    topk, part = parse_keep(keep), parse_views(views)
+    topk, part = options.parse_keep(keep), options.parse_views(views)
     if teacher is not None:
-        require_exists(teacher)
-    context = open_context(recipe, device)
+        options.require_exists(teacher)
+    context = options.open_context(recipe, device)
     if dry_run:
         context.say(plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part).text)
         return
@@ -114,9 +103,9 @@ class LabelPlan:
             return f"{self.path}: every view is labelled; seals them"
         is_first = len(self.missing) == len(self.wanted)
         why = "--fresh" if self.fresh else "no labels yet" if is_first else "the others are labelled"
-        what = f"the views {slices(self.missing)} of {len(self.dataset.train)} images, {kept_name(self.parts.topk)}"
-        how = f"by {self.checkpoint.meta['model']} in {self.parts.provenance['precision']}"
-        return f"{self.path}: label {what}, {how} ({why})"
+        what = f"the views {slices(self.missing)} of {len(self.dataset.train)} images"
+        how = f"{options.kept_name(self.parts.topk)}, by {self.checkpoint.meta['model']}"
+        return f"{self.path}: label {what}, {how} in {self.parts.provenance['precision']} ({why})"
 
 
 def plan_labels(
@@ -129,8 +118,26 @@ def plan_labels(
     part: ViewSlice | None = None,
 ) -> LabelPlan:
     """Return what `label` would do, and write nothing; arguments and errors are the same."""
+    from stages.shared.labelling import identity_of, provenance_of, read_teacher
+
     wanted = _check_request(context, view_recipe, teacher=teacher, fresh=fresh, part=part)
-    return _plan(context, view_recipe, wanted, teacher=teacher, fresh=fresh, keep=keep)
+    recipe, paths = context.recipe, context.paths
+    dataset, path = context.dataset(), paths.labels(view_recipe)
+    checkpoint = read_teacher(context, dataset, teacher or paths.winner)
+    identity, seen = identity_of(dataset, recipe.views[view_recipe]), _inode(path)
+    cache = None if fresh else _reusable_cache(context, path, identity, checkpoint.sha256)
+    topk = _topk(context, path, cache, dataset.num_classes, keep)
+    provenance = provenance_of(context, dataset, checkpoint, topk)
+    parts = LabelParts(paths.work("labels", view_recipe), identity=identity, provenance=provenance)
+    missing = list(wanted) if fresh else parts.missing(wanted.stop, wanted.start)
+    # Rank 0 deletes the parts only once the file is there, so what they no longer hold has been sealed meanwhile.
+    if not fresh and _inode(path) != seen:
+        cache = _reusable_cache(context, path, identity, checkpoint.sha256)
+    if cache is not None:
+        missing = [view for view in missing if view >= cache.num_views]
+        if cache.num_views < wanted.stop:
+            parts.adopt(cache)
+    return LabelPlan(path, wanted, missing, parts, cache, dataset, checkpoint, fresh)
 
 
 def label(
@@ -146,7 +153,7 @@ def label(
 
     Under torchrun, or wherever RANK and WORLD_SIZE are set, rank r of W labels the views v with v mod W = r. Rank 0
     then labels what ranks that are not at work have left, waits for those that are, and seals. So it ends whatever
-    becomes of the others, and whoever is killed, any number of ranks goes on to the same file.
+    becomes of the others. Any number of ranks can go on with a run that was killed; the file is the same.
 
     Args:
         context: The command's setting.
@@ -168,10 +175,10 @@ def label(
     """
     from pipeline.system.runtime import current_ranks
 
-    wanted = _check_request(context, view_recipe, teacher=teacher, fresh=fresh, part=part)
+    _check_request(context, view_recipe, teacher=teacher, fresh=fresh, part=part)  # before a lock is written
     ranks = current_ranks()
-    with lock(_lock_of(context.paths.work("labels", view_recipe), ranks.rank)):
-        plan = _plan(context, view_recipe, wanted, teacher=teacher, fresh=fresh, keep=keep)
+    with lock(context.paths.work("labels", f"{view_recipe}-{ranks.rank}.lock")):
+        plan = plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=keep, part=part)
         if plan.is_up_to_date:
             _clean_up(plan)
             context.say(f"{plan.text}; --fresh labels them again")
@@ -204,70 +211,18 @@ def _check_request(
         raise UsageError(f"--view-recipe {view_recipe}: not in {recipe.name}; choose from {', '.join(recipe.views)}")
     if teacher is None and not paths.winner.exists():
         raise DataError(f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`")
-    wanted = _wanted_views(recipe, view_recipe, part)
+    start, end = part or (0, None)
+    count = recipe.views[view_recipe].count
+    stop = count if end is None else end
+    if not start < stop <= MAX_VIEWS:
+        until = f"{count}, recipes.{recipe.name}.views.{view_recipe}.count" if end is None else f"{stop}"
+        raise UsageError(
+            f"--views: the slice from {start} to {until} holds no view, or one beyond {MAX_VIEWS}; write A:B with A < B"
+        )
     if fresh and (current_ranks().world_size > 1 or part is not None):
         why = "under torchrun, whose ranks would" if part is None else "with --views, whose slices would"
         raise UsageError(f"--fresh: not {why} delete each other's work; delete {paths.labels(view_recipe)} first")
-    return wanted
-
-
-def _wanted_views(recipe: Recipe, view_recipe: str, part: ViewSlice | None) -> range:
-    """Return the views to label: those of a slice, or all that the recipe asks for.
-
-    Raises:
-        UsageError: The slice is empty, or goes beyond what a recipe may ask for.
-    """
-    count = recipe.views[view_recipe].count
-    if part is None:
-        return range(count)
-    start, stop = part[0], count if part[1] is None else part[1]
-    if not start < stop <= MAX_VIEWS:
-        end = f"{count}, recipes.{recipe.name}.views.{view_recipe}.count" if part[1] is None else f"{stop}"
-        raise UsageError(
-            f"--views: the slice from {start} to {end} holds no view, or one beyond {MAX_VIEWS}; write A:B with A < B"
-        )
     return range(start, stop)
-
-
-def _plan(
-    context: Context, view_recipe: str, wanted: range, *, teacher: Path | None, fresh: bool, keep: int | None
-) -> LabelPlan:
-    """Find out what there is, and what is missing."""
-    from stages.shared.labelling import identity_of, provenance_of, read_teacher
-
-    recipe, paths = context.recipe, context.paths
-    dataset, path = context.dataset(), paths.labels(view_recipe)
-    topk = _asked_topk(recipe, keep, dataset.num_classes)
-    checkpoint = read_teacher(context, dataset, teacher or paths.winner)
-    identity, seen = identity_of(dataset, recipe.views[view_recipe]), _inode(path)
-    cache = None if fresh else _reusable_cache(context, path, identity, checkpoint.sha256)
-    if cache is not None:
-        topk = _topk_beside(context, path, cache, topk, keep)
-    provenance = provenance_of(context, dataset, checkpoint, topk)
-    parts = LabelParts(paths.work("labels", view_recipe), identity=identity, provenance=provenance)
-    missing = list(wanted) if fresh else parts.missing(wanted.stop, wanted.start)
-    # Rank 0 deletes the parts only once the file is there, so what they no longer hold has been sealed meanwhile.
-    if not fresh and _inode(path) != seen:
-        cache = _reusable_cache(context, path, identity, checkpoint.sha256)
-    if cache is not None:
-        missing = [view for view in missing if view >= cache.num_views]
-        if cache.num_views < wanted.stop:
-            parts.adopt(cache)
-    return LabelPlan(path, wanted, missing, parts, cache, dataset, checkpoint, fresh)
-
-
-def _asked_topk(recipe: Recipe, keep: int | None, num_classes: int) -> int:
-    """Return how many classes to keep of each sample, 0 for the argmax alone; `keep` goes before the recipe's.
-
-    Raises:
-        UsageError: There are fewer classes.
-    """
-    topk = recipe.label.topk if keep is None else keep
-    if topk > num_classes:
-        raise UsageError(
-            f"{_key(recipe, keep)}: topk={topk}, but the data set has {num_classes} classes; keep at most that many"
-        )
-    return topk
 
 
 def _reusable_cache(
@@ -285,33 +240,32 @@ def _reusable_cache(
         return None
 
 
-def _topk_beside(context: Context, path: Path, cache: LabelCache, asked: int, keep: int | None) -> int:
-    """Return the K with which a sealed file goes on: the file's, since what it keeps is never dropped.
+def _topk(context: Context, path: Path, cache: LabelCache | None, num_classes: int, keep: int | None) -> int:
+    """Return how many classes to keep of each sample, K; 0 for the argmax alone.
 
     Args:
-        context: The command's setting.
-        path: The file.
-        cache: Its content.
-        asked: What the command asks for.
+        context: The command's setting; its recipe says how many where the command line does not.
+        path: The sealed file.
+        cache: Its content, if the run extends it: what it keeps is never dropped.
+        num_classes: Of the data set.
         keep: As given on the command line.
 
     Raises:
-        DataError: It holds less than is asked for.
+        UsageError: There are fewer classes.
+        DataError: The sealed file keeps fewer.
     """
-    if cache.topk > asked:
-        context.say(f"{path}: keeps {kept_name(cache.topk)} and goes on with it; {kept_name(asked)} was asked for")
+    recipe = context.recipe
+    asked, key = (recipe.label.topk, f"recipes.{recipe.name}.label.topk") if keep is None else (keep, "--keep")
+    if asked > num_classes:
+        raise UsageError(f"{key}: topk={asked}, but the data set has {num_classes} classes; keep at most that many")
+    if cache is None or cache.topk == asked:
+        return asked
+    kept, wanted = f"{path}: keeps {options.kept_name(cache.topk)}", options.kept_name(asked)
     if cache.topk < asked:
-        option = "" if keep is None else f" --keep {kept_name(keep)}"
-        raise DataError(
-            f"{path}: keeps {kept_name(cache.topk)}, {_key(context.recipe, keep)} asks for {kept_name(asked)}; "
-            f"`pipeline label{option} --fresh` labels every view again"
-        )
+        option = "" if keep is None else f" --keep {wanted}"
+        raise DataError(f"{kept}, {key} asks for {wanted}; `pipeline label{option} --fresh` labels every view again")
+    context.say(f"{kept} and goes on with it; {wanted} was asked for")
     return cache.topk
-
-
-def _key(recipe: Recipe, keep: int | None) -> str:
-    """Name where the number of classes to keep comes from."""
-    return f"recipes.{recipe.name}.label.topk" if keep is None else "--keep"
 
 
 def slices(views: Sequence[int]) -> str:
@@ -337,15 +291,10 @@ def _clean_up(plan: LabelPlan) -> None:
         plan.parts.delete(below=plan.cache.num_views)
 
 
-def _lock_of(work: Path, rank: int) -> Path:
-    """Return a rank's lock file, beside the directory of the parts."""
-    return work.with_name(f"{work.name}-{rank}.lock")
-
-
 def _ranks_at_work(work: Path, this: int) -> set[int]:
-    """Return the ranks other than this one that hold their lock, of whatever group.
+    """Return the ranks other than this one that hold their lock, beside the directory of the parts.
 
-    A rank may outlive its group: without torchrun nobody ends it when rank 0 dies.
+    Some may be of an earlier group, which they outlive: without torchrun nobody ends them when rank 0 dies.
     """
     name = re.compile(re.escape(work.name) + r"-(\d+)\.lock")
     locks = {int(match[1]): file for file in work.parent.iterdir() if (match := name.fullmatch(file.name))}
@@ -435,7 +384,7 @@ class _Labelling:
                 return
         clean = label_clean(context, plan.dataset, self._teacher)
         seal(plan.path, parts=parts, count=count, clean=clean, canaries=make_canaries(self._views, count))
-        what = f"{count} views of {len(plan.dataset.train)} images, {kept_name(parts.topk)}"
+        what = f"{count} views of {len(plan.dataset.train)} images, {options.kept_name(parts.topk)}"
         context.say(f"{plan.path}: {what}, sealed")
         context.changed(f"label@{self._view_recipe}")
 

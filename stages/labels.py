@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.errors import DataError, PipelineError
+from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.options import (
-    PATH,
-    FiniteFloat,
-    device_option,
-    json_option,
-    open_context,
-    recipe_option,
-    require_exists,
-)
 
 if TYPE_CHECKING:
     from pipeline.labels.replay import Replay
@@ -30,70 +22,17 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("file", type=PATH)
-@json_option
+@click.argument("file", type=options.PATH)
+@options.json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a label file holds and where it comes from."""
-    require_exists(file)
-    content = describe(file)
-    if as_json:
-        click.echo(json.dumps(content, indent=2))
-        return
-    for key, value in content.items():
-        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
-
-
-@command.command()
-@click.argument("file", type=PATH)
-@recipe_option
-@device_option
-@click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
-@click.option("--teacher", type=PATH, help="The checkpoint; the selected teacher if left out.")
-@click.option("--margin", type=FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
-def verify(
-    file: Path,
-    recipe: str | None,
-    device: str | None,
-    sample: int,
-    teacher: Path | None,
-    margin: float | None,
-) -> None:
-    """Replay the teacher on some labels; exit 1 if it would give others."""
-    require_exists(file)
-    context = open_context(recipe, device)
-    if teacher is not None:
-        require_exists(teacher)
-    replay, allowed = replay_teacher(context, file, teacher=teacher, num_samples=sample, margin=margin)
-    num_failed = 0
-    for difference in replay.differences:
-        is_tie = difference.margin <= allowed
-        num_failed += not is_tie
-        context.say(
-            f"view {difference.view}, sample {difference.sample}: cached {difference.cached}, now "
-            f"{difference.replayed}, logit margin {difference.margin:.4g}" + (" (near tie, allowed)" if is_tie else "")
-        )
-    context.say(
-        f"{file}: {replay.num_samples} labels replayed, {len(replay.differences)} differ, "
-        f"{num_failed} by more than {allowed:g}"
-    )
-    if replay.probability_error is not None:
-        context.say(f"{file}: probabilities differ by at most {replay.probability_error:.2g}")
-    if num_failed:
-        raise PipelineError(f"{file}: {num_failed} labels are not the teacher's; run `pipeline label --fresh`")
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """Return what a label file holds, as plain JSON values.
-
-    Raises:
-        DataError: It is missing or not valid.
-    """
     from pipeline.labels.cache import LabelCache
 
-    cache = LabelCache.open(path)
-    return {
-        "path": str(path),
-        "bytes": path.stat().st_size,
+    options.require_exists(file)
+    cache = LabelCache.open(file)
+    content = {
+        "path": str(file),
+        "bytes": file.stat().st_size,
         "num_views": cache.num_views,
         "num_samples": cache.num_samples,
         "num_classes": cache.num_classes,
@@ -104,15 +43,54 @@ def describe(path: Path) -> dict[str, Any]:
         "identity": cache.identity,
         "provenance": cache.provenance,
     }
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+        return
+    for key, value in content.items():
+        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
 
 
-def replay_teacher(
-    context: Context,
-    path: Path,
-    *,
-    teacher: Path | None = None,
-    num_samples: int = 1000,
-    margin: float | None = None,
+@command.command()
+@click.argument("file", type=options.PATH)
+@options.recipe_option
+@options.device_option
+@click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
+@click.option("--teacher", type=options.PATH, help="The checkpoint; default: the selected teacher.")
+@click.option("--margin", type=options.FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
+def verify(
+    file: Path,
+    recipe: str | None,
+    device: str | None,
+    sample: int,
+    teacher: Path | None,
+    margin: float | None,
+) -> None:
+    """Replay the teacher on some labels; exit 1 if it would give others."""
+    options.require_exists(file)
+    context = options.open_context(recipe, device)
+    if teacher is not None:
+        options.require_exists(teacher)
+    replayed, allowed = _replay(context, file, teacher=teacher, num_samples=sample, margin=margin)
+    num_failed = 0
+    for difference in replayed.differences:
+        is_tie = difference.margin <= allowed
+        num_failed += not is_tie
+        context.say(
+            f"view {difference.view}, sample {difference.sample}: cached {difference.cached}, now "
+            f"{difference.replayed}, logit margin {difference.margin:.4g}" + (" (near tie, allowed)" if is_tie else "")
+        )
+    context.say(
+        f"{file}: {replayed.num_samples} labels replayed, {len(replayed.differences)} differ, "
+        f"{num_failed} by more than {allowed:g}"
+    )
+    if replayed.probability_error is not None:
+        context.say(f"{file}: probabilities differ by at most {replayed.probability_error:.2g}")
+    if num_failed:
+        raise PipelineError(f"{file}: {num_failed} labels are not the teacher's; run `pipeline label --fresh`")
+
+
+def _replay(
+    context: Context, path: Path, *, teacher: Path | None, num_samples: int, margin: float | None
 ) -> tuple[Replay, float]:
     """Replay the teacher on some cached labels.
 

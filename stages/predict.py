@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -11,17 +13,61 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import click
 import numpy as np
 
 from pipeline.data.folders import ImageFile, find_images, read_images
 from pipeline.data.images import BadFile
-from pipeline.errors import UsageError, printable
-from pipeline.inference.prediction import Predictor
+from pipeline.errors import PipelineError, UsageError, printable
+from pipeline.inference.classifier import Classifier
+from pipeline.inference.loading import load
+from stages.shared.options import PATH, device_option, precision_option
 
 MAX_INPUT_BYTES = 2**29  # more than an image of MAX_PIXELS takes at 16 bits
 STANDARD_INPUT = "-"
 Top = list[tuple[str, float]]
 """The most probable classes and their probabilities, the most probable first."""
+
+
+@click.command("predict")
+@click.argument("checkpoint", type=PATH)
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--topk", default=5, show_default=True, type=click.IntRange(1), help="Classes to name, at most all.")
+@device_option
+@precision_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each image.")
+def command(
+    checkpoint: Path, images: tuple[str, ...], topk: int, device: str | None, precision: str | None, as_json: bool
+) -> None:
+    """Name the classes of images, by a student or a teacher.
+
+    CHECKPOINT is a directory that a stage or export wrote, or a file in it; nothing else is needed. An IMAGE is a file;
+    a folder, of which all PNG, JPEG, WebP, PPM and BMP files are taken at any depth, in the order of their names'
+    bytes; or -, one image's bytes on standard input. For a list of files use xargs.
+
+    Of two heads the prediction is the mean of their probabilities; what each says alone stands beside it. What can't
+    be read is named on standard error, the rest is answered, and the exit code is 1.
+    """
+    classifier = load(checkpoint, device=device, precision=precision)
+    # A heading as wide as its columns.
+    width = max(len("distillation head") - 9, *(len(printable(name)) for name in classifier.class_names))
+    left_out: Counter[str] = Counter()
+    standard_input = sys.stdin.buffer if STANDARD_INPUT in images else None
+    num_good = num_bad = 0
+    for result in predict(classifier, images, topk=topk, left_out=left_out, standard_input=standard_input):
+        if isinstance(result, BadFile):
+            num_bad += 1
+            click.echo(f"{result.path}: {result.reason}", err=True)
+            continue
+        if not as_json and not num_good and (heading := result.heading(width)) is not None:
+            click.echo(heading)
+        num_good += 1
+        click.echo(json.dumps(result.as_json()) if as_json else result.as_text(width))
+    if left_out:
+        counts = ", ".join(f"{count} {printable(suffix) or 'without any'}" for suffix, count in left_out.most_common())
+        click.echo(f"left out, not having an image's suffix: {counts}", err=True)
+    if num_bad:
+        raise PipelineError(f"{num_bad} of {num_bad + num_good} could not be read; they are named above")
 
 
 @dataclass(frozen=True)
@@ -30,8 +76,8 @@ class Prediction:
 
     Attributes:
         path: As given, or below the folder given; `-` is standard input.
-        top: Of the prediction.
-        heads: Of each head alone.
+        top: The prediction.
+        heads: What each head alone says.
     """
 
     path: str
@@ -51,7 +97,7 @@ class Prediction:
         """Return the line above the texts; None where there is one head, and so one column.
 
         Args:
-            width: Of the longest class name.
+            width: Characters of the longest class name.
         """
         if len(self.heads) == 1:
             return None
@@ -62,7 +108,7 @@ class Prediction:
         """Return it as lines for people: what is predicted, and beside it what each of two heads says.
 
         Args:
-            width: Of the longest class name.
+            width: Characters of the longest class name.
         """
         columns = [self.top, *(self.heads.values() if len(self.heads) > 1 else ())]
         rows = zip(*columns, strict=True)
@@ -71,7 +117,7 @@ class Prediction:
 
 
 def predict(
-    predictor: Predictor,
+    classifier: Classifier,
     names: Sequence[str],
     *,
     topk: int,
@@ -81,7 +127,7 @@ def predict(
     """Answer to images, one after the other, in memory that does not grow with their number.
 
     Args:
-        predictor: The model.
+        classifier: The model.
         names: Files; folders, of which all images are taken; `-` for one image's bytes on standard input.
         topk: Classes to name, at most all.
         left_out: Counts, by suffix, the files of folders that have no image's suffix.
@@ -99,9 +145,9 @@ def predict(
     files = _find(names, standard_input, left_out)
     # Pillow warns of damaged metadata, which does no harm.
     quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
-    with quiet, contextlib.closing(read_images(files, predictor.image_size, predictor.batch_size)) as batches:
+    with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
         for batch in batches:
-            yield from _answer(predictor, batch, topk)
+            yield from _answer(classifier, batch, topk)
 
 
 def _find(names: Sequence[str], standard_input: BinaryIO | None, left_out: Counter[str]) -> Iterator[ImageFile]:
@@ -118,13 +164,13 @@ def _find(names: Sequence[str], standard_input: BinaryIO | None, left_out: Count
             yield ImageFile(Path(name), content)
 
 
-def _answer(predictor: Predictor, batch: list[ImageFile], topk: int) -> Iterator[Prediction | BadFile]:
+def _answer(classifier: Classifier, batch: list[ImageFile], topk: int) -> Iterator[Prediction | BadFile]:
     """Answer to a batch."""
     pixels = [file.pixels for file in batch if file.pixels is not None]
     answers: Iterator[tuple[Top, ...]] = iter(())
     names: tuple[str, ...] = ()
     if pixels:
-        answer = predictor.answer(np.stack(pixels))
+        answer = classifier.answer(np.stack(pixels))
         names = tuple(answer.heads)
         answers = zip(answer.top(topk), *(answer.top(topk, name) for name in names), strict=True)
     for file in batch:

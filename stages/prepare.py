@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import UsageError, printable
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_json
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
@@ -89,8 +89,7 @@ def prepare(
 ) -> Summary:
     """Read a recipe's data set, cut its splits, and write `dataset.h5` and `summary.json`.
 
-    A folder's images that are too many for RAM go to a file without a name in `out` first, and from there to
-    `dataset.h5`.
+    A folder's images that are too many for RAM go through an unnamed file in `out` to `dataset.h5`.
 
     Args:
         recipe: The recipe.
@@ -160,8 +159,10 @@ def _standing(recipe: Recipe, paths: Paths) -> str:
     summary = paths.prepared / "summary.json"
     if not (paths.dataset.is_file() and summary.is_file()):
         return "no data yet"
-    changed = differences(read_json(summary)["settings"], dataclasses.asdict(recipe.dataset))
-    if changed:
+    former, now = (
+        {"settings": settings} for settings in (read_json(summary)["settings"], deciding_values(recipe.dataset))
+    )
+    if changed := differences(former, now):
         return f"in place of one of other settings: {', '.join(changed)}"
     return "in place of one of the same settings; the same images give the same file"
 
@@ -185,7 +186,7 @@ def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> Summ
     return Summary(
         recipe=recipe.name,
         source=dataset.source,
-        settings=dataclasses.asdict(recipe.dataset),
+        settings=deciding_values(recipe.dataset),
         num_samples={name: len(split) for name, split in dataset.splits.items()},
         class_counts={
             name: np.bincount(split.labels, minlength=dataset.num_classes).tolist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,18 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
     """
     for directory in directories:
         require_exists(directory)
-    record(click.echo, directories, out)
+    records, wrong = Records(out), []
+    records.read()
+    for directory in directories:
+        try:
+            describe(directory)
+        except DataError as error:
+            wrong.append(str(error))
+            continue
+        added = records.add(directory)
+        click.echo(f"{directory}: " + (f"recorded as {added} in {out}" if added else f"is in {out} already"))
+    if wrong:  # the others are recorded
+        raise DataError("; ".join(wrong))
 
 
 class Records:
@@ -53,7 +64,7 @@ class Records:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the records, in the file's order; a last line that was cut short is none.
+        """Return the records, in the file's order; a last line that was cut short does not count.
 
         Raises:
             DataError: Another line is no record.
@@ -62,7 +73,7 @@ class Records:
         return [record for _, record in self._lines()]
 
     def add(self, directory: Path) -> str | None:
-        """Append a finished run unless it is there, and see to its curve.
+        """Append a finished run unless it is there, and keep its curve.
 
         Args:
             directory: Of the run.
@@ -134,31 +145,6 @@ def describe(directory: Path) -> dict[str, Any]:
         **{epoch: {key: metrics[epoch][key] for key in SCORES} for epoch in ("best", "last", "test")},
         **{key: run.environment[key] for key in ENVIRONMENT},
     }
-
-
-def record(say: Callable[[str], None], directories: Sequence[Path], out: Path) -> None:
-    """Record finished runs, and say of each what became of it.
-
-    Args:
-        say: Takes a line for people.
-        directories: Of the runs.
-        out: The file of records.
-
-    Raises:
-        DataError: One of them is no finished run; the others are recorded.
-    """
-    records, wrong = Records(out), []
-    records.read()
-    for directory in directories:
-        try:
-            describe(directory)
-        except DataError as error:
-            wrong.append(str(error))
-            continue
-        added = records.add(directory)
-        say(f"{directory}: " + (f"recorded as {added} in {out}" if added else f"is in {out} already"))
-    if wrong:
-        raise DataError("; ".join(wrong))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

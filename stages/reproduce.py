@@ -12,15 +12,8 @@ from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from stages.record import Records
 from stages.reproduction.jobs import Job, State
 from stages.reproduction.plan import Choice, plan
+from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.options import (
-    device_option,
-    dry_run_option,
-    open_context,
-    parse_seeds,
-    records_option,
-    time_limit_option,
-)
 from stages.teacher_select import prepare_from_raw
 
 NEEDS_DATA = State("needs data")
@@ -215,13 +208,13 @@ def _without_data(job: Job, lacking: dict[str, str]) -> State:
     help="Labels cached, none, online; or 1, 2, 5 and all views. The paper has neither.",
 )
 @click.option("--recipe", help="A recipe in place of the paper's; all of it without --table, --figure, --ablation.")
-@click.option("--student", help="Train this student alone, on the teacher it needs; titn for --ablation if left out.")
-@click.option("--seeds", metavar="A,B,...", help="Of the students, one after another; 0 where left out.")
-@device_option
-@click.option("--download", is_flag=True, help="Download data that are not there to data/raw.")
-@records_option
-@time_limit_option
-@dry_run_option
+@click.option("--student", help="Train only this student and the teacher it needs; default for --ablation: titn.")
+@click.option("--seeds", metavar="A,B,...", help="Of the students, one after another; default: 0.")
+@options.device_option
+@click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
+@options.records_option
+@options.time_limit_option
+@options.dry_run_option
 def command(
     table: int | None,
     figure: int | None,
@@ -239,7 +232,7 @@ def command(
     Without a choice all of them, the most telling first. What is done costs nothing; what was stopped goes on. Each
     finished run leaves a line in results/runs.jsonl, and its curve in results/curves.
     """
-    several = parse_seeds(seeds) or (0,)
-    context = open_context(recipe, device)
+    several = options.parse_seeds(seeds) or (0,)
+    context = options.open_context(recipe, device)
     choice = Choice(table=table, figure=figure, ablation=ablation, recipe=recipe, student=student, seeds=several)
     reproduce(context, choice, out=out, download=download, dry_run=dry_run)

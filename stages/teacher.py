@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,22 +10,14 @@ import torch
 from torch import nn
 
 from pipeline.config.params import override
-from pipeline.config.recipes import Recipe, TeacherRecipe
+from pipeline.config.recipes import Recipe, TeacherRecipe, deciding_values
 from pipeline.errors import UsageError
 from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
 from pipeline.training.execution import Execution
+from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.options import (
-    device_option,
-    dry_run_option,
-    open_context,
-    parse_settings,
-    recipe_option,
-    time_limit_option,
-    training_options,
-)
 from stages.shared.runs import Run, describe, place, plan_run
 
 
@@ -92,8 +83,7 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
     recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
     dataset, paths = context.dataset(), context.paths
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
-    views = dataclasses.asdict(context.recipe.views["default"])
-    del views["count"]
+    views = deciding_values(context.recipe.views["default"], but=("count",))
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
@@ -116,11 +106,11 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
 
 @click.command("teacher")
 @click.argument("name")
-@recipe_option
-@device_option
-@training_options
-@time_limit_option
-@dry_run_option
+@options.recipe_option
+@options.device_option
+@options.training_options
+@options.time_limit_option
+@options.dry_run_option
 def command(
     name: str,
     recipe: str | None,
@@ -131,7 +121,7 @@ def command(
     dry_run: bool,
 ) -> None:
     """Fine-tune and evaluate one candidate teacher."""
-    context = open_context(recipe, device)
+    context = options.open_context(recipe, device)
     teacher_recipe(context.recipe, name)
-    train_teacher(context, name, settings=parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
+    train_teacher(context, name, settings=options.parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
     context.end()

@@ -18,16 +18,8 @@ from stages.reports.runs import FinishedRun
 from stages.reports.scores import NOT_RUN
 from stages.reports.tables import candidates_table
 from stages.selection import select
+from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.options import (
-    device_option,
-    dry_run_option,
-    open_context,
-    recipe_option,
-    split_names,
-    teachers_option,
-    time_limit_option,
-)
 from stages.shared.runs import plan_run
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
@@ -164,13 +156,13 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
 
 
 @click.command("teacher-select")
-@recipe_option
-@device_option
-@teachers_option
+@options.recipe_option
+@options.device_option
+@options.teachers_option
 @click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
 @click.option("--fresh", is_flag=True, help="Train and label everything again.")
-@time_limit_option
-@dry_run_option
+@options.time_limit_option
+@options.dry_run_option
 def command(
     recipe: str | None,
     device: str | None,
@@ -180,8 +172,8 @@ def command(
     dry_run: bool,
 ) -> None:
     """Do all of stage one: prepare, train what is missing, select, label."""
-    context = open_context(recipe, device)
-    names, sweep = split_names(teachers), split_names(optimizers) or ()
+    context = options.open_context(recipe, device)
+    names, sweep = options.split_names(teachers), options.split_names(optimizers) or ()
     if dry_run:
         for line in plan(context, names, sweep, fresh=fresh):
             context.say(line)

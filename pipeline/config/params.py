@@ -24,6 +24,7 @@ from pipeline.config.recipes import (
     DatasetRecipe,
     LabelRecipe,
     Recipe,
+    Section,
     SelectRecipe,
     StudentRecipe,
     TeacherRecipe,
@@ -31,7 +32,7 @@ from pipeline.config.recipes import (
 )
 from pipeline.errors import UsageError
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Section)
 
 MAX_BYTES = 100_000
 MAX_DIGITS = 30  # of an integer; every range ends below
@@ -144,7 +145,7 @@ def override(recipe: T, settings: Mapping[str, str], key: str) -> T:
         UsageError: No such field, or a value that is not allowed.
     """
     parsed = {name: load_yaml(text, f"--set {name}={text}") for name, text in settings.items()}
-    return _build(type(recipe), {**dataclasses.asdict(recipe), **parsed}, key)  # type: ignore[call-overload]
+    return _build(type(recipe), {**dataclasses.asdict(recipe), **parsed}, key)
 
 
 def _recipe(name: str, section: Any) -> Recipe:
@@ -226,17 +227,28 @@ def _check_references(params: Params) -> None:
             raise UsageError(f"students.{student}: view recipe {views!r} is not in view_recipes; add it there")
 
 
+def _without_removed(cls: type[Section], values: Any, path: str) -> dict[str, Any]:
+    """Drop the fields that a recipe no longer has, where they say what is done now; refuse any other value."""
+    kept = dict(_mapping(values, path))
+    for old in cls.removed:
+        if old.name in kept and (value := kept.pop(old.name)) != old.absent:
+            raise UsageError(f"{path}.{old.name}: {value!r} is no longer possible, only {old.absent!r}; leave it out")
+    return kept
+
+
 def _build(cls: type[T], values: Any, path: str) -> T:
     """Build a recipe dataclass from a mapping, checking every value."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    values = _section(values, path, tuple(fields), required=required)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    required = [name for name, field in fields.items() if field.default is field.default_factory]  # both are MISSING
+    values = _section(_without_removed(cls, values, path), path, tuple(fields), required=required)
     types = typing.get_type_hints(cls)
     return cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
 
 
 def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) -> Any:
     """Check one value's type, then its range or choices."""
+    if typing.get_origin(expected) is Mapping:
+        return _arguments(value, path)
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected:
@@ -249,6 +261,17 @@ def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) 
     if "choices" in field.metadata and value not in field.metadata["choices"]:
         raise UsageError(f"{path}: {value!r} is not allowed; choose from {', '.join(field.metadata['choices'])}")
     return value
+
+
+def _arguments(value: Any, path: str) -> dict[str, int | float | str | bool]:
+    """Check that a value is a mapping of names to plain values; the constructor's own types are checked elsewhere."""
+    arguments = _mapping(value, path)
+    for name, argument in arguments.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UsageError(f"{path}: {name!r} is no argument's name; write it as {path}: {{window: 4}}")
+        if type(argument) not in _TYPE_NAMES or (type(argument) is float and not math.isfinite(argument)):
+            raise UsageError(f"{path}.{name}: {argument!r} is not a number, a text, true or false")
+    return arguments
 
 
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}

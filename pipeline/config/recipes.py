@@ -7,9 +7,9 @@ which `pipeline.config.params` checks what it loads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
@@ -19,20 +19,97 @@ INNER_BLOCKS = ("auto", "plain", "fused")
 MAX_VIEWS = 100_000
 
 
-def _number(
-    low: float, high: float, default: Any = dataclasses.MISSING, *, off: float | None = None, later: bool = False
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    absent: Any = dataclasses.MISSING,
+    default_factory: Any = dataclasses.MISSING,
+    **limits: Any,
 ) -> Any:
-    """A field holding a number in [low, high], or `off`; `later` as `deciding_values` explains."""
-    return dataclasses.field(default=default, metadata={"range": (low, high), "off": off, "later": later})
+    """Declare a field of a recipe.
+
+    Args:
+        default: Its value where params.yaml has none; without one params.yaml must have it.
+        absent: Of a field that came after results had been recorded: the value that does what was done before. While
+            the field has it, `deciding_values` leaves the field out, so that what stands stays valid. A constant of its
+            own, because a default may change later. The fields of version 0.1.0 have none and are always written.
+        default_factory: Makes the default of a mapping.
+        limits: What `pipeline.config.params` checks values by: `range`, `off` or `choices`.
+    """
+    metadata = limits if absent is dataclasses.MISSING else {**limits, "absent": absent}
+    if default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata=metadata, hash=False)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def _choice(choices: tuple[str, ...], default: Any = dataclasses.MISSING) -> Any:
-    """A field holding one of `choices`."""
-    return dataclasses.field(default=default, metadata={"choices": choices})
+def number(
+    low: float,
+    high: float,
+    default: Any = dataclasses.MISSING,
+    *,
+    off: float | None = None,
+    absent: Any = dataclasses.MISSING,
+) -> Any:
+    """Declare a field that holds a number in [low, high], or `off`; the rest as of `setting`."""
+    return setting(default, absent=absent, range=(low, high), off=off)
+
+
+def choice(choices: tuple[str, ...], default: Any = dataclasses.MISSING, *, absent: Any = dataclasses.MISSING) -> Any:
+    """Declare a field that holds one of `choices`; the rest as of `setting`."""
+    return setting(default, absent=absent, choices=choices)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A field that a recipe had once.
+
+    Attributes:
+        name: Of the field. No later field may take it.
+        absent: The value that did what is done now. params.yaml may still say it, and nothing else.
+        is_written: Whether the field was written always. Then it still is, with `absent`. True of fields of version
+            0.1.0 alone.
+    """
+
+    name: str
+    absent: Any
+    is_written: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetRecipe:
+class Section:
+    """A part of params.yaml that decides results.
+
+    Attributes:
+        removed: The fields that it had once.
+    """
+
+    removed: ClassVar[tuple[Removed, ...]] = ()
+
+
+def deciding_values(section: Section, *, but: Collection[str] = ()) -> dict[str, Any]:
+    """Return a recipe's fields as plain JSON values, for whatever records what a result depends on.
+
+    The one function by which identities of label caches, runs and prepared data are written. Equal results give equal
+    values in every version of this project: see `setting` for a field that comes, and `Removed` for one that goes.
+
+    Args:
+        section: The recipe.
+        but: Names of fields that decide nothing there.
+    """
+    values = {old.name: old.absent for old in section.removed if old.is_written}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.type in ("float", float):
+            value = float(value)  # a recipe made in Python may say 10 where the field means 10.0
+        if isinstance(value, Mapping):
+            value = dict(value)
+        if "absent" not in field.metadata or value != field.metadata["absent"]:
+            values[field.name] = value
+    return {name: value for name, value in values.items() if name not in but}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecipe(Section):
     """What `prepare` makes.
 
     Attributes:
@@ -45,16 +122,18 @@ class DatasetRecipe:
         split_seed: Seed of both splits.
     """
 
-    source: str = _choice(SOURCES)
-    image_size: int = _number(4, 1024, 32)
-    val_fraction: float = _number(0.0, 0.9, 0.0)
-    test_fraction: float = _number(0.01, 0.9, 0.2)
-    split_seed: int = _number(0, 2**31 - 1, 0)
+    source: str = choice(SOURCES)
+    image_size: int = number(4, 1024, 32)
+    val_fraction: float = number(0.0, 0.9, 0.0)
+    test_fraction: float = number(0.01, 0.9, 0.2)
+    split_seed: int = number(0, 2**31 - 1, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewRecipe:
+class ViewRecipe(Section):
     """One way of augmenting the training set; operations run in the order of these fields.
+
+    What a field does is in pipeline.views.augment.AUGMENTATIONS, and for `mixing` in pipeline.views.mixing.MIXINGS.
 
     Attributes:
         seed: Seed of every draw.
@@ -74,22 +153,22 @@ class ViewRecipe:
     Source: arXiv:2502.16762 §3.4, §4.1; RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158.
     """
 
-    seed: int = _number(0, 2**31 - 1, 0)
-    count: int = _number(1, MAX_VIEWS)
-    crop: int = _number(0, 256, 0)
+    seed: int = number(0, 2**31 - 1, 0)
+    count: int = number(1, MAX_VIEWS)
+    crop: int = number(0, 256, 0)
     flip: bool = False
-    rotation: float = _number(0.0, 180.0, 0.0)
-    translate: float = _number(0.0, 0.9, 0.0)
-    scale: float = _number(0.0, 0.9, 0.0)
-    shear: float = _number(0.0, 60.0, 0.0)
-    brightness: float = _number(0.0, 1.0, 0.0)
-    contrast: float = _number(0.0, 1.0, 0.0)
-    autoaugment: str = _choice(("none", "cifar10", "randaugment", "trivialaugment"), "none")
-    mixing: str = _choice(("none", "cutmix", "mixup"), "none")
+    rotation: float = number(0.0, 180.0, 0.0)
+    translate: float = number(0.0, 0.9, 0.0)
+    scale: float = number(0.0, 0.9, 0.0)
+    shear: float = number(0.0, 60.0, 0.0)
+    brightness: float = number(0.0, 1.0, 0.0)
+    contrast: float = number(0.0, 1.0, 0.0)
+    autoaugment: str = choice(("none", "cifar10", "randaugment", "trivialaugment"), "none")
+    mixing: str = choice(("none", "cutmix", "mixup"), "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitRecipe:
+class FitRecipe(Section):
     """How a model is trained.
 
     Attributes:
@@ -109,18 +188,18 @@ class FitRecipe:
         compile: Whether torch.compile prepares the model. Needs a C++ compiler, takes minutes, and rounds differently.
     """
 
-    epochs: int = _number(1, 100_000)
-    batch_size: int = _number(1, 1_000_000)
-    optimizer: str = _choice(OPTIMIZERS, "sgd")
-    lr: float = _number(0.0, 100.0)
-    momentum: float = _number(0.0, 0.9999, 0.9)
-    weight_decay: float = _number(0.0, 10.0, 1e-4)
-    schedule: str = _choice(("cosine", "constant"), "cosine")
-    warmup_epochs: float = _number(0.0, 1000.0, 0.0)
-    clip: float = _number(0.0, 1e6, 0.0)
-    label_smoothing: float = _number(0.0, 0.99, 0.0)
-    precision: str = _choice(PRECISIONS, "auto")
-    step: str = _choice(STEPS, "auto")
+    epochs: int = number(1, 100_000)
+    batch_size: int = number(1, 1_000_000)
+    optimizer: str = choice(OPTIMIZERS, "sgd")
+    lr: float = number(0.0, 100.0)
+    momentum: float = number(0.0, 0.9999, 0.9)
+    weight_decay: float = number(0.0, 10.0, 1e-4)
+    schedule: str = choice(("cosine", "constant"), "cosine")
+    warmup_epochs: float = number(0.0, 1000.0, 0.0)
+    clip: float = number(0.0, 1e6, 0.0)
+    label_smoothing: float = number(0.0, 0.99, 0.0)
+    precision: str = choice(PRECISIONS, "auto")
+    step: str = choice(STEPS, "auto")
     compile: bool = False
 
 
@@ -134,7 +213,7 @@ class TeacherRecipe(FitRecipe):
     """
 
     weights: str = "imagenet"
-    bn_momentum: float = _number(0.0, 1.0, 0.0)
+    bn_momentum: float = number(0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,50 +239,40 @@ class StudentRecipe(FitRecipe):
             C++ on a CPU or Triton on CUDA; `auto`: fused where it is available.
         micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
             0 chooses: 128 on a CPU, all elsewhere.
+        arguments: What else the architecture's constructor takes, as `{window: 4}`; see
+            pipeline.models.students.check_arguments.
     """
 
     model: str
     views: str = "default"
-    alpha: float = _number(0.0, 1.0, 0.5)
-    patch_size: int = _number(1, 1024, 8)
-    pixel_size: int = _number(1, 1024, 2)
-    width: int = _number(1, 8192, 192)
-    depth: int = _number(1, 256, 12)
-    num_heads: int = _number(1, 256, 3)
-    pixel_width: int = _number(1, 1024, 12)
-    pixel_heads: int = _number(1, 256, 2)
-    micro_batch: int = _number(0, 1_000_000, 0)
-    soft: float = _number(0.01, 1000.0, 0.0, off=0.0, later=True)
-    ema: float = _number(0.0, 0.999999, 0.0, later=True)
-    inner_block: str = _choice(INNER_BLOCKS, "auto")
-
-
-def deciding_values(recipe: FitRecipe) -> dict[str, Any]:
-    """Return a recipe's fields as plain values, for what decides a run's result.
-
-    A field that came after models had been trained is left out while it has its default, which does what was done
-    before: so they stay up to date.
-    """
-    return {
-        field.name: getattr(recipe, field.name)
-        for field in dataclasses.fields(recipe)
-        if not (field.metadata.get("later") and getattr(recipe, field.name) == field.default)
-    }
+    alpha: float = number(0.0, 1.0, 0.5)
+    patch_size: int = number(1, 1024, 8)
+    pixel_size: int = number(1, 1024, 2)
+    width: int = number(1, 8192, 192)
+    depth: int = number(1, 256, 12)
+    num_heads: int = number(1, 256, 3)
+    pixel_width: int = number(1, 1024, 12)
+    pixel_heads: int = number(1, 256, 2)
+    micro_batch: int = number(0, 1_000_000, 0)
+    soft: float = number(0.01, 1000.0, 0.0, off=0.0, absent=0.0)
+    ema: float = number(0.0, 0.999999, 0.0, absent=0.0)
+    inner_block: str = choice(INNER_BLOCKS, "auto")
+    arguments: Mapping[str, int | float | str | bool] = setting(default_factory=dict, absent={})
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectRecipe:
+class SelectRecipe(Section):
     """How the winner is chosen.
 
     Attributes:
         by: The metric that must be highest, of the best epoch on the evaluation split.
     """
 
-    by: str = _choice(("top1", "top5", "f1"), "top1")
+    by: str = choice(("top1", "top5", "f1"), "top1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelRecipe:
+class LabelRecipe(Section):
     """How the winner labels views.
 
     Attributes:
@@ -214,9 +283,9 @@ class LabelRecipe:
             every process that labels, and rounds differently.
     """
 
-    batch_size: int = _number(1, 1_000_000, 512)
-    precision: str = _choice(PRECISIONS, "auto")
-    topk: int = _number(0, 65535, 0)
+    batch_size: int = number(1, 1_000_000, 512)
+    precision: str = choice(PRECISIONS, "auto")
+    topk: int = number(0, 65535, 0)
     compile: bool = False
 
 

@@ -43,7 +43,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     """Write the card.
 
     Args:
-        config: What the export's config.json says; see stages.export.
+        config: The content of the export's config.json; see stages.export.
 
     Returns:
         Markdown behind YAML front matter.
@@ -83,15 +83,15 @@ def _front_matter(config: Mapping[str, Any]) -> str:
 def _yaml(value: Any) -> list[str]:
     """Write dicts and lists as lines of YAML; a scalar as JSON, which YAML includes."""
     if isinstance(value, dict):
-        pairs = [(f"{key}:", each) for key, each in value.items()]
+        pairs = [(f"{key}:", item) for key, item in value.items()]
     elif isinstance(value, list):
-        pairs = [("-", each) for each in value]
+        pairs = [("-", item) for item in value]
     else:
         return [json.dumps(value, ensure_ascii=False)]
     lines = []
-    for head, each in pairs:
-        first, *rest = _yaml(each)
-        if head == "-" or not isinstance(each, dict | list):
+    for head, item in pairs:
+        first, *rest = _yaml(item)
+        if head == "-" or not isinstance(item, dict | list):
             lines += [f"{head} {first}", *(f"  {line}" for line in rest)]
         else:
             lines += [head, *(f"  {line}" for line in (first, *rest))]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +15,44 @@ from torch import Tensor, nn
 
 from pipeline.data.images import read_image, to_rgb, upright
 from pipeline.errors import DataError, NumericalError, UsageError, printable
-from pipeline.losses import probabilities
+from pipeline.losses import Outputs, probabilities
+from pipeline.models.network import Network
 
+CPU = torch.device("cpu")
 INPUT = "images"
 OUTPUTS = ("probabilities", "class_logits", "distillation_logits")
-"""What a classifier returns, in this order; the last only with two heads."""
+"""What a model returns, in this order; the last only with two heads."""
+HEADS = ("class", "distillation")
+PIXELS_AT_ONCE = {"cpu": 256 * 32**2, "cuda": 4096 * 32**2}
+"""Kind of device to pixels of a batch: on a CPU it should fit the cache, a GPU wants few, large launches."""
 
-Runner = Callable[[Tensor], Mapping[str, Tensor]]
-"""Maps images `(B, 3, H, W)` uint8 to the OUTPUTS there are by name, `(B, K)` float32 each."""
-
+Runner = Callable[[Tensor], tuple[Tensor, ...]]
+"""Maps images `(B, 3, H, W)` uint8 to the OUTPUTS there are, `(B, K)` each."""
 
 AnyImage = Path | str | bytes | Image.Image | NDArray[Any]
 """A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or `(H, W, 3)` RGB."""
 
 
-class Classifier(nn.Module):
-    """Normalisation, a model and softmax in one module: what is exported.
+class PixelsToOutputs(nn.Module):
+    """A network and the softmax behind it in one module: what ONNX and TorchScript files hold.
 
     Args:
-        model: Maps normalised images to the logits of one head or of two.
-        mean: Of each channel, pixels in [0, 1].
-        std: Of each channel, above 0.
+        network: The network.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(tuple(mean)).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(tuple(std)).reshape(3, 1, 1), persistent=False)
+        self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Classify images.
-
-        Args:
-            images: `(B, 3, H, W)` uint8 RGB.
-
-        Returns:
-            As of OUTPUTS, `(B, K)` float32 each: the probabilities (of two heads their mean), then each head's logits.
-        """
-        outputs = self.model((images.float() / 255 - self.mean) / self.std)
-        heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        return (probabilities(outputs), *heads)
-
-    @torch.inference_mode()
-    def run(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what `forward` does by name, computed where the model is."""
-        return dict(zip(OUTPUTS, self(images.to(self.mean.device)), strict=False))
+        """Return the probabilities of images `(B, 3, H, W)` uint8, of two heads their mean, then each head's logits."""
+        outputs = self.network(images)
+        return (probabilities(outputs), *(outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Turns an image of any size and mode into what an ImageClassifier takes, the way `pipeline prepare` does.
+    """Turns an image of any size and mode into what a Classifier takes, the way `pipeline prepare` does.
 
     Attributes:
         image_size: Side of the result, pixels.
@@ -110,31 +94,88 @@ class Transform:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageClassifier:
-    """A model that has been loaded; see pipeline.load.
+class Answer:
+    """What a model says of B images.
 
     Attributes:
+        probabilities: `(B, K)` float32 on the CPU, the prediction: that of the one head, or the mean of both.
+        heads: What each head alone says, `class` and, where there are two, `distillation`; as `probabilities`.
         class_names: K names.
-        image_size: Side of the images it takes, pixels.
-        format: `checkpoint`, or one of pipeline.inference.exporting.FILES.
-        config: What is known of it: the checkpoint's JSON, or the export's config.json.
-        runner: Computes the outputs.
     """
 
+    probabilities: Tensor
+    heads: Mapping[str, Tensor]
+    class_names: tuple[str, ...]
+
+    def top(self, count: int = 5, head: str | None = None) -> list[list[tuple[str, float]]]:
+        """Return each image's most probable classes with their probabilities, the most probable first.
+
+        Args:
+            count: How many; at most K.
+            head: One of `heads`; None for the prediction.
+        """
+        likely = self.probabilities if head is None else self.heads[head]
+        # A stable sort: of equal classes the first comes first, as by argmax.
+        values, classes = likely.sort(dim=1, descending=True, stable=True)
+        rows = zip(classes[:, :count].tolist(), values[:, :count].tolist(), strict=True)
+        return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Classifier:
+    """A trained model, from a checkpoint or from any file of an export; see pipeline.load.
+
+    Attributes:
+        runner: Computes the outputs on the device.
+        class_names: K names.
+        image_size: Side of the images it takes, pixels.
+        device: Where it computes.
+        precision: `fp32` or `bf16`; `int8` of a quantised export.
+        format: `checkpoint`, or one of pipeline.inference.exporting.FILES.
+        file: Its weights; None of a model that comes from no file.
+        config: What is known of it: the checkpoint's JSON, or the export's config.json.
+    """
+
+    runner: Runner
     class_names: tuple[str, ...]
     image_size: int
-    format: str
-    config: Mapping[str, Any]
-    runner: Runner
+    device: torch.device = CPU
+    precision: str = "fp32"
+    format: str = "checkpoint"
+    file: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def module(self) -> nn.Module:
+        """The student or teacher itself: normalised images `(B, 3, image_size, image_size)` float32 to logits.
+
+        Raises:
+            UsageError: An ONNX or TorchScript file is a whole program, without such a module.
+        """
+        if not isinstance(self.runner, PixelsToOutputs):
+            raise UsageError(
+                f"{self.file}: {self.format} is a program without a module; load safetensors or the checkpoint"
+            )
+        return self.runner.network.module
+
+    @property
+    def transform(self) -> Transform:
+        """What makes images fit it."""
+        return Transform(self.image_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are best answered at once."""
+        return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the class probabilities.
 
         Args:
-            images: `(B, 3, image_size, image_size)` uint8 RGB, as of Transform.
+            images: `(B, 3, image_size, image_size)` uint8 RGB, as Transform makes them, on any device.
 
         Returns:
-            `(B, K)` float32, rows that sum to 1.
+            `(B, K)` float32, rows that sum to 1, on the model's device.
 
         Raises:
             UsageError: The images have another shape or dtype.
@@ -143,20 +184,41 @@ class ImageClassifier:
         """
         return self.outputs(images)["probabilities"]
 
-    def outputs(self, images: Tensor) -> Mapping[str, Tensor]:
-        """Return `probabilities`, `class_logits` and, of two heads, `distillation_logits`; else as of a call."""
+    @torch.inference_mode()
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the OUTPUTS there are by name; arguments, shapes and errors are those of a call."""
         sides = (3, self.image_size, self.image_size)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != sides or not len(images):
             raise UsageError(
                 f"images: {tuple(images.shape)} {images.dtype}; (B, {', '.join(map(str, sides))}) uint8 is "
                 "needed: stack what the transform returns, or add [None] to one"
             )
-        outputs = self.runner(images)
-        shape = (len(images), len(self.class_names))
-        if "probabilities" not in outputs or not all(
-            isinstance(output, Tensor) and output.shape == shape for output in outputs.values()
-        ):
+        outputs, shape = self.runner(images.to(self.device)), (len(images), len(self.class_names))
+        if len(outputs) not in (2, 3) or any(getattr(output, "shape", None) != shape for output in outputs):
             raise DataError("the model's outputs are not what an export's are; export it again")
-        if not all(bool(output.isfinite().all()) for output in outputs.values()):
+        if not torch.stack([output.isfinite().all() for output in outputs]).all():
             raise NumericalError("the model's output is not finite; train it again")
-        return outputs
+        return {name: output.float() for name, output in zip(OUTPUTS, outputs, strict=False)}
+
+    def logits(self, images: Tensor) -> Outputs:
+        """Return the logits of one head or of two, float32; else as a call."""
+        heads = tuple(self.outputs(images).values())[1:]
+        return heads[0] if len(heads) == 1 else (heads[0], heads[1])
+
+    def answer(self, pixels: NDArray[np.uint8]) -> Answer:
+        """Answer to one batch.
+
+        Args:
+            pixels: `(B, image_size, image_size, 3)` uint8 RGB.
+
+        Raises:
+            NumericalError: An output is not finite.
+        """
+        outputs = self.logits(self.place(pixels))
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        likely = torch.stack([probabilities(outputs), *map(probabilities, heads)]).cpu()
+        return Answer(likely[0], dict(zip(HEADS, likely[1:], strict=False)), self.class_names)
+
+    def place(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Copy pixels `(B, H, W, 3)` to the device, as `(B, 3, H, W)`."""
+        return torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).contiguous()

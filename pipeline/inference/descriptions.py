@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipes import StudentRecipe
 from pipeline.data.datasets import Channels
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 
-GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_width", "pixel_heads")
-"""The fields of a student's recipe that are its model's arguments."""
 KINDS = ("student", "teacher")
 CLASSES = (int, 2, 65535)
 IMAGE_SIZES = (int, 4, 1024)
@@ -59,7 +58,7 @@ class Description:
         checks = {
             "kind": meta.get("kind") in KINDS,
             "model": isinstance(meta.get("model"), str),
-            "arguments": isinstance(arguments, dict) and arguments.keys() <= limits.keys(),
+            "arguments": isinstance(arguments, dict) and _are_own(meta, arguments.keys() - limits.keys()),
             "class_names": is_list and len(set(names or ())) == len(names or ()),
             "image_size": _is_within(meta.get("image_size"), *IMAGE_SIZES),
             "mean": _is_channels(meta.get("mean"), 0.0),
@@ -81,8 +80,24 @@ def _limits(kind: Any) -> dict[str, tuple[type, float, float]]:
     """Return type, least and largest value of each argument that a model of a kind is built from."""
     if kind == "teacher":
         return {"num_classes": CLASSES, "bn_momentum": (float, 0.0, 1.0)}
+    from pipeline.models.students import GEOMETRY
+
     ranges = {field.name: field.metadata.get("range", ()) for field in dataclasses.fields(StudentRecipe)}
     return {"num_classes": CLASSES, "image_size": IMAGE_SIZES, **{name: (int, *ranges[name]) for name in GEOMETRY}}
+
+
+def _are_own(meta: Mapping[str, Any], names: AbstractSet[str]) -> bool:
+    """Tell whether arguments other than those of every model fit the constructor of a student."""
+    from pipeline.models.students import STUDENTS, check_arguments
+
+    model = meta.get("model")
+    if meta.get("kind") != "student" or not isinstance(model, str) or model not in STUDENTS:
+        return not names
+    try:
+        check_arguments(model, {name: meta["arguments"][name] for name in names}, "arguments")
+    except UsageError:
+        return False
+    return True
 
 
 def _is_within(value: Any, kind: type, low: float, high: float) -> bool:
@@ -90,4 +105,4 @@ def _is_within(value: Any, kind: type, low: float, high: float) -> bool:
 
 
 def _is_channels(value: Any, low: float) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_is_within(each, float, low, 1.0) for each in value)
+    return isinstance(value, list) and len(value) == 3 and all(_is_within(number, float, low, 1.0) for number in value)

@@ -1,8 +1,8 @@
 """Exported models: ONNX, TorchScript and safetensors files, made, run, and compared with PyTorch.
 
-An ONNX or TorchScript file holds the whole of pipeline.inference.classifier.Classifier: uint8 images `(B, 3, H, W)` in,
-probabilities `(B, K)` float32 out, any B. A safetensors file holds the model's weights alone, in float32, or rounded
-to bfloat16 for carrying away: half the size, and computed with in float32 again.
+An ONNX or TorchScript file holds the whole of pipeline.inference.classifier.PixelsToOutputs: uint8 images
+`(B, 3, H, W)` in, probabilities `(B, K)` float32 out, any B. A safetensors file holds the weights of the model alone,
+in float32, or rounded to bfloat16 for carrying away: half the size, and computed with in float32 again.
 
 A TorchScript archive is a program: loading one from a stranger can read and write files here. ONNX and safetensors
 files hold no code.
@@ -16,16 +16,16 @@ import io
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import DataError, NumericalError, UsageError
-from pipeline.inference.classifier import INPUT, OUTPUTS, Classifier, Runner
+from pipeline.inference.classifier import INPUT, OUTPUTS, Classifier, PixelsToOutputs, Runner
 
 FILES = {
     "safetensors": "model.safetensors",
@@ -44,6 +44,8 @@ OPSET = 18
 BATCH_AT_EXPORT = 2
 CHECK_BATCHES = (1, BATCH_AT_EXPORT, 5, 64)
 """The sizes of the batches that an export is checked on; the last is repeated."""
+NamedOutputs = Callable[[Tensor], Mapping[str, Tensor]]
+"""Maps images `(B, 3, H, W)` uint8 to the outputs by name, `(B, K)` float32 each."""
 TOLERANCE = 1e-4
 BF16_TOLERANCE = 0.1  # of weights with 8 significant bits; what the rounding costs, top-1 tells
 QUANTIZED_OPERATORS = ("MatMul", "Gemm")
@@ -67,30 +69,29 @@ class Agreement:
 
 
 def to_safetensors(classifier: Classifier, dtype: torch.dtype = torch.float32) -> bytes:
-    """Return the weights of a classifier's model, names as of its `state_dict`, rounded to `dtype` but for integers."""
+    """Return the weights, named as in the module's `state_dict`, rounded to `dtype` but for integers."""
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in classifier.model.state_dict().items()
+        for name, tensor in classifier.module.state_dict().items()
     }
     return safetensors.torch.save(tensors)
 
 
-def to_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, str]) -> bytes:
+def to_onnx(classifier: Classifier, metadata: Mapping[str, str]) -> bytes:
     """Export a classifier as one ONNX file, whose batch is dynamic.
 
     Args:
-        classifier: In evaluation mode, on the CPU, its model computed by PyTorch's own operations.
-        image_size: H and W.
+        classifier: On the CPU, in fp32, its module computed by PyTorch's own operations.
         metadata: Kept in the file.
 
     Raises:
         UsageError: The extra `onnx` is not installed.
     """
     _require("onnx", "onnxruntime", "onnxscript")
-    images = _example(image_size)
-    num_outputs = len(classifier.run(images))
+    module, images = _whole(classifier)
+    num_outputs = len(classifier.outputs(images))
     program = torch.onnx.export(
-        classifier,
+        module,
         (images,),
         dynamo=True,
         opset_version=OPSET,
@@ -119,7 +120,7 @@ def to_onnx_int8(content: bytes) -> bytes:
     Convolutions stay as they are: onnxruntime advises against dynamic quantisation there.
 
     Args:
-        content: As of `to_onnx`.
+        content: What `to_onnx` returned.
 
     Raises:
         UsageError: The model has no product with constant weights, or the extra `onnx` is not installed.
@@ -147,11 +148,12 @@ def to_onnx_int8(content: bytes) -> bytes:
     return smaller
 
 
-def to_torchscript(classifier: Classifier, image_size: int) -> bytes:
-    """Export a classifier as a TorchScript archive, whose batch is dynamic; else as of `to_onnx`."""
+def to_torchscript(classifier: Classifier) -> bytes:
+    """Export a classifier, such as `to_onnx` takes, as a TorchScript archive whose batch is dynamic."""
+    module, images = _whole(classifier)
     buffer = io.BytesIO()
     with _torchscript(), torch.no_grad():
-        traced = torch.jit.trace(classifier, _example(image_size), check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(module, images, check_trace=False)  # type: ignore[no-untyped-call]
         torch.jit.save(traced, buffer)
     return _without_sources(buffer.getvalue())
 
@@ -173,15 +175,15 @@ def run_onnx(content: bytes) -> Runner:
     except Exception as error:  # onnxruntime raises classes of its own, which share no base
         raise DataError(f"not a valid ONNX file: {_reason(error)}; export it again") from error
     names = [output.name for output in session.get_outputs()]
-    if [each.name for each in session.get_inputs()] != [INPUT] or tuple(names) != OUTPUTS[: len(names)]:
+    if [entry.name for entry in session.get_inputs()] != [INPUT] or tuple(names) != OUTPUTS[: len(names)]:
         raise DataError("the ONNX file's inputs and outputs are not an export's; export it again")
 
-    def run(images: Tensor) -> dict[str, Tensor]:
+    def run(images: Tensor) -> tuple[Tensor, ...]:
         try:
-            values = session.run(names, {INPUT: images.cpu().contiguous().numpy()})
+            values = session.run(names, {INPUT: images.contiguous().numpy()})
         except Exception as error:
             raise DataError(f"the ONNX file cannot be computed: {_reason(error)}; export it again") from error
-        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+        return tuple(map(torch.from_numpy, values))
 
     return run
 
@@ -198,10 +200,9 @@ def run_torchscript(content: bytes, device: torch.device) -> Runner:
     except Exception as error:  # its unpickler and its parser fail in many ways
         raise DataError(f"not a valid TorchScript archive: {_reason(error)}; export it again") from error
 
-    @torch.inference_mode()
-    def run(images: Tensor) -> dict[str, Tensor]:
+    def run(images: Tensor) -> tuple[Tensor, ...]:
         try:
-            return dict(zip(OUTPUTS, module(images.to(device)), strict=False))
+            return tuple(module(images))
         except Exception as error:
             raise DataError(f"the TorchScript archive cannot be computed: {_reason(error)}; export it again") from error
 
@@ -209,8 +210,8 @@ def run_torchscript(content: bytes, device: torch.device) -> Runner:
 
 
 def compare(
-    reference: Runner,
-    exported: Runner,
+    reference: NamedOutputs,
+    exported: NamedOutputs,
     images: Tensor,
     batch_sizes: Sequence[int] = CHECK_BATCHES,
     tolerance: float = TOLERANCE,
@@ -218,14 +219,14 @@ def compare(
     """Compare an exported model with its original.
 
     Args:
-        reference: The original.
-        exported: The other.
+        reference: The original's `Classifier.outputs`.
+        exported: The other's.
         images: `(N, 3, H, W)` uint8; where they are fewer than the batches' sum, they are taken again.
         batch_sizes: Of the batches; all are used, the last until there are no more images.
         tolerance: What a probability may differ by; a logit by that share of the batch's largest logit, or of 1.
 
     Raises:
-        NumericalError: An output is not finite, or differs by more.
+        NumericalError: An output differs by more, or is not finite.
     """
     sizes = list(batch_sizes)
     sizes += [sizes[-1]] * max(0, -(-(len(images) - sum(sizes)) // sizes[-1]))
@@ -234,14 +235,12 @@ def compare(
     for size in sizes:
         batch = images[torch.arange(start, start + size) % len(images)]
         start += size
-        expected, found = reference(batch), exported(batch)
-        if {name: value.shape for name, value in found.items()} != {n: v.shape for n, v in expected.items()}:
-            raise NumericalError(f"its outputs for {size} images have other names or shapes than PyTorch's")
+        expected, outputs = reference(batch), exported(batch)
+        if outputs.keys() != expected.keys():
+            raise NumericalError(f"its outputs are {', '.join(outputs)}, PyTorch's are {', '.join(expected)}")
         for name, value in expected.items():
-            if not value.isfinite().all():
-                raise NumericalError(f"the model's {name} are not finite; train it again")
             scale = 1.0 if name == OUTPUTS[0] else max(1.0, float(value.abs().max()))
-            difference = float((found[name] - value).abs().max()) / scale
+            difference = float((outputs[name] - value).abs().max()) / scale
             if not difference <= tolerance:
                 raise NumericalError(
                     f"its {name} differ from PyTorch's by {difference:.2g} in a batch of {size}, more than "
@@ -251,16 +250,16 @@ def compare(
     return Agreement(worst[OUTPUTS[0]], max(worst.values()), len(images), tuple(dict.fromkeys(sizes)))
 
 
-def top1(runner: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def top1(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return a model's top-1 accuracy, percent.
 
     Args:
-        runner: The model.
+        classifier: The model.
         batches: Images `(B, 3, H, W)` uint8 and labels `(B,)` int64, at least one batch.
     """
     num_right = num_images = 0
     for images, labels in batches:
-        predicted = runner(images)[OUTPUTS[0]].argmax(dim=1).cpu()
+        predicted = classifier(images).argmax(dim=1).cpu()
         num_right += int((predicted == labels).sum())
         num_images += len(labels)
     return 100 * num_right / num_images
@@ -277,8 +276,11 @@ def _require(*names: str) -> None:
             raise UsageError(f"{name} is not installed, which ONNX files need; run `pip install -e '.[onnx]'`")
 
 
-def _example(image_size: int) -> Tensor:
-    return torch.zeros(BATCH_AT_EXPORT, 3, image_size, image_size, dtype=torch.uint8)
+def _whole(classifier: Classifier) -> tuple[nn.Module, Tensor]:
+    """Return the module from pixels to outputs, and images to trace it with."""
+    assert isinstance(classifier.runner, PixelsToOutputs), "a model is exported from its checkpoint"
+    images = torch.zeros(BATCH_AT_EXPORT, 3, classifier.image_size, classifier.image_size, dtype=torch.uint8)
+    return classifier.runner, images
 
 
 @contextlib.contextmanager
@@ -293,7 +295,7 @@ def _torchscript() -> Iterator[None]:
             warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", category)
         fixed = "Converting a tensor to a Python boolean"
         tracing = torch.jit.TracerWarning  # type: ignore[attr-defined]
-        warnings.filterwarnings("ignore", fixed, tracing, r"pipeline\.students\.")
+        warnings.filterwarnings("ignore", fixed, tracing, r"pipeline\.models\.students\.")
         yield
 
 

@@ -1,10 +1,8 @@
-"""Models ready for use, built from what is known of them: from checkpoints and from exported directories.
-
-The one module of the library above the leaves `students` and `teachers`.
-"""
+"""Models ready for use, built from what is known of them: from checkpoints and from exported directories."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +13,147 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import DataError, UsageError
-from pipeline.inference.classifier import Classifier, ImageClassifier, Runner, Transform
+from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.inference.descriptions import Description
 from pipeline.inference.exporting import CONFIG, FILES, SCHEMA, run_onnx, run_torchscript
-from pipeline.system.runtime import resolve_device
+from pipeline.models.network import Network
+from pipeline.system.runtime import resolve_device, resolve_precision
 from pipeline.system.storage import read_bytes, read_json
 from pipeline.training.checkpoints import Checkpoint, load_checkpoint, load_weights
+
+
+def load(
+    path: Path | str, *, format: str | None = None, device: str | None = "cpu", precision: str | None = "fp32"
+) -> Classifier:
+    """Load a trained model.
+
+    Args:
+        path: A directory that a stage wrote, or a .safetensors file in it; or one that `pipeline export` wrote, or a
+            file in it, whose name says what format to take.
+        format: Of an export; see pipeline.load.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one, but the CPU for ONNX files.
+        precision: `auto`, `fp32` or `bf16`; None takes that of the training. Exports compute as they were exported.
+
+    Raises:
+        UsageError: The path, the format or the device does not exist, or the precision is not the export's.
+        DataError: There is no valid model.
+    """
+    path = Path(path)
+    named = next((name for name, file in FILES.items() if file == path.name), None)
+    directory = path.parent if named else path
+    if device is not None:
+        resolve_device(device)
+    if (directory / CONFIG).is_file():
+        if precision == "bf16":
+            raise UsageError(f"--precision bf16: {path} is an export, which computes in fp32 or int8; leave it out")
+        return _load_export(directory, named or format, device)
+    if not path.exists():
+        raise UsageError(f"{path}: no such model; name what `pipeline export` wrote, or a stage's checkpoint")
+    if format not in (None, "checkpoint"):
+        raise UsageError(f"format {format!r}: {path} is no export, which a {CONFIG} belongs to; leave it out")
+    return from_checkpoint(load_checkpoint(path), resolve_device(device), precision=precision)
+
+
+def load_checkpoint_of(path: Path, kind: str) -> Checkpoint:
+    """Load a checkpoint where only one kind will do.
+
+    Args:
+        path: A directory that a stage wrote, or a .safetensors file in it.
+        kind: `teacher` or `student`.
+
+    Raises:
+        UsageError: The path does not exist.
+        DataError: It holds no valid checkpoint, or one of the other kind.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.meta.get("kind") != kind:
+        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
+    return checkpoint
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, device: torch.device, *, precision: str | None = "fp32", inner_block: str = "auto"
+) -> Classifier:
+    """Build a checkpoint's model with its weights, in evaluation mode.
+
+    Args:
+        checkpoint: Its JSON describes the model.
+        device: Where to put it.
+        precision: As `load` takes it.
+        inner_block: As pipeline.models.students.use_inner_block takes it.
+
+    Raises:
+        DataError: The JSON describes no model or no precision, or the weights are another's.
+    """
+    from pipeline.models.students import Student, use_inner_block
+
+    file = checkpoint.path.with_suffix(".json")
+    described = Description.read(checkpoint.meta, file)
+    if precision is None:
+        training = checkpoint.meta.get("training")
+        precision = training.get("precision") if isinstance(training, dict) else None
+        if precision not in PRECISIONS:
+            raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
+    try:
+        with torch.device("meta"):
+            module = build_model(described.kind, described.model, described.arguments)
+    except UsageError as error:
+        raise DataError(f"{file}: {error}") from error
+    load_weights(module, checkpoint)
+    if isinstance(module, Student):
+        use_inner_block(module, inner_block, device)
+    precision = resolve_precision(precision, device)
+    network = Network(module.to(device).eval(), described.mean, described.std, precision)
+    return Classifier(
+        runner=PixelsToOutputs(network).eval(),
+        class_names=described.class_names,
+        image_size=described.image_size,
+        device=device,
+        precision=precision,
+        file=checkpoint.path,
+        config=checkpoint.meta,
+    )
+
+
+def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path, device: torch.device) -> Classifier:
+    """Build the model of one file of an export.
+
+    Args:
+        format: One of pipeline.inference.exporting.FILES.
+        content: The file's.
+        config: What the model and its inputs are: the export's config.json, or the JSON of the checkpoint behind it.
+        file: Where it lies, for messages.
+        device: Where to put it; the CPU for ONNX files.
+
+    Raises:
+        UsageError: onnxruntime is not installed.
+        DataError: It is no such file, or not of that model.
+    """
+    described = Description.read(config, file.with_name(CONFIG))
+    if format.startswith("safetensors"):
+        try:
+            tensors = safetensors.torch.load(content)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise DataError(f"{file}: not a safetensors file ({error}); export it again") from None
+        # Weights rounded for carrying away are computed with in float32.
+        exact = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in tensors.items()}
+        return dataclasses.replace(from_checkpoint(Checkpoint(file, config, exact), device), format=format)
+    try:
+        runner = run_torchscript(content, device) if format == "torchscript" else run_onnx(content)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+    return Classifier(
+        runner=runner,
+        class_names=described.class_names,
+        image_size=described.image_size,
+        device=device,
+        precision="int8" if format == "onnx-int8" else "fp32",
+        format=format,
+        file=file,
+        config=config,
+    )
 
 
 def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -44,102 +176,21 @@ def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Modul
     return build_teacher(model, **arguments)
 
 
-def restore(checkpoint: Checkpoint, device: torch.device, *, inner_block: str = "auto") -> nn.Module:
-    """Build a checkpoint's model with its weights, in evaluation mode.
-
-    Args:
-        checkpoint: Its JSON describes the model.
-        device: Where to put it.
-        inner_block: As of pipeline.models.students.use_inner_block.
-
-    Raises:
-        DataError: The JSON describes no model, or the weights are another's.
-    """
-    from pipeline.models.students import Student, use_inner_block
-
-    file = checkpoint.path.with_suffix(".json")
-    described = Description.read(checkpoint.meta, file)
-    try:
-        with torch.device("meta"):
-            model = build_model(described.kind, described.model, described.arguments)
-    except UsageError as error:
-        raise DataError(f"{file}: {error}") from error
-    load_weights(model, checkpoint)
-    if isinstance(model, Student):
-        use_inner_block(model, inner_block, device)
-    return model.to(device).eval()
-
-
-def run_safetensors(content: bytes, meta: Mapping[str, Any], file: Path, device: torch.device) -> Runner:
-    """Build the model of a safetensors file.
-
-    Args:
-        content: The file's.
-        meta: What the model and its inputs are: a checkpoint's JSON, or an export's config.json.
-        file: Where it lies, for messages.
-        device: Where to put it.
-
-    Raises:
-        DataError: It is no such file, or not of that model.
-    """
-    inputs = Description.read(meta, file)
-    try:
-        tensors = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{file}: not a safetensors file ({error}); export it again") from None
-    # Weights rounded for carrying away are computed with in float32.
-    tensors = {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in tensors.items()}
-    model = restore(Checkpoint(file, meta, tensors), device)
-    return Classifier(model, inputs.mean, inputs.std).to(device).eval().run
-
-
-def load(
-    path: Path | str, *, format: str | None = None, device: str | None = "cpu"
-) -> tuple[ImageClassifier, Transform]:
-    """Load a model and its transform; see pipeline.load."""
-    directory = Path(path)
-    target = resolve_device(device)
-    if not directory.exists():
-        raise UsageError(f"{path}: no such model; name what `pipeline export` wrote, or a stage's checkpoint")
-    config_file = directory / CONFIG
-    if config_file.is_file():
-        return _load_export(directory, read_json(config_file), format, target)
-    if format not in (None, "checkpoint"):
-        raise UsageError(f"format {format!r}: {path} is no export, which a {CONFIG} belongs to; leave it out")
-    checkpoint = load_checkpoint(directory)
-    inputs = Description.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
-    runner = Classifier(restore(checkpoint, target), inputs.mean, inputs.std).to(target).eval().run
-    return _ready(inputs, "checkpoint", checkpoint.meta, runner)
-
-
-def _load_export(
-    directory: Path, config: Any, format: str | None, device: torch.device
-) -> tuple[ImageClassifier, Transform]:
+def _load_export(directory: Path, format: str | None, device: str | None) -> Classifier:
     """Load one of the files of a directory that `pipeline export` wrote."""
-    file = directory / CONFIG
+    config = read_json(directory / CONFIG)
     if not isinstance(config, dict) or config.get("schema") != SCHEMA or not isinstance(config.get("files"), dict):
-        raise DataError(f"{file}: not of an export ({SCHEMA}); run `pipeline export` again")
+        raise DataError(f"{directory / CONFIG}: not of an export ({SCHEMA}); run `pipeline export` again")
     format = _choose(directory, [name for name in FILES if name in config["files"]], format)
-    if format.startswith("onnx") and device.type != "cpu":
-        raise UsageError(f"device {device}: ONNX files run on the CPU here; use format='safetensors', or onnxruntime")
-    content = read_bytes(directory / FILES[format])
+    is_onnx, file = format.startswith("onnx"), directory / FILES[format]
+    target = resolve_device("cpu" if is_onnx and device is None else device)
+    if is_onnx and target.type != "cpu":
+        raise UsageError(f"device {target}: ONNX files run on the CPU here; use format='safetensors', or onnxruntime")
+    content, entry = read_bytes(file), config["files"][format]
     digest = hashlib.sha256(content).hexdigest()
-    entry = config["files"][format]
     if not isinstance(entry, dict) or entry.get("sha256") != digest:
-        raise DataError(
-            f"{directory / FILES[format]}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again"
-        )
-    inputs = Description.read(config, file)
-    try:
-        if format.startswith("onnx"):
-            runner = run_onnx(content)
-        elif format == "torchscript":
-            runner = run_torchscript(content, device)
-        else:
-            runner = run_safetensors(content, config, directory / FILES[format], device)
-    except DataError as error:
-        raise DataError(f"{directory}: {error}") from error
-    return _ready(inputs, format, config, runner)
+        raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again")
+    return from_file(format, content, config, file, target)
 
 
 def _choose(directory: Path, available: list[str], format: str | None) -> str:
@@ -157,34 +208,3 @@ def _choose(directory: Path, available: list[str], format: str | None) -> str:
             "trust where it comes from, load it with format='torchscript'"
         )
     return safe[0]
-
-
-def _ready(
-    inputs: Description, format: str, config: Mapping[str, Any], runner: Runner
-) -> tuple[ImageClassifier, Transform]:
-    classifier = ImageClassifier(inputs.class_names, inputs.image_size, format, config, runner)
-    return classifier, Transform(inputs.image_size)
-
-
-def load_checkpoint_of(path: Path, kind: str | None) -> Checkpoint:
-    """Load a checkpoint; arguments and errors as of `load_model`."""
-    checkpoint = load_checkpoint(path)
-    if kind is not None and checkpoint.meta.get("kind") != kind:
-        raise DataError(f"{checkpoint.path}: a {checkpoint.meta.get('kind')}'s checkpoint; a {kind}'s is needed here")
-    return checkpoint
-
-
-def load_model(path: Path, device: torch.device, *, kind: str | None = None) -> tuple[nn.Module, Checkpoint]:
-    """Load a trained model in evaluation mode.
-
-    Args:
-        path: A directory that a stage wrote, or a .safetensors file in it.
-        device: Where to put it.
-        kind: `teacher` or `student`, where only one will do.
-
-    Raises:
-        UsageError: The path does not exist.
-        DataError: It holds no valid checkpoint, or one of the other kind.
-    """
-    checkpoint = load_checkpoint_of(path, kind)
-    return restore(checkpoint, device), checkpoint

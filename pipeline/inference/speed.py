@@ -1,6 +1,6 @@
 """How fast trained models answer, by batch size.
 
-What is timed is `Predictor.answer`: from uint8 pixels in RAM to probabilities in RAM, with the copy to the device and
+What is timed is `Classifier.answer`: from uint8 pixels in RAM to probabilities in RAM, with the copy to the device and
 back, normalisation and both heads; reading and resizing image files is not in it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.inference.prediction import Predictor
+from pipeline.inference.classifier import Classifier
 
 Name = TypeVar("Name", bound=Hashable)
 Seconds = NDArray[np.float64]
@@ -55,14 +55,14 @@ class Speed:
     peak_bytes: int | None
 
 
-def measure_speed(predictors: Mapping[str, Predictor], batch_sizes: Sequence[int], *, rounds: int = 10) -> list[Speed]:
+def measure_speed(models: Mapping[str, Classifier], batch_sizes: Sequence[int], *, rounds: int = 10) -> list[Speed]:
     """Time models in turns.
 
     In a round each model has a turn at each batch size: one batch, or as many as take about SECONDS_OF_A_TURN, each of
     them timed. Of single images enough are timed for a 95th percentile.
 
     Args:
-        predictors: Name to model, on the CPU and at most one other device.
+        models: Name to model, on the CPU and at most one other device.
         batch_sizes: At least 1 each.
         rounds: Turns of each.
 
@@ -75,22 +75,27 @@ def measure_speed(predictors: Mapping[str, Predictor], batch_sizes: Sequence[int
     generator = np.random.default_rng(0)
     contenders, repeats, peaks = {}, {}, {}
     for size in batch_sizes:
-        for name, predictor in predictors.items():
-            shape = (size, predictor.image_size, predictor.image_size, 3)
-            run = functools.partial(predictor.answer, generator.integers(0, 256, shape, np.uint8))
+        for name, model in models.items():
+            shape = (size, model.image_size, model.image_size, 3)
+            run = functools.partial(model.answer, generator.integers(0, 256, shape, np.uint8))
             contenders[name, size] = run
             try:
-                seconds, peaks[name, size] = _warm_up(run, predictor.device)
+                seconds, peaks[name, size] = _warm_up(run, model.device)
             except torch.OutOfMemoryError:
                 raise UsageError(
-                    f"batch size {size}: {name} runs out of memory on {predictor.device}; take smaller"
+                    f"batch size {size}: {name} runs out of memory on {model.device}; take smaller"
                 ) from None
             least = math.ceil(MIN_FOR_P95 / rounds) if size == 1 else 1
             repeats[name, size] = max(least, min(MAX_REPEATS, math.ceil(SECONDS_OF_A_TURN / seconds)))
-    devices = [predictor.device for predictor in predictors.values()]
-    device = next((each for each in devices if each.type != "cpu"), devices[0])
+    device = shared_device(models.values())
     timed = interleave(contenders, rounds=rounds, device=device, repeats=repeats)
     return [_speed(name, size, values, peaks[name, size]) for (name, size), values in timed.items()]
+
+
+def shared_device(models: Iterable[Classifier]) -> torch.device:
+    """Return the one device beside the CPU that any of the models is on; the CPU where there is none."""
+    devices = [model.device for model in models]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
 
 
 def _warm_up(run: Callable[[], object], device: torch.device) -> tuple[float, int | None]:

@@ -7,19 +7,15 @@ canonical JSON, whatever wrote them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.config.recipes import ViewRecipe
+from pipeline.config.recipes import ViewRecipe, deciding_values
 from pipeline.errors import DataError
-from pipeline.system.canonical import (
-    _show,
-    is_sha256,
-)
+from pipeline.system.canonical import is_sha256, show
 
 SCHEMA_VERSION = 2
 IDENTITY_FIELDS = (
@@ -66,20 +62,13 @@ def make_identity(
     Returns:
         JSON values under the keys IDENTITY_FIELDS.
     """
-    view = {
-        # A recipe may say 10 where the field means 10.0; JSON would tell the two apart.
-        field.name: float(value) if isinstance(field.default, float) else value
-        for field in dataclasses.fields(view_recipe)
-        if field.name != "count"
-        for value in (getattr(view_recipe, field.name),)
-    }
     return {
         "schema_version": SCHEMA_VERSION,
         "dataset_sha256": dataset_sha256,
         "split": split,
         "num_samples": int(num_samples),
         "class_names": list(class_names),
-        "view_recipe": view,
+        "view_recipe": deciding_values(view_recipe, but=("count",)),
     }
 
 
@@ -136,12 +125,12 @@ def check_identity(identity: Mapping[str, Any]) -> None:
     _check_keys("identity", identity, IDENTITY_FIELDS)
     names, num_samples = identity["class_names"], identity["num_samples"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"identity.class_names is {_show(names)}, expected a list of texts")
+        raise ValueError(f"identity.class_names is {show(names)}, expected a list of texts")
     label_dtype(len(names))
     if type(num_samples) is not int or num_samples < 1:
-        raise ValueError(f"identity.num_samples is {_show(num_samples)}, expected a positive number")
+        raise ValueError(f"identity.num_samples is {show(num_samples)}, expected a positive number")
     if not is_sha256(identity["dataset_sha256"]):
-        raise ValueError(f"identity.dataset_sha256 is {_show(identity['dataset_sha256'])}, expected a SHA-256")
+        raise ValueError(f"identity.dataset_sha256 is {show(identity['dataset_sha256'])}, expected a SHA-256")
 
 
 def check_provenance(provenance: Mapping[str, Any]) -> None:
@@ -156,12 +145,12 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
     _check_keys("provenance", provenance, PROVENANCE_FIELDS)
     digest = provenance["checkpoint_sha256"]
     if not is_sha256(digest):
-        raise ValueError(f"provenance.checkpoint_sha256 is {_show(digest)}, expected a SHA-256")
+        raise ValueError(f"provenance.checkpoint_sha256 is {show(digest)}, expected a SHA-256")
     topk, compiled = provenance["topk"], provenance["compiled"]
     if type(topk) is not int or not 0 <= topk <= MAX_CLASSES:
-        raise ValueError(f"provenance.topk is {_show(topk)}, expected a number in 0..{MAX_CLASSES}")
+        raise ValueError(f"provenance.topk is {show(topk)}, expected a number in 0..{MAX_CLASSES}")
     if type(compiled) is not bool:
-        raise ValueError(f"provenance.compiled is {_show(compiled)}, expected true or false")
+        raise ValueError(f"provenance.compiled is {show(compiled)}, expected true or false")
 
 
 def label_dtype(num_classes: int) -> np.dtype[Any]:
@@ -207,6 +196,6 @@ def to_labels(values: Any, num_classes: int) -> NDArray[Any]:
     return np.array(array, dtype=dtype, order="C")
 
 
-def _check_keys(what: str, found: Mapping[str, Any], expected: Sequence[str]) -> None:
-    if set(found) != set(expected):
-        raise ValueError(f"{what} has the fields {_show(sorted(found))}, expected {_show(sorted(expected))}")
+def _check_keys(what: str, fields: Mapping[str, Any], expected: Sequence[str]) -> None:
+    if set(fields) != set(expected):
+        raise ValueError(f"{what} has the fields {show(sorted(fields))}, expected {show(sorted(expected))}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.labels.answers import ViewLabels
 from pipeline.labels.cache import Canary, LabelCache
 from pipeline.labels.teacher import Teacher
-from pipeline.views.views import Views, normalize
+from pipeline.views.views import Views
 
 NUM_CANARY_SAMPLES = 16
 # Largest logit margin by which a replayed label may differ. On the recorded kind of device and precision only the
@@ -84,7 +84,7 @@ def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[t
         kept = cache.view(view)
         for start in range(0, len(samples), teacher.batch_size):
             part = torch.tensor(sorted(samples)[start : start + teacher.batch_size])
-            logits = teacher.logits(normalize(views.batch(view, part).images, teacher.mean, teacher.std)).cpu()
+            logits = teacher(views.batch(view, part).images).cpu()
             differences += _differences(kept, view, part, logits)
             if kept.classes is not None and kept.probabilities is not None:
                 now = logits.softmax(1).numpy()

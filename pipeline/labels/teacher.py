@@ -17,10 +17,8 @@ Batches never cross views, so that no label can hang on where a run was stopped 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -30,37 +28,43 @@ from torch import Tensor, nn
 from pipeline.data.streaming import HostImages, in_batches
 from pipeline.errors import NumericalError, UsageError
 from pipeline.labels.answers import ViewLabels
-from pipeline.system.runtime import autocast
-from pipeline.views.views import Views, normalize
+from pipeline.models.network import Network
+from pipeline.views.views import Views
 
 
-@dataclass(frozen=True)
-class Teacher:
+class Teacher(Network):
     """A trained teacher, ready to label.
 
-    Attributes:
-        model: Returns `(B, C)` logits; in evaluation mode, on its device.
+    Args:
+        module: Returns `(B, C)` logits; in evaluation mode, on its device.
         mean: Normalisation of its inputs, pixels in [0, 1].
         std: As mean.
         precision: `fp32` or `bf16`.
         batch_size: Images a forward pass.
-        compiled: Whether the model went through torch.compile, see `compile_teacher`.
+        compiled: Whether the module went through torch.compile, see `compile_teacher`.
     """
 
-    model: nn.Module
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    precision: str
-    batch_size: int
-    compiled: bool = False
+    def __init__(
+        self,
+        module: nn.Module,
+        mean: Sequence[float] | Tensor,
+        std: Sequence[float] | Tensor,
+        precision: str,
+        batch_size: int,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(module, mean, std, precision)
+        self.batch_size = batch_size
+        self.compiled = compiled
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, inputs: Tensor) -> Tensor:
         """Return `(B, C)` float32 logits of normalised images `(B, 3, H, W)`.
 
         Raises:
             NumericalError: A logit is not finite; argmax would still return a valid label.
         """
-        logits = self._forward(images)
+        logits = self._forward(inputs)
         _require_finite(torch.isfinite(logits))
         return logits
 
@@ -89,21 +93,21 @@ class Teacher:
         """
         rows, finite = [], []
         for images in batches:
-            logits = self._forward(normalize(images, self.mean, self.std))
+            logits = self._forward(self.normalize(images))
             rows.append(_pack(logits, topk))
             finite.append(torch.isfinite(logits).all())
         _require_finite(torch.stack(finite))
         return _unpack(torch.cat(rows).cpu().numpy(), topk)
 
     @torch.inference_mode()
-    def _forward(self, images: Tensor) -> Tensor:
-        with autocast(images.device, self.precision):
-            logits: Tensor = self.model(images)
+    def _forward(self, inputs: Tensor) -> Tensor:
+        logits = super().logits(inputs)
+        assert isinstance(logits, Tensor), "a teacher has one head"
         return logits.float()
 
 
 def compile_teacher(teacher: Teacher, image_size: int) -> Teacher:
-    """Return a teacher whose model torch.compile has fused, and which therefore rounds differently.
+    """Return a teacher whose module torch.compile has fused, and which therefore rounds differently.
 
     Batches are of symbolic size from the start, so that the program a batch runs through depends on its size alone.
     By default PyTorch would compile for the first size and again, for all sizes, when a second one comes: the rounding
@@ -116,12 +120,11 @@ def compile_teacher(teacher: Teacher, image_size: int) -> Teacher:
     Raises:
         UsageError: torch.compile does not work here.
     """
-    model = torch.compile(teacher.model, dynamic=True)
-    assert isinstance(model, nn.Module)
-    compiled = dataclasses.replace(teacher, model=model, compiled=True)
-    device = next(teacher.model.parameters()).device
+    module = torch.compile(teacher.module, dynamic=True)
+    assert isinstance(module, nn.Module)
+    compiled = Teacher(module, teacher.mean, teacher.std, teacher.precision, teacher.batch_size, compiled=True)
     try:
-        compiled.logits(torch.zeros(2, 3, image_size, image_size, device=device))
+        compiled.logits(torch.zeros(2, 3, image_size, image_size, device=teacher.mean.device))
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
@@ -140,7 +143,7 @@ def label_view(teacher: Teacher, views: Views, view: int, topk: int = 0) -> View
         teacher: The teacher.
         views: The views.
         view: View index.
-        topk: As of `Teacher.answers`.
+        topk: As `Teacher.answers` takes it.
 
     Raises:
         NumericalError: A logit is not finite.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -288,12 +287,6 @@ class RunState:
         with contextlib.suppress(StorageError):
             self.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def fingerprint(**parts: Any) -> str:
-    """Return the SHA-256 of the canonical JSON of what decides a run's result."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:

@@ -1,16 +1,15 @@
-"""A view recipe's operations up to mixing, from draws to pixels, for whole uint8 batches.
+"""A view recipe's augmentations up to mixing, each in one place: its draws, what they mean, its pixels, its groups.
 
-Operations run in the order of the recipe's fields. Crop, flip, rotation and affine are one gather.
+They work on whole uint8 batches, in the order of AUGMENTATIONS. Those that only move pixels are composed into one index
+map, so that crop, flip, rotation and affine are one gather.
 
 Source: arXiv:2502.16762 §3.4.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,194 +18,315 @@ from torch import Tensor
 
 from pipeline.config.recipes import ViewRecipe
 from pipeline.views import colour as imageops
-from pipeline.views import draws, geometry, operations, randaugment, trivialaugment
-from pipeline.views import policies as autoaugment
+from pipeline.views import draws, geometry, mixing, operations, policies
+from pipeline.views.grouping import Groups, by_pixels, by_range
 
 Draws = Mapping[str, NDArray[np.float64]]
-Parameters = Mapping[str, NDArray[Any]]
+Parameters = dict[str, NDArray[Any]]
+SUB_POLICY = "sub-policy"
 
 
-class Policy(NamedTuple):
-    """A way to choose operations for each image.
+class Augmentation:
+    """One augmentation.
+
+    To add one: a subclass of Moving or Changing, its place in AUGMENTATIONS, and its field in ViewRecipe. Draws have
+    names, so that it shifts no other's; an `absent` value of the field leaves the identities of existing labels alone.
 
     Attributes:
-        title: What people call it.
-        draws: Name of its draws.
-        num_draws: Their number for each sample.
-        choose: From draws `(B, num_draws)`, height and width to what is done to B images.
+        fields: Fields of the view recipe that it reads, each with the number of its draws for each sample.
     """
 
-    title: str
-    draws: str
-    num_draws: int
-    choose: Callable[[NDArray[np.float64], int, int], operations.Choice]
+    fields: ClassVar[Mapping[str, int]]
+
+    def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
+        """Return the names of what it draws and their numbers for each sample; none of a field at 0 or false."""
+        return {name: number for name, number in self.fields.items() if getattr(recipe, name)}
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """Turn draws into what is done to each image.
+
+        Args:
+            uniform: Name of the draws to those of B samples, `(B, num_draws)` float64 in [0, 1).
+            recipe: The view recipe.
+            height: H, pixels.
+            width: W, pixels.
+
+        Returns:
+            By name, arrays of B; of what is drawn only.
+        """
+        raise NotImplementedError
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """Group images by what was drawn for them.
+
+        Args:
+            drawn: What `parameters` of all augmentations returned, for N images.
+            recipe: The view recipe.
+            image_size: Side of the images, pixels.
+        """
+        raise NotImplementedError
 
 
-# By the value of the view recipe's `autoaugment`.
-POLICIES = {
-    "cifar10": Policy("AutoAugment", "autoaugment", autoaugment.NUM_DRAWS, autoaugment.choose),
-    "randaugment": Policy("RandAugment", "randaugment", randaugment.NUM_DRAWS, randaugment.choose),
-    "trivialaugment": Policy("TrivialAugment", "trivialaugment", trivialaugment.NUM_DRAWS, trivialaugment.choose),
-}
+class Moving(Augmentation):
+    """An augmentation that only moves pixels."""
+
+    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+        """Return where each pixel comes from, `(B, H, W)` int64, as of pipeline.views.geometry; arguments as above."""
+        raise NotImplementedError
+
+
+class Changing(Augmentation):
+    """An augmentation that changes levels, or moves pixels in ways of its own."""
+
+    def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
+        """Return the images `(B, 3, H, W)` uint8 with what the draws say done to each."""
+        raise NotImplementedError
+
+
+class CropFlip(Moving):
+    """Random crop of the zero-padded image, and left-right flip.
+
+    Parameters: `crop` `(B, 2)` int64, pixels by which the frame moves down and right; `flip` `(B,)` bool.
+    """
+
+    fields: ClassVar = {"crop": 2, "flip": 1}
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """As of Augmentation."""
+        given: Parameters = {}
+        if "crop" in uniform:
+            given["crop"] = draws.integers(uniform["crop"], 2 * recipe.crop + 1) - recipe.crop
+        if "flip" in uniform:
+            given["flip"] = uniform["flip"][:, 0] < 0.5
+        return given
+
+    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+        """As of Moving."""
+        given = self.parameters(uniform, recipe, height, width)
+        num_samples = _num_samples(given)
+        offsets = given.get("crop", np.zeros((num_samples, 2), dtype=np.int64))
+        flipped = given.get("flip", np.zeros(num_samples, dtype=np.bool_))
+        return geometry.crop_flip_maps(
+            torch.from_numpy(offsets).to(device), torch.from_numpy(flipped).to(device), height, width
+        )
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """As of Augmentation."""
+        if "flip" in drawn:
+            for name, flipped in (("left-right", True), ("none", False)):
+                yield "flip", name, np.asarray(drawn["flip"] == flipped)
+        if "crop" in drawn:
+            yield from by_pixels("crop, moved by", drawn["crop"], recipe.crop)
+
+
+class Rotation(Moving):
+    """Random rotation about the centre. Parameters: `rotation` `(B,)` degrees, counter-clockwise."""
+
+    fields: ClassVar = {"rotation": 1}
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """As of Augmentation."""
+        return _between(uniform, "rotation", 0.0, recipe.rotation)
+
+    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+        """As of Moving."""
+        angles = self.parameters(uniform, recipe, height, width)["rotation"]
+        return geometry.rotation_maps(angles, height, width, device)
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """As of Augmentation."""
+        if "rotation" in drawn:
+            angle = np.abs(drawn["rotation"])
+            yield from by_range("rotation, either way", angle, 0.0, recipe.rotation, "{:.1f}° to {:.1f}°")
+
+
+class Affine(Moving):
+    """Random shift by whole pixels, scaling and shear along x, in one pass, as torchvision's RandomAffine.
+
+    Parameters: `translate` `(B, 2)` int64, pixels right and down; `scale` `(B,)`; `shear` `(B,)` degrees along x.
+    """
+
+    fields: ClassVar = {"translate": 2, "scale": 1, "shear": 1}
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """As of Augmentation."""
+        given: Parameters = {}
+        if "translate" in uniform:
+            shift = draws.between(uniform["translate"], -recipe.translate, recipe.translate)
+            given["translate"] = np.rint(shift * [width, height]).astype(np.int64)
+        return given | _between(uniform, "scale", 1.0, recipe.scale) | _between(uniform, "shear", 0.0, recipe.shear)
+
+    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+        """As of Moving."""
+        given = self.parameters(uniform, recipe, height, width)
+        num_samples = _num_samples(given)
+        translate = given.get("translate", np.zeros((num_samples, 2), dtype=np.int64))
+        shear = np.zeros((num_samples, 2))
+        shear[:, 0] = given.get("shear", 0.0)
+        return geometry.affine_maps(translate, given.get("scale", np.ones(num_samples)), shear, height, width, device)
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """As of Augmentation."""
+        if "translate" in drawn:
+            yield from by_pixels("translation", drawn["translate"], round(recipe.translate * image_size))
+        if "shear" in drawn:
+            yield from by_range("shear, either way", np.abs(drawn["shear"]), 0.0, recipe.shear, "{:.1f}° to {:.1f}°")
+        yield from _by_factor(drawn, "scale", recipe.scale)
+
+
+class Jitter(Changing):
+    """Random brightness and contrast in random order, as torchvision's ColorJitter.
+
+    Parameters: `brightness` and `contrast` `(B,)`, factors; where there are both, `brightness_first` `(B,)` bool.
+    """
+
+    fields: ClassVar = {"brightness": 1, "contrast": 1}
+
+    def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
+        """As of Augmentation."""
+        return super().num_draws(recipe) | ({"jitter-order": 1} if recipe.brightness and recipe.contrast else {})
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """As of Augmentation."""
+        given = _between(uniform, "brightness", 1.0, recipe.brightness)
+        given |= _between(uniform, "contrast", 1.0, recipe.contrast)
+        if "jitter-order" in uniform:
+            given["brightness_first"] = uniform["jitter-order"][:, 0] < 0.5
+        return given
+
+    def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
+        """As of Changing."""
+        given, device = self.parameters(uniform, recipe, *images.shape[-2:]), images.device
+        factors = {name: torch.from_numpy(given[name]).to(device) for name in self.fields if name in given}
+        if "contrast" not in factors:
+            return imageops.brightness(images, factors["brightness"])
+        if "brightness" not in factors:
+            return imageops.contrast(images, factors["contrast"])
+        brightness, contrast = factors["brightness"], factors["contrast"]
+        is_first = given["brightness_first"]
+        first, last = (torch.from_numpy(np.flatnonzero(rows)).to(device) for rows in (is_first, ~is_first))
+        jittered = torch.empty_like(images)
+        jittered[first] = imageops.contrast(imageops.brightness(images[first], brightness[first]), contrast[first])
+        jittered[last] = imageops.brightness(imageops.contrast(images[last], contrast[last]), brightness[last])
+        return jittered
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """As of Augmentation."""
+        yield from _by_factor(drawn, "brightness", recipe.brightness)
+        yield from _by_factor(drawn, "contrast", recipe.contrast)
+
+
+class ChosenOperations(Changing):
+    """The operations that AutoAugment, RandAugment or TrivialAugment chooses.
+
+    Parameters, of the P operations for each image (2; TrivialAugment 1): `operations` `(B, P)` int64, indices into
+    operations.OPERATIONS or operations.NO_OPERATION, and `magnitudes` `(B, P)` float64, signed, in the units of
+    operations.magnitude; 0 where none is applied. With AutoAugment also `sub_policy` `(B,)` int64.
+    """
+
+    fields: ClassVar = {"autoaugment": 0}
+
+    def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
+        """As of Augmentation."""
+        policy = policies.POLICIES.get(recipe.autoaugment)
+        return {policy.name: policy.num_draws} if policy else {}
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """As of Augmentation."""
+        choice = self._choose(uniform, recipe, height, width)
+        given: Parameters = {"operations": choice.operations, "magnitudes": choice.magnitudes}
+        if recipe.autoaugment == "cifar10":
+            given["sub_policy"] = policies.sub_policies(uniform["autoaugment"])
+        return given
+
+    def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
+        """As of Changing."""
+        return operations.apply(images, self._choose(uniform, recipe, *images.shape[-2:]))
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """As of Augmentation: by each operation that was applied, and by sub-policy where there are any."""
+        if "operations" not in drawn:
+            return
+        title = policies.POLICIES[recipe.autoaugment].title
+        yield title, "nothing applied", np.all(drawn["operations"] == operations.NO_OPERATION, axis=1)
+        for number, name in sorted(enumerate(operations.OPERATIONS), key=lambda entry: entry[1]):
+            yield title, name, np.any(drawn["operations"] == number, axis=1)
+        if "sub_policy" in drawn:
+            for number, sub_policy in enumerate(policies.CIFAR10_POLICY):
+                name = ", ".join(f"{operation} {probability:g}" for operation, probability, _ in sub_policy)
+                yield SUB_POLICY, f"{number + 1}: {name}", drawn["sub_policy"] == number
+
+    def _choose(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> operations.Choice:
+        """Return what the recipe's policy does to each image."""
+        policy = policies.POLICIES[recipe.autoaugment]
+        return policy.choose(uniform[policy.name], height, width)
+
+
+AUGMENTATIONS: tuple[Augmentation, ...] = (CropFlip(), Rotation(), Affine(), Jitter(), ChosenOperations())
+"""All augmentations, in the order in which they are applied."""
 
 
 def num_draws(recipe: ViewRecipe) -> dict[str, int]:
-    """Tell what a recipe draws.
+    """Tell what a recipe draws, mixing included.
 
     Args:
         recipe: The view recipe.
 
     Returns:
-        Name of the draws to their number for each sample; an operation left out draws nothing.
+        Name of the draws to their number for each sample; an augmentation left out draws nothing.
     """
-    per_field = {
-        "crop": 2,
-        "flip": 1,
-        "rotation": 1,
-        "translate": 2,
-        "scale": 1,
-        "shear": 1,
-        "brightness": 1,
-        "contrast": 1,
-    }
-    fields = [field.name for field in dataclasses.fields(recipe) if field.name in per_field]
-    drawn = {name: per_field[name] for name in fields if getattr(recipe, name)}
-    if recipe.brightness and recipe.contrast:
-        drawn["jitter-order"] = 1
-    if recipe.autoaugment != "none":
-        policy = POLICIES[recipe.autoaugment]
-        drawn[policy.draws] = policy.num_draws
-    if recipe.mixing != "none":
-        drawn |= {"partner": 1, "lambda": 1}
-    if recipe.mixing == "cutmix":
-        drawn["box"] = 2
-    return drawn
+    drawn = {name: number for augmentation in AUGMENTATIONS for name, number in augmentation.num_draws(recipe).items()}
+    return drawn | mixing.num_draws(recipe.mixing)
 
 
-def parameters(own: Draws, recipe: ViewRecipe, height: int, width: int) -> dict[str, NDArray[Any]]:
-    """Turn draws into what each operation does to each image.
-
-    Args:
-        own: Name of the draws to those of B samples, `(B, num_draws)` float64 in [0, 1).
-        recipe: The view recipe.
-        height: H, pixels.
-        width: W, pixels.
-
-    Returns:
-        Of the operations that the recipe has: `crop` `(B, 2)` int64, pixels by which the frame moves down and right;
-        `flip` `(B,)` bool; `rotation` `(B,)` degrees, counter-clockwise; `translate` `(B, 2)` int64, pixels right and
-        down; `scale` `(B,)`; `shear` `(B,)` degrees along x; `brightness` and `contrast` `(B,)`, factors; where there
-        are both, `brightness_first` `(B,)` bool. With a policy, of the P operations that it chooses (2; TrivialAugment
-        1) `operations` `(B, P)` int64, indices into operations.OPERATIONS or operations.NO_OPERATION, and `magnitudes`
-        `(B, P)` float64, signed, in the units of operations.magnitude; 0 where none is applied. With AutoAugment also
-        `sub_policy` `(B,)` int64.
-    """
-    given = _plain_parameters(own, recipe, height, width)
-    if recipe.autoaugment == "cifar10":
-        given["sub_policy"] = autoaugment.sub_policies(own["autoaugment"])
-    if recipe.autoaugment != "none":
-        choice = _choose(own, recipe, height, width)
-        given |= {"operations": choice.operations, "magnitudes": choice.magnitudes}
+def parameters(uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+    """Turn draws into what each augmentation does to each image; as of Augmentation.parameters."""
+    given: Parameters = {}
+    for augmentation in AUGMENTATIONS:
+        if augmentation.num_draws(recipe):
+            given |= augmentation.parameters(uniform, recipe, height, width)
     return given
 
 
-def _choose(own: Draws, recipe: ViewRecipe, height: int, width: int) -> operations.Choice:
-    """Return what the recipe's policy does to each image."""
-    policy = POLICIES[recipe.autoaugment]
-    return policy.choose(own[policy.draws], height, width)
-
-
-def _plain_parameters(own: Draws, recipe: ViewRecipe, height: int, width: int) -> dict[str, NDArray[Any]]:
-    """Return what `parameters` does, without a policy's choice."""
-    given: dict[str, NDArray[Any]] = {}
-    if "crop" in own:
-        given["crop"] = draws.integers(own["crop"], 2 * recipe.crop + 1) - recipe.crop
-    if "flip" in own:
-        given["flip"] = own["flip"][:, 0] < 0.5
-    if "translate" in own:
-        shift = draws.between(own["translate"], -recipe.translate, recipe.translate)
-        given["translate"] = np.rint(shift * [width, height]).astype(np.int64)
-    for name, middle, reach in (
-        ("rotation", 0, recipe.rotation),
-        ("scale", 1, recipe.scale),
-        ("shear", 0, recipe.shear),
-        ("brightness", 1, recipe.brightness),
-        ("contrast", 1, recipe.contrast),
-    ):
-        if name in own:
-            given[name] = draws.between(own[name][:, 0], middle - reach, middle + reach)
-    if "jitter-order" in own:
-        given["brightness_first"] = own["jitter-order"][:, 0] < 0.5
-    return given
-
-
-def augment(images: Tensor, own: Draws, recipe: ViewRecipe) -> Tensor:
-    """Apply all operations but mixing.
+def augment(images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
+    """Apply all augmentations but mixing.
 
     Args:
         images: `(B, 3, H, W)` uint8.
-        own: Name of the draws to those of these samples, `(B, num_draws)` float64 in [0, 1).
+        uniform: Name of the draws to those of these samples, `(B, num_draws)` float64 in [0, 1).
         recipe: The view recipe.
 
     Returns:
         `(B, 3, H, W)` uint8.
     """
     height, width = images.shape[-2:]
-    given = _plain_parameters(own, recipe, height, width)
-    maps = _index_maps(given, height, width, images.device)
-    if maps is not None:
-        images = geometry.gather(images, maps)
-    if recipe.brightness or recipe.contrast:
-        images = _jitter(images, given)
-    if recipe.autoaugment != "none":
-        images = operations.apply(images, _choose(own, recipe, height, width))
-    return images
+    maps: Tensor | None = None
+    for augmentation in AUGMENTATIONS:
+        if not augmentation.num_draws(recipe):
+            continue
+        if isinstance(augmentation, Moving):
+            moved = augmentation.index_maps(uniform, recipe, height, width, images.device)
+            maps = moved if maps is None else geometry.compose(maps, moved)
+            continue
+        assert isinstance(augmentation, Changing)
+        if maps is not None:
+            images, maps = geometry.gather(images, maps), None
+        images = augmentation.apply(images, uniform, recipe)
+    return images if maps is None else geometry.gather(images, maps)
 
 
-def _index_maps(given: Parameters, height: int, width: int, device: torch.device) -> Tensor | None:
-    """Crop, flip, rotation and affine as one index map for each sample, `(B, H, W)` int64; None without any."""
-    stages: list[Tensor] = []
-    if "crop" in given or "flip" in given:
-        stages.append(_crop_flip_maps(given, height, width, device))
-    if "rotation" in given:
-        stages.append(geometry.rotation_maps(given["rotation"], height, width, device))
-    if "translate" in given or "scale" in given or "shear" in given:
-        stages.append(_affine_maps(given, height, width, device))
-    return functools.reduce(geometry.compose, stages) if stages else None
+def _num_samples(given: Parameters) -> int:
+    return len(next(iter(given.values())))
 
 
-def _crop_flip_maps(given: Parameters, height: int, width: int, device: torch.device) -> Tensor:
-    """Random padded crop and left-right flip; either may be absent."""
-    num_samples = len(next(iter(given.values())))
-    offsets = given.get("crop", np.zeros((num_samples, 2), dtype=np.int64))
-    flipped = given.get("flip", np.zeros(num_samples, dtype=np.bool_))
-    return geometry.crop_flip_maps(
-        torch.from_numpy(offsets).to(device), torch.from_numpy(flipped).to(device), height, width
-    )
+def _between(uniform: Draws, name: str, middle: float, reach: float) -> Parameters:
+    """Stretch the draws of a field over [middle - reach, middle + reach), `(B,)`; nothing where it is not drawn."""
+    if name not in uniform:
+        return {}
+    return {name: draws.between(uniform[name][:, 0], middle - reach, middle + reach)}
 
 
-def _affine_maps(given: Parameters, height: int, width: int, device: torch.device) -> Tensor:
-    """Random shift by whole pixels, scaling and shear along x, in one pass, as torchvision's RandomAffine."""
-    num_samples = len(next(iter(given.values())))
-    translate = given.get("translate", np.zeros((num_samples, 2), dtype=np.int64))
-    scale = given.get("scale", np.ones(num_samples))
-    shear = np.zeros((num_samples, 2))
-    shear[:, 0] = given.get("shear", 0.0)
-    return geometry.affine_maps(translate, scale, shear, height, width, device)
-
-
-def _jitter(images: Tensor, given: Parameters) -> Tensor:
-    """Random brightness and contrast in random order, as torchvision's ColorJitter."""
-    device = images.device
-    factors = {name: torch.from_numpy(given[name]).to(device) for name in ("brightness", "contrast") if name in given}
-    if "contrast" not in given:
-        return imageops.brightness(images, factors["brightness"])
-    if "brightness" not in given:
-        return imageops.contrast(images, factors["contrast"])
-    brightness, contrast = factors["brightness"], factors["contrast"]
-    first = torch.from_numpy(np.flatnonzero(given["brightness_first"])).to(device)
-    last = torch.from_numpy(np.flatnonzero(~given["brightness_first"])).to(device)
-    jittered = torch.empty_like(images)
-    jittered[first] = imageops.contrast(imageops.brightness(images[first], brightness[first]), contrast[first])
-    jittered[last] = imageops.brightness(imageops.contrast(images[last], contrast[last]), brightness[last])
-    return jittered
+def _by_factor(drawn: Mapping[str, NDArray[Any]], name: str, reach: float) -> Groups:
+    """Group by a factor in [1 - reach, 1 + reach], where it is drawn."""
+    if name in drawn:
+        yield from by_range(f"{name}, times", drawn[name], 1 - reach, 1 + reach, "{:.2f} to {:.2f}")

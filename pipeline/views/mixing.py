@@ -1,9 +1,12 @@
-"""CutMix and MixUp of whole uint8 batches, in integers.
+"""CutMix and MixUp of whole uint8 batches, in integers, and the table MIXINGS in which a recipe finds them.
 
 Convention: lambda is the share of the first image; x runs right and y down, in pixels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,3 +123,41 @@ def mixup(images: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     weight = shares.reshape(-1, 1, 1, 1)
     mixed = (weight * images + (MIXUP_STEPS - weight) * partners + MIXUP_STEPS // 2) >> 16
     return mixed.to(torch.uint8)
+
+
+class Mixing(NamedTuple):
+    """A way to mix each image with a partner.
+
+    Attributes:
+        draws: What it draws beside `partner` and `lambda`: names, and numbers for each sample.
+        draw: From the draws of B samples by name, height and width, pixels, to what `mix` takes of each, and lambda,
+            `(B,)` float32 in [0, 1].
+        mix: Of images and partners, `(B, 3, H, W)` uint8, and what `draw` returned, the mixed images.
+    """
+
+    draws: Mapping[str, int]
+    draw: Callable[[Mapping[str, NDArray[np.float64]], int, int], tuple[NDArray[Any], NDArray[np.float32]]]
+    mix: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _draw_cutmix(
+    uniform: Mapping[str, NDArray[np.float64]], height: int, width: int
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    boxes = cutmix_boxes(uniform["lambda"][:, 0], uniform["box"], height, width)
+    return boxes, cutmix_lambda(boxes, height, width)
+
+
+def _draw_mixup(
+    uniform: Mapping[str, NDArray[np.float64]], height: int, width: int
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    shares = mixup_shares(uniform["lambda"][:, 0])
+    return shares, mixup_lambda(shares)
+
+
+# By the value of the view recipe's `mixing`.
+MIXINGS = {"cutmix": Mixing({"box": 2}, _draw_cutmix, cutmix), "mixup": Mixing({}, _draw_mixup, mixup)}
+
+
+def num_draws(name: str) -> dict[str, int]:
+    """Return what a mixing draws, by name, for each sample; nothing for `none`."""
+    return {"partner": 1, "lambda": 1, **MIXINGS[name].draws} if name != "none" else {}

@@ -141,8 +141,8 @@ def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, widt
         number = NO_OPERATION if name == "Identity" else OPERATIONS.index(name)
         value = magnitude(space, name, magnitude_bin, height, width)
         signed += [(number, value), (number, value if name in UNSIGNED_OPERATIONS else -value)]
-    instances = sorted({each for each in signed if each[0] != NO_OPERATION})
-    row_of = {each: row for row, each in enumerate(instances)}
+    instances = sorted({instance for instance in signed if instance[0] != NO_OPERATION})
+    row_of = {instance: row for row, instance in enumerate(instances)}
     matrices = [
         _matrix(OPERATIONS[number], value, height, width)
         for number, value in instances
@@ -151,7 +151,7 @@ def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, widt
     return Table(
         height,
         width,
-        rows=np.array([row_of.get(each, NO_OPERATION) for each in signed]).reshape(-1, 2),
+        rows=np.array([row_of.get(instance, NO_OPERATION) for instance in signed]).reshape(-1, 2),
         operations=np.array([number for number, _ in instances]),
         magnitudes=np.array([value for _, value in instances]),
         matrices=np.concatenate(matrices),

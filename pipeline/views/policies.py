@@ -1,17 +1,16 @@
-"""AutoAugment's policy for CIFAR-10: two operations with probabilities, one of 25 such sub-policies for each image."""
+"""AutoAugment, RandAugment and TrivialAugment: which operations an image gets, and how strong."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.views import draws
-from pipeline.views.operations import NO_OPERATION, Choice, Space, Table, tabulate
-
-SPACE = Space(num_bins=10, shear=0.3, translation=lambda side: 150.0 / 331.0 * side, rotation=30.0, factor=0.9, bits=4)
-NUM_DRAWS = 5
+from pipeline.views.operations import EVENLY_DRAWN, NO_OPERATION, Choice, Space, Table, tabulate
 
 # (operation, probability, magnitude bin or None) twice for each sub-policy. Kept here rather than read from
 # torchvision, so that the views of a recipe are the same whichever version is installed.
@@ -45,39 +44,119 @@ CIFAR10_POLICY = (
 PROBABILITIES = np.array([[probability for _, probability, _ in sub_policy] for sub_policy in CIFAR10_POLICY])
 
 
-def sub_policies(uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the sub-policies drawn, `(B,)` int64, indices into CIFAR10_POLICY.
+class Policy:
+    """A way to choose operations for each image.
 
-    Args:
-        uniform: As of `choose`.
+    Attributes:
+        title: What people call it.
+        name: Of its draws.
+        num_draws: Their number for each sample.
+        space: How strong each operation is at each magnitude bin.
+        entries: What it can do to an image: operations, each with a magnitude bin.
     """
+
+    title: ClassVar[str]
+    name: ClassVar[str]
+    num_draws: ClassVar[int]
+    space: ClassVar[Space]
+    entries: ClassVar[Sequence[tuple[str, int]]]
+
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
+        """Turn draws into operations for each image.
+
+        Args:
+            uniform: `(B, num_draws)` float64 in [0, 1).
+            height: H, pixels.
+            width: W, pixels.
+        """
+        raise NotImplementedError
+
+
+class AutoAugment(Policy):
+    """AutoAugment for CIFAR-10: one of 25 sub-policies, which are two operations with probabilities.
+
+    Source: arXiv:1805.09501, Table 7; torchvision's `AutoAugment(AutoAugmentPolicy.CIFAR10)`.
+    Differs: an operation is applied below its probability, torchvision's also at it, so that there one of probability 0
+        is applied once in 2^24 times.
+    """
+
+    title, name, num_draws = "AutoAugment", "autoaugment", 5
+    space = Space(10, shear=0.3, translation=lambda side: 150.0 / 331.0 * side, rotation=30.0, factor=0.9, bits=4)
+    entries = tuple((operation, magnitude_bin or 0) for pair in CIFAR10_POLICY for operation, _, magnitude_bin in pair)
+
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
+        """As of Policy.
+
+        Args:
+            uniform: The sub-policy, whether its first and second operation are applied, and whether their magnitudes
+                are negative (below 1/2).
+            height: H, pixels.
+            width: W, pixels.
+        """
+        chosen, table = sub_policies(uniform), _table(self, height, width)
+        rows = table.rows[2 * chosen[:, None] + [0, 1], (uniform[:, 3:] < 0.5).astype(np.int64)]
+        return Choice(table, np.where(uniform[:, 1:3] < PROBABILITIES[chosen], rows, NO_OPERATION))
+
+
+def sub_policies(uniform: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return AutoAugment's sub-policies, `(B,)` int64, indices into CIFAR10_POLICY; `uniform` as of its `choose`."""
     return draws.integers(uniform[:, 0], len(CIFAR10_POLICY))
 
 
-def choose(uniform: NDArray[np.float64], height: int, width: int) -> Choice:
-    """Turn draws into one sub-policy for each image.
+class RandAugment(Policy):
+    """RandAugment: two operations, drawn evenly, all of one strength.
 
-    Args:
-        uniform: `(B, 5)` float64 in [0, 1): the sub-policy, whether its first and second operation are
-            applied, and whether their magnitudes are negative (below 1/2).
-        height: H, pixels.
-        width: W, pixels.
-
-    Returns:
-        Two operations for each image.
-
-    Source: arXiv:1805.09501, Table 7; torchvision's `AutoAugment(AutoAugmentPolicy.CIFAR10)`.
-    Differs: an operation is applied below its probability, torchvision's also at it, so that there one of
-        probability 0 is applied once in 2^24 times.
+    Source: arXiv:1909.13719; torchvision's `RandAugment()`: 2 operations, magnitude 9 of 31.
     """
-    chosen = sub_policies(uniform)
-    table = _table(height, width)
-    rows = table.rows[2 * chosen[:, None] + [0, 1], (uniform[:, 3:] < 0.5).astype(np.int64)]
-    return Choice(table, np.where(uniform[:, 1:3] < PROBABILITIES[chosen], rows, NO_OPERATION))
+
+    title, name, num_draws = "RandAugment", "randaugment", 4
+    space = AutoAugment.space._replace(num_bins=31)
+    entries = tuple((operation, 9) for operation in EVENLY_DRAWN)
+
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
+        """As of Policy.
+
+        Args:
+            uniform: The first and the second operation, and whether their magnitudes are negative (below 1/2).
+            height: H, pixels.
+            width: W, pixels.
+        """
+        table, entries = _table(self, height, width), draws.integers(uniform[:, :2], len(EVENLY_DRAWN))
+        return Choice(table, table.rows[entries, (uniform[:, 2:] < 0.5).astype(np.int64)])
 
 
-@functools.lru_cache(maxsize=8)
-def _table(height: int, width: int) -> Table:
-    """Tabulate the policy, an entry for each of a sub-policy's two operations."""
-    entries = [(operation, magnitude_bin or 0) for pair in CIFAR10_POLICY for operation, _, magnitude_bin in pair]
-    return tabulate(SPACE, entries, height, width)
+class TrivialAugment(Policy):
+    """TrivialAugment, wide: one operation, drawn evenly, of a strength drawn evenly.
+
+    Source: arXiv:2103.10158; torchvision's `TrivialAugmentWide()`.
+    """
+
+    title, name, num_draws = "TrivialAugment", "trivialaugment", 3
+    space = Space(31, shear=0.99, translation=lambda _: 32.0, rotation=135.0, factor=0.99, bits=6)
+    entries = tuple((operation, magnitude_bin) for operation in EVENLY_DRAWN for magnitude_bin in range(31))
+
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
+        """As of Policy.
+
+        Args:
+            uniform: The operation, its magnitude, and whether that is negative (below 1/2).
+            height: H, pixels.
+            width: W, pixels.
+        """
+        table, num_bins = _table(self, height, width), self.space.num_bins
+        entries = draws.integers(uniform[:, 0], len(EVENLY_DRAWN)) * num_bins + draws.integers(uniform[:, 1], num_bins)
+        return Choice(table, table.rows[entries, (uniform[:, 2] < 0.5).astype(np.int64)][:, None])
+
+
+# By the value of the view recipe's `autoaugment`.
+POLICIES: dict[str, Policy] = {
+    "cifar10": AutoAugment(),
+    "randaugment": RandAugment(),
+    "trivialaugment": TrivialAugment(),
+}
+
+
+@functools.lru_cache(maxsize=24)
+def _table(policy: Policy, height: int, width: int) -> Table:
+    """Tabulate all that a policy can do to images of one size."""
+    return tabulate(policy.space, policy.entries, height, width)

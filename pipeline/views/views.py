@@ -208,8 +208,8 @@ class Views:
             view: View index, at least 0.
 
         Returns:
-            What augmentation.parameters returns, for all N samples; with mixing also `partner` `(N,)` int64 and
-            `lambda` `(N,)` float32, the share of the first image.
+            What the `parameters` of each augmentation are, for all N samples; with mixing also `partner` `(N,)` int64
+            and `lambda` `(N,)` float32, the share of the first image.
         """
         opened = self._open(view)
         height, width = self.images.shape[-2:]
@@ -258,23 +258,16 @@ class Views:
     def _draw_mix(self, uniform: augmentation.Draws) -> _Mix:
         """Draw partners and amounts for all samples."""
         partners = draws.integers(uniform["partner"][:, 0], self.num_samples)
-        lambda_uniform = uniform["lambda"][:, 0]
-        if self.recipe.mixing == "cutmix":
-            height, width = self.images.shape[-2:]
-            boxes = mixing.cutmix_boxes(lambda_uniform, uniform["box"], height, width)
-            drawn: tuple[NDArray[Any], ...] = partners, boxes, mixing.cutmix_lambda(boxes, height, width)
-        else:
-            shares = mixing.mixup_shares(lambda_uniform)
-            drawn = partners, shares, mixing.mixup_lambda(shares)
-        return _Mix(partners, *(torch.from_numpy(values).to(self.device) for values in drawn))
+        amounts, lam = mixing.MIXINGS[self.recipe.mixing].draw(uniform, *self.images.shape[-2:])
+        return _Mix(partners, *(torch.from_numpy(values).to(self.device) for values in (partners, amounts, lam)))
 
     def _read(self, opened: _View, samples: Tensor) -> list[_Raw]:
         """Read what a batch is made of, `(B,)` samples' own images and their partners'; any thread may."""
         if opened.images is not None:
             return []
-        own = samples.cpu().numpy()
+        first = samples.cpu().numpy()
         read = self.images.read if isinstance(self.images, HostImages) else None
-        wanted = [own] if opened.mix is None else [own, opened.mix.rows[own]]
+        wanted = [first] if opened.mix is None else [first, opened.mix.rows[first]]
         return [_Raw(rows, read and read(rows)) for rows in wanted]
 
     def _make(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> ViewBatch:
@@ -284,10 +277,10 @@ class Views:
         if mix is None:
             return ViewBatch(samples, images, labels, labels, torch.ones(len(samples), device=self.device))
         partners = mix.partners.index_select(0, samples)
-        operation = mixing.cutmix if self.recipe.mixing == "cutmix" else mixing.mixup
+        mix_images = mixing.MIXINGS[self.recipe.mixing].mix
         return ViewBatch(
             samples,
-            operation(images, self._unmixed(opened, partners, read[1:]), mix.amounts.index_select(0, samples)),
+            mix_images(images, self._unmixed(opened, partners, read[1:]), mix.amounts.index_select(0, samples)),
             labels,
             self.labels.index_select(0, partners),
             mix.lam.index_select(0, samples),
@@ -305,13 +298,13 @@ class Views:
         made = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, device=device)
 
         def render(part: slice) -> None:
-            own = {name: values[rows[part]] for name, values in opened.uniform.items()}
+            uniform = {name: values[rows[part]] for name, values in opened.uniform.items()}
             if isinstance(self.images, Tensor):
                 images = self.images.index_select(0, torch.from_numpy(rows[part]).to(device))
             else:
                 assert raw.images is not None
                 images = self.images.place(raw.images[part])
-            made[part] = augmentation.augment(images, own, self.recipe)
+            made[part] = augmentation.augment(images, uniform, self.recipe)
 
         num_pixels = self.images.shape[2] * self.images.shape[3]
         chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK

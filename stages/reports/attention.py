@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.datasets import Dataset
-from pipeline.inference.loading import load_model
+from pipeline.inference.loading import load
 from pipeline.models.students import STUDENTS, Student, attention_maps, attention_rollout
 from pipeline.report.figures import Cell, sheet
 from pipeline.report.tables import Figure, Table, number
@@ -64,22 +64,23 @@ def _has_both(run: FinishedRun) -> bool:
 
 def _figure(run: FinishedRun, dataset: Dataset) -> Figure:
     """Draw one student's maps."""
-    model, checkpoint = load_model(run.directory, torch.device("cpu"), kind="student")
-    assert isinstance(model, Student)
+    classifier = load(run.directory)
+    student = classifier.module
+    assert isinstance(student, Student)
     samples = _choose(dataset.test.labels)
     pixels = dataset.test.images[samples]
-    mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
+    mean, std = classifier.config["mean"], classifier.config["std"]
     images = normalize(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2), mean, std)
-    maps = attention_maps(model, images)
+    maps = attention_maps(student, images)
     with torch.no_grad():
-        class_logits, distillation_logits = model(images)
-    said = [logits.argmax(dim=1).tolist() for logits in (class_logits, distillation_logits)]
+        class_logits, distillation_logits = student(images)
+    predicted = [logits.argmax(dim=1).tolist() for logits in (class_logits, distillation_logits)]
     shares = token_shares(maps)
     side = round((maps.shape[-1] - 2) ** 0.5)
     names, rows, data = dataset.class_names, [], []
     for row, (sample, image) in enumerate(zip(samples.tolist(), pixels, strict=True)):
         target = names[dataset.test.labels[sample]]
-        heads = [f"its head: {names[each[row]]}" for each in said]
+        heads = [f"its head: {names[head[row]]}" for head in predicted]
         cells = [Cell(image, [f"#{sample}", f"target: {target}"], grid=side)]
         for column in range(len(COLUMNS)):
             patches = shares[row, column].reshape(side, side)

@@ -18,7 +18,8 @@ from pipeline.labels.replay import check_canaries
 from pipeline.report.figures import Cell, Row, dots, sheet
 from pipeline.report.tables import Figure, Table, number
 from pipeline.views import operations
-from pipeline.views.scores import EVERYTHING, SUB_POLICY, OperationMeter, OperationScores, wilson_interval
+from pipeline.views.augment import SUB_POLICY
+from pipeline.views.scores import EVERYTHING, OperationMeter, OperationScores, wilson_interval
 from pipeline.views.views import Views
 from stages.reports.runs import FinishedRuns
 from stages.shared.context import Context

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from pipeline.config.params import Params
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError
 from pipeline.report.tables import Table
+from pipeline.system.canonical import compare
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_json
 from stages.shared.paths import Paths
@@ -131,12 +131,12 @@ class Context:
                 f"{self.paths.prepared / 'summary.json'}: not what `prepare` writes; "
                 f"run `pipeline prepare --recipe {self.recipe.name}` again"
             )
-        for key, wanted in dataclasses.asdict(self.recipe.dataset).items():
-            if prepared.get(key) != wanted:
-                raise DataError(
-                    f"{self.paths.dataset}: prepared with {key} {prepared.get(key)}, but recipe {self.recipe.name} "
-                    f"asks for {wanted}; run `pipeline prepare --recipe {self.recipe.name}` again"
-                )
+        for difference in compare(prepared, deciding_values(self.recipe.dataset)):
+            raise DataError(
+                f"{self.paths.dataset}: prepared with {difference.path} {difference.before}, but recipe "
+                f"{self.recipe.name} asks for {difference.after}; "
+                f"run `pipeline prepare --recipe {self.recipe.name}` again"
+            )
         # Kept while the file is the same: a large one takes minutes to verify.
         stat = self.paths.dataset.stat()
         version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -150,6 +150,6 @@ class Context:
             self._changed.append(stage)
 
     def end(self) -> None:
-        """Name the line by which DVC adopts what was replaced; else its next run would put its own copy over it."""
+        """Name the command by which DVC adopts what was replaced; otherwise its next run restores its own copy."""
         if self._changed and Path(".dvc").is_dir() and "DVC_STAGE" not in os.environ:
             self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(self._changed)}")

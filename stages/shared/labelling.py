@@ -13,7 +13,7 @@ from pipeline.config.recipes import ViewRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.data.streaming import place_images
 from pipeline.errors import DataError
-from pipeline.inference.loading import load_checkpoint_of, restore
+from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
 from pipeline.labels.cache import make_identity, make_provenance
 from pipeline.labels.teacher import Teacher, compile_teacher
 from pipeline.models.folding import fold
@@ -71,9 +71,10 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
         DataError: The checkpoint's JSON describes no model, or the weights belong to another.
     """
     settings, device = context.recipe.label, context.device
-    model = fold(restore(checkpoint, device), dataset.image_size).to(memory_format=torch.channels_last)
+    module = from_checkpoint(checkpoint, device).module
+    folded = fold(module, dataset.image_size).to(memory_format=torch.channels_last)
     precision = resolve_precision(settings.precision, device)
-    teacher = Teacher(model, dataset.mean, dataset.std, precision, settings.batch_size)
+    teacher = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
     return compile_teacher(teacher, dataset.image_size) if settings.compile else teacher
 
 

@@ -25,7 +25,7 @@ LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
 
 
 class FilePath(click.Path):
-    """A path; an empty one is refused, which an unset variable of a shell gives and `Path` takes for `.`."""
+    """A path that is not empty: an unset variable of a shell gives an empty one, which `Path` takes for `.`."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -38,7 +38,7 @@ class FilePath(click.Path):
 
 
 class FiniteFloat(click.FloatRange):
-    """A number that is neither infinite nor NaN, which compares with no bound."""
+    """A finite number; NaN would pass any bound, since it compares with none."""
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         """Return the number."""
@@ -50,19 +50,17 @@ class FiniteFloat(click.FloatRange):
 
 PATH = FilePath()
 
-recipe_option = click.option("--recipe", help="A recipe of params.yaml; its `recipe` where left out.")
+recipe_option = click.option("--recipe", help="A recipe of params.yaml; default: its `recipe`.")
 teachers_option = click.option(
-    "--teachers", help="Candidates, separated by commas; `teachers` of params.yaml where left out."
+    "--teachers", help="Candidates, separated by commas; default: `teachers` of params.yaml."
 )
-device_option = click.option("--device", help="cpu, cuda, cuda:1, mps; a GPU is taken where there is one.")
+device_option = click.option("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU if there is one.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
-precision_option = click.option(
-    "--precision", type=click.Choice(PRECISIONS), help="That of the training where left out."
-)
+precision_option = click.option("--precision", type=click.Choice(PRECISIONS), help="Default: the training's.")
 
 
 def begin_time_limit(context: click.Context, param: click.Parameter, text: str | None) -> None:
-    """Begin to count the limit that the command was given; none where it was given none."""
+    """Start to count the command's time limit; without the option there is none."""
     STOP.limit(math.inf if text is None else parse_duration(text))
 
 
@@ -71,7 +69,7 @@ time_limit_option = click.option(
     metavar="9m",
     callback=begin_time_limit,
     expose_value=False,
-    help="Stop at the next step once this time is over, saved, with exit code 75; run again to go on.",
+    help="Once this time is over, finish the step, save and exit with code 75; run again to go on.",
 )
 records_option = click.option(
     "--out", type=PATH, default=RECORDS, show_default=True, help="The file of records; the curves go beside it."
@@ -99,7 +97,7 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_context(recipe: str | None = None, device: str | None = None) -> Context:
-    """Load params.yaml, choose the recipe and open the console; a device that is named must be there.
+    """Load params.yaml, choose the recipe, open the console, and check a device that is named.
 
     Under torchrun only rank 0 prints.
 
@@ -118,7 +116,7 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
 
 
 def open_console() -> Console:
-    """Return the console of a command: standard error where standard output belongs to --json; wide in a log."""
+    """Return a command's console: standard error where --json takes standard output; wide in a log."""
     console = Console(stderr=bool(click.get_current_context().params.get("as_json")))
     if not console.is_terminal:
         console.width = LOG_WIDTH

@@ -37,7 +37,7 @@ class Paths:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether `prepare` has ended."""
+        """Whether the prepared data are there."""
         return all((self.prepared / name).is_file() for name in ("dataset.h5", "summary.json"))
 
     def teacher(self, name: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,22 @@ from typing import Any
 
 import torch
 
-import pipeline
 from pipeline.config.recipes import FitRecipe, StudentRecipe, deciding_values
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, StorageError
-from pipeline.inference.descriptions import GEOMETRY
 from pipeline.inference.loading import build_model
 from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024
+from pipeline.models.students import SHARED_ARGUMENTS, recorded_arguments
+from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
 from pipeline.system.storage import lock, remove_leftovers
-from pipeline.training.checkpoints import RunState, fingerprint, read_meta
+from pipeline.training.checkpoints import RunState, read_meta
 from stages.shared.paths import Paths
 
+# Raised where the code gives other results from the same recipe: what was trained before is then trained again. The
+# package's own version may change without that.
+RESULTS_VERSION = "0.1.0"
 NOT_TRAINED = "not trained"
 MAX_NAMED = 3
-_ABSENT = object()
 # In the place of values that say nothing to people.
 _PHRASES = {"dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights"}
 # Follow from the data.
@@ -72,20 +73,27 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the result, the code's version included."""
+        """SHA-256 of everything that decides the result."""
         return fingerprint(
-            model=dict(self.description),
-            recipe=deciding_values(self.recipe),
-            seed=self.seed,
-            inputs=dict(self.inputs),
-            version=pipeline.__version__,
+            {
+                "model": dict(self.description),
+                "recipe": deciding_values(self.recipe),
+                "seed": self.seed,
+                "inputs": dict(self.inputs),
+                "version": RESULTS_VERSION,
+            }
         )
 
     @property
     def decided_by(self) -> dict[str, Any]:
         """What decides the result, as the checkpoint's JSON keeps it."""
-        own = {"training": deciding_values(self.recipe), "seed": self.seed, "inputs": dict(self.inputs)}
-        return {**self.description, **own, "version": pipeline.__version__}
+        return {
+            **self.description,
+            "training": deciding_values(self.recipe),
+            "seed": self.seed,
+            "inputs": dict(self.inputs),
+            "version": RESULTS_VERSION,
+        }
 
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
@@ -113,12 +121,12 @@ def place(
     paths: Paths, work: str, name: str, settings: Mapping[str, str], seed: int, out: Path, stage: str
 ) -> tuple[Path, Path, str | None]:
     """Return output directory, work directory and DVC stage; what differs from the recipe goes to data/runs."""
-    differences = [f"{key}-{value}" for key, value in settings.items()]
+    changes = [f"{key}-{value}" for key, value in settings.items()]
     if seed:
-        differences.append(f"seed-{seed}")
-    if not differences:
+        changes.append(f"seed-{seed}")
+    if not changes:
         return out, paths.work(*work.split("/")), stage
-    label = "-".join([name, *differences]).replace("/", "_")
+    label = "-".join([name, *changes]).replace("/", "_")
     return paths.run(label), paths.work("runs", label), None
 
 
@@ -128,8 +136,8 @@ def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mappi
     Args:
         out: The run's directory.
         files: What a finished run has there beside its checkpoint.
-        fingerprint: Of everything that decides the result.
-        expected: The same as plain JSON values, as far as the checkpoint's JSON keeps it.
+        fingerprint: Of everything that decides the result. It alone says whether the outputs are the run's.
+        expected: The same as plain JSON values, as far as the checkpoint's JSON keeps it; explains a difference.
     """
     try:
         meta = read_meta(out)
@@ -142,41 +150,44 @@ def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mappi
         return f"{', '.join(missing)} missing"
     if meta.get("fingerprint") == fingerprint:
         return None
-    found = differences(meta, expected)
-    more = f", {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-    return ", ".join(found[:MAX_NAMED]) + more if found else "trained under other settings, or by another version"
+    named = differences(meta, expected)
+    more = f", {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return ", ".join(named[:MAX_NAMED]) + more if named else "trained under other settings, or by another version"
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the fields in which two trees of JSON values differ, as `lr 0.1 -> 0.05`.
 
+    It explains what fingerprints have told apart, and judges nothing itself: an empty list is no proof of sameness.
+
     Args:
-        found: What was; what `expected` does not have does not count.
-        expected: What is asked for. A part of it that `found` lacks altogether is passed over: an older version of
-            this project did not keep it.
+        former: What was. A part that `now` does not have is no setting, such as a checkpoint's scores.
+        now: What is asked for. A part that `former` lacks is named too.
     """
     named: dict[str, str] = {}
-    for part, wanted in expected.items():
-        if part in found:
-            _compare(part, found[part], wanted, named)
+    for difference in compare({part: former[part] for part in now if part in former}, now):
+        name, text = _named(difference)
+        named.setdefault(name, text)
     if "other data" in named.values():
-        named = {name: phrase for name, phrase in named.items() if name not in _CONSEQUENCES}
+        named = {name: text for name, text in named.items() if name not in _CONSEQUENCES}
     return list(named.values())
 
 
-def _compare(name: str, found: Any, wanted: Any, named: dict[str, str]) -> None:
-    """Add what differs below a field, each under its own name."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        inner = f"{name}." if name == "views" else ""
-        for key in [*wanted, *(key for key in found if key not in wanted)]:
-            _compare(f"{inner}{key}", found.get(key, _ABSENT), wanted.get(key, _ABSENT), named)
-    elif found != wanted and name not in named:
-        named[name] = _PHRASES.get(name, f"{name} {_text(found)} -> {_text(wanted)}")
+def _named(difference: Difference) -> tuple[str, str]:
+    """Return the field in which a difference lies, and the difference as people read it."""
+    keys = [key for key in difference.place if isinstance(key, str)]
+    key = ".".join(keys[-2:]) if keys[-2:-1] == ["views"] else keys[-1]
+    if key in _PHRASES:
+        return key, _PHRASES[key]
+    if difference.before is MISSING and isinstance(difference.after, Mapping):
+        return key, f"{key} not recorded"
+    index = "".join(f"[{part}]" for part in difference.place if isinstance(part, int))
+    return key, f"{key}{index} {_text(difference.before)} -> {_text(difference.after)}"
 
 
 def _text(value: Any) -> str:
     """Write a value as params.yaml does, a long one cut."""
-    if value is _ABSENT or value is None:
+    if value is MISSING or value is None:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
@@ -186,8 +197,9 @@ def _text(value: Any) -> str:
 
 def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: int) -> dict[str, Any]:
     """Return what pipeline.models.students.build_student needs, as plain JSON values."""
-    geometry = {key: value for key, value in dataclasses.asdict(recipe).items() if key in GEOMETRY}
-    return {"num_classes": num_classes, "image_size": image_size, **geometry}
+    shared = {"num_classes": num_classes, "image_size": image_size}
+    shared |= {key: getattr(recipe, key) for key in SHARED_ARGUMENTS if key not in shared}
+    return {**{key: shared[key] for key in recorded_arguments(recipe.model)}, **recipe.arguments}
 
 
 def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:

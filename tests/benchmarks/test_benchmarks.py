@@ -15,7 +15,7 @@ from torchvision.transforms.autoaugment import _apply_op
 from benchmarks import measure, synthetic, view_peers, views
 from pipeline.inference.speed import interleave
 from pipeline.views import operations
-from pipeline.views import policies as autoaugment
+from pipeline.views.policies import POLICIES
 from tests.support.benchmark_reports import rows, run
 from tests.support.pillow_reference import on_pil, sample_images
 
@@ -67,7 +67,7 @@ def test_an_operation_alone_does_what_its_peer_does(name: str) -> None:
     images = sample_images(synthetic.SIZE, synthetic.SIZE)
     single = views.policy_operations()[name]
     size = synthetic.SIZE
-    value = operations.magnitude(autoaugment.SPACE, name, single.magnitude_bin or 0, size, size)
+    value = operations.magnitude(POLICIES["cifar10"].space, name, single.magnitude_bin or 0, size, size)
     uniform = single.draws(len(images))
     negative = (uniform[:, 3 + single.place] < 0.5) & (name not in operations.UNSIGNED_OPERATIONS)
     expected = on_pil(
@@ -75,7 +75,7 @@ def test_an_operation_alone_does_what_its_peer_does(name: str) -> None:
         images,
         np.where(negative, -value, value).tolist(),
     )
-    assert torch.equal(operations.apply(images, autoaugment.choose(uniform, size, size)), expected)
+    assert torch.equal(operations.apply(images, POLICIES["cifar10"].choose(uniform, size, size)), expected)
 
 
 def test_every_loader_gives_what_a_network_takes() -> None:

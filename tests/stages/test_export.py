@@ -26,9 +26,9 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.inference import exporting
-from pipeline.inference.classifier import Classifier, ImageClassifier
-from pipeline.inference.loading import load_model
+from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.losses import probabilities
+from pipeline.models.network import Network
 from pipeline.models.students import STUDENTS, build_student
 from pipeline.models.teachers import TEACHERS, build_teacher
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
@@ -74,8 +74,19 @@ def rewrite(project: Project, **changes: Any) -> None:
     (project.path / "exported/config.json").write_text(json.dumps({**config(project), **changes}))
 
 
-def load(project: Project, format: str | None = None) -> ImageClassifier:
+def load(project: Project, format: str | None = None) -> Classifier:
     return pipeline.load(project.path / "exported", format=format)[0]
+
+
+def classifier_of(model: torch.nn.Module, num_classes: int, mean: list[float], std: list[float]) -> Classifier:
+    runner = PixelsToOutputs(Network(model, mean, std)).eval()
+    return Classifier(runner=runner, class_names=tuple(map(str, range(num_classes))), image_size=32)
+
+
+def loaded(classifier: Classifier, content: bytes, format: str) -> Classifier:
+    cpu = torch.device("cpu")
+    runner = exporting.run_torchscript(content, cpu) if format == "torchscript" else exporting.run_onnx(content)
+    return dataclasses.replace(classifier, runner=runner, format=format)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -101,9 +112,9 @@ def test_every_file_is_named_with_its_size_and_digest(exported: Project) -> None
 def test_whatever_is_loaded_answers_as_the_training_did(
     exported: Project, images: torch.Tensor, format: str | None
 ) -> None:
-    model, checkpoint = load_model(exported.path / STUDENT, torch.device("cpu"))
+    trained, _ = pipeline.load(exported.path / STUDENT)
     with torch.inference_mode():
-        outputs = model(normalize(images[:7], checkpoint.meta["mean"], checkpoint.meta["std"]))
+        outputs = trained.module(normalize(images[:7], trained.config["mean"], trained.config["std"]))
     found = load(exported, format)
     assert found.format == (format or "safetensors") and found.class_names == tuple("0123456789")
     tolerance = 0.05 if format == "onnx-int8" else 1e-4
@@ -197,7 +208,7 @@ def test_bf16_is_refused_where_it_cannot_be_measured_or_is_too_far_off(
 def test_the_papers_titn_in_bf16_takes_less_than_12_mb() -> None:
     with torch.device("meta"):
         model = build_student("titn", num_classes=100)
-    classifier = Classifier(model.to_empty(device="cpu"), [0.5] * 3, [0.25] * 3)
+    classifier = classifier_of(model.to_empty(device="cpu"), 100, [0.5] * 3, [0.25] * 3)
     assert len(exporting.to_safetensors(classifier, torch.bfloat16)) < 12e6
 
 
@@ -394,16 +405,16 @@ def test_a_model_whose_outputs_are_not_finite_is_not_exported(project: Project) 
 
 
 def test_compare_finds_a_difference_in_any_batch_size() -> None:
-    reference = Classifier(build_student("vit", num_classes=3, depth=1, width=24), [0.5] * 3, [0.5] * 3).eval()
+    reference = classifier_of(build_student("vit", num_classes=3, depth=1, width=24), 3, [0.5] * 3, [0.5] * 3)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    agreement = exporting.compare(reference.run, reference.run, images, (1, 3))
+    agreement = exporting.compare(reference.outputs, reference.outputs, images, (1, 3))
     assert dataclasses.astuple(agreement) == (0.0, 0.0, 4, (1, 3))
 
     def wrong_alone(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: value + 2e-4 * (len(batch) == 1) for name, value in reference.run(batch).items()}
+        return {name: value + 2e-4 * (len(batch) == 1) for name, value in reference.outputs(batch).items()}
 
     with pytest.raises(NumericalError, match="batch of 1"):
-        exporting.compare(reference.run, wrong_alone, images, (3, 1))
+        exporting.compare(reference.outputs, wrong_alone, images, (3, 1))
 
 
 def test_images_come_from_a_folder_where_there_is_no_data_set(project: Project) -> None:
@@ -461,16 +472,17 @@ def test_every_model_is_the_same_in_every_format(name: str) -> None:
     else:
         large = {"patch_size": 16, "pixel_size": 4} if name == "titn-large-patch" else {}
         model = build_student(name.partition("-")[0], num_classes=10, **large)
-    classifier = Classifier(model, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]).eval()
+    classifier = classifier_of(model, 10, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
     images = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8)
-    content = exporting.to_onnx(classifier, 32, {})
-    exporting.compare(classifier.run, exporting.run_onnx(content), images, (1, 2, 9))
-    archive = exporting.to_torchscript(classifier, 32)
-    exporting.compare(classifier.run, exporting.run_torchscript(archive, torch.device("cpu")), images, (1, 2, 9))
+    content = exporting.to_onnx(classifier, {})
+    exporting.compare(classifier.outputs, loaded(classifier, content, "onnx").outputs, images, (1, 2, 9))
+    archive = exporting.to_torchscript(classifier)
+    exporting.compare(classifier.outputs, loaded(classifier, archive, "torchscript").outputs, images, (1, 2, 9))
     if name == "squeezenet1_1":
         with pytest.raises(UsageError, match="only convolutions"):
             exporting.to_onnx_int8(content)
     elif len(content) < 100e6:  # VGG's 500 MB take minutes
         smaller = exporting.to_onnx_int8(content)
         assert len(smaller) < len(content)
-        exporting.compare(classifier.run, exporting.run_onnx(smaller), images, (1, 9), tolerance=float("inf"))
+        int8 = loaded(classifier, smaller, "onnx-int8")
+        exporting.compare(classifier.outputs, int8.outputs, images, (1, 9), tolerance=float("inf"))

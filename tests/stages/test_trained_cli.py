@@ -20,11 +20,10 @@ from PIL import Image
 from pipeline.data.images import read_image
 from pipeline.errors import PipelineError
 from pipeline.inference import speed
-from pipeline.inference.loading import build_model
-from pipeline.inference.prediction import Answer, Predictor
+from pipeline.inference.classifier import Answer, Classifier
+from pipeline.inference.loading import build_model, load
 from pipeline.training.checkpoints import save_checkpoint
 from stages.cli import cli
-from stages.trained import load_trained
 from tests.support.project import Project
 
 GEOMETRY = {
@@ -99,8 +98,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(folder: Path, files: list[Path]) -> Answer:
-    predictor = load_trained(folder, "cpu").predictor
-    return predictor.answer(np.stack([read_image(file, predictor.image_size) for file in files]))
+    classifier = load(folder)
+    return classifier.answer(np.stack([read_image(file, classifier.image_size) for file in files]))
 
 
 # predict
@@ -360,9 +359,9 @@ def test_a_bench_that_cannot_be_is_refused(place: Path, arguments: tuple[str, ..
 
 
 def test_a_batch_too_large_for_the_device_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(self: Predictor, pixels: np.ndarray[Any, Any]) -> None:
+    def answer(self: Classifier, pixels: np.ndarray[Any, Any]) -> None:
         if len(pixels) > 4:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(speed.Predictor, "answer", answer)
+    monkeypatch.setattr(speed.Classifier, "answer", answer)
     assert "batch size 8: vit" in run(place, "bench", "vit", "--batch-sizes", "4,8", code=2).err

@@ -1,8 +1,14 @@
-"""The students: small transformers, built by name from one geometry."""
+"""The students: small transformers, built by name from one geometry and what else their constructors take.
+
+A student of one's own is one file here, one line of STUDENTS, and one recipe in params.yaml.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +24,14 @@ from pipeline.models.students.tnt import TNT, NestedBlock
 from pipeline.models.students.vit import ViT
 
 STUDENTS: dict[str, type[Student]] = {"vit": ViT, "deit": DeiT, "tnt": TNT, "titn": TITN}
-PIXEL_GEOMETRY = ("pixel_size", "pixel_width", "pixel_heads")
+GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_width", "pixel_heads")
+"""The arguments that are fields of every student's recipe."""
+SHARED_ARGUMENTS = ("num_classes", "image_size", *GEOMETRY)
+"""The arguments that any student is offered; it takes those that its constructor has."""
+RECORDED_WHOLE = ("vit", "deit", "tnt", "titn")
+"""The students whose checkpoints name all of the geometry, whether they take it or not; so they always did."""
+MAX_ARGUMENT = 1_000_000
+"""Largest number that an argument of a student's own may be, either way."""
 FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
 """Kind of device to its fused inner block: the name, and the module."""
 TENSOR_CORES = (8, 0)
@@ -34,30 +47,82 @@ __all__ = [
     "attention_maps",
     "attention_rollout",
     "build_student",
+    "check_arguments",
+    "recorded_arguments",
     "use_inner_block",
 ]
 
 
-def build_student(name: str, **geometry: int) -> Student:
-    """Build a student from the full geometry, of which it takes what it has.
+def build_student(name: str, **arguments: Any) -> Student:
+    """Build a student from shared arguments, of which it takes what its constructor has, and from its own.
 
     Args:
         name: A key of STUDENTS.
-        geometry: `num_classes`, and any other arguments of the constructors. Those of the inner path are
-            dropped for students without one.
+        arguments: `num_classes`, any other of SHARED_ARGUMENTS, and any that the constructor alone has.
 
     Returns:
         The student, randomly initialised from PyTorch's global generator.
 
     Raises:
-        UsageError: Where the name is unknown or the geometry does not divide evenly.
+        UsageError: The name is unknown, the geometry does not divide evenly, or the constructor fails.
+        TypeError: The constructor has no such argument, and it is none of SHARED_ARGUMENTS.
     """
+    takes = _constructor(name)
+    arguments = {key: value for key, value in arguments.items() if key in takes or key not in SHARED_ARGUMENTS}
+    try:
+        return STUDENTS[name](**arguments)
+    except (ArithmeticError, RuntimeError, ValueError) as error:  # PyTorch's, of sizes that cannot be
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise UsageError(f"model {name} cannot be built with {given}: {' '.join(str(error).split())}") from error
+
+
+def recorded_arguments(name: str) -> tuple[str, ...]:
+    """Return which of SHARED_ARGUMENTS a checkpoint of a student names.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    takes = _constructor(name)
+    return tuple(key for key in SHARED_ARGUMENTS if key in takes or name in RECORDED_WHOLE)
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
+    """Check the arguments of a student's own: those that its constructor has beside SHARED_ARGUMENTS.
+
+    Args:
+        name: A key of STUDENTS.
+        arguments: As a recipe or a checkpoint has them.
+        path: What they are called in messages.
+
+    Raises:
+        UsageError: One is unknown or of another type, or one without a default is missing; the message names the key,
+            the value and what is allowed.
+    """
+    takes = {key: parameter for key, parameter in _constructor(name).items() if key not in SHARED_ARGUMENTS}
+    types = typing.get_type_hints(STUDENTS[name].__init__)
+    allowed = f"allowed are {', '.join(takes)}" if takes else f"{name} has none of its own"
+    for key, value in arguments.items():
+        if key in SHARED_ARGUMENTS:
+            raise UsageError(f"{path}.{key}: {value!r} does not belong there; {key} is given beside arguments")
+        if key not in takes:
+            raise UsageError(f"{path}.{key}: {value!r}, but {name} takes no such argument; {allowed}")
+        possible = typing.get_args(types[key]) or (types[key],)
+        if type(value) not in possible and not (type(value) is int and float in possible):
+            raise UsageError(
+                f"{path}.{key}: {value!r} is not of the type {' or '.join(kind.__name__ for kind in possible)}"
+            )
+        if type(value) in (int, float) and not abs(value) <= MAX_ARGUMENT:
+            raise UsageError(f"{path}.{key}: {value!r} is out of range; allowed is up to {MAX_ARGUMENT:,} either way")
+    for key, parameter in takes.items():
+        if parameter.default is inspect.Parameter.empty and key not in arguments:
+            raise UsageError(f"{path}.{key}: missing; {name} needs it")
+
+
+def _constructor(name: str) -> Mapping[str, inspect.Parameter]:
+    """Return the keyword arguments of a student's constructor."""
     if name not in STUDENTS:
         raise UsageError(f"model {name!r} is not a student; choose one of {', '.join(STUDENTS)}")
-    student = STUDENTS[name]
-    if not student.has_pixels:
-        geometry = {key: value for key, value in geometry.items() if key not in PIXEL_GEOMETRY}
-    return student(**geometry)
+    return inspect.signature(STUDENTS[name]).parameters
 
 
 def use_inner_block(student: Student, request: str, device: torch.device) -> str:

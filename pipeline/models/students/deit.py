@@ -31,7 +31,6 @@ class DeiT(Student):
     """
 
     has_distillation_head: ClassVar[bool] = True
-    has_pixels: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -20,6 +20,9 @@ ALL = slice(None)
 class Student(nn.Module):
     """What every student tells about itself.
 
+    Its constructor takes by keyword `num_classes`, what it needs of pipeline.models.students.SHARED_ARGUMENTS, and any
+    arguments of its own, annotated with int, float, str or bool, each best with a default.
+
     Attributes:
         has_distillation_head: Whether `forward` returns (class logits, distillation logits) or class logits.
         has_pixels: Whether the constructor takes `pixel_size`, `pixel_width` and `pixel_heads`.
@@ -29,7 +32,7 @@ class Student(nn.Module):
     """
 
     has_distillation_head: ClassVar[bool]
-    has_pixels: ClassVar[bool]
+    has_pixels: ClassVar[bool] = False
     plain: bool = False
 
     def head_tokens(self, num_tokens: int) -> slice:

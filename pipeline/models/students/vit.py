@@ -30,7 +30,6 @@ class ViT(Student):
     """
 
     has_distillation_head: ClassVar[bool] = False
-    has_pixels: ClassVar[bool] = False
 
     def __init__(
         self,

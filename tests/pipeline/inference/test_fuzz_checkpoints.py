@@ -8,10 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.errors import DataError
-from pipeline.inference.loading import load_model
+from pipeline.inference.loading import load
 from tests.support.fuzz_campaign import NUM_CHECKPOINTS, NUM_PREPARED
 from tests.support.fuzz_checkpoints import (
     Files,
@@ -67,7 +66,7 @@ def test_arguments_that_no_stage_writes_are_refused_before_anything_is_built(
     files.meta["arguments"][key] = value
     write_files(project.data / "teacher", files)
     with pytest.raises(DataError, match="arguments.* missing or impossible"):
-        load_model(project.data / "teacher", torch.device("cpu"))
+        load(project.data / "teacher")
 
 
 def test_a_model_is_allocated_only_once_its_tensors_fit(project: Project) -> None:
@@ -80,7 +79,7 @@ def test_a_model_is_allocated_only_once_its_tensors_fit(project: Project) -> Non
         Files(files.tensors, {**files.meta, "kind": "student", "model": "vit", "arguments": wide}),
     )
     with pytest.raises(DataError, match="it belongs to another model"):
-        load_model(project.data / "teacher", torch.device("cpu"))
+        load(project.data / "teacher")
 
 
 def test_a_pickle_in_disguise_never_runs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +89,7 @@ def test_a_pickle_in_disguise_never_runs(project: Project, monkeypatch: pytest.M
     for pickled in pickles():
         write_files(project.data / "teacher", sealed(pickled, files.meta))
         with pytest.raises(DataError, match="not a safetensors file"):
-            load_model(project.data / "teacher", torch.device("cpu"))
+            load(project.data / "teacher")
     assert not (project.path / "executed").exists()
     pickle.loads(pickles()[0])
     assert (project.path / "executed").exists(), "it would have run where it was unpickled"

@@ -13,10 +13,10 @@ from pipeline.labels.answers import ViewLabels
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.replay import make_canaries, replay
 from pipeline.labels.source import cached_labels, online_labels
-from pipeline.labels.teacher import label_view, top_classes
+from pipeline.labels.teacher import Teacher, label_view, top_classes
 from pipeline.losses import marginal_smoothing, soft_divergence
 from pipeline.training.batches import TrainingData
-from tests.pipeline.labels.test_teacher import NUM_CLASSES, NUM_SAMPLES, RECIPE, make_teacher, make_views
+from tests.pipeline.labels.test_teacher import MEAN, NUM_CLASSES, NUM_SAMPLES, RECIPE, STD, make_teacher, make_views
 
 CPU = torch.device("cpu")
 EVERYTHING = [(view, sample) for view in range(3) for sample in range(NUM_SAMPLES)]
@@ -28,7 +28,7 @@ def make_cache(topk: int) -> LabelCache:
         dataset_sha256="0" * 64, split="train", view_recipe=RECIPE, class_names="abcd", num_samples=NUM_SAMPLES
     )
     provenance = make_provenance(
-        teacher="t", checkpoint_sha256="0" * 64, mean=teacher.mean, std=teacher.std, precision="fp32", device="cpu",
+        teacher="t", checkpoint_sha256="0" * 64, mean=MEAN, std=STD, precision="fp32", device="cpu",
         versions={}, topk=topk,
     )  # fmt: skip
     kept = [label_view(teacher, views, view, topk) for view in range(3)]
@@ -47,7 +47,7 @@ def test_the_top_k_are_the_most_probable_classes_and_their_softmax(topk: int) ->
     teacher, views = make_teacher(), make_views()
     kept = label_view(teacher, views, 2, topk)
     images = (views.batch(2, torch.arange(NUM_SAMPLES)).images.float() / 255 - 0.5) / 0.2
-    shares, order = teacher.model(images).softmax(1).detach().sort(1, descending=True)
+    shares, order = teacher.module(images).softmax(1).detach().sort(1, descending=True)
     assert kept.classes is not None and kept.probabilities is not None
     assert np.array_equal(kept.classes, order[:, :topk].numpy())
     assert np.array_equal(kept.probabilities, shares[:, :topk].half().numpy())
@@ -81,7 +81,7 @@ def test_a_class_number_above_int16_survives_the_transfer() -> None:
             logits[:, 65534], logits[:, 40000] = 9.0, 8.0
             return logits
 
-    kept = label_view(dataclasses.replace(make_teacher(), model=Wide()), make_views(), 0, 2)
+    kept = label_view(Teacher(Wide(), MEAN, STD, "fp32", batch_size=16), make_views(), 0, 2)
     assert kept.classes is not None and (kept.classes == [65534, 40000]).all()
     kept.stored(num_samples=NUM_SAMPLES, num_classes=65535, topk=2)
 

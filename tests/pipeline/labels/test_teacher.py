@@ -28,6 +28,7 @@ from tests.support.project import ROOT
 
 RECIPE = ViewRecipe(count=3, crop=1, flip=True, autoaugment="cifar10", mixing="cutmix")
 NUM_SAMPLES, NUM_CLASSES, SIZE = 40, 4, 8
+MEAN, STD = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
 
 
 def make_views(recipe: ViewRecipe = RECIPE) -> Views:
@@ -39,7 +40,7 @@ def make_views(recipe: ViewRecipe = RECIPE) -> Views:
 def make_teacher(batch_size: int = 16) -> Teacher:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, NUM_CLASSES)).eval()
-    return Teacher(model, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "fp32", batch_size)
+    return Teacher(model, MEAN, STD, "fp32", batch_size)
 
 
 def make_cache(teacher: Teacher, views: Views) -> LabelCache:
@@ -47,8 +48,7 @@ def make_cache(teacher: Teacher, views: Views) -> LabelCache:
         dataset_sha256="0" * 64, split="train", view_recipe=RECIPE, class_names="abcd", num_samples=NUM_SAMPLES
     )
     provenance = make_provenance(
-        teacher="t", checkpoint_sha256="0" * 64, mean=teacher.mean, std=teacher.std, precision="fp32", device="cpu",
-        versions={},
+        teacher="t", checkpoint_sha256="0" * 64, mean=MEAN, std=STD, precision="fp32", device="cpu", versions={},
     )  # fmt: skip
     rows = np.stack([label_view(teacher, views, view).labels for view in range(3)]).astype(np.uint8)
     canaries = tuple(make_canaries(views, 3))
@@ -67,7 +67,7 @@ def test_a_label_is_the_argmax_on_the_mixed_view_itself() -> None:
     teacher, views = make_teacher(), make_views()
     batch = views.batch(2, torch.arange(NUM_SAMPLES))
     images = (batch.images.float() / 255 - 0.5) / 0.2
-    expected = teacher.model(images).argmax(1)
+    expected = teacher.module(images).argmax(1)
     assert np.array_equal(label_view(teacher, views, 2).labels, expected.numpy())
 
 
@@ -84,7 +84,7 @@ def test_one_logit_that_is_not_finite_leaves_the_whole_view_without_labels(poiso
             self.num_batches += 1
             return logits
 
-    teacher = dataclasses.replace(make_teacher(), model=Broken())
+    teacher = Teacher(Broken(), MEAN, STD, "fp32", batch_size=16)
     with pytest.raises(NumericalError, match="logit of the teacher is not finite"):
         label_view(teacher, make_views(), 0)
 
@@ -100,7 +100,7 @@ def test_a_replay_names_view_sample_labels_and_margin() -> None:
     assert (difference.view, difference.sample, difference.cached) == (1, 5, labels[1, 5])
     assert difference.replayed == cache.labels[1, 5]
     images = (views.batch(1, torch.tensor([5])).images.float() / 255 - 0.5) / 0.2
-    logits = teacher.model(images)[0]
+    logits = teacher.module(images)[0]
     expected = (logits[difference.replayed] - logits[difference.cached]).item()
     assert difference.margin == pytest.approx(expected, abs=1e-5)
 
@@ -155,7 +155,7 @@ def real_size(request: pytest.FixtureRequest) -> RealSize:
 
 
 def find_logits(model: nn.Module, images: Tensor, *, batch_size: int = 64, precision: str = "fp32") -> Tensor:
-    teacher = Teacher(model, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), precision, batch_size)
+    teacher = Teacher(model, MEAN, STD, precision, batch_size)
     return torch.cat([teacher.logits(part) for part in images.split(batch_size)])
 
 
@@ -205,7 +205,6 @@ def test_a_teacher_that_cannot_be_compiled_is_an_error_of_one_line(monkeypatch: 
 
 
 COMPILE = """
-import dataclasses
 import torch
 from pipeline.labels.teacher import compile_teacher, label_view
 from tests.pipeline.labels.test_teacher import SIZE, make_teacher, make_views
@@ -214,8 +213,8 @@ plain = make_teacher()
 compiled = compile_teacher(plain, SIZE)
 assert compiled.compiled and not plain.compiled
 for batch_size in (2, 4, 5, 10, 20, 40):
-    part = dataclasses.replace(compiled, batch_size=batch_size)
-    assert (label_view(plain, make_views(), 0).labels == label_view(part, make_views(), 0).labels).all()
+    compiled.batch_size = batch_size
+    assert (label_view(plain, make_views(), 0).labels == label_view(compiled, make_views(), 0).labels).all()
 # Small and large batches may take different convolutions.
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 print("compiled")

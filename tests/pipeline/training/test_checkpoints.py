@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.system.canonical import fingerprint
 from pipeline.system.storage import write_atomic
-from pipeline.training.checkpoints import RunState, fingerprint, load_checkpoint, load_weights, save_checkpoint
+from pipeline.training.checkpoints import RunState, load_checkpoint, load_weights, save_checkpoint
 
 TENSORS = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -75,12 +76,12 @@ def test_a_path_that_does_not_exist_is_wrong_usage(tmp_path: Path) -> None:
 
 
 def test_the_newest_state_of_the_same_run_is_resumed(tmp_path: Path) -> None:
-    state = RunState(tmp_path / "run", fingerprint(seed=1))
+    state = RunState(tmp_path / "run", fingerprint({"seed": 1}))
     assert state.load() is None
     for step in range(5):
         state.save({"step": torch.tensor(step)}, {"step": step}, {})
     state.wait()
-    again = RunState(tmp_path / "run", fingerprint(seed=1)).load()
+    again = RunState(tmp_path / "run", fingerprint({"seed": 1})).load()
     assert again is not None
     assert again.meta["step"] == 4
     assert len(list((tmp_path / "run").glob("*.safetensors"))) == 2
@@ -210,10 +211,10 @@ def test_a_state_whose_best_is_damaged_or_missing_falls_back_to_the_one_before(
 
 
 def test_another_runs_state_is_never_resumed(tmp_path: Path) -> None:
-    state = RunState(tmp_path, fingerprint(seed=1))
+    state = RunState(tmp_path, fingerprint({"seed": 1}))
     state.save({}, {}, {})
     state.wait()
-    assert RunState(tmp_path, fingerprint(seed=2)).load() is None
+    assert RunState(tmp_path, fingerprint({"seed": 2})).load() is None
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from pipeline.config.recipes import ViewRecipe
 from pipeline.views import colour as imageops
 from pipeline.views import mixing, operations
-from pipeline.views import policies as autoaugment
+from pipeline.views.policies import CIFAR10_POLICY
 from pipeline.views.views import Views
 
 N, SIZE = 64, 16
@@ -96,7 +96,7 @@ def test_a_policys_operations_are_those_applied(policy: str, num_operations: int
                 continue
             name = operations.OPERATIONS[number]
             if policy == "cifar10":
-                assert name == autoaugment.CIFAR10_POLICY[drawn["sub_policy"][index]][place][0]
+                assert name == CIFAR10_POLICY[drawn["sub_policy"][index]][place][0]
             if name in operations.COLOUR_OPERATIONS:
                 expected = operations.COLOUR_OPERATIONS[name](expected, torch.tensor([magnitude]))
             elif name.startswith("Translate"):

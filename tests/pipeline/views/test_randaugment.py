@@ -14,15 +14,14 @@ from torch import Tensor
 from torchvision.transforms import RandAugment, TrivialAugmentWide
 
 from pipeline.config.recipes import ViewRecipe
-from pipeline.views import operations, randaugment, trivialaugment
-from pipeline.views.augment import POLICIES
+from pipeline.views import operations
+from pipeline.views.policies import POLICIES
 from tests.support.pillow_reference import on_pil, sample_images
 
 SIZES = [(32, 32), (28, 28), (9, 17)]
-MODULES = {"randaugment": randaugment, "trivialaugment": trivialaugment}
 PEERS = {"randaugment": RandAugment(), "trivialaugment": TrivialAugmentWide()}
 NUM_OPERATIONS = len(operations.EVENLY_DRAWN)
-NUM_BINS = trivialaugment.SPACE.num_bins
+NUM_BINS = POLICIES["trivialaugment"].space.num_bins
 SIGNS = (0.2, 0.7)
 
 
@@ -49,7 +48,7 @@ def replayed(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
         operation: (
             torch.tensor(
                 [
-                    operations.magnitude(MODULES[name].SPACE, operation, each, height, width)
+                    operations.magnitude(POLICIES[name].space, operation, each, height, width)
                     for each in range(magnitudes.numel())
                 ]
             ).reshape(magnitudes.shape),
@@ -89,7 +88,7 @@ def torchvisions_draws(name: str, space: dict[str, tuple[Tensor, bool]], own: ND
 
 
 def ours(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
-    return operations.apply(images, MODULES[name].choose(uniform, *images.shape[-2:]))
+    return operations.apply(images, POLICIES[name].choose(uniform, *images.shape[-2:]))
 
 
 def each_with_each(images: Tensor, rows: list[tuple[float, ...]]) -> tuple[Tensor, NDArray[np.float64]]:
@@ -101,7 +100,7 @@ def test_a_recipe_can_name_every_policy() -> None:
     assert list(choices) == ["none", *POLICIES]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize(("height", "width"), [*SIZES, (331, 500), (96, 224)])
 def test_operations_and_magnitudes_are_torchvisions(name: str, height: int, width: int) -> None:
     space = peers_space(name, height, width)
@@ -111,7 +110,7 @@ def test_operations_and_magnitudes_are_torchvisions(name: str, height: int, widt
         assert signed != unsigned and (magnitudes.ndim == 0) == (operation in operations.WITHOUT_MAGNITUDE)
         expected = magnitudes.double().reshape(-1).numpy()
         found = [
-            operations.magnitude(MODULES[name].SPACE, operation, each, height, width) for each in range(len(expected))
+            operations.magnitude(POLICIES[name].space, operation, each, height, width) for each in range(len(expected))
         ]
         # torch.linspace's last bit varies with the CPU.
         last_bit = float(np.spacing(np.float32(expected.max())))
@@ -121,9 +120,9 @@ def test_operations_and_magnitudes_are_torchvisions(name: str, height: int, widt
 def test_randaugments_strength_is_torchvisions_default() -> None:
     peer = PEERS["randaugment"]
     assert (peer.num_ops, peer.magnitude, peer.num_magnitude_bins) == (
-        randaugment.NUM_OPERATIONS,
-        randaugment.MAGNITUDE_BIN,
-        randaugment.SPACE.num_bins,
+        POLICIES["randaugment"].num_draws // 2,
+        *{magnitude_bin for _, magnitude_bin in POLICIES["randaugment"].entries},
+        POLICIES["randaugment"].space.num_bins,
     )
     assert PEERS["trivialaugment"].num_magnitude_bins == NUM_BINS
 
@@ -153,9 +152,9 @@ def test_trivialaugment_equals_torchvision_for_every_operation_magnitude_and_sig
     assert torch.equal(ours("trivialaugment", images, uniform), replayed("trivialaugment", images, uniform))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", PEERS)
 def test_images_too_large_for_kept_maps_equal_torchvisions_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    uniform = np.random.default_rng(0).random((200, MODULES[name].NUM_DRAWS))
+    uniform = np.random.default_rng(0).random((200, POLICIES[name].num_draws))
     images = sample_images(24, 31)[torch.arange(200) % 24]
     kept = ours(name, images, uniform)
     monkeypatch.setattr(operations, "MAX_KEPT_BYTES", 0)
@@ -163,19 +162,19 @@ def test_images_too_large_for_kept_maps_equal_torchvisions_too(name: str, monkey
     assert torch.equal(kept, replayed(name, images, uniform))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", PEERS)
 def test_the_input_is_left_alone(name: str) -> None:
     images = sample_images(8, 8)
     untouched = images.clone()
-    ours(name, images, np.random.default_rng(0).random((len(images), MODULES[name].NUM_DRAWS)))
+    ours(name, images, np.random.default_rng(0).random((len(images), POLICIES[name].num_draws)))
     assert torch.equal(images, untouched)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("max_kept_bytes", [operations.MAX_KEPT_BYTES, 0])
 def test_the_gpu_computes_what_the_cpu_does(name: str, max_kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "MAX_KEPT_BYTES", max_kept_bytes)
-    uniform = np.random.default_rng(0).random((5000, MODULES[name].NUM_DRAWS))
+    uniform = np.random.default_rng(0).random((5000, POLICIES[name].num_draws))
     images = sample_images(32, 32, num_noise=30)[torch.arange(5000) % 102]
     assert torch.equal(ours(name, images.cuda(), uniform).cpu(), ours(name, images, uniform))

@@ -17,7 +17,7 @@ from scipy import stats
 
 from pipeline.config.recipes import ViewRecipe
 from pipeline.views import draws, mixing, operations
-from pipeline.views import policies as autoaugment
+from pipeline.views.policies import CIFAR10_POLICY, POLICIES
 from pipeline.views.views import Views
 
 NUM_SAMPLES = 20_000
@@ -88,7 +88,7 @@ def test_a_sample_is_independent_of_its_neighbours(name: str, distance: int) -> 
 
 def test_operations_are_applied_as_often_as_the_policy_says() -> None:
     """Seen in the pixels: two levels, of which each of these operations changes at least one."""
-    for row, (first, second) in enumerate(autoaugment.CIFAR10_POLICY):
+    for row, (first, second) in enumerate(CIFAR10_POLICY):
         names = {first[0], second[0]}
         if not names <= {"Invert", "Contrast", "Brightness", "Solarize", "AutoContrast", "Posterize", "Color"}:
             continue
@@ -97,7 +97,7 @@ def test_operations_are_applied_as_often_as_the_policy_says() -> None:
         uniform = np.concatenate([np.full((NUM_SAMPLES, 1), (row + 0.5) / 25), uniforms("autoaugment", 5)[:, 1:]], 1)
         images = torch.tensor([[60, 90], [100, 201], [30, 61]], dtype=torch.uint8)[:, None].expand(-1, 8, -1)
         batch = images.repeat(NUM_SAMPLES, 1, 1, 1)
-        choice = autoaugment.choose(uniform, *batch.shape[-2:])
+        choice = POLICIES["cifar10"].choose(uniform, *batch.shape[-2:])
         num_untouched = int((operations.apply(batch, choice) == batch).flatten(1).all(1).sum())
         expected = (1 - first[1]) * (1 - second[1])
         assert stats.binomtest(num_untouched, NUM_SAMPLES, expected).pvalue > ALPHA, (first, second)

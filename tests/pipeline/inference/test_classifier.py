@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import NumericalError
-from pipeline.inference.prediction import Network, Predictor
+from pipeline.errors import NumericalError, UsageError
+from pipeline.inference.classifier import Classifier, PixelsToOutputs
+from pipeline.models.network import Network
 
 BLACK, WHITE = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
 
@@ -27,10 +31,9 @@ class Brightness(nn.Module):
         return (logits, 2 * logits) if self.num_heads == 2 else logits
 
 
-def predictor(model: nn.Module | None = None, image_size: int = 2) -> Predictor:
-    network = Network(model=model or Brightness(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    names = ("bright", "grey", "dark")
-    return Predictor(network=network, class_names=names, image_size=image_size, device=torch.device("cpu"))
+def classifier(model: nn.Module | None = None, image_size: int = 2) -> Classifier:
+    network = Network(model or Brightness(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return Classifier(runner=PixelsToOutputs(network), class_names=("bright", "grey", "dark"), image_size=image_size)
 
 
 def softmax(*logits: float) -> list[float]:
@@ -39,7 +42,7 @@ def softmax(*logits: float) -> list[float]:
 
 
 def test_the_prediction_is_the_mean_of_both_heads_probabilities() -> None:
-    answer = predictor().answer(np.stack([WHITE, BLACK]))
+    answer = classifier().answer(np.stack([WHITE, BLACK]))
     first, second = softmax(1, 0, -1), softmax(2, 0, -2)
     assert answer.heads["class"][0].tolist() == pytest.approx(first)
     assert answer.heads["distillation"][0].tolist() == pytest.approx(second)
@@ -51,21 +54,29 @@ def test_the_prediction_is_the_mean_of_both_heads_probabilities() -> None:
 
 
 def test_one_head_predicts_alone_and_more_classes_than_there_are_are_all_named() -> None:
-    answer = predictor(Brightness(num_heads=1)).answer(WHITE[None])
+    answer = classifier(Brightness(num_heads=1)).answer(WHITE[None])
     assert list(answer.heads) == ["class"]
     assert torch.equal(answer.heads["class"], answer.probabilities)
     assert len(answer.top(50)[0]) == 3
 
 
 def test_of_equal_classes_the_first_comes_first_as_by_argmax() -> None:
-    answer = predictor(Brightness(factor=0.0)).answer(WHITE[None])
+    answer = classifier(Brightness(factor=0.0)).answer(WHITE[None])
     assert [name for name, _ in answer.top(3)[0]] == ["bright", "grey", "dark"]
 
 
 def test_batches_are_small_where_images_are_large() -> None:
-    assert [predictor(image_size=size).batch_size for size in (16, 32, 64, 1000)] == [1024, 256, 64, 1]
+    assert [classifier(image_size=size).batch_size for size in (16, 32, 64, 1000)] == [1024, 256, 64, 1]
 
 
 def test_a_model_that_has_diverged_gives_no_answer() -> None:
     with pytest.raises(NumericalError, match="not finite"):
-        predictor(Brightness(factor=float("nan"))).answer(WHITE[None])
+        classifier(Brightness(factor=float("nan"))).answer(WHITE[None])
+
+
+def test_the_module_is_the_one_that_was_given_and_a_program_has_none() -> None:
+    model = Brightness()
+    assert classifier(model).module is model
+    program = dataclasses.replace(classifier(), runner=lambda images: (images,), format="onnx", file=Path("model.onnx"))
+    with pytest.raises(UsageError, match=r"model.onnx: onnx is a program without a module; load safetensors"):
+        _ = program.module
