@@ -7,33 +7,25 @@ import importlib.metadata
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import FitRecipe, Recipe
 from pipeline.data.sources import check_source
-from pipeline.models.teachers import weights_url
-from stages.doctor.work import Job
-from stages.shared.context import Context
-
-
-import os
-import shutil
-
-import torch
-
-from pipeline.config.recipes import FitRecipe
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.layers import Student
+from pipeline.models.teachers import weights_url
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.training.execution import Execution
 from stages.distill import student_recipe
+from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text
+from stages.jobs import LabelJob, StudentJob, TeacherJob, survey, whole_run
 from stages.shared.context import Context
 from stages.shared.runs import student_arguments
 
-from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text
 DVC = Path(".dvc")
 
 
@@ -88,7 +80,7 @@ def data(context: Context) -> tuple[list[Finding], bool]:
         check_source(recipe, paths.raw)
     except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
-    where = "comes with the package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
+    where = "comes with this package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
     makers = "`pipeline prepare`, teacher-select and DVC make them"
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
 
@@ -102,16 +94,68 @@ def has_source(recipe: Recipe, raw: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Task:
+    """A job of a full run that trains or labels, see stages.jobs.
+
+    Attributes:
+        kind: `teacher`, `label` or `student`.
+        name: The teacher, view recipe or student.
+        why: What is left to do; None where it is up to date.
+        recipe: How the model is trained; None for labelling.
+        model: Its architecture; None for labelling.
+    """
+
+    kind: str
+    name: str
+    why: str | None
+    recipe: FitRecipe | None = None
+    model: str | None = None
+
+    @property
+    def stage(self) -> str:
+        """What DVC calls it."""
+        return f"{self.kind}@{self.name}"
+
+
+def work(context: Context) -> tuple[list[Task], list[Finding]]:
+    """Return what a full run trains and labels, in order, and what is wrong with what it starts from.
+
+    A student counts as to be trained where its labels or teachers are, although it is not if the same teacher wins.
+    """
+    recipe, tasks, findings = context.recipe, [], []
+    for job, state in survey(whole_run(context), {recipe.name: context}):
+        if isinstance(state, DataError):
+            findings.append(Finding("data", PROBLEM, f"{job.title}: {state}"))
+        why = str(state) if isinstance(state, DataError) else None if state.is_done else state.text
+        if isinstance(job, TeacherJob) and job.name is not None:
+            tasks.append(Task("teacher", job.name, why, recipe.teachers[job.name], job.name))
+        elif isinstance(job, LabelJob):
+            tasks.append(Task("label", job.views, why))
+        elif isinstance(job, StudentJob):
+            student = student_recipe(recipe, job.name, {})
+            tasks.append(Task("student", job.name, why, student, student.model))
+    absent = [name for name in context.params.students if name not in recipe.students]
+    absent += [name for name in context.params.teachers if name not in recipe.teachers]
+    if absent:
+        text = f"params.yaml lists {', '.join(absent)}, not in recipe {recipe.name}: `dvc repro` fails on them"
+        way_out = "set `teachers` and `students` (dvc exp run -S ...), or use the commands"
+        findings.append(Finding("data", WARNING, text, way_out))
+    done = sum(task.why is None for task in tasks)
+    findings.append(Finding("data", OK, f"{done} of {len(tasks)} stages that train or label are up to date"))
+    return tasks, findings
+
+
 def weights_file(teacher: str) -> Path:
     """Return where torch.hub keeps a teacher's ImageNet weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / weights_url(teacher).rsplit("/", 1)[1]
 
 
-def weights(context: Context, jobs: list[Job]) -> list[Finding]:
+def weights(context: Context, tasks: list[Task]) -> list[Finding]:
     """Say whether the initial weights of the teachers that are to be trained are there."""
     found, missing = [], []
     wanted = [
-        (job.name, context.recipe.teachers[job.name].weights) for job in jobs if job.kind == "teacher" and job.why
+        (task.name, context.recipe.teachers[task.name].weights) for task in tasks if task.kind == "teacher" and task.why
     ]
     for name, source in wanted:
         if source == "imagenet" and not weights_file(name).is_file():
@@ -131,12 +175,11 @@ def weights(context: Context, jobs: list[Job]) -> list[Finding]:
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def computing(context: Context, *, trying: bool) -> list[Finding]:
+def computing(context: Context) -> list[Finding]:
     """Say how the recipe's models are computed on the device at hand, and what of it does not work.
 
     Args:
-        context: The command's setting.
-        trying: Whether to try torch.compile where the recipe uses it; that takes up to a minute.
+        context: The command's setting; where its recipe uses torch.compile, that is tried, up to a minute.
     """
     device = context.device
     wanted = _fits(context)
@@ -145,7 +188,7 @@ def computing(context: Context, *, trying: bool) -> list[Finding]:
         *_precision(context, wanted, device),
         *_graphs(wanted, device),
         *_inner_blocks(context, device),
-        *_compile(context, wanted, device, trying=trying),
+        *_compile(context, wanted, device),
     ]
 
 
@@ -227,7 +270,7 @@ def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
     ]
 
 
-def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.device, *, trying: bool) -> list[Finding]:
+def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
     users = [name for name, recipe in wanted.items() if recipe.compile] + (
         ["label"] if context.recipe.label.compile else []
     )
@@ -236,8 +279,6 @@ def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.devic
         text = "torch.compile is not used by this recipe; "
         text += f"it would find the C++ compiler {compiler}" if compiler else "it would find no C++ compiler"
         return [Finding("device", OK, text)]
-    if not trying:
-        return [Finding("device", OK, f"compile: true of {', '.join(users)} was not tried (--no-probe)")]
     try:
         torch.compile(lambda x: torch.sin(x) + x)(torch.ones(64, device=device))
     except Exception as error:  # what a compiler does not do, torch reports in many ways

@@ -5,19 +5,16 @@ Imports nothing heavy: torch may be what is broken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from pipeline.errors import DataError, NumericalError, StorageError, UsageError
-
-
 import importlib
 import importlib.metadata
 import platform
 import re
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import DataError, NumericalError, StorageError, UsageError
 
 # What becomes a finding; a signal ends the doctor like any command.
 FAULTS = (UsageError, DataError, StorageError, NumericalError)
@@ -29,7 +26,7 @@ class Finding:
     """One line.
 
     Attributes:
-        topic: What it is about: `software`, `device`, `project`, `data`, `space` or `time`.
+        topic: What it is about: `software`, `device`, `project`, `data` or `space`.
         mark: OK; WARNING: a run works, though perhaps not as it might; PROBLEM: a full run cannot work.
         text: What was found.
         remedy: The way out.
@@ -53,14 +50,6 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
-
-
-def time_text(seconds: float) -> str:
-    """Write a duration in the unit that fits, as 12.6 min."""
-    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / divisor:.3g} {unit}"
-    return f"{seconds / 86_400:.3g} days"
 
 
 DISTRIBUTION = "titn-pipeline"
