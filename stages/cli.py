@@ -23,7 +23,7 @@ from stages.shared.options import STOP
 # Of each command its name, the module below stages/ whose `command` it is, and one line of help.
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "This machine": (
-        ("doctor", "doctor", "Check whether a full run can work here, and estimate its disk, memory and time."),
+        ("doctor", "doctor.diagnosis", "Check whether a full run can work here, and estimate its disk and memory."),
     ),
     "Data": (("prepare", "prepare", "Turn a data set into one file of uint8 images."),),
     "Stage one: teachers and labels": (

@@ -22,7 +22,7 @@ from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place, plan_run, student_arguments
+from stages.shared.runs import Run, describe, place, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
 
@@ -102,7 +102,7 @@ def distill(
     with context.joined() as group:
         run, source = plan_student(context, name, distillation, settings=settings, seed=seed)
         if dry_run:
-            context.say(plan_run(run, fresh=fresh))
+            context.say(f"{run.name}: {run.state(fresh=fresh).text}")
             return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out

@@ -18,7 +18,7 @@ from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place, plan_run
+from stages.shared.runs import Run, describe, place
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
@@ -58,7 +58,7 @@ def train_teacher(
         device = context.device
         run = plan_teacher(context, name, settings=settings, seed=seed)
         if dry_run:
-            context.say(plan_run(run, fresh=fresh))
+            context.say(f"{run.name}: {run.state(fresh=fresh).text}")
             return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out

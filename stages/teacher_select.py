@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import click
 
-from pipeline.config.recipes import OPTIMIZERS, TeacherRecipe
+from pipeline.config.recipes import OPTIMIZERS
 from pipeline.data.sources import check_source
-from pipeline.errors import DataError, NumericalError, UsageError
+from pipeline.errors import NumericalError, UsageError
 from pipeline.report.tables import Table
 from pipeline.system.runtime import current_ranks
-from stages.label import label, plan_labels
+from stages.jobs import LabelJob, SelectJob, TeacherJob, stage_one, survey, sweep_settings
 from stages.prepare import prepare
 from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
@@ -19,12 +19,8 @@ from stages.reports.tables import candidates_table, optimizers_table
 from stages.selection import select
 from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.runs import plan_run
+from stages.shared.runs import State
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
-
-# Rates for Figure 5 where an optimiser is not the recipe's own; the paper gives one rate, SGD's.
-# Differs: Adam and RMSprop at 0.1 learn nothing, so each gets a customary rate.
-SWEEP_RATES = {"sgd": "0.1", "adam": "0.001", "adamw": "0.001", "rmsprop": "0.0001"}
 
 
 def teacher_select(
@@ -48,6 +44,7 @@ def teacher_select(
         Table 2, and Figure 5's table where optimisers are given.
     """
     names = check_names(context, teachers, optimizers)
+    jobs = stage_one(context, names)
     if fresh and current_ranks().world_size > 1:
         raise UsageError(
             "--fresh: not under torchrun, whose ranks would delete each other's labels; delete "
@@ -57,15 +54,16 @@ def teacher_select(
         group.on_main(lambda: prepare_from_raw(context))
         runs = [plan_teacher(context, name) for name in names]
         epochs = [run.recipe.epochs if fresh or run.why_stale() else 0 for run in runs]
-        for name in context.in_turn("teacher", names, epochs):
-            train_teacher(context, name, fresh=fresh)
+        trainings = [job for job in jobs if isinstance(job, TeacherJob)]
+        for job in context.in_turn("teacher", trainings, epochs):
+            job.run(context, fresh=fresh)
         comparison = group.on_main(lambda: select(context, names))
         tables = [candidates_table(context, comparison)]
         context.say(f"selected {comparison['winner']} by {comparison['by']}")
         if optimizers:
             tables.append(sweep(context, comparison["winner"], optimizers, fresh=fresh))
-    for view_recipe in context.params.view_recipes:
-        label(context, view_recipe, fresh=fresh)
+    for labels in (job for job in jobs if isinstance(job, LabelJob)):
+        labels.run(context, fresh=fresh)
     return tables
 
 
@@ -90,60 +88,36 @@ def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Se
     names = tuple(teachers or context.params.candidates(context.recipe))
     for name in names:
         teacher_recipe(context.recipe, name)
+    for views in context.params.view_recipes:
+        if views not in context.recipe.views:
+            known = ", ".join(context.recipe.views)
+            raise UsageError(f"view_recipes: {views} is not in recipe {context.recipe.name}; choose from {known}")
     return names
 
 
 def plan(
-    context: Context,
-    teachers: Sequence[str] | None = None,
-    optimizers: Sequence[str] = (),
-    *,
-    fresh: bool = False,
+    context: Context, teachers: Sequence[str] | None = None, optimizers: Sequence[str] = (), *, fresh: bool = False
 ) -> list[str]:
     """Say what `teacher_select` would do, and why; nothing is written."""
-    names = check_names(context, teachers, optimizers)
+    jobs, lines = stage_one(context, check_names(context, teachers, optimizers)), []
     if not context.paths.is_prepared:
         check_source(context.recipe, context.paths.raw)
-        epochs = (context.recipe.teachers[name].epochs for name in names)
-        lines = ["prepare: no prepared data"]
-        lines += [
-            f"teacher {name}: train {count} epochs (no data yet)" for name, count in zip(names, epochs, strict=True)
-        ]
-        stale = True
-    else:
-        runs = [plan_teacher(context, name) for name in names]
-        lines = [f"teacher {plan_run(run, fresh=fresh)}" for run in runs]
-        stale = fresh or any(run.why_stale() is not None for run in runs)
-    lines.append(f"select by {context.recipe.select.by}")
-    lines += [f"optimiser {optimizer}: the winner" for optimizer in optimizers]
-    for view_recipe in context.params.view_recipes:
-        lines.append(f"label {view_recipe}: {_plan_labels(context, view_recipe, stale=stale)}")
+        lines.append("prepare: no prepared data")
+    for job, state in survey(jobs, {context.recipe.name: context}, fresh=fresh):
+        lines.append(f"{job.title}: {state.text if isinstance(state, State) else f'refused: {state}'}")
+        if isinstance(job, SelectJob):
+            lines += [f"optimiser {optimizer}: the winner" for optimizer in optimizers]
     return lines
-
-
-def _plan_labels(context: Context, view_recipe: str, *, stale: bool) -> str:
-    """Say what labelling would do; where teachers have yet to be trained, nobody knows which will win."""
-    if stale or not context.paths.winner.exists():
-        return f"{context.recipe.views[view_recipe].count} views, unless the teacher of those there are wins again"
-    try:
-        return plan_labels(context, view_recipe).text
-    except DataError as error:
-        return f"refused: {error}"
-
-
-def sweep_settings(own: TeacherRecipe, optimizer: str) -> dict[str, str]:
-    """Return what Figure 5 replaces in a teacher's recipe for an optimiser; nothing for the recipe's own."""
-    return {} if optimizer == own.optimizer else {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
 
 
 def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bool) -> Table:
     """Train the winner with each optimiser (Figure 5) and return the comparison."""
-    own = teacher_recipe(context.recipe, winner)
+    teacher = teacher_recipe(context.recipe, winner)
     outcomes: dict[str, FinishedRun | str] = {}
     rates = {}
     for optimizer in optimizers:
-        settings = sweep_settings(own, optimizer)
-        rates[optimizer] = float(settings.get("lr", own.lr))
+        settings = sweep_settings(teacher, optimizer)
+        rates[optimizer] = float(settings.get("lr", teacher.lr))
         try:
             out = train_teacher(context, winner, settings=settings, fresh=fresh and bool(settings))
         except NumericalError as error:

@@ -1,53 +1,96 @@
-"""The doctor's round: software, device, project, data, space, time. Nothing is written, but a compiled inner block."""
+"""`pipeline doctor`: whether a full run of a recipe can work here, and what disk and memory it needs.
+
+Looks at software, device, project, data and space. Nothing is written, except a compiled inner block.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from pipeline.errors import PipelineError
 from pipeline.report.tables import Table
-from stages.doctor.findings import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, time_text
-from stages.doctor.software import gpus, software
+from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, gpus, size_text, software
+from stages.shared import options
 from stages.shared.paths import PARAMS
 
 if TYPE_CHECKING:
-    from stages.doctor.estimate import Estimate
     from stages.doctor.space import Artefact
-    from stages.doctor.work import Job, Sizes
     from stages.shared.context import Context
 
 WIDTH = 60  # characters of a reason in a table
+COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+@click.command("doctor")
+@options.recipe_option
+@options.device_option
+@options.json_option
+def command(recipe: str | None, device: str | None, as_json: bool) -> None:
+    """Check whether a full run can work here, and estimate its disk and memory.
+
+    The exit code is 1 if it cannot. How long a run takes is said by the run itself, after its first epoch.
+    """
+    console, topic = options.open_console(), ""
+
+    def tell(finding: Finding) -> None:
+        nonlocal topic
+        if finding.topic != topic:
+            topic = finding.topic
+            console.print(f"\n{topic}", style="bold", highlight=False)
+        console.print(f"  {finding.mark:8}", style=COLOURS[finding.mark], end="", highlight=False)
+        console.print(finding.line, markup=False, highlight=False, soft_wrap=True)
+
+    diagnosis = diagnose(lambda: options.open_context(recipe, device), tell)
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_json(), indent=2, allow_nan=False))
+    else:
+        for table in diagnosis.tables():
+            console.print(table.to_rich(console.width))
+    if diagnosis.num_problems:
+        word = "problem" if diagnosis.num_problems == 1 else "problems"
+        raise PipelineError(f"{diagnosis.num_problems} {word}: a full run cannot work here as things are; see above")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of `dvc repro` that trains or labels.
+
+    Attributes:
+        stage: What DVC calls it.
+        why: What is left to do; None where it is up to date.
+    """
+
+    stage: str
+    why: str | None
 
 
 @dataclass
 class Diagnosis:
-    """What the doctor found.
+    """Everything that the doctor found.
 
     Attributes:
         recipe: The recipe's name; None where params.yaml cannot be read.
         findings: Every line.
         artefacts: What a full run writes.
-        estimates: What each stage would take.
+        stages: What a full run trains and labels.
     """
 
     recipe: str | None = None
     findings: list[Finding] = field(default_factory=list)
     artefacts: list[Artefact] = field(default_factory=list)
-    estimates: list[Estimate] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
 
     @property
     def num_problems(self) -> int:
-        """Things because of which a full run cannot work."""
+        """Reasons why a full run cannot work."""
         return sum(finding.mark == PROBLEM for finding in self.findings)
-
-    @property
-    def seconds(self) -> float | None:
-        """Of all stages together; None where one that is to be run was not measured."""
-        known = [each.seconds for each in self.estimates if each.why is not None]
-        return sum(each for each in known if each is not None) if None not in known and self.estimates else None
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -55,109 +98,71 @@ class Diagnosis:
             "recipe": self.recipe,
             "ok": self.num_problems == 0,
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
-            "artefacts": [{**dataclasses.asdict(each), "path": str(each.path)} for each in self.artefacts],
-            "stages": [each.as_json() for each in self.estimates],
-            "seconds": self.seconds,
+            "artefacts": [{**dataclasses.asdict(part), "path": str(part.path)} for part in self.artefacts],
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
         }
 
     def tables(self) -> list[Table]:
-        """Return the tables of space and time, as far as there is anything in them."""
+        """Return the tables of space and work, where there is anything in them."""
         space = Table(
             f"What a full run of {self.recipe} writes, estimated",
             ("artefact", "size", "to be written", "where"),
-            [(each.name, size_text(each.size), size_text(each.needed), str(each.path)) for each in self.artefacts],
+            [(part.name, size_text(part.size), size_text(part.needed), str(part.path)) for part in self.artefacts],
             optional=("where",),
         )
-        times = Table(
-            f"What `dvc repro` of {self.recipe} would take, estimated",
-            ("stage", "why", "measured", "time"),
-            [
-                (each.stage, shorten(each.why or "up to date", WIDTH, placeholder=" ..."), each.measured, each.time)
-                for each in self.estimates
-            ],
-            "Scaled from a few steps on this device, as busy as it is now. Not in it: prepare, select, report, "
-            "downloads, torch.compile, saved states, the start of each command.",
+        work = Table(
+            f"What `dvc repro` of {self.recipe} trains and labels",
+            ("stage", "state"),
+            [(stage.stage, shorten(stage.why or "up to date", WIDTH, placeholder=" ...")) for stage in self.stages],
         )
-        return [*([space] if space.rows else []), *([times] if any(each.why for each in self.estimates) else [])]
+        return [table for table in (space, work) if table.rows]
 
 
-def diagnose(
-    open_context: Callable[[], Context], tell: Callable[[Finding], None], *, probing: bool = True
-) -> Diagnosis:
+def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None]) -> Diagnosis:
     """Look at everything that a full run depends on.
 
     Args:
         open_context: Loads params.yaml and chooses recipe and device.
-        tell: Is given each finding as soon as there is one.
-        probing: Whether to time a few steps of each model that is not up to date.
+        tell: Is given each finding as soon as it is made.
 
     Raises:
         UsageError: There is no such recipe or device.
     """
-    found = Diagnosis()
+    diagnosis = Diagnosis()
 
     def note(findings: list[Finding]) -> None:
-        found.findings += findings
+        diagnosis.findings += findings
         for finding in findings:
             tell(finding)
 
     note(software())
-    if found.num_problems:
-        return found
+    if diagnosis.num_problems:
+        return diagnosis
     from pipeline.config.params import load_params
 
     try:
         params = load_params(PARAMS)
     except FAULTS as error:
         note([Finding("project", PROBLEM, str(error)), *gpus()])
-        return found
+        return diagnosis
     context = open_context()
-    from stages.doctor import computing, project, space, work
+    from stages.doctor import checks, space
 
-    found.recipe = context.recipe.name
-    text = f"params.yaml is valid: {len(params.recipes)} recipes; this is {found.recipe}"
+    diagnosis.recipe = context.recipe.name
+    text = f"params.yaml is valid: {len(params.recipes)} recipes; this is {diagnosis.recipe}"
     note([Finding("project", OK, text)])
-    note([*project.dvc(), *gpus()])
-    note(computing.computing(context, trying=probing))
-    findings, prepared = project.data(context)
+    note([*checks.dvc(), *gpus()])
+    note(checks.computing(context))
+    findings, prepared = checks.data(context)
     note(findings)
-    jobs, findings = work.work(context, prepared=prepared)
-    note([*findings, *project.weights(context, jobs)])
-    sizes = work.sizes(context, prepared=prepared)
+    tasks, findings = checks.work(context)
+    note([*findings, *checks.weights(context, tasks)])
+    diagnosis.stages = [Stage(task.stage, task.why) for task in tasks]
+    sizes = space.sizes(context, prepared=prepared)
     if sizes is None:
-        text = f"space and time: nothing is known of {context.recipe.dataset.source}'s images before they are prepared"
+        text = f"space: nothing is known of {context.recipe.dataset.source}'s images before they are prepared"
         note([Finding("space", WARNING, text)])
-        return found
-    found.artefacts = space.artefacts(context, jobs, sizes)
-    note([space.disk(found.artefacts), *space.memory(context, jobs, sizes)])
-    _estimate(context, found, jobs, sizes, prepared=prepared, probing=probing, note=note)
-    return found
-
-
-def _estimate(
-    context: Context,
-    found: Diagnosis,
-    jobs: list[Job],
-    sizes: Sizes,
-    *,
-    prepared: bool,
-    probing: bool,
-    note: Callable[[list[Finding]], None],
-) -> None:
-    """Time what is to be done, and add it up."""
-    from stages.doctor.estimate import estimate, is_busy
-
-    busy = is_busy(context)
-    if not probing:
-        if any(job.why for job in jobs):
-            note([Finding("time", OK, "not estimated (--no-probe)")])
-        return
-    found.estimates = estimate(context, jobs, sizes, prepared=prepared, note=note)
-    if not any(job.why for job in jobs):
-        note([Finding("time", OK, "nothing is left to train or to label")])
-    elif found.seconds is not None:
-        text = f"about {time_text(found.seconds)} for all that is left, an estimate"
-        if busy:
-            alone = sum(each.seconds_alone for each in found.estimates if each.why)
-            text += f"; about {time_text(alone)} if nothing else ran, by the processor time of the steps"
-        note([Finding("time", OK, text)])
+        return diagnosis
+    diagnosis.artefacts = space.artefacts(context, tasks, sizes)
+    note([space.disk(diagnosis.artefacts), *space.memory(context, tasks, sizes)])
+    return diagnosis

@@ -1,4 +1,7 @@
-"""Python, torch and torchvision, what they find of a GPU, and the optional extras."""
+"""What the doctor finds, one line each; and Python, torch, torchvision, GPUs and the optional extras.
+
+Imports nothing heavy: torch may be what is broken.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,46 @@ import platform
 import re
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding
+from pipeline.errors import DataError, NumericalError, StorageError, UsageError
+
+# What becomes a finding; a signal ends the doctor like any command.
+FAULTS = (UsageError, DataError, StorageError, NumericalError)
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line.
+
+    Attributes:
+        topic: What it is about: `software`, `device`, `project`, `data` or `space`.
+        mark: OK; WARNING: a run works, though perhaps not as it might; PROBLEM: a full run cannot work.
+        text: What was found.
+        remedy: The way out.
+    """
+
+    topic: str
+    mark: str
+    text: str
+    remedy: str = ""
+
+    @property
+    def line(self) -> str:
+        """Text and way out."""
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
+
+
+def size_text(num_bytes: float) -> str:
+    """Write a size in decimal units, as 4.41 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
 
 DISTRIBUTION = "titn-pipeline"
 PYTHON = (3, 11)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from pipeline.config.recipes import FitRecipe, StudentRecipe
+from pipeline.data.sources import KNOWN_SIZES
 from pipeline.inference.loading import build_model
 from pipeline.labels.identity import label_dtype
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
-from stages.doctor.findings import OK, PROBLEM, WARNING, Finding, size_text
-from stages.doctor.project import DVC, dvc_setting, has_source, weights_file
-from stages.doctor.work import Job, Sizes
+from stages.doctor.checks import DVC, Task, dvc_setting, has_source, weights_file
+from stages.doctor.software import OK, PROBLEM, WARNING, Finding, size_text
 from stages.shared.context import Context
 from stages.shared.paths import DATA
 from stages.shared.runs import student_arguments
@@ -52,7 +52,51 @@ class Artefact:
     stage: str | None = None
 
 
-def artefacts(context: Context, jobs: list[Job], sizes: Sizes) -> list[Artefact]:
+@dataclass(frozen=True)
+class Sizes:
+    """How large a data set is.
+
+    Attributes:
+        train: Training images.
+        evaluation: Images that every epoch is scored on.
+        test: Test images.
+        total: Of all splits.
+        num_classes: K.
+        image_size: Side, pixels.
+    """
+
+    train: int
+    evaluation: int
+    test: int
+    total: int
+    num_classes: int
+    image_size: int
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image."""
+        return 3 * self.image_size**2
+
+
+def sizes(context: Context, *, prepared: bool) -> Sizes | None:
+    """Return the size of the prepared data, or of the source where that is known."""
+    recipe = context.recipe
+    if prepared:
+        dataset = context.dataset()
+        counts = {name: len(split) for name, split in dataset.splits.items()}
+        evaluation, total = len(dataset.evaluation[1]), sum(counts.values())
+        return Sizes(counts["train"], evaluation, counts["test"], total, dataset.num_classes, dataset.image_size)
+    if recipe.dataset.source not in KNOWN_SIZES:
+        return None
+    train, test, num_classes = KNOWN_SIZES[recipe.dataset.source]
+    total = train + test
+    test = test or round(train * recipe.dataset.test_fraction)
+    train = total - test
+    val = round(train * recipe.dataset.val_fraction)
+    return Sizes(train - val, val or test, test, total, num_classes, recipe.dataset.image_size)
+
+
+def artefacts(context: Context, jobs: list[Task], sizes: Sizes) -> list[Artefact]:
     """Estimate everything that a full run writes; reports and curves, some megabytes, are not counted."""
     paths, recipe = context.paths, context.recipe
     models = {job.stage: model_bytes(context, job, sizes) for job in jobs if job.recipe is not None}
@@ -98,7 +142,7 @@ def _downloads(context: Context, teachers: Mapping[str, int]) -> list[Artefact]:
     return found
 
 
-def _dvc_copies(jobs: list[Job], found: list[Artefact]) -> list[Artefact]:
+def _dvc_copies(jobs: list[Task], found: list[Artefact]) -> list[Artefact]:
     """Return DVC's copies of what it tracks, unless its cache lies elsewhere."""
     if DVC.is_dir() and dvc_setting("cache", "dir") is None:
         current = {job.stage: job.why is None for job in jobs}
@@ -113,7 +157,7 @@ def _artefact(name: str, path: Path, size: int, stage: str) -> Artefact:
     return Artefact(name, path, size, 0 if path.exists() else size, stage)
 
 
-def model_bytes(context: Context, job: Job, sizes: Sizes) -> int:
+def model_bytes(context: Context, job: Task, sizes: Sizes) -> int:
     """Return the bytes of a model's weights and buffers."""
     assert job.model is not None
     arguments: dict[str, object] = {"num_classes": sizes.num_classes}
@@ -153,7 +197,7 @@ def disk(found: Iterable[Artefact]) -> Finding:
     return Finding("space", OK, text)
 
 
-def memory(context: Context, jobs: list[Job], sizes: Sizes) -> list[Finding]:
+def memory(context: Context, jobs: list[Task], sizes: Sizes) -> list[Finding]:
     """Say whether the training images stay in memory, and compare the largest model with what there is."""
     device = context.device
     size, limit = sizes.train * sizes.image_bytes, resident_limit(device)

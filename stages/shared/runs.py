@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,18 @@ _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
 OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
+
+
+class State(NamedTuple):
+    """How far a piece of work is.
+
+    Attributes:
+        text: What is left to do and why, in one line.
+        is_done: Whether nothing is.
+    """
+
+    text: str
+    is_done: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,18 @@ class Run:
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
         return why_stale(self.out, OUTPUTS, self.fingerprint, self.decided_by)
+
+    def state(self, *, fresh: bool = False) -> State:
+        """Say what training it would do, and why; `fresh` as the option `--fresh`."""
+        why = "--fresh" if fresh else self.why_stale()
+        if why is None:
+            return State(f"up to date ({self.out})", is_done=True)
+        saved = None if fresh else RunState(self.work, self.fingerprint).peek()
+        if saved is None:
+            epochs = f"{self.recipe.epochs} epochs" if self.recipe.epochs > 1 else "1 epoch"
+            return State(f"train {epochs} ({why}); writes {self.out}")
+        where = f"epoch {saved['epoch'] + 1} of {self.recipe.epochs}, step {saved['step']}"
+        return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
 
     @property
     def lock(self) -> Path:
@@ -226,16 +250,3 @@ def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),
         "flops_per_image": flops_per_image(model, image_size),
     }
-
-
-def plan_run(run: Run, *, fresh: bool = False) -> str:
-    """Say in one line what training a model would do, and why; writes nothing."""
-    why = "--fresh" if fresh else run.why_stale()
-    if why is None:
-        return f"{run.name}: up to date ({run.out})"
-    state = None if fresh else RunState(run.work, run.fingerprint).peek()
-    if state is None:
-        epochs = f"{run.recipe.epochs} epochs" if run.recipe.epochs > 1 else "1 epoch"
-        return f"{run.name}: train {epochs} ({why}); writes {run.out}"
-    where = f"epoch {state['epoch'] + 1} of {run.recipe.epochs}, step {state['step']}"
-    return f"{run.name}: interrupted, goes on from {where} ({why}); writes {run.out}"

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from stages.doctor.findings import OK, PROBLEM, WARNING, size_text, time_text
+from stages.doctor.probe import Speed
+from stages.doctor.work import Sizes
 
 from pipeline.config.params import load_params
 from pipeline.errors import Interrupted
 from stages.doctor import project as doctor_project
-from stages.doctor.findings import OK, PROBLEM, WARNING, size_text, time_text
-from stages.doctor.probe import Speed
 from stages.doctor.software import extras, software
-from stages.doctor.work import Sizes
 from tests.support.in_process import invoke
 from tests.support.project import Project
 

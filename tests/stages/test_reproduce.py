@@ -134,7 +134,7 @@ def test_a_job_that_diverges_is_said_and_the_others_go_on(project: Project, monk
     def diverge(*_: object, **__: object) -> None:
         raise NumericalError("epoch 1, step 3: not finite")
 
-    monkeypatch.setattr("stages.reproduction.jobs.train_teacher", diverge)
+    monkeypatch.setattr("stages.jobs.train_teacher", diverge)
     shutil.rmtree(project.data / "teachers" / "squeezenet1_1")
     shutil.rmtree(project.data / "labels")
     shutil.rmtree(project.data / "students")

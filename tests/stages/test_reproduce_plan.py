@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.params import load_params
 from pipeline.errors import UsageError
-from stages.reproduction.plan import Choice, plan
+from stages.reproduce import Choice, plan
 from tests.support.in_process import invoke
 from tests.support.project import ROOT, Project
 

@@ -1,0 +1,361 @@
+"""Jobs: the trainings, selections and labellings that a command is made of, each a call of the command that does it.
+
+`reproduce` and `teacher-select` carry them out, `--dry-run` and `doctor` show how far they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.recipes import TeacherRecipe
+from pipeline.errors import DataError
+from pipeline.labels.cache import LabelCache
+from pipeline.system.storage import read_json
+from pipeline.training.checkpoints import read_meta
+from stages.distill import distill, plan_student
+from stages.label import label, plan_labels
+from stages.selection import compare, select
+from stages.shared.context import Context
+from stages.shared.runs import Run, State
+from stages.shared.teacher_labels import Distillation, open_labels
+from stages.teacher import plan_teacher, teacher_recipe, train_teacher
+
+ELSEWHERE = State("done elsewhere; its labels are here", is_done=True)
+# Rates for Figure 5 where an optimiser is not the recipe's; the paper gives one rate, SGD's.
+# Differs: Adam and RMSprop learn nothing at 0.1, so each gets a customary rate.
+SWEEP_RATES = {"sgd": "0.1", "adam": "0.001", "adamw": "0.001", "rmsprop": "0.0001"}
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """A piece of work that a command does.
+
+    Attributes:
+        recipe: The recipe it belongs to.
+        after: Jobs whose results it needs: it is left out where one of them fails.
+    """
+
+    recipe: str
+    after: tuple[Job, ...] = ()
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What it is, in a few words."""
+
+    @abstractmethod
+    def amount(self, context: Context) -> str:
+        """Say how much work the whole of it is."""
+
+    @abstractmethod
+    def state(self, context: Context, *, fresh: bool = False) -> State:
+        """Say what it would do. The jobs that it comes after are done.
+
+        Args:
+            context: Of its recipe.
+            fresh: Whether it would start over.
+
+        Raises:
+            DataError: It cannot be done.
+        """
+
+    @abstractmethod
+    def run(self, context: Context, *, fresh: bool = False) -> None:
+        """Do it, or go on with it, on every rank."""
+
+    def output(self, context: Context) -> Path | None:
+        """Return the directory of the finished run that it leaves; None where it leaves none."""
+        return None
+
+
+@dataclass(frozen=True)
+class TeacherJob(Job):
+    """Train a teacher.
+
+    Attributes:
+        name: The teacher; None is the selected one.
+        optimizer: In place of the recipe's (Figure 5); None is the recipe's.
+        keeps: See `SelectJob`; a teacher whose labels are here without it counts as trained.
+    """
+
+    name: str | None = None
+    optimizer: str | None = None
+    keeps: bool = False
+
+    @property
+    def title(self) -> str:
+        """The teacher, and its optimiser."""
+        name = self.name or "the selected one"
+        return f"teacher {name}" + (f" with {self.optimizer}" if self.optimizer else "")
+
+    def amount(self, context: Context) -> str:
+        """Its epochs."""
+        return f"train {context.recipe.teachers[self._teacher(context)].epochs} epochs"
+
+    def state(self, context: Context, *, fresh: bool = False) -> State:
+        """See `Run.state`."""
+        if not context.paths.is_prepared:
+            return State(f"{self.amount(context)} (no data yet)")
+        name = self._teacher(context)
+        if self.keeps and not self._settings(context) and read_meta(context.paths.teacher(name)) is None:
+            cache = any_labels(context)
+            if cache is not None and cache.provenance["teacher"] == name:
+                return ELSEWHERE
+        return self._plan(context).state(fresh=fresh)
+
+    def run(self, context: Context, *, fresh: bool = False) -> None:
+        """Train it."""
+        train_teacher(context, self._teacher(context), settings=self._settings(context), fresh=fresh)
+
+    def output(self, context: Context) -> Path | None:
+        """Return the run's; None where the teacher was trained elsewhere."""
+        out = self._plan(context).out
+        return out if read_meta(out) is not None else None
+
+    def _plan(self, context: Context) -> Run:
+        return plan_teacher(context, self._teacher(context), settings=self._settings(context))
+
+    def _teacher(self, context: Context) -> str:
+        return self.name or selected(context)
+
+    def _settings(self, context: Context) -> dict[str, str]:
+        if self.optimizer is None:
+            return {}
+        return sweep_settings(teacher_recipe(context.recipe, self._teacher(context)), self.optimizer)
+
+
+@dataclass(frozen=True)
+class SelectJob(Job):
+    """Select the best of those candidates that are trained.
+
+    Attributes:
+        names: The candidates.
+        keeps: Whether labels and students that are here stay with the teacher that made the labels: no other replaces
+            it, and where that teacher, too large to be copied along, is not here, it counts as selected.
+    """
+
+    names: tuple[str, ...] = ()
+    keeps: bool = False
+
+    @property
+    def title(self) -> str:
+        """The candidates."""
+        return "selection " + (f"of {self.names[0]}" if len(self.names) == 1 else f"from {len(self.names)} teachers")
+
+    def amount(self, context: Context) -> str:
+        """The score that decides."""
+        return f"select by {context.recipe.select.by}"
+
+    def state(self, context: Context, *, fresh: bool = False) -> State:
+        """Done where the best is selected, or stays."""
+        paths, cache = context.paths, any_labels(context) if self.keeps else None
+        maker = None if cache is None else str(cache.provenance["teacher"])
+        makers = None if maker is None else read_meta(paths.teacher(maker))
+        if cache is not None and makers is None:
+            return ELSEWHERE
+        names = self._trained(context)
+        if not names:
+            return State(f"{self.amount(context)}, once a candidate is trained")
+        comparison = compare(context, names)
+        best = comparison["winner"]
+        is_kept = cache is not None and makers is not None and makers["sha256"] == cache.provenance["checkpoint_sha256"]
+        if is_kept and best != maker:
+            text = f"done: {best} has the highest {comparison['by']}; labels and students stay with {maker}'s"
+            return State(text, is_done=True)
+        chosen, trained = read_meta(paths.winner), read_meta(paths.teacher(best))
+        if chosen is None or trained is None or chosen["sha256"] != trained["sha256"]:
+            return State(self.amount(context))
+        former = read_json(paths.selection) if paths.selection.is_file() else {}
+        compared = former.get("candidates", [])
+        stands = former.get("winner") == best and all(row in compared for row in comparison["candidates"])
+        return State(f"{best} is selected", is_done=True) if stands else State(self.amount(context))
+
+    def run(self, context: Context, *, fresh: bool = False) -> None:
+        """Select."""
+        with context.joined() as group:
+            comparison: dict[str, Any] = group.on_main(lambda: self._select(context))
+        context.say(f"selected {comparison['winner']} by {comparison['by']}")
+
+    def _select(self, context: Context) -> dict[str, Any]:
+        names = self._trained(context)
+        if not names:
+            raise DataError(f"none of {', '.join(self.names)} is trained")
+        return select(context, names)
+
+    def _trained(self, context: Context) -> tuple[str, ...]:
+        return tuple(name for name in self.names if plan_teacher(context, name).why_stale() is None)
+
+
+@dataclass(frozen=True)
+class LabelJob(Job):
+    """Label a view recipe's views with the selected teacher.
+
+    Attributes:
+        views: The view recipe.
+    """
+
+    views: str = "default"
+
+    @property
+    def title(self) -> str:
+        """The view recipe."""
+        return f"labels of the views {self.views}"
+
+    def amount(self, context: Context) -> str:
+        """Its views."""
+        return f"label {context.recipe.views[self.views].count} views"
+
+    def state(self, context: Context, *, fresh: bool = False) -> State:
+        """Done where every view is labelled and sealed."""
+        count, cache = context.recipe.views[self.views].count, None if fresh else labels_of(context, self.views)
+        if cache is not None and cache.num_views >= count and cache.topk >= context.recipe.label.topk:
+            return State(f"{context.paths.labels(self.views)}: up to date, {cache.num_views} views", is_done=True)
+        return State(plan_labels(context, self.views, fresh=fresh).text)
+
+    def run(self, context: Context, *, fresh: bool = False) -> None:
+        """Label; each rank its own views."""
+        label(context, self.views, fresh=fresh)
+
+
+@dataclass(frozen=True)
+class StudentJob(Job):
+    """Train a student.
+
+    Attributes:
+        name: The student.
+        seed: Of initialisation and order.
+        labels: `cached`, `none` or `online`, as for `distill`.
+        num_views: Views that it trains on; None is the recipe's number.
+    """
+
+    name: str = ""
+    seed: int = 0
+    labels: str = "cached"
+    num_views: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The student, and what differs from the recipe."""
+        parts = [f"student {self.name}"]
+        parts += [f"labels {self.labels}"] if self.labels != "cached" else []
+        parts += [f"{self.num_views} view{'s' if self.num_views > 1 else ''}"] if self.num_views is not None else []
+        return ", ".join([*parts, f"seed {self.seed}"])
+
+    def amount(self, context: Context) -> str:
+        """Its epochs."""
+        return f"train {context.recipe.students[self.name].epochs} epochs"
+
+    def state(self, context: Context, *, fresh: bool = False) -> State:
+        """See `Run.state`."""
+        return self._plan(context).state(fresh=fresh)
+
+    def run(self, context: Context, *, fresh: bool = False) -> None:
+        """Train it."""
+        teacher = self._asked(context)
+        distill(
+            context, self.name, labels=self.labels, teacher=teacher, num_views=self.num_views, seed=self.seed,
+            fresh=fresh,
+        )  # fmt: skip
+
+    def output(self, context: Context) -> Path | None:
+        """Return its run's."""
+        return self._plan(context).out
+
+    def _plan(self, context: Context) -> Run:
+        distillation = Distillation(labels=self.labels, teacher=self._asked(context), num_views=self.num_views)
+        return plan_student(context, self.name, distillation, seed=self.seed)[0]
+
+    def _asked(self, context: Context) -> Path | None:
+        """Return the teacher that is asked online, if one is."""
+        if self.labels != "online":
+            return None
+        if read_meta(context.paths.winner) is None:
+            raise DataError(f"{context.paths.winner}: no teacher is here, which labels online need")
+        return context.paths.winner
+
+
+def stage_one(context: Context, names: Sequence[str]) -> list[Job]:
+    """Return the jobs of `teacher-select`: train every candidate, select, label."""
+    recipe = context.recipe.name
+    teachers = tuple(TeacherJob(recipe=recipe, name=name) for name in names)
+    selection = SelectJob(recipe=recipe, after=teachers, names=tuple(names))
+    labels = [LabelJob(recipe=recipe, after=(selection,), views=name) for name in context.params.view_recipes]
+    return [*teachers, selection, *labels]
+
+
+def whole_run(context: Context) -> list[Job]:
+    """Return the jobs of `dvc repro` on a recipe, as far as it has the views and students that params.yaml lists."""
+    recipe, jobs = context.recipe, stage_one(context, context.params.candidates(context.recipe))
+    jobs = [job for job in jobs if not isinstance(job, LabelJob) or job.views in recipe.views]
+    selection = next(job for job in jobs if isinstance(job, SelectJob))
+    for name in context.params.students:
+        if name in recipe.students:
+            labels = LabelJob(recipe=recipe.name, after=(selection,), views=recipe.students[name].views)
+            jobs.append(StudentJob(recipe=recipe.name, after=(labels,), name=name))
+    return jobs
+
+
+def survey(
+    jobs: Iterable[Job], contexts: Mapping[str, Context], *, fresh: bool = False
+) -> Iterator[tuple[Job, State | DataError]]:
+    """Yield each job with its state, or with why it cannot be done; nothing is written.
+
+    Args:
+        jobs: In their order.
+        contexts: By the jobs' recipes.
+        fresh: Whether they would start over.
+    """
+    done: set[Job] = set()
+    for job in jobs:
+        waits, context = next((former for former in job.after if former not in done), None), contexts[job.recipe]
+        if waits is not None:
+            yield job, State(f"{job.amount(context)}, after the {waits.title}")
+            continue
+        try:
+            state = job.state(context, fresh=fresh)
+        except DataError as error:
+            yield job, error
+            continue
+        if state.is_done:
+            done.add(job)
+        yield job, state
+
+
+def sweep_settings(teacher: TeacherRecipe, optimizer: str) -> dict[str, str]:
+    """Return what Figure 5 replaces in a teacher's recipe for an optimiser; nothing for the recipe's own."""
+    return {} if optimizer == teacher.optimizer else {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
+
+
+def labels_of(context: Context, view_recipe: str) -> LabelCache | None:
+    """Open a view recipe's labels; None where there are none of these data and views by the selected teacher."""
+    if not context.paths.labels(view_recipe).exists():
+        return None
+    try:
+        return open_labels(context.paths, context.recipe, context.dataset(), view_recipe)
+    except DataError:
+        return None
+
+
+def any_labels(context: Context) -> LabelCache | None:
+    """Open the labels of the first view recipe that has any, see `labels_of`."""
+    caches = (labels_of(context, name) for name in context.recipe.views)
+    return next((cache for cache in caches if cache is not None), None)
+
+
+def selected(context: Context) -> str:
+    """Return the name of the selected teacher, or of the one that made the labels here.
+
+    Raises:
+        DataError: There is none.
+    """
+    chosen = read_meta(context.paths.winner)
+    if chosen is not None:
+        return str(chosen["model"])
+    cache = any_labels(context)
+    if cache is None:
+        raise DataError(f"{context.paths.winner}: no teacher is selected")
+    return str(cache.provenance["teacher"])
