@@ -54,7 +54,7 @@ def test_what_is_up_to_date_is_called_so(distilled: Project) -> None:
     assert "squeezenet1_1: up to date (data/smoke/teachers/squeezenet1_1)" in dry(distilled, "teacher", "squeezenet1_1")
     assert "vit: up to date (data/smoke/students/vit)" in dry(distilled, "distill", "--student", "vit")
     assert "data/smoke/labels/default.h5: up to date, 2 views" in dry(distilled, "label")
-    assert "label default: data/smoke/labels/default.h5: up to date" in dry(
+    assert "labels of the views default: data/smoke/labels/default.h5: up to date" in dry(
         distilled, "teacher-select", "--teachers", "squeezenet1_1"
     )
     assert "vit: train 2 epochs (--fresh)" in dry(distilled, "distill", "--student", "vit", "--fresh")
@@ -72,7 +72,7 @@ def test_what_would_run_is_named_with_the_fields_that_differ(project: Project) -
     assert "trains again" not in ran
     out = dry(project, "teacher-select", "--teachers", "squeezenet1_1,mobilenet_v3_large")
     assert "teacher mobilenet_v3_large: train 2 epochs (not trained); writes data/smoke/teachers" in out
-    assert "label default: 2 views, unless" in out
+    assert "labels of the views default: label 2 views, after the selection from 2 teachers" in out
 
 
 def test_a_result_that_is_made_again_says_why(project: Project) -> None:
