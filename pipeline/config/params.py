@@ -161,18 +161,18 @@ def _recipe(name: str, section: Any) -> Recipe:
         return {
             _name(member, f"{path}.{kind}s"): _build(
                 cls,
-                {**extra(member), **shared, **_mapping(own, f"{path}.{kind}s.{member}")},
+                {**extra(member), **shared, **_mapping(values, f"{path}.{kind}s.{member}")},
                 f"{path}.{kind}s.{member}",
             )
-            for member, own in members.items()
+            for member, values in members.items()
         }
 
     recipe = Recipe(
         name=name,
         dataset=_build(DatasetRecipe, parts["dataset"], f"{path}.dataset"),
         views={
-            _name(view, f"{path}.views"): _view_recipe(own, f"{path}.views.{view}")
-            for view, own in _mapping(parts["views"], f"{path}.views").items()
+            _name(view, f"{path}.views"): _view_recipe(values, f"{path}.views.{view}")
+            for view, values in _mapping(parts["views"], f"{path}.views").items()
         },
         teachers=family(TeacherRecipe, "teacher", lambda member: {}),
         select=_build(SelectRecipe, parts.get("select", {}), f"{path}.select"),
@@ -181,15 +181,15 @@ def _recipe(name: str, section: Any) -> Recipe:
     )
     if "default" not in recipe.views:
         raise UsageError(f"{path}.views.default: missing; teachers train on this view recipe")
-    for student, own in recipe.students.items():
-        if own.views not in recipe.views:
+    for key, student in recipe.students.items():
+        if student.views not in recipe.views:
             raise UsageError(
-                f"{path}.students.{student}.views: {own.views!r} is no view recipe; "
+                f"{path}.students.{key}.views: {student.views!r} is no view recipe; "
                 f"choose from {', '.join(recipe.views)}"
             )
-        if own.soft and not recipe.label.topk:
+        if student.soft and not recipe.label.topk:
             raise UsageError(
-                f"{path}.students.{student}.soft: {own.soft:g} needs the teacher's probabilities, and "
+                f"{path}.students.{key}.soft: {student.soft:g} needs the teacher's probabilities, and "
                 f"{path}.label.topk is 0; keep some, as label: {{topk: 5}}, or set soft to 0"
             )
     return recipe

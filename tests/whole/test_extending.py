@@ -24,6 +24,7 @@ from pipeline.training.checkpoints import read_meta
 from pipeline.views import augment, colour, draws
 from pipeline.views.augment import AUGMENTATIONS, Changing, ChosenOperations, CropFlip, Draws, Moving, Parameters
 from pipeline.views.grouping import Groups, by_range
+from pipeline.views.mixing import MIXINGS
 from pipeline.views.scores import OperationMeter
 from pipeline.views.views import Views
 from tests.support.in_process import invoke
@@ -209,6 +210,7 @@ def test_every_field_of_a_view_is_one_augmentations_in_the_order_of_the_fields()
     assert fields == [name for name in vars(ViewRecipe(count=1)) if name not in ("seed", "count", "mixing")]
     assert isinstance(AUGMENTATIONS[0], CropFlip) and isinstance(AUGMENTATIONS[-1], ChosenOperations)
     assert all(isinstance(augmentation, Moving | Changing) for augmentation in AUGMENTATIONS)
+    assert list(ViewRecipe.__dataclass_fields__["mixing"].metadata["choices"]) == ["none", *MIXINGS]
 
 
 def test_all_that_only_moves_pixels_is_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:

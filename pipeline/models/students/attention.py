@@ -26,11 +26,11 @@ def attention_maps(student: Student, images: Tensor) -> Tensor:
 
     Source: arXiv:1706.03762 Eq. 1, softmax(Q K^T / sqrt(d)).
     """
-    found: list[Tensor] = []
+    maps: list[Tensor] = []
 
     def keep(attention: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         # All tokens come in as keys, also where the last block computes those alone that a head reads.
-        found.append(attention_weights(cast(Attention, attention), arguments[0]))
+        maps.append(attention_weights(cast(Attention, attention), arguments[0]))
 
     hooks = [attention.register_forward_pre_hook(keep) for attention in outer_attentions(student)]
     try:
@@ -38,7 +38,7 @@ def attention_maps(student: Student, images: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(found, dim=1)
+    return torch.stack(maps, dim=1)
 
 
 def attention_weights(attention: Attention, tokens: Tensor) -> Tensor:
