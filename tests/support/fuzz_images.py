@@ -86,7 +86,7 @@ def originals() -> list[Whole]:
         ("alpha.webp", alpha, {"lossless": True}),
         ("moving.webp", colour, {**more, "lossless": True}), ("lossy.webp", colour, {}), ("rgb.bmp", colour, {}),
         ("palette.bmp", palette, {}), ("rgb.ppm", colour, {}), ("grey.pgm", Image.fromarray(grey), {}),
-        ("deep.pgm", Image.fromarray(deep), {}),
+        ("deep.pgm", Image.fromarray(deep.astype(np.int32)), {}),  # which every Pillow writes
     ]  # fmt: skip
     found = []
     for name, image, options in written:

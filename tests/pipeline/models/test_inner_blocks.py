@@ -167,7 +167,8 @@ def test_what_runs_is_told() -> None:
     assert use_inner_block(vit, "auto", CPU) == use_inner_block(vit, "plain", CPU) == "none"
     with pytest.raises(UsageError, match="fused is not available here: the student has no inner blocks"):
         use_inner_block(vit, "fused", CPU)
-    assert use_inner_block(titn, "auto", torch.device("cuda")) in ("triton", "plain (Triton is not installed)")
+    on_cuda = use_inner_block(titn, "auto", torch.device("cuda"))
+    assert on_cuda == "triton" or on_cuda.startswith("plain (Triton ")  # not installed, or too old
     meta = torch.device("meta")
     assert use_inner_block(titn, "auto", meta) == "plain (there is none for meta)"
     with pytest.raises(UsageError, match="there is none for meta; use auto or plain"):

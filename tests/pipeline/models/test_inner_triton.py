@@ -29,7 +29,7 @@ SHARED_AND_L1_BYTES = 256 * 1024
 @pytest.fixture
 def triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return pytest.importorskip("triton")
+    return pytest.importorskip("triton", minversion="3.5")
 
 
 def test_the_interpreted_kernels_are_the_modules(triton: Any) -> None:
