@@ -1,0 +1,78 @@
+"""What each DVC stage depends on: the code that decides its result, and none that only shows it."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.support.project import ROOT
+
+STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+DATA = {"pipeline/config/recipes.py", "pipeline/data/datasets.py", "pipeline/data/arrays.py"}
+VIEWS = {"pipeline/views/views.py", "pipeline/views/policies.py", "pipeline/views/draws.py", "pipeline/views/mixing.py"}
+TRAINING = {
+    "pipeline/losses.py",
+    "pipeline/system/runtime.py",  # the precision
+    "pipeline/training/distributed.py",
+    "pipeline/training/fit.py",
+    "pipeline/training/optimization.py",
+    "pipeline/training/step.py",  # steps replayed from CUDA graphs too
+    "stages/shared/fitting.py",
+}
+DECIDING = {
+    "prepare": {*DATA, "pipeline/data/sources.py", "stages/prepare.py"},
+    "teacher": {*DATA, *VIEWS, *TRAINING, "pipeline/models/teachers.py", "stages/teacher.py"},
+    "select": {"stages/selection.py"},
+    "label": {
+        *DATA,
+        *VIEWS,
+        "pipeline/labels/teacher.py",
+        "pipeline/models/folding.py",
+        "pipeline/system/canonical.py",
+    },
+    "student": {*DATA, *VIEWS, *TRAINING, "pipeline/labels/source.py", "pipeline/models/students/titn.py"},
+    "report": {"pipeline/report/tables.py", "pipeline/models/counting.py", "stages/reports/tables.py"},
+}
+SHOWING = {
+    "README.md",
+    "docs/tutorial.md",
+    "pipeline/report/progress.py",
+    "pipeline/report/tables.py",
+    "pipeline/system/stopping.py",
+    "pipeline/system/threads.py",
+    "stages/cli.py",
+    "stages/reports/tables.py",
+    "stages/shared/options.py",
+}
+
+
+def code(stage: str) -> list[PurePosixPath]:
+    """Return the code that a stage depends on."""
+    deps = STAGES[stage].get("do", STAGES[stage])["deps"]
+    return [PurePosixPath(path) for path in deps if not path.startswith("data/")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_decides_a_stages_result_is_a_dependency(stage: str) -> None:
+    for file in DECIDING[stage]:
+        assert (ROOT / file).is_file(), file
+        assert any(PurePosixPath(file).is_relative_to(path) for path in code(stage)), file
+
+
+@pytest.mark.parametrize("stage", ["prepare", "teacher", "select", "label", "student"])
+def test_what_only_shows_results_reruns_no_training(stage: str) -> None:
+    for file in SHOWING:
+        assert (ROOT / file).is_file(), file
+        assert not any(PurePosixPath(file).is_relative_to(path) for path in code(stage)), file
+
+
+def test_teachers_and_students_do_not_depend_on_each_other() -> None:
+    assert not any(path.is_relative_to("pipeline/models/students") for path in code("teacher"))
+    assert PurePosixPath("pipeline/models/teachers.py") not in code("student")
+
+
+def test_every_dependency_is_there_and_the_file_is_short() -> None:
+    assert all((ROOT / path).exists() for stage in STAGES for path in code(stage))
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 150
