@@ -28,7 +28,10 @@ from stages.shared.options import PATH, device_option, json_option, open_console
 
 @click.command("bench")
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...", type=PATH)
-@click.option("--batch-sizes", default="1,8,64,256", show_default=True, help="Images a batch.")
+@click.option(
+    "--batch-sizes", type=parse_batch_sizes, metavar="A,B,...", default="1,8,64,256", show_default=True,
+    help="Images a batch.",
+)  # fmt: skip
 @device_option
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; PyTorch's choice where left out.")
@@ -36,7 +39,7 @@ from stages.shared.options import PATH, device_option, json_option, open_console
 @json_option
 def command(
     checkpoints: tuple[Path, ...],
-    batch_sizes: str,
+    batch_sizes: tuple[int, ...],
     device: str | None,
     precision: str,
     threads: int | None,
@@ -48,7 +51,7 @@ def command(
     Several checkpoints take turns, so that what else the machine does hits all of them. Timed are batches of pixels;
     reading image files is left out.
     """
-    sizes, console = parse_batch_sizes(batch_sizes), open_console()
+    console = open_console()
     models: dict[str, Classifier] = {}
     with cpu_threads(threads):
         for path in checkpoints:
@@ -60,7 +63,7 @@ def command(
         where = conditions(on, rounds)
         if not as_json:
             console.print(costs_table(costs).to_rich(console.width))
-        speeds = measure_speed(models, sizes, rounds=rounds)
+        speeds = measure_speed(models, batch_sizes, rounds=rounds)
         if as_json:
             result = {"environment": where, "models": costs, "speeds": [dataclasses.asdict(speed) for speed in speeds]}
             click.echo(json.dumps(result, indent=2))

@@ -20,30 +20,21 @@ from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import load
 from pipeline.report.tables import Table, number
 from pipeline.training.metrics import Meter, class_scores, worst_first
+from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import evaluation_data
-from stages.shared.options import (
-    PATH,
-    device_option,
-    json_option,
-    open_console,
-    open_context,
-    precision_option,
-    recipe_option,
-    require_exists,
-)
 
 
 @click.command("evaluate")
-@click.argument("checkpoint", type=PATH)
-@recipe_option
-@device_option
+@click.argument("checkpoint", type=options.EXISTING)
+@options.recipe_option
+@options.device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
-@click.option("--data", type=PATH, help="Score on this folder's <class>/* or test/<class>/*.")
+@click.option("--data", type=options.PATH, help="Score on this folder's <class>/* or test/<class>/*.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
 @click.option("--per-class", is_flag=True, help="Show each class too, the worst first.")
-@precision_option
-@json_option
+@options.precision_option
+@options.json_option
 def command(
     checkpoint: Path,
     recipe: str | None,
@@ -60,11 +51,10 @@ def command(
     With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
     name; classes may be absent, others are refused.
     """
-    require_exists(checkpoint)
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
-        context = open_context(recipe, device)
+        context = options.open_context(recipe, device)
         classifier = load(checkpoint, device=device, precision=precision)
         result = evaluate_split(context, classifier, split or "test", per_class=per_class)
     else:
@@ -76,7 +66,7 @@ def command(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    console = open_console()
+    console = options.open_console()
     for table in (scores_table, classes_table) if per_class else (scores_table,):
         console.print(table(result).to_rich(console.width))
 

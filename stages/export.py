@@ -33,7 +33,7 @@ from pipeline.inference.loading import from_checkpoint, from_file
 from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
 from pipeline.training.checkpoints import load_checkpoint
 from stages.shared.context import Context
-from stages.shared.options import PATH, json_option, open_console, open_context, require_exists
+from stages.shared.options import EXISTING, PATH, json_option, open_console, open_context
 
 NUM_CHECKED = 256
 BATCH = 64
@@ -41,7 +41,7 @@ RESULTS = ("top1", "top5", "precision", "recall", "f1", "class_top1", "distillat
 
 
 @click.command("export")
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=EXISTING)
 @click.option(
     "--format",
     "formats",
@@ -78,7 +78,6 @@ def command(
     CHECKPOINT is a directory that a stage wrote, or a .safetensors file in it. Each file is compared with PyTorch on
     real images; nothing is written before all of them agree. `pipeline.load` takes the directory in Python.
     """
-    require_exists(checkpoint)
     if recipe is not None and data is not None:
         raise UsageError("--recipe and --data: give one of them; both name the images to check on")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):

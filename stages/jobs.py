@@ -17,7 +17,7 @@ from pipeline.labels.cache import LabelCache
 from pipeline.system.storage import read_json
 from pipeline.training.checkpoints import read_meta
 from stages.distill import distill, plan_student
-from stages.label import label, plan_labels
+from stages.label import LabelRequest, label, plan_labels
 from stages.selection import compare, select
 from stages.shared.context import Context
 from stages.shared.runs import Run, State
@@ -214,11 +214,11 @@ class LabelJob(Job):
         count, cache = context.recipe.views[self.views].count, None if fresh else labels_of(context, self.views)
         if cache is not None and cache.num_views >= count and cache.topk >= context.recipe.label.topk:
             return State(f"{context.paths.labels(self.views)}: up to date, {cache.num_views} views", is_done=True)
-        return State(plan_labels(context, self.views, fresh=fresh).text)
+        return State(plan_labels(context, LabelRequest(view_recipe=self.views, fresh=fresh)).text)
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Label; each rank its own views."""
-        label(context, self.views, fresh=fresh)
+        label(context, LabelRequest(view_recipe=self.views, fresh=fresh))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,12 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("file", type=options.PATH)
+@click.argument("file", type=options.EXISTING)
 @options.json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a label file holds and where it comes from."""
     from pipeline.labels.cache import LabelCache
 
-    options.require_exists(file)
     cache = LabelCache.open(file)
     content = {
         "path": str(file),
@@ -51,11 +50,11 @@ def inspect(file: Path, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("file", type=options.PATH)
+@click.argument("file", type=options.EXISTING)
 @options.recipe_option
 @options.device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
-@click.option("--teacher", type=options.PATH, help="The checkpoint; default: the selected teacher.")
+@click.option("--teacher", type=options.EXISTING, help="The checkpoint; default: the selected teacher.")
 @click.option("--margin", type=options.FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
 def verify(
     file: Path,
@@ -66,10 +65,7 @@ def verify(
     margin: float | None,
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others."""
-    options.require_exists(file)
     context = options.open_context(recipe, device)
-    if teacher is not None:
-        options.require_exists(teacher)
     replayed, allowed = _replay(context, file, teacher=teacher, num_samples=sample, margin=margin)
     num_failed = 0
     for difference in replayed.differences:

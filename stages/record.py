@@ -16,7 +16,7 @@ import click
 
 from pipeline.errors import DataError
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
-from stages.shared.options import PATH, records_option, require_exists
+from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS
 
 ID_DIGITS = 12
@@ -29,7 +29,7 @@ ENVIRONMENT = ("commit", "device", "seconds", "date", "versions")
 
 
 @click.command("record")
-@click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=PATH)
+@click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=EXISTING)
 @records_option
 def command(directories: tuple[Path, ...], out: Path) -> None:
     """Keep finished runs as lines of results/runs.jsonl.
@@ -37,8 +37,6 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
     DIR is what `teacher` or `distill` wrote, as data/cifar100/students/titn. A run that is there already is left as it
     is.
     """
-    for directory in directories:
-        require_exists(directory)
     records, wrong = Records(out), []
     records.read()
     for directory in directories:

@@ -11,19 +11,19 @@ import click
 from pipeline.errors import DataError, UsageError
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
 from stages.shared.context import Context
-from stages.shared.options import open_context, recipe_option, split_names, teachers_option
+from stages.shared.options import open_context, recipe_option, teachers_option
 from stages.shared.paths import Paths
 
 
 @click.command("select")
 @recipe_option
 @teachers_option
-def command(recipe: str | None, teachers: str | None) -> None:
+def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
     """Compare the candidates and copy the winner."""
     from stages.reports.tables import candidates_table
 
     context = open_context(recipe)
-    comparison = select(context, split_names(teachers))
+    comparison = select(context, teachers)
     context.show(candidates_table(context, comparison))
     context.say(f"selected {comparison['winner']} by {comparison['by']}")
     context.end()

@@ -132,25 +132,26 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
 @options.recipe_option
 @options.device_option
 @options.teachers_option
-@click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
+@click.option(
+    "--optimizers", type=options.split_names, metavar="A,B,...", help="Train the winner with each of these (Figure 5)."
+)
 @click.option("--fresh", is_flag=True, help="Train and label everything again.")
 @options.time_limit_option
 @options.dry_run_option
 def command(
     recipe: str | None,
     device: str | None,
-    teachers: str | None,
-    optimizers: str | None,
+    teachers: tuple[str, ...] | None,
+    optimizers: tuple[str, ...] | None,
     fresh: bool,
     dry_run: bool,
 ) -> None:
     """Do all of stage one: prepare, train what is missing, select, label."""
     context = options.open_context(recipe, device)
-    names, sweep = options.split_names(teachers), options.split_names(optimizers) or ()
     if dry_run:
-        for line in plan(context, names, sweep, fresh=fresh):
+        for line in plan(context, teachers, optimizers or (), fresh=fresh):
             context.say(line)
         return
-    for table in teacher_select(context, teachers=names, optimizers=sweep, fresh=fresh):
+    for table in teacher_select(context, teachers=teachers, optimizers=optimizers or (), fresh=fresh):
         context.show(table)
     context.end()

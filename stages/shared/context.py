@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.datasets import Dataset
     from pipeline.report.progress import Position
+    from pipeline.system.runtime import Ranks
     from pipeline.training.distributed import Group
 
 T = TypeVar("T")
@@ -64,6 +65,13 @@ class Context:
         from pipeline.system.runtime import resolve_device
 
         return resolve_device(self.device_name)
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that torchrun or RANK and WORLD_SIZE name; without them it is alone."""
+        from pipeline.system.runtime import current_ranks
+
+        return current_ranks()
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[Group]:

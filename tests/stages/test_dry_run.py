@@ -15,7 +15,7 @@ from pipeline.config.params import load_params
 from pipeline.labels.cache import LabelCache
 from pipeline.system.stopping import StopSignal
 from pipeline.training.checkpoints import RunState
-from stages.label import plan_labels
+from stages.label import LabelRequest, plan_labels
 from stages.shared.context import Context
 from stages.shared.runs import OUTPUTS, differences, why_stale
 from tests.support.in_process import invoke
@@ -132,7 +132,7 @@ def test_labelling_anew_leaves_what_is_there_until_it_begins(project: Project, m
     assert [path.name for path in labels.iterdir()] == ["default.h5"]
     monkeypatch.chdir(project.path)
     params = load_params(Path("params.yaml"))
-    plan = plan_labels(Context(params, params.select(None), Console(), StopSignal()), fresh=True)
+    plan = plan_labels(Context(params, params.select(None), Console(), StopSignal()), LabelRequest(fresh=True))
     assert project.path / plan.parts.directory == work, "which `label --fresh` deletes"
     assert (plan.path, plan.missing) == (Path("data/smoke/labels/default.h5"), [0, 1, 2, 3])
     invoke(project, "label", "--fresh")
