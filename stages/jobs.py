@@ -255,27 +255,20 @@ class StudentJob(Job):
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Train it."""
-        teacher = self._asked(context)
-        distill(
-            context, self.name, labels=self.labels, teacher=teacher, num_views=self.num_views, seed=self.seed,
-            fresh=fresh,
-        )  # fmt: skip
+        distill(context, self.name, self._distillation(context), seed=self.seed, fresh=fresh)
 
     def output(self, context: Context) -> Path | None:
         """Return its run's."""
         return self._plan(context).out
 
     def _plan(self, context: Context) -> Run:
-        distillation = Distillation(labels=self.labels, teacher=self._asked(context), num_views=self.num_views)
-        return plan_student(context, self.name, distillation, seed=self.seed)[0]
+        return plan_student(context, self.name, self._distillation(context), seed=self.seed)[0]
 
-    def _asked(self, context: Context) -> Path | None:
-        """Return the teacher that is asked online, if one is."""
-        if self.labels != "online":
-            return None
-        if read_meta(context.paths.winner) is None:
-            raise DataError(f"{context.paths.winner}: no teacher is here, which labels online need")
-        return context.paths.winner
+    def _distillation(self, context: Context) -> Distillation:
+        teacher = context.paths.winner if self.labels == "online" else None
+        if teacher is not None and read_meta(teacher) is None:
+            raise DataError(f"{teacher}: no teacher is here, which labels online need")
+        return Distillation(labels=self.labels, teacher=teacher, num_views=self.num_views)
 
 
 def stage_one(context: Context, names: Sequence[str]) -> list[Job]:

@@ -39,7 +39,6 @@ def train_teacher(
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
     fresh: bool = False,
-    dry_run: bool = False,
 ) -> Path:
     """Fine-tune one candidate unless its result is up to date.
 
@@ -49,20 +48,15 @@ def train_teacher(
         settings: Fields of the teacher's recipe to replace; such a run goes to data/runs.
         seed: Of initialisation and order; one that is not 0 goes to data/runs too.
         fresh: Whether to start over.
-        dry_run: Whether only to say what would be done, and why.
 
     Returns:
         The directory of the outputs.
     """
     with context.joined() as group:
-        device = context.device
         run = plan_teacher(context, name, settings=settings, seed=seed)
-        if dry_run:
-            context.say(f"{run.name}: {run.state(fresh=fresh).text}")
-            return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
-        dataset = context.dataset()
+        device, dataset = context.device, context.dataset()
         views = make_views(context, dataset, "default", key="teacher")
         recipe = run.recipe
         assert isinstance(recipe, TeacherRecipe)
@@ -79,7 +73,7 @@ def train_teacher(
 
 
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
-    """Say what training a candidate means: its recipe, inputs and outputs."""
+    """Return what training a candidate means; arguments as of `train_teacher`."""
     recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
     dataset, paths = context.dataset(), context.paths
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
@@ -121,7 +115,9 @@ def command(
     dry_run: bool,
 ) -> None:
     """Fine-tune and evaluate one candidate teacher."""
-    context = options.open_context(recipe, device)
-    teacher_recipe(context.recipe, name)
-    train_teacher(context, name, settings=options.parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
+    context, changes = options.open_context(recipe, device), options.parse_settings(settings)
+    if dry_run:
+        context.say(f"{name}: {plan_teacher(context, name, settings=changes, seed=seed).state(fresh=fresh).text}")
+        return
+    train_teacher(context, name, settings=changes, seed=seed, fresh=fresh)
     context.end()

@@ -52,10 +52,9 @@ def teacher_select(
         )
     with context.joined() as group:
         group.on_main(lambda: prepare_from_raw(context))
-        runs = [plan_teacher(context, name) for name in names]
-        epochs = [run.recipe.epochs if fresh or run.why_stale() else 0 for run in runs]
+        later = [plan_teacher(context, name).epochs_to_train(fresh=fresh) for name in names[1:]]
         trainings = [job for job in jobs if isinstance(job, TeacherJob)]
-        for job in context.in_turn("teacher", trainings, epochs):
+        for job in context.in_turn("teacher", trainings, later):
             job.run(context, fresh=fresh)
         comparison = group.on_main(lambda: select(context, names))
         tables = [candidates_table(context, comparison)]

@@ -99,13 +99,13 @@ class Context:
         Args:
             label: What the runs are, in the singular, as `teacher`.
             items: What to yield.
-            epochs: Epochs that each has yet to train, 0 where it is up to date.
+            epochs: Epochs that each but the first has yet to train, 0 where it is up to date.
         """
         from pipeline.report.progress import Position
 
         for index, item in enumerate(items):
             if len(items) > 1:
-                self.position = Position(label, index + 1, len(items), sum(epochs[index + 1 :]))
+                self.position = Position(label, index + 1, len(items), sum(epochs[index:]))
             yield item
         self.position = None
 

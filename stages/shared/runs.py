@@ -123,6 +123,10 @@ class Run:
         where = f"epoch {saved['epoch'] + 1} of {self.recipe.epochs}, step {saved['step']}"
         return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
 
+    def epochs_to_train(self, *, fresh: bool) -> int:
+        """Return how many epochs training it takes from the beginning: 0 where it is up to date."""
+        return self.recipe.epochs if fresh or self.why_stale() else 0
+
     @property
     def lock(self) -> Path:
         """The lock of whoever writes the outputs."""

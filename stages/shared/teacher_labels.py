@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +32,27 @@ USUAL_TOPK = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What a command changes in how a student learns from its teacher; by default nothing.
-
-    The temperature is not part of it: it is the field `soft` of the student's recipe.
+    """What a command changes in how a student is trained; by default nothing. Whatever differs goes to data/runs.
 
     Attributes:
-        labels: `cached`; `none` trains both heads on the ground truth, `online` asks the teacher at every step.
+        labels: `cached`; or a control: `none` trains both heads on the ground truth, `online` asks the teacher at every
+            step.
         teacher: The checkpoint that `online` asks.
-        soft_given: Whether the command set the temperature.
         confidence: Whether the teacher's probability of its label weighs each sample's distillation term.
         num_views: Views that the epochs cycle through, always the first ones; None takes the recipe's number.
+        settings: Fields of the student's recipe to replace, the temperature `soft` among them.
     """
 
     labels: str = "cached"
     teacher: Path | None = None
-    soft_given: bool = False
     confidence: bool = False
     num_views: int | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def soft_given(self) -> bool:
+        """Whether the command sets the temperature."""
+        return "soft" in self.settings
 
     def check(self, name: str, recipe: StudentRecipe) -> None:
         """Check the options before any data is looked for.
@@ -64,7 +69,7 @@ class Distillation:
             require_distillation_head(option, name, recipe)
 
     def differences(self, recipe: Recipe, name: str, student: StudentRecipe) -> dict[str, str]:
-        """Return what differs between a student's run and params.yaml, for the name of the run's directory."""
+        """Return what differs between a student's run and params.yaml, as key and value."""
         differs = {}
         if self.labels != "cached":
             differs["labels"] = self.labels
@@ -74,7 +79,7 @@ class Distillation:
             differs["confidence"] = "on"
         if self.num_views not in (None, recipe.views[student.views].count):
             differs["num_views"] = str(self.num_views)
-        return differs
+        return differs | {key: value for key, value in self.settings.items() if key != "soft"}
 
     def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, name: str, student: StudentRecipe) -> None:
         """Check that a cache holds what this run needs.
