@@ -67,13 +67,50 @@ class Job(ABC):
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Do it, or go on with it, on every rank."""
 
+    def epochs_to_train(self, context: Context) -> int:
+        """Return how many epochs it trains, counted from the beginning; 0 where it is done or trains nothing."""
+        return 0
+
     def output(self, context: Context) -> Path | None:
         """Return the directory of the finished run that it leaves; None where it leaves none."""
         return None
 
 
 @dataclass(frozen=True)
-class TeacherJob(Job):
+class TrainingJob(Job):
+    """Train a model."""
+
+    @abstractmethod
+    def plan(self, context: Context) -> Run:
+        """Return the run; the errors are those of the command that trains it."""
+
+    @abstractmethod
+    def epochs(self, context: Context) -> int:
+        """Return the recipe's epochs."""
+
+    def amount(self, context: Context) -> str:
+        """Its epochs."""
+        return f"train {self.epochs(context)} epochs"
+
+    def state(self, context: Context, *, fresh: bool = False) -> State:
+        """See `Run.state`."""
+        return self.plan(context).state(fresh=fresh)
+
+    def epochs_to_train(self, context: Context) -> int:
+        """Return the recipe's epochs unless it is known to be done."""
+        try:
+            return 0 if self.state(context).is_done else self.epochs(context)
+        except DataError:
+            return self.epochs(context)
+
+    def output(self, context: Context) -> Path | None:
+        """Return the run's; None where the model was trained elsewhere."""
+        out = self.plan(context).out
+        return out if read_meta(out) is not None else None
+
+
+@dataclass(frozen=True)
+class TeacherJob(TrainingJob):
     """Train a teacher.
 
     Attributes:
@@ -92,9 +129,10 @@ class TeacherJob(Job):
         name = self.name or "the selected one"
         return f"teacher {name}" + (f" with {self.optimizer}" if self.optimizer else "")
 
-    def amount(self, context: Context) -> str:
-        """Its epochs."""
-        return f"train {context.recipe.teachers[self._teacher(context)].epochs} epochs"
+    def epochs(self, context: Context) -> int:
+        """Return the recipe's epochs; of a teacher to be selected, the most of any."""
+        teachers = context.recipe.teachers
+        return max(teachers[name].epochs for name in ([self.name] if self.name else teachers))
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """See `Run.state`."""
@@ -105,18 +143,14 @@ class TeacherJob(Job):
             cache = any_labels(context)
             if cache is not None and cache.provenance["teacher"] == name:
                 return ELSEWHERE
-        return self._plan(context).state(fresh=fresh)
+        return super().state(context, fresh=fresh)
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Train it."""
         train_teacher(context, self._teacher(context), settings=self._settings(context), fresh=fresh)
 
-    def output(self, context: Context) -> Path | None:
-        """Return the run's; None where the teacher was trained elsewhere."""
-        out = self._plan(context).out
-        return out if read_meta(out) is not None else None
-
-    def _plan(self, context: Context) -> Run:
+    def plan(self, context: Context) -> Run:
+        """See `plan_teacher`."""
         return plan_teacher(context, self._teacher(context), settings=self._settings(context))
 
     def _teacher(self, context: Context) -> str:
@@ -134,8 +168,8 @@ class SelectJob(Job):
 
     Attributes:
         names: The candidates.
-        keeps: Whether labels and students that are here stay with the teacher that made the labels: no other replaces
-            it, and where that teacher, too large to be copied along, is not here, it counts as selected.
+        keeps: Whether labels and students that are here stay with the teacher that made the labels: no other teacher
+            replaces it, and where its checkpoint, too large to be copied along, is not here, it counts as selected.
     """
 
     names: tuple[str, ...] = ()
@@ -176,15 +210,15 @@ class SelectJob(Job):
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Select."""
-        with context.joined() as group:
-            comparison: dict[str, Any] = group.on_main(lambda: self._select(context))
-        context.say(f"selected {comparison['winner']} by {comparison['by']}")
 
-    def _select(self, context: Context) -> dict[str, Any]:
-        names = self._trained(context)
-        if not names:
+        def select_trained() -> dict[str, Any]:
+            if names := self._trained(context):
+                return select(context, names)
             raise DataError(f"none of {', '.join(self.names)} is trained")
-        return select(context, names)
+
+        with context.joined() as group:
+            comparison: dict[str, Any] = group.on_main(select_trained)
+        context.say(f"selected {comparison['winner']} by {comparison['by']}")
 
     def _trained(self, context: Context) -> tuple[str, ...]:
         return tuple(name for name in self.names if plan_teacher(context, name).why_stale() is None)
@@ -222,7 +256,7 @@ class LabelJob(Job):
 
 
 @dataclass(frozen=True)
-class StudentJob(Job):
+class StudentJob(TrainingJob):
     """Train a student.
 
     Attributes:
@@ -245,23 +279,16 @@ class StudentJob(Job):
         parts += [f"{self.num_views} view{'s' if self.num_views > 1 else ''}"] if self.num_views is not None else []
         return ", ".join([*parts, f"seed {self.seed}"])
 
-    def amount(self, context: Context) -> str:
-        """Its epochs."""
-        return f"train {context.recipe.students[self.name].epochs} epochs"
-
-    def state(self, context: Context, *, fresh: bool = False) -> State:
-        """See `Run.state`."""
-        return self._plan(context).state(fresh=fresh)
+    def epochs(self, context: Context) -> int:
+        """Return the recipe's epochs."""
+        return context.recipe.students[self.name].epochs
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Train it."""
         distill(context, self.name, self._distillation(context), seed=self.seed, fresh=fresh)
 
-    def output(self, context: Context) -> Path | None:
-        """Return its run's."""
-        return self._plan(context).out
-
-    def _plan(self, context: Context) -> Run:
+    def plan(self, context: Context) -> Run:
+        """See `plan_student`."""
         return plan_student(context, self.name, self._distillation(context), seed=self.seed)[0]
 
     def _distillation(self, context: Context) -> Distillation:
@@ -295,7 +322,7 @@ def whole_run(context: Context) -> list[Job]:
 def survey(
     jobs: Iterable[Job], contexts: Mapping[str, Context], *, fresh: bool = False
 ) -> Iterator[tuple[Job, State | DataError]]:
-    """Yield each job with its state, or with why it cannot be done; nothing is written.
+    """Yield each job with its state, or with the error for which it cannot be done; nothing is written.
 
     Args:
         jobs: In their order.
@@ -304,9 +331,9 @@ def survey(
     """
     done: set[Job] = set()
     for job in jobs:
-        waits, context = next((former for former in job.after if former not in done), None), contexts[job.recipe]
-        if waits is not None:
-            yield job, State(f"{job.amount(context)}, after the {waits.title}")
+        context = contexts[job.recipe]
+        if missing := next((former for former in job.after if former not in done), None):
+            yield job, State(f"{job.amount(context)}, after the {missing.title}")
             continue
         try:
             state = job.state(context, fresh=fresh)
