@@ -21,7 +21,7 @@ from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place, student_arguments
+from stages.shared.runs import Run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
 RECIPES_OWN = Distillation()
@@ -55,7 +55,7 @@ def distill(
     Args:
         context: The command's setting.
         name: A student of the recipe.
-        distillation: What to change.
+        distillation: What differs from the recipe.
         seed: Of initialisation and order; the outputs of any but 0 go to data/runs.
         fresh: Whether to start over.
 
@@ -91,7 +91,7 @@ def plan_student(
     distillation.check(name, recipe)
     if distillation.labels == "none":  # nothing is learned from a teacher, softly or not
         recipe = dataclasses.replace(recipe, soft=0.0)
-    dataset, paths, view_recipe = context.dataset(), context.paths, context.recipe.views[recipe.views]
+    dataset, view_recipe = context.dataset(), context.recipe.views[recipe.views]
     source = TeacherSource.find(context, name, recipe, distillation)
     differs = distillation.differences(context.recipe, name, recipe)
     if distillation.num_views is not None:
@@ -102,23 +102,12 @@ def plan_student(
         inputs["topk"] = source.cache.topk if source.cache else None
     if distillation.confidence:
         inputs["confidence"] = True
-    out, work, stage = place(paths, f"students/{name}", name, differs, seed, paths.student(name), f"student@{name}")
     arguments = student_arguments(recipe, num_classes=dataset.num_classes, image_size=dataset.image_size)
-    run = Run(
-        name=name,
-        out=out,
-        work=work,
-        stage=stage,
-        description=describe(dataset, context.recipe.name, kind="student", model=recipe.model, arguments=arguments),
-        recipe=recipe,
-        seed=seed,
-        inputs=inputs,
-        differs=differs,
-        num_views=view_recipe.count,
-        soft=recipe.soft or None,
-        confidence=distillation.confidence,
+    run = Run.of(
+        dataset, context.recipe.name, "student", name, recipe, seed, differs, model=recipe.model, arguments=arguments,
+        inputs=inputs, num_views=view_recipe.count, soft=recipe.soft or None, confidence=distillation.confidence,
         keep_last=True,
-    )
+    )  # fmt: skip
     return run, source
 
 

@@ -18,7 +18,7 @@ from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place
+from stages.shared.runs import Run
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
@@ -75,27 +75,16 @@ def train_teacher(
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
     """Return what training a candidate means; arguments as of `train_teacher`."""
     recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
-    dataset, paths = context.dataset(), context.paths
+    dataset = context.dataset()
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
     views = deciding_values(context.recipe.views["default"], but=("count",))
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
-    out, work, stage = place(
-        paths, f"teachers/{name}", name, settings or {}, seed, paths.teacher(name), f"teacher@{name}"
-    )
-    return Run(
-        name=name,
-        out=out,
-        work=work,
-        stage=stage,
-        description=describe(dataset, context.recipe.name, kind="teacher", model=name, arguments=arguments),
-        recipe=recipe,
-        seed=seed,
-        inputs=inputs,
-        differs=settings or {},
-        metric=context.recipe.select.by,
-    )
+    return Run.of(
+        dataset, context.recipe.name, "teacher", name, recipe, seed, settings or {}, model=name, arguments=arguments,
+        inputs=inputs, metric=context.recipe.select.by,
+    )  # fmt: skip
 
 
 @click.command("teacher")

@@ -85,9 +85,9 @@ def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Tabl
         DataError: Labels or data are damaged, or belong to something else.
     """
     names = [name for name in runs.recipe.views if runs.paths.labels(name).is_file()]
-    dataset = prepared(context) if names else None
-    if dataset is None:
+    if not names or not context.paths.is_prepared:
         return []
+    dataset = context.dataset()
     shown: list[Figure | Table] = []
     for name in names:
         cache = open_labels(runs.paths, runs.recipe, dataset, name)
@@ -97,16 +97,6 @@ def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Tabl
             raise DataError(f"{path}: its views are no longer what was labelled; run `pipeline label --fresh`")
         shown += [*by_operation(labelled), sample_views(labelled)]
     return shown
-
-
-def prepared(context: Context) -> Dataset | None:
-    """Return the prepared data set; None where there is none.
-
-    Raises:
-        DataError: It is damaged, or another than the recipe's.
-    """
-    files = [context.paths.prepared / name for name in ("dataset.h5", "summary.json")]
-    return context.dataset() if all(file.is_file() for file in files) else None
 
 
 def by_operation(labelled: Labelled) -> list[Figure | Table]:
@@ -141,8 +131,7 @@ def by_operation(labelled: Labelled) -> list[Figure | Table]:
     png = dots(drawn, ["right"], x_label="the teacher's labels that are right, %", overall=[overall], remarks="images")
     alt = f"Dots: share of the teacher's labels that are right, by operation. Overall {overall:.1f} %."
     figure = Figure(f"teacher-on-views{labelled.suffix}", title, png, alt, note, table)
-    shortened = [row for row in rows if row[0] != SUB_POLICY]
-    return [figure, Table(title, columns, shortened, note)]
+    return [figure, Table(title, columns, [row for row in rows if row[0] != SUB_POLICY], note)]
 
 
 def _row(scores: OperationScores) -> DotRow:

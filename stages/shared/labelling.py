@@ -1,4 +1,4 @@
-"""A teacher that labels a recipe's data, and what its labels are: their identity and provenance."""
+"""A teacher that labels a recipe's data, and the identity and provenance of its labels."""
 
 from __future__ import annotations
 
@@ -41,26 +41,13 @@ def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
         DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
     """
     checkpoint = load_checkpoint_of(path, "teacher")
-    check_teacher(context, dataset, checkpoint)
-    return checkpoint
-
-
-def check_teacher(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Refuse a teacher of other data.
-
-    Raises:
-        DataError: Its classes, image size or normalisation are others.
-    """
-    for key, expected in (
-        ("class_names", list(dataset.class_names)),
-        ("image_size", dataset.image_size),
-        ("mean", list(dataset.mean)),
-        ("std", list(dataset.std)),
-    ):
-        if checkpoint.meta.get(key) != expected:
+    for key in ("class_names", "image_size", "mean", "std"):
+        value = getattr(dataset, key)
+        if checkpoint.meta.get(key) != (list(value) if isinstance(value, tuple) else value):
             raise DataError(
                 f"{checkpoint.path}: its {key} is not that of {context.paths.dataset}; train a teacher on this data"
             )
+    return checkpoint
 
 
 def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Teacher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,9 @@ from stages.shared.paths import Paths
 RESULTS_VERSION = "0.1.0"
 NOT_TRAINED = "not trained"
 MAX_NAMED = 3
-# In the place of values that say nothing to people.
+# Said in place of values that tell people nothing.
 _PHRASES = {"dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights"}
-# Follow from the data.
+# Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
@@ -83,33 +83,55 @@ class Run:
     confidence: bool = False
     keep_last: bool = False
 
+    @classmethod
+    def of(
+        cls, dataset: Dataset, recipe_name: str, kind: str, name: str, recipe: FitRecipe, seed: int,
+        differs: Mapping[str, str], *, model: str, arguments: dict[str, Any], **fields: Any,
+    ) -> Run:  # fmt: skip
+        """Return a run with its description and places: what differs from the recipe goes to data/runs.
+
+        Args:
+            dataset: What it is trained on.
+            recipe_name: The recipe that names data set and model.
+            kind: `teacher` or `student`.
+            name: See the attributes.
+            recipe: See the attributes.
+            seed: See the attributes.
+            differs: See the attributes.
+            model: The architecture.
+            arguments: What the architecture is built with, as plain JSON values.
+            fields: The other attributes.
+        """
+        paths = Paths(recipe_name)
+        changes = [*(f"{key}-{value}" for key, value in differs.items()), *([f"seed-{seed}"] if seed else [])]
+        if changes:
+            label = "-".join([name, *changes]).replace("/", "_")
+            out, work, stage = paths.run(label), paths.work("runs", label), None
+        else:
+            out = paths.teacher(name) if kind == "teacher" else paths.student(name)
+            work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
+        description = describe(dataset, recipe_name, kind=kind, model=model, arguments=arguments)
+        return cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
+
+    @property
+    def _rest(self) -> dict[str, Any]:
+        """What decides the result beside model and recipe."""
+        return {"seed": self.seed, "inputs": dict(self.inputs), "version": RESULTS_VERSION}
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result."""
-        return fingerprint(
-            {
-                "model": dict(self.description),
-                "recipe": deciding_values(self.recipe),
-                "seed": self.seed,
-                "inputs": dict(self.inputs),
-                "version": RESULTS_VERSION,
-            }
-        )
+        recipe = deciding_values(self.recipe)
+        return fingerprint({"model": dict(self.description), "recipe": recipe, **self._rest})
 
     @property
     def decided_by(self) -> dict[str, Any]:
         """What decides the result, as the checkpoint's JSON keeps it."""
-        return {
-            **self.description,
-            "training": deciding_values(self.recipe),
-            "seed": self.seed,
-            "inputs": dict(self.inputs),
-            "version": RESULTS_VERSION,
-        }
+        return {**self.description, "training": deciding_values(self.recipe), **self._rest}
 
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
-        return why_stale(self.out, OUTPUTS, self.fingerprint, self.decided_by)
+        return why_stale(self.out, self.fingerprint, self.decided_by)
 
     def state(self, *, fresh: bool = False) -> State:
         """Say what training it would do, and why; `fresh` as the option `--fresh`."""
@@ -145,25 +167,11 @@ class Run:
                 RunState(self.work, self.fingerprint).delete()
 
 
-def place(
-    paths: Paths, work: str, name: str, settings: Mapping[str, str], seed: int, out: Path, stage: str
-) -> tuple[Path, Path, str | None]:
-    """Return output directory, work directory and DVC stage; what differs from the recipe goes to data/runs."""
-    changes = [f"{key}-{value}" for key, value in settings.items()]
-    if seed:
-        changes.append(f"seed-{seed}")
-    if not changes:
-        return out, paths.work(*work.split("/")), stage
-    label = "-".join([name, *changes]).replace("/", "_")
-    return paths.run(label), paths.work("runs", label), None
-
-
-def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mapping[str, Any]) -> str | None:
+def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
     """Say in a phrase why a directory does not hold a run's outputs; None where it does.
 
     Args:
         out: The run's directory.
-        files: What a finished run has there beside its checkpoint.
         fingerprint: Of everything that decides the result. It alone says whether the outputs are the run's.
         expected: The same as plain JSON values, as far as the checkpoint's JSON keeps it; explains a difference.
     """
@@ -172,8 +180,8 @@ def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mappi
     except DataError:
         return "its checkpoint is damaged"  # what runs the stage again must not be stopped by it
     if meta is None:
-        return "a checkpoint without its other files" if any((out / name).exists() for name in files) else NOT_TRAINED
-    missing = [name for name in files if not (out / name).is_file()]
+        return "a checkpoint without its other files" if any((out / name).exists() for name in OUTPUTS) else NOT_TRAINED
+    missing = [name for name in OUTPUTS if not (out / name).is_file()]
     if missing:
         return f"{', '.join(missing)} missing"
     if meta.get("fingerprint") == fingerprint:
@@ -186,11 +194,11 @@ def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mappi
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the fields in which two trees of JSON values differ, as `lr 0.1 -> 0.05`.
 
-    It explains what fingerprints have told apart, and judges nothing itself: an empty list is no proof of sameness.
+    It explains why fingerprints differ; an empty list does not prove that they are the same.
 
     Args:
-        former: What was. A part that `now` does not have is no setting, such as a checkpoint's scores.
-        now: What is asked for. A part that `former` lacks is named too.
+        former: The former values. Parts that `now` lacks, such as a checkpoint's scores, are no settings.
+        now: The values asked for. Parts that `former` lacks are named too.
     """
     named: dict[str, str] = {}
     for difference in compare({part: former[part] for part in now if part in former}, now):
