@@ -1,4 +1,4 @@
-"""`pipeline labels inspect|verify`: what a label file holds, and whether its teacher would answer the same again."""
+"""`pipeline labels inspect|verify`: look into a label file, or replay its teacher."""
 
 from __future__ import annotations
 
@@ -57,12 +57,7 @@ def inspect(file: Path, as_json: bool) -> None:
 @click.option("--teacher", type=options.EXISTING, help="The checkpoint; default: the selected teacher.")
 @click.option("--margin", type=options.FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
 def verify(
-    file: Path,
-    recipe: str | None,
-    device: str | None,
-    sample: int,
-    teacher: Path | None,
-    margin: float | None,
+    file: Path, recipe: str | None, device: str | None, sample: int, teacher: Path | None, margin: float | None
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others."""
     context = options.open_context(recipe, device)
@@ -94,8 +89,8 @@ def _replay(
         context: The command's setting.
         path: The label file, of this recipe.
         teacher: The checkpoint; None takes the selected teacher.
-        num_samples: How many (view, sample) pairs, drawn at a fixed seed over all views.
-        margin: Largest logit margin of a difference that is tolerated; None takes SAME_MARGIN on the recorded kind of
+        num_samples: Number of (view, sample) pairs, drawn at a fixed seed over all views.
+        margin: Largest logit margin of a difference that may pass; None takes SAME_MARGIN on the recorded kind of
             device and precision, else OTHER_MARGIN.
 
     Returns:

@@ -34,7 +34,7 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
 
     Args:
         context: The command's setting.
-        teachers: Names of the candidates; None takes `teachers` of params.yaml, as far as the recipe has them.
+        teachers: Names of the candidates; None takes those of `teachers` in params.yaml that the recipe has.
 
     Returns:
         The comparison, as written to selection.json.
@@ -68,15 +68,11 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
                 f"--teachers {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}"
             )
     candidates = [read_metrics(paths, name) for name in names]
-    able = [
-        candidate
-        for candidate in candidates
-        if not candidate["at_chance"] and math.isfinite(candidate["best"][recipe.select.by])
-    ]
-    if not able:
+    scores = {row["name"]: row["best"][recipe.select.by] for row in candidates if not row["at_chance"]}
+    scores = {name: score for name, score in scores.items() if math.isfinite(score)}
+    if not scores:
         raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
-    winner = max(able, key=lambda candidate: candidate["best"][recipe.select.by])["name"]
-    return {"winner": winner, "by": recipe.select.by, "candidates": candidates}
+    return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}
 
 
 def read_metrics(paths: Paths, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a student learns from: how often the teacher's labels of views are right, and some views to look at."""
+"""The teacher on augmented views: how often its labels are right, and a sheet of sample views."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ NUM_COLUMNS = 4  # of views, where they do not mix
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """The views of a view recipe, and the teacher's labels of them.
+    """A view recipe's views of the training split, and the teacher's labels of them.
 
     Attributes:
-        name: Of the view recipe.
-        dataset: The data set, whose training split the views are of.
+        name: The view recipe.
+        dataset: The data set.
         cache: The labels.
         views: The views.
     """
@@ -50,12 +50,12 @@ class Labelled:
 
     @property
     def suffix(self) -> str:
-        """The end of its figures' names, which tells them from those of other view recipes."""
+        """What tells the names of its figures from those of other view recipes."""
         return "" if self.name == "default" else f"-{self.name}"
 
     @property
     def of(self) -> str:
-        """The same for titles."""
+        """What tells the titles of its figures from those of other view recipes."""
         return "" if self.name == "default" else f", views {self.name}"
 
     @property
@@ -72,14 +72,7 @@ class Labelled:
 
 
 def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
-    """Show the teacher's accuracy on views by operation, and sample views, of each view recipe that is labelled.
-
-    Args:
-        context: The command's setting.
-        runs: What has been run.
-
-    Returns:
-        Nothing where labels or prepared data are missing.
+    """Show the teacher's accuracy by operation and sample views of each view recipe that is labelled.
 
     Raises:
         DataError: Labels or data are damaged, or belong to something else.
@@ -141,7 +134,7 @@ def _row(scores: OperationScores) -> DotRow:
 
 
 def sample_views(labelled: Labelled) -> Figure:
-    """Draw a sheet of samples: the image, its view, its partner's view, their mix, targets and the teacher's label."""
+    """Draw a sheet of training images with their views, targets and the teacher's labels; of mixed views both parts."""
     has_mixing = labelled.views.recipe.mixing != "none"
     samples = _choose(labelled)
     indices = torch.from_numpy(samples)
@@ -177,7 +170,7 @@ def sample_views(labelled: Labelled) -> Figure:
 
 
 def _choose(labelled: Labelled) -> NDArray[np.int64]:
-    """Return the samples to show, ascending: some whose label is none of the targets, the others evenly."""
+    """Return the samples to show, ascending: some whose label is none of the targets, the others evenly spread."""
     targets, labels = labelled.dataset.train.labels, labelled.cache.labels[0]
     partners = labelled.views.drawn(0).get("partner", np.arange(len(targets)))
     is_wrong = (labels != targets) & (labels != targets[partners])

@@ -88,16 +88,16 @@ class Run:
         cls, dataset: Dataset, recipe_name: str, kind: str, name: str, recipe: FitRecipe, seed: int,
         differs: Mapping[str, str], *, model: str, arguments: dict[str, Any], **fields: Any,
     ) -> Run:  # fmt: skip
-        """Return a run with its description and places: what differs from the recipe goes to data/runs.
+        """Describe a run and place its files: a run that differs from the recipe goes to data/runs.
 
         Args:
             dataset: What it is trained on.
-            recipe_name: The recipe that names data set and model.
+            recipe_name: The recipe of params.yaml.
             kind: `teacher` or `student`.
-            name: See the attributes.
-            recipe: See the attributes.
-            seed: See the attributes.
-            differs: See the attributes.
+            name: As shown to people.
+            recipe: How it is trained.
+            seed: Of initialisation and order.
+            differs: What differs from the recipe but for the seed.
             model: The architecture.
             arguments: What the architecture is built with, as plain JSON values.
             fields: The other attributes.
