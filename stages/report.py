@@ -190,11 +190,11 @@ def _write(directory: Path, title: str, text: str, sections: Sequence[Section], 
     files["report.md"] = page.to_markdown(title, text, sections, pictures="figures")
     files["report.html"] = page.to_html(title, text, sections)
     (directory / "figures").mkdir(parents=True, exist_ok=True)  # DVC expects it, also where nothing was drawn
-    former = _former_files(directory / "report.json")
+    former = _former_files(directory / "report.json") - set(files)
     for name, data in files.items():
         write_atomic(directory / name, data)
     write_json(directory / "report.json", {**content, "files": sorted(files)})
-    for name in former - set(files):
+    for name in former:
         (directory / name).unlink(missing_ok=True)
 
 

@@ -12,7 +12,6 @@ from pipeline.errors import DataError, UsageError
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
 from stages.shared.context import Context
 from stages.shared.options import open_context, recipe_option, teachers_option
-from stages.shared.paths import Paths
 
 
 @click.command("select")
@@ -67,22 +66,14 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
             raise UsageError(
                 f"--teachers {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}"
             )
-    candidates = [read_metrics(paths, name) for name in names]
+    candidates: list[dict[str, Any]] = []
+    for name in names:
+        file = paths.teacher(name) / "metrics.json"
+        if not file.is_file():
+            raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
+        candidates.append(read_json(file))
     scores = {row["name"]: row["best"][recipe.select.by] for row in candidates if not row["at_chance"]}
     scores = {name: score for name, score in scores.items() if math.isfinite(score)}
     if not scores:
         raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
     return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}
-
-
-def read_metrics(paths: Paths, name: str) -> dict[str, Any]:
-    """Read a candidate's metrics.json.
-
-    Raises:
-        DataError: It is not there.
-    """
-    file = paths.teacher(name) / "metrics.json"
-    if not file.is_file():
-        raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {paths.recipe}`")
-    metrics: dict[str, Any] = read_json(file)
-    return metrics

@@ -44,7 +44,7 @@ def train_teacher(
 
     Args:
         context: The command's setting.
-        name: Of the teacher.
+        name: The teacher's name.
         settings: Fields of the teacher's recipe to replace; such a run goes to data/runs.
         seed: Of initialisation and order; one that is not 0 goes to data/runs too.
         fresh: Whether to start over.
@@ -73,7 +73,7 @@ def train_teacher(
 
 
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
-    """Return what training a candidate means; arguments as of `train_teacher`."""
+    """Return a candidate's run; arguments as of `train_teacher`."""
     recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
     dataset = context.dataset()
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}

@@ -1,4 +1,4 @@
-"""`pipeline teacher-select`: the whole of stage one, doing only what is not up to date."""
+"""`pipeline teacher-select`: all of stage one that is not up to date."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def teacher_select(
 
 
 def prepare_from_raw(context: Context, *, download: bool = False) -> None:
-    """Prepare the data unless it is there, from data/raw; `download` fetches there what is missing."""
+    """Prepare the data from data/raw unless they are prepared; `download` fetches what is missing there."""
     if context.paths.is_prepared:
         return
     prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw, download=download)
@@ -97,7 +97,7 @@ def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Se
 def plan(
     context: Context, teachers: Sequence[str] | None = None, optimizers: Sequence[str] = (), *, fresh: bool = False
 ) -> list[str]:
-    """Say what `teacher_select` would do, and why; nothing is written."""
+    """Say what `teacher_select` would do, and why, and write nothing."""
     jobs, lines = stage_one(context, check_names(context, teachers, optimizers)), []
     if not context.paths.is_prepared:
         check_source(context.recipe, context.paths.raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
         "commit " + _all(values["commit"] or "unknown" for values in where),
         _all(values["date"][:10] for values in where),
     ]
-    warnings = [f"{_label(run, runs)}: {warning}" for run in runs for warning in run.metrics["warnings"]]
+    counts = Counter(run.name for run in runs)
+    labels = [f"{run.name}, seed {run.seed}" if counts[run.name] > 1 else run.name for run in runs]
+    warnings = [f"{label}: {text}" for label, run in zip(labels, runs, strict=True) for text in run.metrics["warnings"]]
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
 
 
@@ -88,10 +91,6 @@ def _teacher(run: FinishedRun) -> str:
     name, top1 = (run.metrics["teacher"][key] for key in ("name", "top1"))
     began = run.teacher_weights
     return f"{name} at {top1:.2f} %" + (f" (trained from {began})" if began else "")
-
-
-def _label(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
-    return f"{run.name}, seed {run.seed}" if sum(other.name == run.name for other in runs) > 1 else run.name
 
 
 def _device(environment: Any) -> str:

@@ -22,23 +22,12 @@ from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
 
 
-def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teacher, Checkpoint]:
-    """Load a teacher for a data set, ready to label it.
-
-    Raises:
-        UsageError: The path does not exist; or torch.compile was asked for and fails.
-        DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
-    """
-    checkpoint = read_teacher(context, dataset, path)
-    return make_ready(context, dataset, checkpoint), checkpoint
-
-
 def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
     """Read a teacher's checkpoint and check that it belongs to a data set.
 
     Raises:
         UsageError: The path does not exist.
-        DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
+        DataError: It holds no valid teacher, or one of other classes, image size or normalisation.
     """
     checkpoint = load_checkpoint_of(path, "teacher")
     for key in ("class_names", "image_size", "mean", "std"):
@@ -55,7 +44,7 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
 
     Raises:
         UsageError: torch.compile was asked for and fails.
-        DataError: The checkpoint's JSON describes no model, or the weights belong to another.
+        DataError: The checkpoint's JSON describes no model, or the weights are not that model's.
     """
     settings, device = context.recipe.label, context.device
     module = from_checkpoint(checkpoint, device).module

@@ -1,4 +1,4 @@
-"""What the commands' options share: their definitions, their parsing, and the context they make."""
+"""Options that several commands have, the parsing of their values, and the context that they make."""
 
 from __future__ import annotations
 
@@ -100,20 +100,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --fresh, --seed and --set."""
-    command = click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable.",
-    )(command)
-    command = click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0, MAX_SEED),
-        help="Initialisation and order.",
-    )(command)
+    what = "Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable."
+    command = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=what)(command)
+    seeds, what = click.IntRange(0, MAX_SEED), "Initialisation and order."
+    command = click.option("--seed", default=0, show_default=True, type=seeds, help=what)(command)
     return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
 
 

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher, and where that comes from: the label cache, the teacher itself, or nowhere.
+"""Where a student's teacher labels come from: the label cache, the teacher itself, or nowhere.
 
 `TeacherSource.find` is enough to plan a run, and loads no model; `TeacherSource.open` gives what training needs.
 """
@@ -23,7 +23,7 @@ from pipeline.training.checkpoints import read_meta
 from pipeline.views.views import Views
 from stages.shared.context import Context
 from stages.shared.fitting import Teaching
-from stages.shared.labelling import identity_of, label_clean, load_teacher, read_teacher
+from stages.shared.labelling import identity_of, label_clean, make_ready, read_teacher
 from stages.shared.options import kept_name
 from stages.shared.paths import Paths
 
@@ -55,7 +55,7 @@ class Distillation:
         return "soft" in self.settings
 
     def check(self, name: str, recipe: StudentRecipe) -> None:
-        """Check the options before any data is looked for.
+        """Check the options, before any data is looked for.
 
         Raises:
             UsageError: They do not go together, or not with this student.
@@ -133,10 +133,10 @@ class TeacherSource:
     """Where a student's teacher labels come from.
 
     Attributes:
-        recipe: The student's.
+        recipe: The student's recipe.
         distillation: What the command changes.
         digest: SHA-256 of the teacher's checkpoint; None without a teacher.
-        cache: The label cache. A student that does not learn from it is still measured against it where it exists.
+        cache: The label cache, if there is one; a student that does not learn from it is still measured against it.
     """
 
     recipe: StudentRecipe
@@ -173,11 +173,11 @@ class TeacherSource:
         return STUDENTS[self.recipe.model].has_distillation_head and self.distillation.labels != "none"
 
     def open(self, context: Context, views: Views) -> Teaching:
-        """Load the teacher or put the cached labels on the device, and return what training needs of them.
+        """Load the teacher, or put the cached labels on the device, for training.
 
         Args:
             context: The command's setting.
-            views: Those that the student trains on; they must be those that were labelled.
+            views: The student's training views, which must be those that were labelled.
 
         Raises:
             UsageError: torch.compile was asked for and fails.
@@ -185,7 +185,8 @@ class TeacherSource:
         """
         dataset, kind = context.dataset(), {"soft": self.recipe.soft > 0, "confidence": self.distillation.confidence}
         if self.distillation.teacher is not None:
-            teacher, checkpoint = load_teacher(context, dataset, self.distillation.teacher)
+            checkpoint = read_teacher(context, dataset, self.distillation.teacher)
+            teacher = make_ready(context, dataset, checkpoint)
             labels = online_labels(teacher, **kind) if self.is_distilled else None
             clean, name = label_clean(context, dataset, teacher), str(checkpoint.meta["model"])
         elif self.cache is not None:
@@ -208,8 +209,8 @@ def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str
     """Open a recipe's label cache.
 
     Raises:
-        DataError: It is not valid; or it belongs to other data, views or evaluation images, or to a teacher that is not
-            the selected one.
+        DataError: It is not valid, or belongs to other data, views, evaluation images or another teacher than the
+            selected one.
     """
     identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe)
     winner = read_meta(paths.winner)
