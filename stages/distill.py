@@ -86,7 +86,7 @@ def distill(
 def plan_student(
     context: Context, name: str, distillation: Distillation = RECIPES_OWN, *, seed: int = 0
 ) -> tuple[Run, TeacherSource]:
-    """Return a student's run and where its teacher labels come from; arguments and errors as of `distill`."""
+    """Return a student's run and where its teacher labels come from; with the arguments and errors of `distill`."""
     recipe = student_recipe(context.recipe, name, distillation.settings)
     distillation.check(name, recipe)
     if distillation.labels == "none":  # nothing is learned from a teacher, softly or not

@@ -379,7 +379,8 @@ def _config(
 def _results(classifier: Classifier, real: RealImages) -> dict[str, Any]:
     """Return the model's scores: on the test split if its metrics.json is there, else on the split that chose it."""
     metrics, run = (_read_beside(classifier, name) for name in ("metrics.json", "run.json"))
-    scores, split, selected_on = metrics.get("test"), "test", metrics.get("evaluated_on")
+    split: str | None = "test"
+    scores, selected_on = metrics.get("test"), metrics.get("evaluated_on")
     of_this = (classifier.config.get("epoch"), classifier.config.get("seed"))
     if not isinstance(scores, dict) or (scores.get("epoch"), metrics.get("seed")) != of_this:
         metrics, scores = {}, classifier.config.get("scores")

@@ -1,6 +1,6 @@
-"""Jobs: the trainings, selections and labellings that a command is made of, each a call of the command that does it.
+"""Jobs: the trainings, selections and labellings of a command, each a call of the command that does it.
 
-`reproduce` and `teacher-select` carry them out, `--dry-run` and `doctor` show how far they are.
+`reproduce` and `teacher-select` do them; `--dry-run` and `doctor` show their states.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Job(ABC):
     """A piece of work that a command does.
 
     Attributes:
-        recipe: The recipe it belongs to.
-        after: Jobs whose results it needs: it is left out where one of them fails.
+        recipe: Its recipe.
+        after: Jobs whose results it needs; it is left out if one of them fails.
     """
 
     recipe: str
@@ -45,18 +45,18 @@ class Job(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What it is, in a few words."""
+        """Its name for people."""
 
     @abstractmethod
     def amount(self, context: Context) -> str:
-        """Say how much work the whole of it is."""
+        """Say how much work it is from the beginning."""
 
     @abstractmethod
     def state(self, context: Context, *, fresh: bool = False) -> State:
-        """Say what it would do. The jobs that it comes after are done.
+        """Say what it would do, given that the jobs it comes after are done.
 
         Args:
-            context: Of its recipe.
+            context: Its recipe's context.
             fresh: Whether it would start over.
 
         Raises:
@@ -115,7 +115,7 @@ class TeacherJob(TrainingJob):
 
     Attributes:
         name: The teacher; None is the selected one.
-        optimizer: In place of the recipe's (Figure 5); None is the recipe's.
+        optimizer: The optimiser, for Figure 5; None is the recipe's.
         keeps: See `SelectJob`; a teacher whose labels are here without it counts as trained.
     """
 
@@ -185,7 +185,7 @@ class SelectJob(Job):
         return f"select by {context.recipe.select.by}"
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
-        """Done where the best is selected, or stays."""
+        """Return that it is done if the best candidate is selected, or the selected one stays."""
         paths, cache = context.paths, any_labels(context) if self.keeps else None
         maker = None if cache is None else str(cache.provenance["teacher"])
         makers = None if maker is None else read_meta(paths.teacher(maker))
@@ -205,8 +205,8 @@ class SelectJob(Job):
             return State(self.amount(context))
         former = read_json(paths.selection) if paths.selection.is_file() else {}
         compared = former.get("candidates", [])
-        stands = former.get("winner") == best and all(row in compared for row in comparison["candidates"])
-        return State(f"{best} is selected", is_done=True) if stands else State(self.amount(context))
+        is_same = former.get("winner") == best and all(row in compared for row in comparison["candidates"])
+        return State(f"{best} is selected", is_done=True) if is_same else State(self.amount(context))
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Select."""
@@ -244,7 +244,7 @@ class LabelJob(Job):
         return f"label {context.recipe.views[self.views].count} views"
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
-        """Done where every view is labelled and sealed."""
+        """Return that it is done if every view is labelled and sealed."""
         count, cache = context.recipe.views[self.views].count, None if fresh else labels_of(context, self.views)
         if cache is not None and cache.num_views >= count and cache.topk >= context.recipe.label.topk:
             return State(f"{context.paths.labels(self.views)}: up to date, {cache.num_views} views", is_done=True)

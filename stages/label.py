@@ -112,14 +112,14 @@ class LabelPlan:
     """What labelling a view recipe takes.
 
     Attributes:
-        path: The sealed file, whether it is there or not.
+        path: The sealed file, which may not exist yet.
         asked: The views asked for.
         missing: Those of them still to be labelled, ascending.
         parts: The views labelled so far.
-        cache: The sealed file that the run extends; None where there is none of use.
-        dataset: Its training images are labelled.
-        checkpoint: The teacher's.
-        fresh: Whether the parts are to be deleted first.
+        cache: The sealed file that the run extends; None without one that it can.
+        dataset: The data set whose training images are labelled.
+        checkpoint: The teacher's checkpoint.
+        fresh: Whether to delete the parts first.
     """
 
     path: Path
@@ -164,7 +164,7 @@ def plan_labels(context: Context, request: LabelRequest) -> LabelPlan:
     provenance = provenance_of(context, dataset, checkpoint, topk)
     parts = LabelParts(paths.work("labels", request.view_recipe), identity=identity, provenance=provenance)
     missing = list(views) if fresh else parts.missing(views.stop, views.start)
-    # Rank 0 deletes the parts only once the file is there, so what they no longer hold has been sealed meanwhile.
+    # Rank 0 deletes parts only after it has sealed them, so a view that vanished meanwhile is in the new file.
     if not fresh and _inode(path) != inode:
         cache = _reusable_cache(context, path, identity, checkpoint.sha256)
     if cache is not None:
@@ -212,7 +212,7 @@ def label(context: Context, request: LabelRequest) -> Path:
 def _reusable_cache(
     context: Context, path: Path, identity: Mapping[str, Any], checkpoint_sha256: str
 ) -> LabelCache | None:
-    """Open the sealed file if it is of this data, view recipe and teacher; any other will be replaced."""
+    """Open the sealed file if it is of this data, view recipe and teacher; else say that it will be replaced."""
     if not path.exists():
         return None
     try:
@@ -255,12 +255,12 @@ def slices(views: Sequence[int]) -> str:
 
 
 def _inode(path: Path) -> int | None:
-    """Tell a file from the one that replaces it; None where there is none."""
+    """Return what tells a file from its replacement; None if it does not exist."""
     return path.stat().st_ino if path.exists() else None
 
 
 def _clean_up(plan: LabelPlan, ranks: Ranks) -> None:
-    """Delete what a run left that was killed between sealing the file and deleting the parts."""
+    """Delete the parts and temporary files of a run that was killed after it had sealed the file."""
     assert plan.cache is not None
     if ranks.is_main and not _ranks_at_work(plan.parts.directory, ranks.rank):
         remove_leftovers(plan.path)
@@ -268,9 +268,9 @@ def _clean_up(plan: LabelPlan, ranks: Ranks) -> None:
 
 
 def _ranks_at_work(work: Path, this: int) -> set[int]:
-    """Return the ranks other than this one that hold their lock, beside the directory of the parts.
+    """Return the other ranks that hold their lock, beside the directory of the parts.
 
-    Some may be of an earlier group, which they outlive: without torchrun nobody ends them when rank 0 dies.
+    Some may be left of an earlier group: without torchrun nobody ends them when rank 0 dies.
     """
     name = re.compile(re.escape(work.name) + r"-(\d+)\.lock")
     locks = {int(match[1]): file for file in work.parent.iterdir() if (match := name.fullmatch(file.name))}
@@ -290,7 +290,7 @@ class _Labelling:
         self._views = make_views(context, plan.dataset, request.view_recipe)
 
     def label_share(self) -> None:
-        """Label this rank's share of the missing views, saying how far it is."""
+        """Label this rank's share of the missing views and show the progress."""
         context, ranks, parts = self._context, self._ranks, self._parts
         mine = [view for view in self._plan.missing if view % ranks.world_size == ranks.rank]
         if num_invalid := parts.num_invalid(mine):
@@ -311,16 +311,15 @@ class _Labelling:
                     said = now
 
     def label_for_others(self) -> None:
-        """Return when every view is labelled and no other rank is at work, labelling what nobody else does.
+        """Label the views of ranks that are not at work, until every view is labelled and no other rank is at work.
 
-        So rank 0 never waits for a rank that died, failed, or finished without being of use (one that has other
-        libraries than rank 0 writes parts that rank 0 does not take), and never deletes the file that another is
-        about to rename. One that starts late finds some of its work done.
+        So rank 0 never waits for a rank that died, failed, or wrote parts that rank 0 cannot use, made with other
+        libraries, and never deletes a file that another rank is about to rename.
         """
         say, ranks, parts = self._context.say, self._ranks, self._parts
         left, said, num_taken = list(self._plan.asked), time.monotonic(), 0
         while True:
-            # Looked at before the parts: a rank that ends in between has written its views.
+            # Before the parts are read: a rank that ends in between has written its views.
             busy = _ranks_at_work(parts.directory, ranks.rank)
             left = [view for view in left if parts.read(view) is None]
             abandoned = [view for view in left if view % ranks.world_size not in busy]
@@ -338,7 +337,7 @@ class _Labelling:
             say(f"labelled {num_taken} views of ranks that were not at work")
 
     def seal(self) -> None:
-        """Seal the finished views into one file, unless a slice has left some before them to other runs."""
+        """Seal the finished views into one file, unless a slice left views before them to other runs."""
         from pipeline.labels.replay import make_canaries
         from stages.shared.labelling import label_clean
 
@@ -358,7 +357,7 @@ class _Labelling:
         context.changed(f"label@{self._request.view_recipe}")
 
     def _label(self, view: int) -> None:
-        """Label a view whole, or not at all.
+        """Label a view completely or not at all.
 
         Raises:
             Interrupted: A signal came, or the time limit has been reached; this view is saved.

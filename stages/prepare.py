@@ -60,17 +60,17 @@ def prepare(
 
     Args:
         recipe: The recipe.
-        out: Folder for the two files, made where missing; what stands there is replaced once all is read.
+        out: Folder for the two files, made if missing; earlier files there are replaced once all images are read.
         raw: Folder of torchvision's downloads.
         folder: An image folder to read instead of the source's own files.
-        download: Download to `raw` what is not there.
+        download: Download to `raw` what is missing there.
         skip_bad: Leave an image folder's bad files out instead of refusing it.
 
     Returns:
         The content of summary.json, see `_summarize`.
 
     Raises:
-        UsageError: Both a folder and a download; or the source is `folder` and none is given, or not there.
+        UsageError: Both a folder and a download are given; or the source is `folder` and no existing folder is given.
         DataError: The files are missing, damaged, or no data set.
         StorageError: Downloading, reading or writing failed.
     """
@@ -120,7 +120,7 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
 
 
 def _state(recipe: Recipe, paths: Paths) -> str:
-    """Say which prepared data are there already."""
+    """Say which prepared data exist."""
     from stages.shared.runs import differences
 
     summary = paths.prepared / "summary.json"
@@ -133,11 +133,7 @@ def _state(recipe: Recipe, paths: Paths) -> str:
 
 
 def _check_request(folder: Path | None, *, download: bool) -> None:
-    """Refuse arguments that say twice where images come from.
-
-    Raises:
-        UsageError: Both a folder and a download.
-    """
+    """Refuse both a folder and a download."""
     if folder is not None and download:
         raise UsageError(
             f"--from {printable(folder)} and --download: both say where images come from; give one of them"

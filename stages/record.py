@@ -109,7 +109,7 @@ class Records:
         return records
 
     def curve(self, identifier: str) -> Path:
-        """Return where a run's curve lies."""
+        """Return the file of a run's curve."""
         return self.path.parent / "curves" / f"{identifier}.csv"
 
 

@@ -1,4 +1,4 @@
-"""`pipeline reproduce`: run whatever a table, a figure or everything still lacks, and record what is finished."""
+"""`pipeline reproduce`: do the jobs that the paper's tables and figures still lack, and record finished runs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from stages.teacher_select import prepare_from_raw
 
 MAIN = "cifar100"
 PAPERS = tuple(paper.TABLES)
-"""The recipes of the paper, named after their data, in the order of worth."""
+"""The paper's recipes, named after their data, the most telling first."""
 OURS = "titn"
 NUM_VIEWS = (1, 2, 5)
 TABLES = {
     2: MAIN, 6: "cifar10", **{int(name.split()[-1]): recipe for recipe, name in paper.TABLES.items()},
 }  # fmt: skip
 FIGURES_RECIPES = {4: MAIN, 5: MAIN, **{int(name.split()[-1]): recipe for recipe, name in paper.FIGURES.items()}}
-"""Table or figure, then the recipe it is about."""
+"""The recipe of each table and figure."""
 PASSED_OVER = (DataError.exit_code, NumericalError.exit_code)
 """Errors that end one job and not the others, by exit code: a rank learns of another's error by its code alone."""
 
@@ -106,7 +106,7 @@ def reproduce(context: Context, scope: Scope, *, out: Path, download: bool = Fal
 
 
 class Reproduction:
-    """The jobs of a scope, in their order, under way; arguments as of `reproduce`."""
+    """The jobs of a scope, in their order, under way; with the arguments of `reproduce`."""
 
     def __init__(self, context: Context, jobs: Sequence[Job], records: Records, *, download: bool) -> None:
         self._jobs, self._records, self._download = jobs, records, download

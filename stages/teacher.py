@@ -73,7 +73,7 @@ def train_teacher(
 
 
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
-    """Return a candidate's run; arguments as of `train_teacher`."""
+    """Return a candidate's run, with the arguments of `train_teacher`."""
     recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
     dataset = context.dataset()
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}

@@ -203,8 +203,8 @@ def _add_mixed(labelled: Labelled, indices: torch.Tensor, rows: list[list[Cell |
             Cell(seconds[row], [f"#{partner}", f"target: {names[targets[1]]}", *_described(drawn, partner)]),
             Cell(mixed[row], lines, marked=label not in targets),
         ]
-        told = [str(index), "0", names[targets[0]], str(partner), names[targets[1]], f"{share:.4f}", names[label]]
-        data.append([*told, "; ".join(_described(drawn, index))])
+        cells = [str(index), "0", names[targets[0]], str(partner), names[targets[1]], f"{share:.4f}", names[label]]
+        data.append([*cells, "; ".join(_described(drawn, index))])
 
 
 def _add_plain(
@@ -217,8 +217,8 @@ def _add_plain(
         target, label = int(labelled.dataset.train.labels[index]), int(labelled.cache.labels[view, index])
         described = _described(drawn, index)
         rows[row].append(Cell(pixels[row], [f"teacher: {names[label]}", *described], marked=label != target))
-        told = [str(index), str(view), names[target], "", "", "", names[label]]
-        data.append([*told, "; ".join(described)])
+        cells = [str(index), str(view), names[target], "", "", "", names[label]]
+        data.append([*cells, "; ".join(described)])
 
 
 def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -25,7 +26,7 @@ LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
 
 
 class FilePath(click.Path):
-    """A path that is not empty: an unset shell variable gives an empty one, which `Path` takes for `.`.
+    """A path that is not empty; an empty one comes from an unset shell variable, and `Path` would read it as `.`.
 
     Args:
         must_exist: Whether a path that does not exist is a UsageError.
@@ -39,7 +40,7 @@ class FilePath(click.Path):
         """Return the path."""
         if not str(value):
             self.fail("an empty path", param, context)
-        path: Path = super().convert(value, param, context)
+        path = Path(os.fsdecode(super().convert(value, param, context)))
         if self._must_exist:
             try:
                 path.stat()

@@ -36,11 +36,11 @@ OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
 
 
 class State(NamedTuple):
-    """How far a piece of work is.
+    """The state of a piece of work.
 
     Attributes:
         text: What is left to do and why, in one line.
-        is_done: Whether nothing is.
+        is_done: Whether nothing is left to do.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Run:
     Attributes:
         name: As shown to people.
         out: Where the outputs go.
-        work: Where the resumable state lies while it runs.
+        work: Where the resumable state is kept while it runs.
         stage: The DVC stage whose outputs these are; None for runs that differ from the recipe.
         description: The checkpoint's JSON, see stages.shared.runs.describe.
         recipe: How it is trained.
@@ -130,11 +130,11 @@ class Run:
         return {**self.description, "training": deciding_values(self.recipe), **self._rest}
 
     def why_stale(self) -> str | None:
-        """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
+        """Say in a phrase why the outputs are not those of exactly this run; None if they are."""
         return why_stale(self.out, self.fingerprint, self.decided_by)
 
     def state(self, *, fresh: bool = False) -> State:
-        """Say what training it would do, and why; `fresh` as the option `--fresh`."""
+        """Say what training the run would do, and why, with or without the option `--fresh`."""
         why = "--fresh" if fresh else self.why_stale()
         if why is None:
             return State(f"up to date ({self.out})", is_done=True)
@@ -151,16 +151,16 @@ class Run:
 
     @property
     def lock(self) -> Path:
-        """The lock of whoever writes the outputs."""
+        """The lock that the writer of the outputs holds."""
         return self.work.with_name(f"{self.work.name}.lock")
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers of the outputs left; for the holder of the lock."""
+        """Remove the temporary files of killed writers; the caller holds the lock."""
         for name in (*CHECKPOINTS, *OUTPUTS):
             remove_leftovers(self.out / name)
 
     def clean_up(self) -> None:
-        """Remove what a run left that was killed between writing its outputs and its end."""
+        """Remove the state of a run that was killed after it had written its outputs."""
         if self.work.exists():
             with contextlib.suppress(StorageError), lock(self.lock):
                 self.remove_leftovers()
@@ -168,12 +168,12 @@ class Run:
 
 
 def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
-    """Say in a phrase why a directory does not hold a run's outputs; None where it does.
+    """Say in a phrase why a directory does not hold a run's outputs; None if it does.
 
     Args:
         out: The run's directory.
-        fingerprint: Of everything that decides the result. It alone says whether the outputs are the run's.
-        expected: The same as plain JSON values, as far as the checkpoint's JSON keeps it; explains a difference.
+        fingerprint: The run's. It alone decides whether the outputs are the run's.
+        expected: The run's `decided_by`, which explains a difference.
     """
     try:
         meta = read_meta(out)
@@ -210,7 +210,7 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _named(difference: Difference) -> tuple[str, str]:
-    """Return the field in which a difference lies, and the difference as people read it."""
+    """Return the field of a difference, and the difference in words."""
     keys = [key for key in difference.place if isinstance(key, str)]
     key = ".".join(keys[-2:]) if keys[-2:-1] == ["views"] else keys[-1]
     if key in _PHRASES:
@@ -222,7 +222,7 @@ def _named(difference: Difference) -> tuple[str, str]:
 
 
 def _text(value: Any) -> str:
-    """Write a value as params.yaml does, a long one cut."""
+    """Write a value as params.yaml does, cut to 24 characters."""
     if value is MISSING or value is None:
         return "none"
     if isinstance(value, bool):
