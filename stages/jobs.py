@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipes import TeacherRecipe
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.labels.cache import LabelCache
 from pipeline.system.storage import read_json
 from pipeline.training.checkpoints import read_meta
@@ -100,7 +100,7 @@ class TrainingJob(Job):
         """Return the recipe's epochs unless it is known to be done."""
         try:
             return 0 if self.state(context).is_done else self.epochs(context)
-        except DataError:
+        except (DataError, StorageError, UsageError):  # told when the job is done
             return self.epochs(context)
 
     def output(self, context: Context) -> Path | None:

@@ -28,6 +28,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = small_project(tmp_path_factory.mktemp("reproduced") / "project")
     out = invoke(project, *DEIT)
     assert "5 of 5 jobs are done; 3 new records" in out
+    assert "deit (job 5 of 5): epoch 1/2" in out and "left for all jobs" in out
     return project
 
 
