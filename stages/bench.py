@@ -28,7 +28,10 @@ from stages.shared.options import PATH, device_option, json_option, open_console
 
 @click.command("bench")
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...", type=PATH)
-@click.option("--batch-sizes", default="1,8,64,256", show_default=True, help="Images a batch.")
+@click.option(
+    "--batch-sizes", type=parse_batch_sizes, metavar="A,B,...", default="1,8,64,256", show_default=True,
+    help="Images a batch.",
+)  # fmt: skip
 @device_option
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; PyTorch's choice where left out.")
@@ -36,7 +39,7 @@ from stages.shared.options import PATH, device_option, json_option, open_console
 @json_option
 def command(
     checkpoints: tuple[Path, ...],
-    batch_sizes: str,
+    batch_sizes: tuple[int, ...],
     device: str | None,
     precision: str,
     threads: int | None,
@@ -48,7 +51,7 @@ def command(
     Several checkpoints take turns, so that what else the machine does hits all of them. Timed are batches of pixels;
     reading image files is left out.
     """
-    sizes, console = parse_batch_sizes(batch_sizes), open_console()
+    console = open_console()
     models: dict[str, Classifier] = {}
     with cpu_threads(threads):
         for path in checkpoints:
@@ -57,10 +60,11 @@ def command(
             models[str(path)] = load(path, device=device, precision=precision)
         costs = [{"checkpoint": name, **costs_of(model)} for name, model in models.items()]
         on = shared_device(models.values())
-        where = conditions(on, rounds)
+        load_average = round(os.getloadavg()[0], 2)
+        where = {**environment(on), "threads": torch.get_num_threads(), "load_average": load_average, "rounds": rounds}
         if not as_json:
             console.print(costs_table(costs).to_rich(console.width))
-        speeds = measure_speed(models, sizes, rounds=rounds)
+        speeds = measure_speed(models, batch_sizes, rounds=rounds)
         if as_json:
             result = {"environment": where, "models": costs, "speeds": [dataclasses.asdict(speed) for speed in speeds]}
             click.echo(json.dumps(result, indent=2))
@@ -110,52 +114,29 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def conditions(device: torch.device, rounds: int) -> dict[str, Any]:
-    """Say where and how is measured, as plain JSON values."""
-    return {
-        **environment(device),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "rounds": rounds,
-    }
-
-
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of what the models cost."""
-    columns = (
-        "checkpoint",
-        "model",
-        "top-1 %",
-        "parameters",
-        "file, MB",
-        "MACs, M",
-        "FLOPs, M",
-        "inner block",
-        "precision",
-        "on",
-        "image",
-    )
     cells = [
-        [
-            row["checkpoint"],
-            row["model"],
-            number(row["top1"]),
-            f"{row['parameters']:,}",
-            number(row["file_bytes"] / 1e6, 1),
-            number(row["paper_macs"] / 1e6, 1),
-            number(row["flops_per_image"] / 1e6, 1),
-            (row["inner_block"] or "-").partition(" ")[0],
-            row["precision"],
-            row["device"],
-            str(row["image_size"]),
-        ]
+        {
+            "checkpoint": row["checkpoint"],
+            "model": row["model"],
+            "top-1 %": number(row["top1"]),
+            "parameters": f"{row['parameters']:,}",
+            "file, MB": number(row["file_bytes"] / 1e6, 1),
+            "MACs, M": number(row["paper_macs"] / 1e6, 1),
+            "FLOPs, M": number(row["flops_per_image"] / 1e6, 1),
+            "inner block": (row["inner_block"] or "-").partition(" ")[0],
+            "precision": row["precision"],
+            "on": row["device"],
+            "image": str(row["image_size"]),
+        }
         for row in rows
     ]
     note = (
         "Top-1 on what its own recipe evaluates on. MACs by the paper's convention, FLOPs by PyTorch's counter, both "
         "of one image and the plain formulation."
     )
-    return Table("What they cost", columns, cells, note)
+    return Table("What they cost", list(cells[0]), [list(row.values()) for row in cells], note)
 
 
 def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch.device) -> Table:
@@ -164,14 +145,13 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch
     rows = []
     for speed in speeds:
         times = [number(speed.median_ms), " to ".join(map(number, speed.quartiles_ms)), number(speed.p95_ms)]
-        row = [speed.name, str(speed.batch_size), *times, f"{speed.images_per_second:,.0f}"]
-        rows.append(row if speed.peak_bytes is None else [*row, number(speed.peak_bytes / 2**20, 0)])
+        memory = [] if speed.peak_bytes is None else [number(speed.peak_bytes / 2**20, 0)]
+        rows.append([speed.name, str(speed.batch_size), *times, f"{speed.images_per_second:,.0f}", *memory])
     if device.type == "cuda":
         columns.append("memory, MiB")
     note = (
         f"From uint8 pixels in RAM to probabilities in RAM, in turns, {where['rounds']} rounds. {device_name(device)}, "
-        f"load {where['load_average']} at the start, torch {where['versions']['torch']}, "
-        f"{where['date']} UTC."
+        f"load {where['load_average']} at the start, torch {where['versions']['torch']}, {where['date']} UTC."
     )
     return Table("How fast they answer", columns, rows, note)
 

@@ -20,7 +20,7 @@ import pipeline
 from pipeline.errors import Interrupted, PipelineError, one_line
 from stages.shared.options import STOP
 
-# Of each command its name, the module below stages/ whose `command` it is, and one line of help.
+# A command's name, the module below stages/ that defines it as `command`, and one line of help.
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "This machine": (
         ("doctor", "doctor.diagnosis", "Check whether a full run can work here, and estimate its disk and memory."),
@@ -37,11 +37,7 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "Trained models": (
         ("predict", "predict", "Name the classes of images, by a student or a teacher."),
         ("bench", "bench", "Show what models cost and how fast they answer here."),
-        (
-            "export",
-            "export",
-            "Write a trained model as ONNX, TorchScript or safetensors, with a model card.",
-        ),
+        ("export", "export", "Write a trained model as ONNX, TorchScript or safetensors, with a model card."),
     ),
     "Results": (
         ("evaluate", "evaluate", "Score a checkpoint on a recipe's data, or on any folder's."),
@@ -117,7 +113,6 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The documented exit code.
     """
-    debug = "--debug" in arguments
     try:
         cli.main(list(arguments), standalone_mode=False)
         STOP.check()
@@ -130,30 +125,25 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except Interrupted as error:
         return _tell_stop(error)
-    except PipelineError as error:
-        if debug:
-            traceback.print_exc()
-        stop = _stop_behind(error)
-        if stop is not None:
-            return _tell_stop(stop)
-        click.echo(one_line(f"Error: {error}"), err=True)
-        return error.exit_code
     except BrokenPipeError:
         return 4
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        where = error.filename or "reading or writing"
-        click.echo(one_line(f"Error: {where}: {error.strerror or error}"), err=True)
-        return 4
     except Exception as error:
+        debug = "--debug" in arguments
         if debug:
             traceback.print_exc()
-        if STOP.received is not None:  # a signal came, and the code it reached made another error of it
+        if isinstance(error, PipelineError):
+            if stop := _stop_behind(error):
+                return _tell_stop(stop)
+            message, code = str(error), error.exit_code
+        elif isinstance(error, OSError):
+            message, code = f"{error.filename or 'reading or writing'}: {error.strerror or error}", 4
+        elif STOP.received is not None:  # a signal came, and the code it reached made another error of it
             return _tell_stop(STOP.error("stopped; run the same command again"))
-        hint = "" if debug else "; --debug in front of the command shows where"
-        click.echo(one_line(f"Error: {type(error).__name__}: {' '.join(str(error).split())}{hint}"), err=True)
-        return 1
+        else:
+            hint = "" if debug else "; --debug in front of the command shows where"
+            message, code = f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", 1
+        click.echo(one_line(f"Error: {message}"), err=True)
+        return code
     return 0
 
 

@@ -13,37 +13,28 @@ import click
 import numpy as np
 import torch
 
-from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
+from pipeline.data.folders import MAX_CLASSES_NAMED, find_labelled_images, read_images
 from pipeline.data.images import BadFile, refusal
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import load
 from pipeline.report.tables import Table, number
 from pipeline.training.metrics import Meter, class_scores, worst_first
+from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import evaluation_data
-from stages.shared.options import (
-    PATH,
-    device_option,
-    json_option,
-    open_console,
-    open_context,
-    precision_option,
-    recipe_option,
-    require_exists,
-)
 
 
 @click.command("evaluate")
-@click.argument("checkpoint", type=PATH)
-@recipe_option
-@device_option
+@click.argument("checkpoint", type=options.EXISTING)
+@options.recipe_option
+@options.device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
-@click.option("--data", type=PATH, help="Score on this folder's <class>/* or test/<class>/*.")
+@click.option("--data", type=options.PATH, help="Score on this folder's <class>/* or test/<class>/*.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
 @click.option("--per-class", is_flag=True, help="Show each class too, the worst first.")
-@precision_option
-@json_option
+@options.precision_option
+@options.json_option
 def command(
     checkpoint: Path,
     recipe: str | None,
@@ -60,11 +51,10 @@ def command(
     With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
     name; classes may be absent, others are refused.
     """
-    require_exists(checkpoint)
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
-        context = open_context(recipe, device)
+        context = options.open_context(recipe, device)
         classifier = load(checkpoint, device=device, precision=precision)
         result = evaluate_split(context, classifier, split or "test", per_class=per_class)
     else:
@@ -76,7 +66,7 @@ def command(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    console = open_console()
+    console = options.open_console()
     for table in (scores_table, classes_table) if per_class else (scores_table,):
         console.print(table(result).to_rich(console.width))
 
@@ -138,7 +128,11 @@ def evaluate_folder(
     with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
         for batch in batches:
             bad += (BadFile(printable(file.path.relative_to(folder)), file.problem) for file in batch if file.problem)
-            _add(meter, classifier, [file for file in batch if file.pixels is not None])
+            good = [file for file in batch if file.pixels is not None]
+            if good:
+                images = classifier.place(np.stack([file.pixels for file in good if file.pixels is not None]))
+                labels = torch.tensor([file.label for file in good], device=classifier.device)
+                meter.add(classifier.logits(images), labels)
     if bad and not skip_bad:
         raise refusal(folder, bad)
     supports = meter.confusion.sum(dim=1).tolist()
@@ -155,25 +149,15 @@ def scores_table(result: dict[str, Any]) -> Table:
     heads = [number(result["class_top1"]), number(result["distillation_top1"])]
     row = [result["model"], number(result["top1"]), number(result["top5"])]
     row += [number(result[key], 3) for key in ("precision", "recall", "f1")]
-    columns = [
-        "model",
-        "top-1 %",
-        "top-5 %",
-        "precision",
-        "recall",
-        "F1",
-        "class head %",
-        "distillation head %",
-    ]
+    columns = ["model", "top-1 %", "top-5 %", "precision", "recall", "F1", "class head %", "distillation head %"]
     where = result["data"] if "data" in result else f"{result['recipe']}, {result['split']}"
     note = f"{result['num_images']} images, {result['device']}, {result['autocast']}"
     if result.get("skipped"):
         note += f"; {len(result['skipped'])} bad files left out"
     if absent := result.get("absent_classes"):
-        some = ", ".join(map(printable, absent[:MAX_CLASSES_NAMED])) + (
-            ", ..." if len(absent) > MAX_CLASSES_NAMED else ""
-        )
-        note += f"; no images of {len(absent)} classes ({some}), which count 0 in the means where they are predicted"
+        names = [*map(printable, absent[:MAX_CLASSES_NAMED]), *(["..."] if len(absent) > MAX_CLASSES_NAMED else [])]
+        note += f"; no images of {len(absent)} classes ({', '.join(names)}), "
+        note += "which count 0 in the means where they are predicted"
     return Table(f"{result['checkpoint']} on {where}", columns, [[*row, *heads]], note)
 
 
@@ -187,15 +171,6 @@ def classes_table(result: dict[str, Any]) -> Table:
         rows.append([printable(row["name"]), str(row["support"]), *scores, confused])
     columns = ["class", "images", "recall", "precision", "F1", "most often taken for"]
     return Table("Classes, the worst first", columns, rows, "Recall is the accuracy on the images of the class alone.")
-
-
-def _add(meter: Meter, classifier: Classifier, files: list[ImageFile]) -> None:
-    """Count a batch of images that have been read."""
-    if not files:
-        return
-    images = classifier.place(np.stack([file.pixels for file in files if file.pixels is not None]))
-    labels = torch.tensor([file.label for file in files], device=classifier.device)
-    meter.add(classifier.logits(images), labels)
 
 
 def _result(classifier: Classifier, where: dict[str, Any], meter: Meter, per_class: bool) -> dict[str, Any]:

@@ -33,15 +33,18 @@ from pipeline.inference.loading import from_checkpoint, from_file
 from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
 from pipeline.training.checkpoints import load_checkpoint
 from stages.shared.context import Context
-from stages.shared.options import PATH, json_option, open_console, open_context, require_exists
+from stages.shared.options import EXISTING, PATH, json_option, open_console, open_context
 
 NUM_CHECKED = 256
 BATCH = 64
+DESCRIBED = (
+    "kind", "model", "arguments", "recipe", "epoch", "seed", "dataset_sha256", "views", "soft", "confidence",
+)  # fmt: skip
 RESULTS = ("top1", "top5", "precision", "recall", "f1", "class_top1", "distillation_top1", "agreement")
 
 
 @click.command("export")
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=EXISTING)
 @click.option(
     "--format",
     "formats",
@@ -78,7 +81,6 @@ def command(
     CHECKPOINT is a directory that a stage wrote, or a .safetensors file in it. Each file is compared with PyTorch on
     real images; nothing is written before all of them agree. `pipeline.load` takes the directory in Python.
     """
-    require_exists(checkpoint)
     if recipe is not None and data is not None:
         raise UsageError("--recipe and --data: give one of them; both name the images to check on")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
@@ -126,27 +128,34 @@ def format_names(formats: Sequence[str], dtype: str, *, int8: bool) -> tuple[str
 
 
 def check_out(out: Path) -> None:
-    """Refuse an output directory that holds anything but a former export, before any work is done.
+    """Check, before any work is done, that an output directory is new, empty or a former export's.
 
     Raises:
-        UsageError: It does.
+        UsageError: It is not.
     """
-    if out.exists() and not out.is_dir():
+    if not out.exists():
+        return
+    if not out.is_dir():
         raise UsageError(f"--out {out}: not a directory")
-    if out.is_dir() and any(out.iterdir()) and not _is_export(out):
+    try:
+        config = read_json(out / CONFIG) if (out / CONFIG).is_file() else None
+    except PipelineError:
+        config = None
+    is_export = isinstance(config, dict) and config.get("schema") == SCHEMA
+    if any(out.iterdir()) and not is_export:
         raise UsageError(f"--out {out}: it holds other files than a former export's; name a new directory")
 
 
 @dataclass(frozen=True, eq=False)
 class RealImages:
-    """The images that an export is checked on, and their classes where these are known.
+    """The images that an export is checked on, and their classes if these are known.
 
     Attributes:
         images: `(N, H, W, 3)` uint8, N at least 1.
         labels: `(N,)` int64, or None.
-        description: What they are, for people.
-        source: The data set's, one of pipeline.config.recipes.SOURCES; None for a folder.
-        sha256: The data set's; None for a folder.
+        description: Their name for people.
+        source: The data set's source, one of pipeline.config.recipes.SOURCES; None for a folder.
+        sha256: The data set's SHA-256; None for a folder.
         evaluated_on: The split that the recipe's models are compared on; None for a folder.
     """
 
@@ -200,7 +209,7 @@ def from_folder(folder: Path, classifier: Classifier, *, labelled: bool) -> Real
     Args:
         folder: The folder. A name that starts with a dot, of a file or a folder, is passed over.
         classifier: The model.
-        labelled: Whether every image must lie in a folder named after one of the model's classes; then all are
+        labelled: Whether every image must lie in a folder named after one of the model's classes. Then all images are
             returned, else at most NUM_CHECKED.
 
     Raises:
@@ -247,11 +256,11 @@ def export(
     """Export a model, check every file on real images, and only then write them all.
 
     Args:
-        classifier: The model, of a checkpoint: on the CPU, in fp32, without fused blocks.
-        real: What it is checked on; with labels for int8 and bf16.
-        out: Directory of the files, as `check_out` allows it; a former export there is replaced.
+        classifier: The model, from a checkpoint: on the CPU, in fp32, without fused blocks.
+        real: The images to check on, with labels for int8 and bf16.
+        out: Directory of the files, which `check_out` has checked; a former export there is replaced.
         formats: Names that `format_names` returned.
-        license: Of the weights, for the card.
+        license: The weights' license, for the card.
         say: Takes a line for people.
 
     Returns:
@@ -272,17 +281,17 @@ def export(
         # As its users will load it.
         models[name] = from_file(name, contents[name], classifier.config, classifier.file, CPU)
         entries[name] = entry = _entry(name, contents[name], classifier, models[name], sample)
-        line = f"{entry['file']}: {entry['bytes'] / 1e6:.2f} MB, "
         if name == "onnx-int8":
-            for measured in ("onnx", name):
-                entries[measured] |= _measured(models[measured], real)
-            line += _compared(entries, real)
+            entries["onnx"] |= _measured(models["onnx"], real)
+            entry |= _measured(models[name], real)
+            text = _compared(entries, real)
         else:
+            text = _agreed(entry, real)
             if name == "safetensors-bf16":
                 entry |= {"dtype": "bfloat16", **_measured(models[name], real)}
                 entry["top1_of_checkpoint"] = exporting.top1(classifier, real.batches())
-            line += _agreed(entry, real)
-        say(line)
+                text += f"; top-1 {entry['top1']:.2f} % beside {entry['top1_of_checkpoint']:.2f} % in float32"
+        say(f"{entry['file']}: {entry['bytes'] / 1e6:.2f} MB, {text}")
     config = _config(classifier, real, entries, license)
     _write(out, contents, config)
     say(f"wrote {out}; {out / CARD} is its model card")
@@ -304,8 +313,8 @@ def _make(name: str, classifier: Classifier, contents: Mapping[str, bytes]) -> b
 
 
 def _entry(name: str, content: bytes, classifier: Classifier, exported: Classifier, sample: Tensor) -> dict[str, Any]:
-    """Compare what was made with the original, and return what config.json says of the file."""
-    # Of int8 the accuracy tells what it is worth; the difference is noted.
+    """Compare an exported file with the original, and return its entry in config.json."""
+    # An int8 file is judged by its accuracy; its difference is only noted.
     rounded = {"onnx-int8": math.inf, "safetensors-bf16": exporting.BF16_TOLERANCE}
     tolerance = rounded.get(name, exporting.TOLERANCE)
     try:
@@ -324,13 +333,10 @@ def _measured(exported: Classifier, real: RealImages) -> dict[str, Any]:
 def _agreed(entry: Mapping[str, Any], real: RealImages) -> str:
     agreement = entry["agreement"]
     sizes = ", ".join(map(str, agreement["batch_sizes"]))
-    text = (
+    return (
         f"within {agreement['max_difference']:.1e} of PyTorch's probabilities on {agreement['num_images']} images "
         f"({real.description}) in batches of {sizes}"
     )
-    if "top1_of_checkpoint" in entry:
-        text += f"; top-1 {entry['top1']:.2f} % beside {entry['top1_of_checkpoint']:.2f} % in float32"
-    return text
 
 
 def _compared(entries: Mapping[str, Mapping[str, Any]], real: RealImages) -> str:
@@ -344,29 +350,20 @@ def _compared(entries: Mapping[str, Mapping[str, Any]], real: RealImages) -> str
 def _config(
     classifier: Classifier, real: RealImages, entries: Mapping[str, Mapping[str, Any]], license: str
 ) -> dict[str, Any]:
-    """Return all that is known of the export, as plain JSON values; the model card says it in words."""
+    """Return the content of config.json, which the model card says in words."""
     meta, side, num_classes = classifier.config, classifier.image_size, len(classifier.class_names)
     outputs = classifier.outputs(torch.zeros(1, 3, side, side, dtype=torch.uint8))
-    described = {
-        key: meta.get(key) for key in ("kind", "model", "arguments", "recipe", "epoch", "seed", "dataset_sha256")
-    }
-    described |= {key: meta.get(key) for key in ("views", "soft", "confidence")}
-    described |= {key: meta.get(key) if isinstance(meta.get(key), dict) else None for key in ("teacher", "training")}
-    described["warnings"] = meta["warnings"] if isinstance(meta.get("warnings"), list) else []
+    pixels = {"name": INPUT, "dtype": "uint8", "shape": ["batch", 3, side, side], "channels": "RGB", "range": [0, 255]}
     return {
-        **described,
+        **{key: meta.get(key) for key in DESCRIBED},
+        **{key: meta.get(key) if isinstance(meta.get(key), dict) else None for key in ("teacher", "training")},
+        "warnings": meta["warnings"] if isinstance(meta.get("warnings"), list) else [],
         "schema": SCHEMA,
         "class_names": list(classifier.class_names),
         "image_size": side,
         "mean": meta["mean"],
         "std": meta["std"],
-        "input": {
-            "name": INPUT,
-            "dtype": "uint8",
-            "shape": ["batch", 3, side, side],
-            "channels": "RGB",
-            "range": [0, 255],
-        },
+        "input": pixels,
         "outputs": [{"name": name, "dtype": "float32", "shape": ["batch", num_classes]} for name in outputs],
         "parameters": sum(parameter.numel() for parameter in classifier.module.parameters()),
         "checkpoint_sha256": meta["sha256"],
@@ -380,11 +377,10 @@ def _config(
 
 
 def _results(classifier: Classifier, real: RealImages) -> dict[str, Any]:
-    """Return what the model reached: on the test split if metrics.json lies beside it, else on that which chose it."""
+    """Return the model's scores: on the test split if its metrics.json is there, else on the split that chose it."""
     metrics, run = (_read_beside(classifier, name) for name in ("metrics.json", "run.json"))
-    scores: Any = metrics.get("test")
     split: str | None = "test"
-    selected_on = metrics.get("evaluated_on")
+    scores, selected_on = metrics.get("test"), metrics.get("evaluated_on")
     of_this = (classifier.config.get("epoch"), classifier.config.get("seed"))
     if not isinstance(scores, dict) or (scores.get("epoch"), metrics.get("seed")) != of_this:
         metrics, scores = {}, classifier.config.get("scores")
@@ -413,23 +409,13 @@ def _read_beside(classifier: Classifier, name: str) -> dict[str, Any]:
 
 def _versions(entries: Mapping[str, Any]) -> dict[str, str]:
     """Return the versions that the files depend on."""
-    names = ["torch", "safetensors", "numpy"]
-    names += ["onnx", "onnxscript", "onnxruntime"] if "onnx" in entries else []
+    names = ["torch", "safetensors", "numpy", *(["onnx", "onnxscript", "onnxruntime"] if "onnx" in entries else [])]
     versions = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), "titn-pipeline": pipeline.__version__, **versions}
 
 
-def _is_export(out: Path) -> bool:
-    """Whether a directory's config.json is an export's."""
-    try:
-        config = read_json(out / CONFIG) if (out / CONFIG).is_file() else None
-    except PipelineError:
-        return False
-    return isinstance(config, dict) and config.get("schema") == SCHEMA
-
-
 def _write(out: Path, contents: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
-    """Write the files; a killed write leaves a config.json that names none of them, and that a rerun replaces."""
+    """Write the files. A killed write leaves a config.json that names none of them, which a rerun replaces."""
     write_json(out / CONFIG, {"schema": SCHEMA, "files": {}})
     for name, file in FILES.items():
         remove_leftovers(out / file)

@@ -1,6 +1,6 @@
-"""Jobs: the trainings, selections and labellings that a command is made of, each a call of the command that does it.
+"""Jobs: the trainings, selections and labellings of a command, each a call of the command that does it.
 
-`reproduce` and `teacher-select` carry them out, `--dry-run` and `doctor` show how far they are.
+`reproduce` and `teacher-select` do them; `--dry-run` and `doctor` show their states.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipes import TeacherRecipe
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.labels.cache import LabelCache
 from pipeline.system.storage import read_json
 from pipeline.training.checkpoints import read_meta
 from stages.distill import distill, plan_student
-from stages.label import label, plan_labels
+from stages.label import LabelRequest, label, plan_labels
 from stages.selection import compare, select
 from stages.shared.context import Context
 from stages.shared.runs import Run, State
@@ -35,8 +35,8 @@ class Job(ABC):
     """A piece of work that a command does.
 
     Attributes:
-        recipe: The recipe it belongs to.
-        after: Jobs whose results it needs: it is left out where one of them fails.
+        recipe: Its recipe.
+        after: Jobs whose results it needs; it is left out if one of them fails.
     """
 
     recipe: str
@@ -45,18 +45,18 @@ class Job(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What it is, in a few words."""
+        """Its name for people."""
 
     @abstractmethod
     def amount(self, context: Context) -> str:
-        """Say how much work the whole of it is."""
+        """Say how much work it is from the beginning."""
 
     @abstractmethod
     def state(self, context: Context, *, fresh: bool = False) -> State:
-        """Say what it would do. The jobs that it comes after are done.
+        """Say what it would do, given that the jobs it comes after are done.
 
         Args:
-            context: Of its recipe.
+            context: Its recipe's context.
             fresh: Whether it would start over.
 
         Raises:
@@ -67,18 +67,55 @@ class Job(ABC):
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Do it, or go on with it, on every rank."""
 
+    def epochs_to_train(self, context: Context) -> int:
+        """Return how many epochs it trains, counted from the beginning; 0 where it is done or trains nothing."""
+        return 0
+
     def output(self, context: Context) -> Path | None:
         """Return the directory of the finished run that it leaves; None where it leaves none."""
         return None
 
 
 @dataclass(frozen=True)
-class TeacherJob(Job):
+class TrainingJob(Job):
+    """Train a model."""
+
+    @abstractmethod
+    def plan(self, context: Context) -> Run:
+        """Return the run; the errors are those of the command that trains it."""
+
+    @abstractmethod
+    def epochs(self, context: Context) -> int:
+        """Return the recipe's epochs."""
+
+    def amount(self, context: Context) -> str:
+        """Its epochs."""
+        return f"train {self.epochs(context)} epochs"
+
+    def state(self, context: Context, *, fresh: bool = False) -> State:
+        """See `Run.state`."""
+        return self.plan(context).state(fresh=fresh)
+
+    def epochs_to_train(self, context: Context) -> int:
+        """Return the recipe's epochs unless it is known to be done."""
+        try:
+            return 0 if self.state(context).is_done else self.epochs(context)
+        except (DataError, StorageError, UsageError):  # told when the job is done
+            return self.epochs(context)
+
+    def output(self, context: Context) -> Path | None:
+        """Return the run's; None where the model was trained elsewhere."""
+        out = self.plan(context).out
+        return out if read_meta(out) is not None else None
+
+
+@dataclass(frozen=True)
+class TeacherJob(TrainingJob):
     """Train a teacher.
 
     Attributes:
         name: The teacher; None is the selected one.
-        optimizer: In place of the recipe's (Figure 5); None is the recipe's.
+        optimizer: The optimiser, for Figure 5; None is the recipe's.
         keeps: See `SelectJob`; a teacher whose labels are here without it counts as trained.
     """
 
@@ -92,9 +129,10 @@ class TeacherJob(Job):
         name = self.name or "the selected one"
         return f"teacher {name}" + (f" with {self.optimizer}" if self.optimizer else "")
 
-    def amount(self, context: Context) -> str:
-        """Its epochs."""
-        return f"train {context.recipe.teachers[self._teacher(context)].epochs} epochs"
+    def epochs(self, context: Context) -> int:
+        """Return the recipe's epochs; of a teacher to be selected, the most of any."""
+        teachers = context.recipe.teachers
+        return max(teachers[name].epochs for name in ([self.name] if self.name else teachers))
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """See `Run.state`."""
@@ -105,18 +143,14 @@ class TeacherJob(Job):
             cache = any_labels(context)
             if cache is not None and cache.provenance["teacher"] == name:
                 return ELSEWHERE
-        return self._plan(context).state(fresh=fresh)
+        return super().state(context, fresh=fresh)
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Train it."""
         train_teacher(context, self._teacher(context), settings=self._settings(context), fresh=fresh)
 
-    def output(self, context: Context) -> Path | None:
-        """Return the run's; None where the teacher was trained elsewhere."""
-        out = self._plan(context).out
-        return out if read_meta(out) is not None else None
-
-    def _plan(self, context: Context) -> Run:
+    def plan(self, context: Context) -> Run:
+        """See `plan_teacher`."""
         return plan_teacher(context, self._teacher(context), settings=self._settings(context))
 
     def _teacher(self, context: Context) -> str:
@@ -134,8 +168,8 @@ class SelectJob(Job):
 
     Attributes:
         names: The candidates.
-        keeps: Whether labels and students that are here stay with the teacher that made the labels: no other replaces
-            it, and where that teacher, too large to be copied along, is not here, it counts as selected.
+        keeps: Whether labels and students that are here stay with the teacher that made the labels: no other teacher
+            replaces it, and where its checkpoint, too large to be copied along, is not here, it counts as selected.
     """
 
     names: tuple[str, ...] = ()
@@ -151,7 +185,7 @@ class SelectJob(Job):
         return f"select by {context.recipe.select.by}"
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
-        """Done where the best is selected, or stays."""
+        """Return that it is done if the best candidate is selected, or the selected one stays."""
         paths, cache = context.paths, any_labels(context) if self.keeps else None
         maker = None if cache is None else str(cache.provenance["teacher"])
         makers = None if maker is None else read_meta(paths.teacher(maker))
@@ -171,20 +205,20 @@ class SelectJob(Job):
             return State(self.amount(context))
         former = read_json(paths.selection) if paths.selection.is_file() else {}
         compared = former.get("candidates", [])
-        stands = former.get("winner") == best and all(row in compared for row in comparison["candidates"])
-        return State(f"{best} is selected", is_done=True) if stands else State(self.amount(context))
+        is_same = former.get("winner") == best and all(row in compared for row in comparison["candidates"])
+        return State(f"{best} is selected", is_done=True) if is_same else State(self.amount(context))
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Select."""
-        with context.joined() as group:
-            comparison: dict[str, Any] = group.on_main(lambda: self._select(context))
-        context.say(f"selected {comparison['winner']} by {comparison['by']}")
 
-    def _select(self, context: Context) -> dict[str, Any]:
-        names = self._trained(context)
-        if not names:
+        def select_trained() -> dict[str, Any]:
+            if names := self._trained(context):
+                return select(context, names)
             raise DataError(f"none of {', '.join(self.names)} is trained")
-        return select(context, names)
+
+        with context.joined() as group:
+            comparison: dict[str, Any] = group.on_main(select_trained)
+        context.say(f"selected {comparison['winner']} by {comparison['by']}")
 
     def _trained(self, context: Context) -> tuple[str, ...]:
         return tuple(name for name in self.names if plan_teacher(context, name).why_stale() is None)
@@ -210,19 +244,19 @@ class LabelJob(Job):
         return f"label {context.recipe.views[self.views].count} views"
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
-        """Done where every view is labelled and sealed."""
+        """Return that it is done if every view is labelled and sealed."""
         count, cache = context.recipe.views[self.views].count, None if fresh else labels_of(context, self.views)
         if cache is not None and cache.num_views >= count and cache.topk >= context.recipe.label.topk:
             return State(f"{context.paths.labels(self.views)}: up to date, {cache.num_views} views", is_done=True)
-        return State(plan_labels(context, self.views, fresh=fresh).text)
+        return State(plan_labels(context, LabelRequest(view_recipe=self.views, fresh=fresh)).text)
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Label; each rank its own views."""
-        label(context, self.views, fresh=fresh)
+        label(context, LabelRequest(view_recipe=self.views, fresh=fresh))
 
 
 @dataclass(frozen=True)
-class StudentJob(Job):
+class StudentJob(TrainingJob):
     """Train a student.
 
     Attributes:
@@ -245,37 +279,23 @@ class StudentJob(Job):
         parts += [f"{self.num_views} view{'s' if self.num_views > 1 else ''}"] if self.num_views is not None else []
         return ", ".join([*parts, f"seed {self.seed}"])
 
-    def amount(self, context: Context) -> str:
-        """Its epochs."""
-        return f"train {context.recipe.students[self.name].epochs} epochs"
-
-    def state(self, context: Context, *, fresh: bool = False) -> State:
-        """See `Run.state`."""
-        return self._plan(context).state(fresh=fresh)
+    def epochs(self, context: Context) -> int:
+        """Return the recipe's epochs."""
+        return context.recipe.students[self.name].epochs
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Train it."""
-        teacher = self._asked(context)
-        distill(
-            context, self.name, labels=self.labels, teacher=teacher, num_views=self.num_views, seed=self.seed,
-            fresh=fresh,
-        )  # fmt: skip
+        distill(context, self.name, self._distillation(context), seed=self.seed, fresh=fresh)
 
-    def output(self, context: Context) -> Path | None:
-        """Return its run's."""
-        return self._plan(context).out
+    def plan(self, context: Context) -> Run:
+        """See `plan_student`."""
+        return plan_student(context, self.name, self._distillation(context), seed=self.seed)[0]
 
-    def _plan(self, context: Context) -> Run:
-        distillation = Distillation(labels=self.labels, teacher=self._asked(context), num_views=self.num_views)
-        return plan_student(context, self.name, distillation, seed=self.seed)[0]
-
-    def _asked(self, context: Context) -> Path | None:
-        """Return the teacher that is asked online, if one is."""
-        if self.labels != "online":
-            return None
-        if read_meta(context.paths.winner) is None:
-            raise DataError(f"{context.paths.winner}: no teacher is here, which labels online need")
-        return context.paths.winner
+    def _distillation(self, context: Context) -> Distillation:
+        teacher = context.paths.winner if self.labels == "online" else None
+        if teacher is not None and read_meta(teacher) is None:
+            raise DataError(f"{teacher}: no teacher is here, which labels online need")
+        return Distillation(labels=self.labels, teacher=teacher, num_views=self.num_views)
 
 
 def stage_one(context: Context, names: Sequence[str]) -> list[Job]:
@@ -302,7 +322,7 @@ def whole_run(context: Context) -> list[Job]:
 def survey(
     jobs: Iterable[Job], contexts: Mapping[str, Context], *, fresh: bool = False
 ) -> Iterator[tuple[Job, State | DataError]]:
-    """Yield each job with its state, or with why it cannot be done; nothing is written.
+    """Yield each job with its state, or with the error for which it cannot be done; nothing is written.
 
     Args:
         jobs: In their order.
@@ -311,9 +331,9 @@ def survey(
     """
     done: set[Job] = set()
     for job in jobs:
-        waits, context = next((former for former in job.after if former not in done), None), contexts[job.recipe]
-        if waits is not None:
-            yield job, State(f"{job.amount(context)}, after the {waits.title}")
+        context = contexts[job.recipe]
+        if missing := next((former for former in job.after if former not in done), None):
+            yield job, State(f"{job.amount(context)}, after the {missing.title}")
             continue
         try:
             state = job.state(context, fresh=fresh)

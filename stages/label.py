@@ -24,44 +24,86 @@ from stages.shared.context import Context
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
+    from pipeline.system.runtime import Ranks
     from pipeline.training.checkpoints import Checkpoint
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 10.0
 
-ViewSlice = tuple[int, int | None]
-"""First view and the one behind the last; None is the recipe's number of views."""
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRequest:
+    """What `label` is asked for; by default every view of the default view recipe that is not labelled yet.
+
+    Attributes:
+        view_recipe: Whose views to label.
+        teacher: A checkpoint; None takes the selected teacher.
+        fresh: Whether to leave existing labels aside.
+        keep: Classes to keep of each sample with their probabilities, K, 0 for the argmax alone; None takes the
+            recipe's. A sealed file that keeps more goes on keeping it.
+        views: The first view to label and the one behind the last, where None is the recipe's number of views. Such a
+            slice is sealed once no view before it is missing, together with the finished views that follow; until then
+            its views stay parts. None labels all.
+    """
+
+    view_recipe: str = "default"
+    teacher: Path | None = None
+    fresh: bool = False
+    keep: int | None = None
+    views: tuple[int, int | None] | None = None
+
+    def check(self, context: Context) -> range:
+        """Refuse what `label` cannot do, before any data is looked for, and return the views asked for.
+
+        Raises:
+            UsageError: There is no such view recipe or slice; or `fresh` does not go together with the others.
+            DataError: There is no teacher.
+        """
+        name, recipe, paths = self.view_recipe, context.recipe, context.paths
+        if name not in recipe.views:
+            raise UsageError(f"--view-recipe {name}: not in {recipe.name}; choose from {', '.join(recipe.views)}")
+        if self.teacher is None and not paths.winner.exists():
+            raise DataError(
+                f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`"
+            )
+        start, end = self.views or (0, None)
+        count = recipe.views[name].count
+        stop = count if end is None else end
+        if not start < stop <= MAX_VIEWS:
+            until = f"{count}, recipes.{recipe.name}.views.{name}.count" if end is None else f"{stop}"
+            raise UsageError(
+                f"--views: the slice from {start} to {until} holds no view, or one beyond {MAX_VIEWS}; "
+                "write A:B with A < B"
+            )
+        if self.fresh and (context.ranks.world_size > 1 or self.views is not None):
+            why = "under torchrun, whose ranks would" if self.views is None else "with --views, whose slices would"
+            raise UsageError(f"--fresh: not {why} delete each other's work; delete {paths.labels(name)} first")
+        return range(start, stop)
 
 
 @click.command("label")
 @options.recipe_option
 @options.device_option
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
-@click.option("--teacher", type=options.PATH, help="A checkpoint; default: the selected teacher.")
+@click.option("--teacher", type=options.EXISTING, help="A checkpoint; default: the selected teacher.")
 @click.option("--fresh", is_flag=True, help="Label every view again.")
-@click.option("--keep", metavar="argmax|topk=K", help="Keep the K most probable classes too; default: the recipe's.")
-@click.option("--views", metavar="A:B", help="Label only the views A to B - 1; :B starts at 0, A: ends at the last.")
+@click.option(
+    "--keep", type=options.parse_keep, metavar="argmax|topk=K",
+    help="Keep the K most probable classes too; default: the recipe's.",
+)  # fmt: skip
+@click.option(
+    "--views", type=options.parse_views, metavar="A:B",
+    help="Label only the views A to B - 1; :B starts at 0, A: ends at the last.",
+)  # fmt: skip
 @options.time_limit_option
 @options.dry_run_option
-def command(
-    recipe: str | None,
-    device: str | None,
-    view_recipe: str,
-    teacher: Path | None,
-    fresh: bool,
-    keep: str | None,
-    views: str | None,
-    dry_run: bool,
-) -> None:
+def command(recipe: str | None, device: str | None, dry_run: bool, **asked: Any) -> None:
     """Label every view of the training set with a teacher."""
-    topk, part = options.parse_keep(keep), options.parse_views(views)
-    if teacher is not None:
-        options.require_exists(teacher)
-    context = options.open_context(recipe, device)
+    context, request = options.open_context(recipe, device), LabelRequest(**asked)
     if dry_run:
-        context.say(plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part).text)
+        context.say(plan_labels(context, request).text)
         return
-    label(context, view_recipe, teacher=teacher, fresh=fresh, keep=topk, part=part)
+    label(context, request)
     context.end()
 
 
@@ -70,18 +112,18 @@ class LabelPlan:
     """What labelling a view recipe takes.
 
     Attributes:
-        path: The sealed file, whether it is there or not.
-        wanted: The views asked for.
+        path: The sealed file, which may not exist yet.
+        asked: The views asked for.
         missing: Those of them still to be labelled, ascending.
         parts: The views labelled so far.
-        cache: The sealed file that the run extends; None where there is none of use.
-        dataset: Its training images are labelled.
-        checkpoint: The teacher's.
-        fresh: Whether the parts are to be deleted first.
+        cache: The sealed file that the run extends; None without one that it can.
+        dataset: The data set whose training images are labelled.
+        checkpoint: The teacher's checkpoint.
+        fresh: Whether to delete the parts first.
     """
 
     path: Path
-    wanted: range
+    asked: range
     missing: list[int]
     parts: LabelParts
     cache: LabelCache | None
@@ -91,8 +133,8 @@ class LabelPlan:
 
     @property
     def is_up_to_date(self) -> bool:
-        """Whether the sealed file has every view that is wanted."""
-        return self.cache is not None and self.cache.num_views >= self.wanted.stop
+        """Whether the sealed file has every view asked for."""
+        return self.cache is not None and self.cache.num_views >= self.asked.stop
 
     @property
     def text(self) -> str:
@@ -101,134 +143,76 @@ class LabelPlan:
             return f"{self.path}: up to date, {self.cache.num_views} views"
         if not self.missing:
             return f"{self.path}: every view is labelled; seals them"
-        is_first = len(self.missing) == len(self.wanted)
+        is_first = len(self.missing) == len(self.asked)
         why = "--fresh" if self.fresh else "no labels yet" if is_first else "the others are labelled"
         what = f"the views {slices(self.missing)} of {len(self.dataset.train)} images"
         how = f"{options.kept_name(self.parts.topk)}, by {self.checkpoint.meta['model']}"
         return f"{self.path}: label {what}, {how} in {self.parts.provenance['precision']} ({why})"
 
 
-def plan_labels(
-    context: Context,
-    view_recipe: str = "default",
-    *,
-    teacher: Path | None = None,
-    fresh: bool = False,
-    keep: int | None = None,
-    part: ViewSlice | None = None,
-) -> LabelPlan:
-    """Return what `label` would do, and write nothing; arguments and errors are the same."""
+def plan_labels(context: Context, request: LabelRequest) -> LabelPlan:
+    """Return what `label` would do, and write nothing; the errors are the same."""
     from stages.shared.labelling import identity_of, provenance_of, read_teacher
 
-    wanted = _check_request(context, view_recipe, teacher=teacher, fresh=fresh, part=part)
+    views, fresh = request.check(context), request.fresh
     recipe, paths = context.recipe, context.paths
-    dataset, path = context.dataset(), paths.labels(view_recipe)
-    checkpoint = read_teacher(context, dataset, teacher or paths.winner)
-    identity, seen = identity_of(dataset, recipe.views[view_recipe]), _inode(path)
+    dataset, path = context.dataset(), paths.labels(request.view_recipe)
+    checkpoint = read_teacher(context, dataset, request.teacher or paths.winner)
+    identity, inode = identity_of(dataset, recipe.views[request.view_recipe]), _inode(path)
     cache = None if fresh else _reusable_cache(context, path, identity, checkpoint.sha256)
-    topk = _topk(context, path, cache, dataset.num_classes, keep)
+    topk = _topk(context, path, cache, dataset.num_classes, request.keep)
     provenance = provenance_of(context, dataset, checkpoint, topk)
-    parts = LabelParts(paths.work("labels", view_recipe), identity=identity, provenance=provenance)
-    missing = list(wanted) if fresh else parts.missing(wanted.stop, wanted.start)
-    # Rank 0 deletes the parts only once the file is there, so what they no longer hold has been sealed meanwhile.
-    if not fresh and _inode(path) != seen:
+    parts = LabelParts(paths.work("labels", request.view_recipe), identity=identity, provenance=provenance)
+    missing = list(views) if fresh else parts.missing(views.stop, views.start)
+    # Rank 0 deletes parts only after it has sealed them, so a view that vanished meanwhile is in the new file.
+    if not fresh and _inode(path) != inode:
         cache = _reusable_cache(context, path, identity, checkpoint.sha256)
     if cache is not None:
         missing = [view for view in missing if view >= cache.num_views]
-        if cache.num_views < wanted.stop:
+        if cache.num_views < views.stop:
             parts.adopt(cache)
-    return LabelPlan(path, wanted, missing, parts, cache, dataset, checkpoint, fresh)
+    return LabelPlan(path, views, missing, parts, cache, dataset, checkpoint, fresh)
 
 
-def label(
-    context: Context,
-    view_recipe: str = "default",
-    *,
-    teacher: Path | None = None,
-    fresh: bool = False,
-    keep: int | None = None,
-    part: ViewSlice | None = None,
-) -> Path:
+def label(context: Context, request: LabelRequest) -> Path:
     """Label the views of a view recipe that are not labelled yet, and seal them into one file.
 
     Under torchrun, or wherever RANK and WORLD_SIZE are set, rank r of W labels the views v with v mod W = r. Rank 0
-    then labels what ranks that are not at work have left, waits for those that are, and seals. So it ends whatever
+    then labels what ranks that are not at work have left, waits for those that are, and seals: it ends whatever
     becomes of the others. Any number of ranks can go on with a run that was killed; the file is the same.
-
-    Args:
-        context: The command's setting.
-        view_recipe: Which view recipe.
-        teacher: A checkpoint; None takes the selected teacher.
-        fresh: Whether to leave existing labels aside.
-        keep: Classes to keep of each sample with their probabilities, K, 0 for the argmax alone; None takes the
-            recipe's. A sealed file that keeps more goes on keeping it.
-        part: A slice of the views to label. They are sealed once no view before them is missing, together with the
-            finished ones that follow; until then they stay parts.
 
     Returns:
         The sealed file; it is not there yet where a slice left views before it to other runs.
 
     Raises:
-        UsageError: There is no such view recipe, no such slice, or fewer classes than are to be kept.
+        UsageError: See `LabelRequest.check`; or there are fewer classes than are to be kept.
         DataError: There is no teacher; the sealed file keeps less than is asked for; or views are to be added to
             labels that another precision, device or version made.
     """
-    from pipeline.system.runtime import current_ranks
-
-    _check_request(context, view_recipe, teacher=teacher, fresh=fresh, part=part)  # before a lock is written
-    ranks = current_ranks()
-    with lock(context.paths.work("labels", f"{view_recipe}-{ranks.rank}.lock")):
-        plan = plan_labels(context, view_recipe, teacher=teacher, fresh=fresh, keep=keep, part=part)
+    request.check(context)  # before a lock is written
+    ranks, name = context.ranks, request.view_recipe
+    with lock(context.paths.work("labels", f"{name}-{ranks.rank}.lock")):
+        plan = plan_labels(context, request)
         if plan.is_up_to_date:
-            _clean_up(plan)
+            _clean_up(plan, ranks)
             context.say(f"{plan.text}; --fresh labels them again")
             return plan.path
-        if fresh:
+        if request.fresh:
             plan.parts.delete()
         if plan.missing and (code := context.stop.before_step()):
-            raise stopped(code, f"before the labels of {view_recipe}")
-        labelling = _Labelling(context, view_recipe, plan)
+            raise stopped(code, f"before the labels of {name}")
+        labelling = _Labelling(context, request, plan)
         labelling.label_share()
         if ranks.is_main:
             labelling.label_for_others()
-            labelling.seal(is_slice=part is not None)
+            labelling.seal()
     return plan.path
-
-
-def _check_request(
-    context: Context, view_recipe: str, *, teacher: Path | None, fresh: bool, part: ViewSlice | None
-) -> range:
-    """Refuse what `label` cannot do, before any data is looked for, and return the views wanted.
-
-    Raises:
-        UsageError: See `label`.
-        DataError: There is no teacher.
-    """
-    from pipeline.system.runtime import current_ranks
-
-    recipe, paths = context.recipe, context.paths
-    if view_recipe not in recipe.views:
-        raise UsageError(f"--view-recipe {view_recipe}: not in {recipe.name}; choose from {', '.join(recipe.views)}")
-    if teacher is None and not paths.winner.exists():
-        raise DataError(f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`")
-    start, end = part or (0, None)
-    count = recipe.views[view_recipe].count
-    stop = count if end is None else end
-    if not start < stop <= MAX_VIEWS:
-        until = f"{count}, recipes.{recipe.name}.views.{view_recipe}.count" if end is None else f"{stop}"
-        raise UsageError(
-            f"--views: the slice from {start} to {until} holds no view, or one beyond {MAX_VIEWS}; write A:B with A < B"
-        )
-    if fresh and (current_ranks().world_size > 1 or part is not None):
-        why = "under torchrun, whose ranks would" if part is None else "with --views, whose slices would"
-        raise UsageError(f"--fresh: not {why} delete each other's work; delete {paths.labels(view_recipe)} first")
-    return range(start, stop)
 
 
 def _reusable_cache(
     context: Context, path: Path, identity: Mapping[str, Any], checkpoint_sha256: str
 ) -> LabelCache | None:
-    """Open the sealed file if it is of this data, view recipe and teacher; any other will be replaced."""
+    """Open the sealed file if it is of this data, view recipe and teacher; else say that it will be replaced."""
     if not path.exists():
         return None
     try:
@@ -243,12 +227,7 @@ def _reusable_cache(
 def _topk(context: Context, path: Path, cache: LabelCache | None, num_classes: int, keep: int | None) -> int:
     """Return how many classes to keep of each sample, K; 0 for the argmax alone.
 
-    Args:
-        context: The command's setting; its recipe says how many where the command line does not.
-        path: The sealed file.
-        cache: Its content, if the run extends it: what it keeps is never dropped.
-        num_classes: Of the data set.
-        keep: As given on the command line.
+    A sealed file that the run extends never loses what it keeps. Without `keep` the recipe decides.
 
     Raises:
         UsageError: There are fewer classes.
@@ -260,11 +239,11 @@ def _topk(context: Context, path: Path, cache: LabelCache | None, num_classes: i
         raise UsageError(f"{key}: topk={asked}, but the data set has {num_classes} classes; keep at most that many")
     if cache is None or cache.topk == asked:
         return asked
-    kept, wanted = f"{path}: keeps {options.kept_name(cache.topk)}", options.kept_name(asked)
+    kept, name = f"{path}: keeps {options.kept_name(cache.topk)}", options.kept_name(asked)
     if cache.topk < asked:
-        option = "" if keep is None else f" --keep {wanted}"
-        raise DataError(f"{kept}, {key} asks for {wanted}; `pipeline label{option} --fresh` labels every view again")
-    context.say(f"{kept} and goes on with it; {wanted} was asked for")
+        option = "" if keep is None else f" --keep {name}"
+        raise DataError(f"{kept}, {key} asks for {name}; `pipeline label{option} --fresh` labels every view again")
+    context.say(f"{kept} and goes on with it; {name} was asked for")
     return cache.topk
 
 
@@ -276,25 +255,22 @@ def slices(views: Sequence[int]) -> str:
 
 
 def _inode(path: Path) -> int | None:
-    """Tell a file from the one that replaces it; None where there is none."""
+    """Return what tells a file from its replacement; None if it does not exist."""
     return path.stat().st_ino if path.exists() else None
 
 
-def _clean_up(plan: LabelPlan) -> None:
-    """Delete what a run left that was killed between sealing the file and deleting the parts."""
-    from pipeline.system.runtime import current_ranks
-
+def _clean_up(plan: LabelPlan, ranks: Ranks) -> None:
+    """Delete the parts and temporary files of a run that was killed after it had sealed the file."""
     assert plan.cache is not None
-    ranks = current_ranks()
     if ranks.is_main and not _ranks_at_work(plan.parts.directory, ranks.rank):
         remove_leftovers(plan.path)
         plan.parts.delete(below=plan.cache.num_views)
 
 
 def _ranks_at_work(work: Path, this: int) -> set[int]:
-    """Return the ranks other than this one that hold their lock, beside the directory of the parts.
+    """Return the other ranks that hold their lock, beside the directory of the parts.
 
-    Some may be of an earlier group, which they outlive: without torchrun nobody ends them when rank 0 dies.
+    Some may be left of an earlier group: without torchrun nobody ends them when rank 0 dies.
     """
     name = re.compile(re.escape(work.name) + r"-(\d+)\.lock")
     locks = {int(match[1]): file for file in work.parent.iterdir() if (match := name.fullmatch(file.name))}
@@ -302,26 +278,19 @@ def _ranks_at_work(work: Path, this: int) -> set[int]:
 
 
 class _Labelling:
-    """A plan carried out by one rank, which holds its lock.
+    """A plan carried out by one rank, which holds its lock."""
 
-    Args:
-        context: The command's setting.
-        view_recipe: Which view recipe.
-        plan: What is missing.
-    """
-
-    def __init__(self, context: Context, view_recipe: str, plan: LabelPlan) -> None:
-        from pipeline.system.runtime import current_ranks
+    def __init__(self, context: Context, request: LabelRequest, plan: LabelPlan) -> None:
         from stages.shared.fitting import make_views
         from stages.shared.labelling import make_ready
 
-        self._context, self._view_recipe, self._plan = context, view_recipe, plan
-        self._parts, self._ranks = plan.parts, current_ranks()
+        self._context, self._request, self._plan = context, request, plan
+        self._parts, self._ranks = plan.parts, context.ranks
         self._teacher = make_ready(context, plan.dataset, plan.checkpoint)
-        self._views = make_views(context, plan.dataset, view_recipe)
+        self._views = make_views(context, plan.dataset, request.view_recipe)
 
     def label_share(self) -> None:
-        """Label this rank's share of the missing views, saying how far it is."""
+        """Label this rank's share of the missing views and show the progress."""
         context, ranks, parts = self._context, self._ranks, self._parts
         mine = [view for view in self._plan.missing if view % ranks.world_size == ranks.rank]
         if num_invalid := parts.num_invalid(mine):
@@ -342,16 +311,15 @@ class _Labelling:
                     said = now
 
     def label_for_others(self) -> None:
-        """Return when every view is labelled and no other rank is at work, labelling what nobody else does.
+        """Label the views of ranks that are not at work, until every view is labelled and no other rank is at work.
 
-        So rank 0 never waits for a rank that died, failed, or finished without being of use (one that has other
-        libraries than rank 0 writes parts that rank 0 does not take), and never deletes the file that another is
-        about to rename. One that starts late finds some of its work done.
+        So rank 0 never waits for a rank that died, failed, or wrote parts that rank 0 cannot use, made with other
+        libraries, and never deletes a file that another rank is about to rename.
         """
         say, ranks, parts = self._context.say, self._ranks, self._parts
-        left, said, num_taken = list(self._plan.wanted), time.monotonic(), 0
+        left, said, num_taken = list(self._plan.asked), time.monotonic(), 0
         while True:
-            # Looked at before the parts: a rank that ends in between has written its views.
+            # Before the parts are read: a rank that ends in between has written its views.
             busy = _ranks_at_work(parts.directory, ranks.rank)
             left = [view for view in left if parts.read(view) is None]
             abandoned = [view for view in left if view % ranks.world_size not in busy]
@@ -368,14 +336,14 @@ class _Labelling:
         if num_taken:
             say(f"labelled {num_taken} views of ranks that were not at work")
 
-    def seal(self, *, is_slice: bool) -> None:
-        """Seal the finished views into one file, unless a slice has left some before them to other runs."""
+    def seal(self) -> None:
+        """Seal the finished views into one file, unless a slice left views before them to other runs."""
         from pipeline.labels.replay import make_canaries
         from stages.shared.labelling import label_clean
 
         context, plan, parts = self._context, self._plan, self._parts
-        count = plan.wanted.stop
-        if is_slice:
+        count = plan.asked.stop
+        if self._request.views is not None:
             while parts.read(count) is not None:  # other slices may have got ahead
                 count += 1
             if gaps := parts.missing(count):
@@ -386,10 +354,10 @@ class _Labelling:
         seal(plan.path, parts=parts, count=count, clean=clean, canaries=make_canaries(self._views, count))
         what = f"{count} views of {len(plan.dataset.train)} images, {options.kept_name(parts.topk)}"
         context.say(f"{plan.path}: {what}, sealed")
-        context.changed(f"label@{self._view_recipe}")
+        context.changed(f"label@{self._request.view_recipe}")
 
     def _label(self, view: int) -> None:
-        """Label a view whole, or not at all.
+        """Label a view completely or not at all.
 
         Raises:
             Interrupted: A signal came, or the time limit has been reached; this view is saved.

@@ -1,4 +1,4 @@
-"""`pipeline labels inspect|verify`: what a label file holds, and whether its teacher would answer the same again."""
+"""`pipeline labels inspect|verify`: look into a label file, or replay its teacher."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("file", type=options.PATH)
+@click.argument("file", type=options.EXISTING)
 @options.json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Show what a label file holds and where it comes from."""
     from pipeline.labels.cache import LabelCache
 
-    options.require_exists(file)
     cache = LabelCache.open(file)
     content = {
         "path": str(file),
@@ -51,25 +50,17 @@ def inspect(file: Path, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("file", type=options.PATH)
+@click.argument("file", type=options.EXISTING)
 @options.recipe_option
 @options.device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
-@click.option("--teacher", type=options.PATH, help="The checkpoint; default: the selected teacher.")
+@click.option("--teacher", type=options.EXISTING, help="The checkpoint; default: the selected teacher.")
 @click.option("--margin", type=options.FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
 def verify(
-    file: Path,
-    recipe: str | None,
-    device: str | None,
-    sample: int,
-    teacher: Path | None,
-    margin: float | None,
+    file: Path, recipe: str | None, device: str | None, sample: int, teacher: Path | None, margin: float | None
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others."""
-    options.require_exists(file)
     context = options.open_context(recipe, device)
-    if teacher is not None:
-        options.require_exists(teacher)
     replayed, allowed = _replay(context, file, teacher=teacher, num_samples=sample, margin=margin)
     num_failed = 0
     for difference in replayed.differences:
@@ -92,18 +83,9 @@ def verify(
 def _replay(
     context: Context, path: Path, *, teacher: Path | None, num_samples: int, margin: float | None
 ) -> tuple[Replay, float]:
-    """Replay the teacher on some cached labels.
+    """Replay the teacher on (view, sample) pairs drawn at a fixed seed, and return the margin that was applied too.
 
-    Args:
-        context: The command's setting.
-        path: The label file, of this recipe.
-        teacher: The checkpoint; None takes the selected teacher.
-        num_samples: How many (view, sample) pairs, drawn at a fixed seed over all views.
-        margin: Largest logit margin of a difference that is tolerated; None takes SAME_MARGIN on the recorded kind of
-            device and precision, else OTHER_MARGIN.
-
-    Returns:
-        The differences, and the margin that was applied.
+    Without `margin` it is SAME_MARGIN on the recorded kind of device and precision, else OTHER_MARGIN.
 
     Raises:
         DataError: The file is not valid or belongs to other data, views or another teacher.
@@ -114,21 +96,21 @@ def _replay(
     from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, check_canaries, replay
     from pipeline.system.canonical import require_equal
     from stages.shared.fitting import make_views
-    from stages.shared.labelling import identity_of, load_teacher
+    from stages.shared.labelling import identity_of, make_ready, read_teacher
 
     cache, dataset = LabelCache.open(path), context.dataset()
     names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:
         view_recipe = context.recipe.views.get(path.stem, context.recipe.views["default"])
         require_equal(str(path), cache.identity, identity_of(dataset, view_recipe), RELABEL)
-    model, checkpoint = load_teacher(context, dataset, teacher or context.paths.winner)
+    checkpoint = read_teacher(context, dataset, teacher or context.paths.winner)
     recorded = cache.provenance
     if checkpoint.sha256 != recorded["checkpoint_sha256"]:
         raise DataError(
             f"{path}: labelled by checkpoint {recorded['checkpoint_sha256'][:12]}..., not by {checkpoint.path} "
             f"({checkpoint.sha256[:12]}...); name the right one with --teacher"
         )
-    views = make_views(context, dataset, names[0])
+    model, views = make_ready(context, dataset, checkpoint), make_views(context, dataset, names[0])
     changed = check_canaries(cache, views)
     if changed is not None:
         raise DataError(f"{path}: the pixels of view {changed} are not those that were labelled; label again")

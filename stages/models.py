@@ -43,19 +43,11 @@ def list_models(num_classes: int, image_size: int = 32) -> list[dict[str, Any]]:
 
 def models_table(models: list[dict[str, Any]], num_classes: int) -> Table:
     """Return the table of `list_models`."""
+    cells = ("{name}", "{kind}", "{parameters:,}", "{paper_gmacs_1024:.2f}", "{flops_per_image:,}")
     return Table(
         title=f"Models, {num_classes} classes, 32x32 images",
         columns=("model", "kind", "parameters", "paper GMACs, batch 1024", "FLOPs of one image"),
-        rows=[
-            (
-                model["name"],
-                model["kind"],
-                f"{model['parameters']:,}",
-                f"{model['paper_gmacs_1024']:.2f}",
-                f"{model['flops_per_image']:,}",
-            )
-            for model in models
-        ],
+        rows=[[cell.format(**model) for cell in cells] for model in models],
         note="Paper GMACs: 10^9 multiply-accumulates by the paper's convention (Table 3 calls them GFLOPs); "
         "FLOPs by PyTorch's counter, attention included.",
     )

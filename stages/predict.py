@@ -72,7 +72,7 @@ def command(
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one file.
+    """The prediction for one file.
 
     Attributes:
         path: As given, or below the folder given; `-` is standard input.
@@ -85,7 +85,7 @@ class Prediction:
     heads: dict[str, Top]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain JSON values; bytes of the path that are not UTF-8 are escaped."""
+        """Return plain JSON values; bytes of the path that are not UTF-8 are escaped."""
 
         def rows(top: Top) -> list[dict[str, Any]]:
             return [{"class": name, "probability": round(value, 6)} for name, value in top]
@@ -105,7 +105,7 @@ class Prediction:
         return "  " + "   ".join(f"{column:<{width + 9}}" for column in columns).rstrip()
 
     def as_text(self, width: int) -> str:
-        """Return it as lines for people: what is predicted, and beside it what each of two heads says.
+        """Return lines for people: the prediction, and beside it that of each of two heads.
 
         Args:
             width: Characters of the longest class name.
@@ -124,17 +124,17 @@ def predict(
     left_out: Counter[str],
     standard_input: BinaryIO | None = None,
 ) -> Generator[Prediction | BadFile, None, None]:
-    """Answer to images, one after the other, in memory that does not grow with their number.
+    """Classify images one after the other, in memory that does not grow with their number.
 
     Args:
         classifier: The model.
         names: Files; folders, of which all images are taken; `-` for one image's bytes on standard input.
         topk: Classes to name, at most all.
-        left_out: Counts, by suffix, the files of folders that have no image's suffix.
+        left_out: Counts by suffix the files of folders that are no images.
         standard_input: Read to its end where `-` is named.
 
     Yields:
-        The answers, and what could not be read, in the order of the files.
+        Predictions and unreadable files, in the order of the files.
 
     Raises:
         UsageError: Standard input is named twice.
@@ -151,7 +151,7 @@ def predict(
 
 
 def _find(names: Sequence[str], standard_input: BinaryIO | None, left_out: Counter[str]) -> Iterator[ImageFile]:
-    """Yield what the names stand for."""
+    """Yield the image files of the names."""
     for name in names:
         if name != STANDARD_INPUT:
             yield from find_images(Path(name), left_out)
@@ -165,7 +165,7 @@ def _find(names: Sequence[str], standard_input: BinaryIO | None, left_out: Count
 
 
 def _answer(classifier: Classifier, batch: list[ImageFile], topk: int) -> Iterator[Prediction | BadFile]:
-    """Answer to a batch."""
+    """Yield a batch's predictions and unreadable files."""
     pixels = [file.pixels for file in batch if file.pixels is not None]
     answers: Iterator[tuple[Top, ...]] = iter(())
     names: tuple[str, ...] = ()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -37,45 +36,13 @@ def command(recipe: str | None, download: bool, folder: Path | None, skip_bad: b
     summary = prepare(
         context.recipe, out=paths.prepared, raw=paths.raw, folder=folder, download=download, skip_bad=skip_bad
     )
-    counts = ", ".join(f"{count} {split}" for split, count in summary.num_samples.items())
-    context.say(f"{paths.dataset}: {counts} images of {len(summary.class_names)} classes, SHA-256 {summary.sha256}")
-    if summary.num_skipped:
-        context.say(f"skipped {summary.num_skipped} bad files; {paths.prepared / 'summary.json'} names them")
+    counts = ", ".join(f"{count} {split}" for split, count in summary["num_samples"].items())
+    num_classes = len(summary["class_names"])
+    context.say(f"{paths.dataset}: {counts} images of {num_classes} classes, SHA-256 {summary['sha256']}")
+    if summary["skipped"]:
+        context.say(f"skipped {summary['num_skipped']} bad files; {paths.prepared / 'summary.json'} names them")
     context.changed("prepare")
     context.end()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `prepare` made; also the content of summary.json.
-
-    Attributes:
-        recipe: The recipe's name.
-        source: Where the images come from.
-        settings: The recipe's `dataset`, by which a later change of it is noticed.
-        num_samples: Samples of each split.
-        class_counts: Samples of each class, split by split, in the order of `class_names`.
-        class_names: K names.
-        evaluation: The split that models are compared on, `val` or `test`.
-        mean: Of each channel over train, pixels in [0, 1].
-        std: Of each channel over train, pixels in [0, 1].
-        sha256: Of the data set's content.
-        num_skipped: Bad files left out.
-        skipped: Those files, each with its reason.
-    """
-
-    recipe: str
-    source: str
-    settings: dict[str, object]
-    num_samples: dict[str, int]
-    class_counts: dict[str, list[int]]
-    class_names: tuple[str, ...]
-    evaluation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    sha256: str
-    num_skipped: int
-    skipped: tuple[BadFile, ...]
 
 
 def prepare(
@@ -86,24 +53,24 @@ def prepare(
     folder: Path | None = None,
     download: bool = False,
     skip_bad: bool = False,
-) -> Summary:
+) -> dict[str, Any]:
     """Read a recipe's data set, cut its splits, and write `dataset.h5` and `summary.json`.
 
     A folder's images that are too many for RAM go through an unnamed file in `out` to `dataset.h5`.
 
     Args:
         recipe: The recipe.
-        out: Folder for the two files, made where missing; what stands there is replaced once all is read.
+        out: Folder for the two files, made if missing; earlier files there are replaced once all images are read.
         raw: Folder of torchvision's downloads.
         folder: An image folder to read instead of the source's own files.
-        download: Download to `raw` what is not there.
+        download: Download to `raw` what is missing there.
         skip_bad: Leave an image folder's bad files out instead of refusing it.
 
     Returns:
-        The summary.
+        The content of summary.json, see `_summarize`.
 
     Raises:
-        UsageError: Both a folder and a download; or the source is `folder` and none is given, or not there.
+        UsageError: Both a folder and a download are given; or the source is `folder` and no existing folder is given.
         DataError: The files are missing, damaged, or no data set.
         StorageError: Downloading, reading or writing failed.
     """
@@ -121,16 +88,16 @@ def prepare(
         for name in ("dataset.h5", "summary.json"):
             remove_leftovers(out / name)
         dataset.save(out / "dataset.h5")
-        write_json(out / "summary.json", dataclasses.asdict(summary))
+        write_json(out / "summary.json", summary)
     return summary
 
 
 def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download: bool, skip_bad: bool) -> list[str]:
-    """Say what `prepare` would do, and write nothing; arguments are the same.
+    """Say what `prepare` would do, and write nothing; images are not opened.
 
     Raises:
         UsageError: See `prepare`.
-        DataError: Files are missing, or the folder is no image folder. Images are not opened.
+        DataError: Files are missing, or the folder is no image folder.
     """
     from pipeline.data.folders import list_folder
     from pipeline.data.sources import check_source
@@ -149,54 +116,51 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
     else:
         check_source(recipe, paths.raw)
         what = "the bundled digits" if source == "digits" else f"{source} in {paths.raw}"
-    return [f"read {what}", f"write {paths.dataset} ({_standing(recipe, paths)})"]
+    return [f"read {what}", f"write {paths.dataset} ({_state(recipe, paths)})"]
 
 
-def _standing(recipe: Recipe, paths: Paths) -> str:
-    """Say which prepared data are there already."""
+def _state(recipe: Recipe, paths: Paths) -> str:
+    """Say which prepared data exist."""
     from stages.shared.runs import differences
 
     summary = paths.prepared / "summary.json"
     if not (paths.dataset.is_file() and summary.is_file()):
         return "no data yet"
-    former, now = (
-        {"settings": settings} for settings in (read_json(summary)["settings"], deciding_values(recipe.dataset))
-    )
-    if changed := differences(former, now):
+    former = read_json(summary)["settings"]
+    if changed := differences({"settings": former}, {"settings": deciding_values(recipe.dataset)}):
         return f"in place of one of other settings: {', '.join(changed)}"
     return "in place of one of the same settings; the same images give the same file"
 
 
 def _check_request(folder: Path | None, *, download: bool) -> None:
-    """Refuse arguments that say twice where images come from.
-
-    Raises:
-        UsageError: Both a folder and a download.
-    """
+    """Refuse both a folder and a download."""
     if folder is not None and download:
         raise UsageError(
             f"--from {printable(folder)} and --download: both say where images come from; give one of them"
         )
 
 
-def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> Summary:
-    """Count what was read."""
+def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> dict[str, Any]:
+    """Return what summary.json says of a data set.
+
+    `settings` are the recipe's, by which a later change is noticed; `class_counts` are by split, in the order of
+    `class_names`; `evaluation` is the split that models are compared on, `val` or `test`; `mean` and `std` are of each
+    channel over train, pixels in [0, 1]; `skipped` are the bad files left out, each with its reason.
+    """
     import numpy as np
 
-    return Summary(
-        recipe=recipe.name,
-        source=dataset.source,
-        settings=deciding_values(recipe.dataset),
-        num_samples={name: len(split) for name, split in dataset.splits.items()},
-        class_counts={
-            name: np.bincount(split.labels, minlength=dataset.num_classes).tolist()
-            for name, split in dataset.splits.items()
-        },
-        class_names=dataset.class_names,
-        evaluation=dataset.evaluation[0],
-        mean=dataset.mean,
-        std=dataset.std,
-        sha256=dataset.sha256,
-        num_skipped=len(skipped),
-        skipped=tuple(skipped),
-    )
+    splits, num_classes = dataset.splits.items(), dataset.num_classes
+    return {
+        "recipe": recipe.name,
+        "source": dataset.source,
+        "settings": deciding_values(recipe.dataset),
+        "num_samples": {name: len(split) for name, split in splits},
+        "class_counts": {name: np.bincount(split.labels, minlength=num_classes).tolist() for name, split in splits},
+        "class_names": list(dataset.class_names),
+        "evaluation": dataset.evaluation[0],
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "sha256": dataset.sha256,
+        "num_skipped": len(skipped),
+        "skipped": [dataclasses.asdict(file) for file in skipped],
+    }

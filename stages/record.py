@@ -1,7 +1,6 @@
-"""`pipeline record`: one JSON line for each finished run in results/runs.jsonl, and its curve beside it.
+"""`pipeline record`: a JSON line for each finished run in results/runs.jsonl, and its curve beside it.
 
-Data are not kept in git; what was reached is. A line is a whole record, so that those of several machines can be
-put into one file.
+git keeps these results, not the data. A line is a complete record: those of several machines can go into one file.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import click
 
 from pipeline.errors import DataError
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
-from stages.shared.options import PATH, records_option, require_exists
+from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS
 
 ID_DIGITS = 12
@@ -29,7 +28,7 @@ ENVIRONMENT = ("commit", "device", "seconds", "date", "versions")
 
 
 @click.command("record")
-@click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=PATH)
+@click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=EXISTING)
 @records_option
 def command(directories: tuple[Path, ...], out: Path) -> None:
     """Keep finished runs as lines of results/runs.jsonl.
@@ -37,13 +36,11 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
     DIR is what `teacher` or `distill` wrote, as data/cifar100/students/titn. A run that is there already is left as it
     is.
     """
-    for directory in directories:
-        require_exists(directory)
     records, wrong = Records(out), []
     records.read()
     for directory in directories:
         try:
-            describe(directory)
+            record_of(directory)
         except DataError as error:
             wrong.append(str(error))
             continue
@@ -57,7 +54,7 @@ class Records:
     """The file of records.
 
     Args:
-        path: Its place; the curves go to `curves/` beside it.
+        path: The file; the curves go to `curves/` beside it.
     """
 
     def __init__(self, path: Path = RECORDS) -> None:
@@ -85,7 +82,7 @@ class Records:
             DataError: The directory is no finished run or a damaged one, or the file holds what is no record.
             StorageError: The file cannot be written, or another process keeps it locked.
         """
-        record = describe(directory)
+        record = record_of(directory)
         with lock(self.path.with_name(f".{self.path.name}.lock"), attempts=LOCK_ATTEMPTS):
             lines = self._lines()
             curve, data = self.curve(record["id"]), read_bytes(directory / "curve.csv")
@@ -93,9 +90,9 @@ class Records:
                 write_atomic(curve, data)
             is_new = all(former["id"] != record["id"] for _, former in lines)
             added = [json.dumps(record, sort_keys=True, allow_nan=False).encode()] if is_new else []
-            whole = b"".join(line + b"\n" for line in [*(line for line, _ in lines), *added])
-            if read_if_exists(self.path) != whole:  # or its last line was cut short
-                write_atomic(self.path, whole)
+            content = b"".join(line + b"\n" for line in [*(line for line, _ in lines), *added])
+            if read_if_exists(self.path) != content:  # or its last line was cut short
+                write_atomic(self.path, content)
         return str(record["id"]) if is_new else None
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
@@ -112,15 +109,15 @@ class Records:
         return records
 
     def curve(self, identifier: str) -> Path:
-        """Return where a run's curve lies."""
+        """Return the file of a run's curve."""
         return self.path.parent / "curves" / f"{identifier}.csv"
 
 
-def describe(directory: Path) -> dict[str, Any]:
+def record_of(directory: Path) -> dict[str, Any]:
     """Return the record of a finished run.
 
-    Its `id` follows from what decides the run's result and from the weights that came out, so that the same run has
-    the same id whoever records it, and one that was trained again has another.
+    Its `id` is a digest of the run's fingerprint and of its weights: the same run has the same id whoever records it,
+    and a run that was trained again has another.
 
     Raises:
         DataError: The directory is no finished run, or one of its files is damaged.

@@ -1,4 +1,4 @@
-"""`pipeline report`: one page, Markdown, tables and figures of whatever of a recipe has been run."""
+"""`pipeline report`: a page, Markdown, tables and figures of a recipe's runs."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
 
     Args:
         context: The command's setting.
-        directory: Where all goes.
-        with_figures: Whether to draw; without, matplotlib is not needed.
+        directory: The output directory.
+        with_figures: Whether to draw figures, which needs matplotlib.
         tracked_only: Whether to leave out data/runs, which DVC does not track.
 
     Returns:
@@ -85,12 +85,7 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
 def main_sections(
     runs: FinishedRuns, comparisons: Sequence[compare.Comparison], *, with_figures: bool = True
 ) -> list[Section]:
-    """Return the parts of the report whose tables the terminal shows too.
-
-    Args:
-        runs: What has been run.
-        comparisons: Those among the runs; without any there is no such part.
-        with_figures: Whether to draw.
+    """Return the report's sections whose tables the terminal shows too.
 
     Raises:
         DataError: A curve is damaged.
@@ -113,7 +108,7 @@ def main_sections(
 
 
 def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
-    """Return what lies behind the tables: by class, by view, and where students look."""
+    """Return the report's sections on classes, augmented views and attention."""
     distill = f"pipeline distill --recipe {runs.recipe.name} --student titn"
     label = f"pipeline label --recipe {runs.recipe.name}"
 
@@ -121,15 +116,10 @@ def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool)
         items = (draw() or [Missing(title, NOT_RUN, how)]) if with_figures else [Missing(title, LEFT_OUT)]
         return Section(name, items)
 
-    views, maps = "The teacher on augmented views", "Attention maps"
+    learned, views, maps = "What the student learns from", "The teacher on augmented views", "Attention maps"
     return [
         section("By class", "Confusion and agreement by class", lambda: by_class(runs), distill),
-        section(
-            "What the student learns from",
-            views,
-            lambda: _unless_stale(context, views, teacher_on_views, runs),
-            label,
-        ),
+        section(learned, views, lambda: _unless_stale(context, views, teacher_on_views, runs), label),
         section("Attention", maps, lambda: _unless_stale(context, maps, attention, runs), distill),
     ]
 
@@ -137,10 +127,7 @@ def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool)
 def _unless_stale(
     context: Context, title: str, draw: Callable[[Context, FinishedRuns], Sequence[Item]], runs: FinishedRuns
 ) -> Sequence[Item]:
-    """Draw what reads data, labels or weights; where these do not belong to the recipe as it is now, say so instead.
-
-    Tables and curves of finished runs stay right.
-    """
+    """Draw from data, labels or weights; where these are damaged or no longer the recipe's, say so instead."""
     try:
         return draw(context, runs)
     except DataError as error:
@@ -149,7 +136,7 @@ def _unless_stale(
 
 
 def overview_table(runs: FinishedRuns) -> Table:
-    """Return a row for each of the paper's tables and figures: how much of it is shown here, or where it would be."""
+    """Return a table of the paper's tables and figures: how much of each is in this report, or where to get it."""
     recipe, source = runs.recipe, runs.recipe.dataset.source
     num_teachers = f"{sum(bool(runs.seeds(name)) for name in recipe.teachers)} of {len(recipe.teachers)} teachers"
     num_students = f"{sum(bool(runs.seeds(name)) for name in recipe.students)} of {len(recipe.students)} students"
@@ -170,27 +157,19 @@ def overview_table(runs: FinishedRuns) -> Table:
 
 
 def lead(runs: FinishedRuns, *, tracked_only: bool) -> str:
-    """Return the report's first paragraph: what has been reached.
-
-    Args:
-        runs: What has been run.
-        tracked_only: Whether data/runs has been left out.
-    """
+    """Return the report's first paragraph: the best results."""
     recipe = runs.recipe
     parts = [f"Data: {recipe.dataset.source}."]
     winner = runs.teachers.get(runs.winner or "")
     if winner is not None:
         parts.append(f"Selected teacher: {winner.name}, {winner.metrics['test']['top1']:.2f} % on test.")
-    trained = list(runs.students.values())
-    if trained:
-        best = max(trained, key=lambda run: run.metrics["test"]["top1"])
-        parts.append(
-            f"Best student: {best.name}, {best.metrics['test']['top1']:.2f} % on test at its best epoch, seed 0."
-        )
-    if not runs.teachers and not trained:
-        parts.append(
-            f"Nothing has been run yet: pipeline teacher-select --recipe {recipe.name}, then pipeline distill."
-        )
+    if runs.students:
+        best = max(runs.students.values(), key=lambda run: run.metrics["test"]["top1"])
+        top1 = best.metrics["test"]["top1"]
+        parts.append(f"Best student: {best.name}, {top1:.2f} % on test at its best epoch, seed 0.")
+    elif not runs.teachers:
+        commands = f"pipeline teacher-select --recipe {recipe.name}, then pipeline distill"
+        parts.append(f"Nothing has been run yet: {commands}.")
     parts.append("The paper is arXiv:2502.16762; a difference is our figure minus the paper's.")
     if tracked_only:
         parts.append("Runs in data/runs are left out: DVC does not track them. Without --tracked-only they are shown.")
@@ -198,7 +177,7 @@ def lead(runs: FinishedRuns, *, tracked_only: bool) -> str:
 
 
 def _write(directory: Path, title: str, text: str, sections: Sequence[Section], content: Mapping[str, Any]) -> None:
-    """Write all files, report.json last, and delete what a former report wrote and this one does not."""
+    """Write all files, report.json last, and delete those that only a former report wrote."""
     items = [item for section in sections for item in section.items]
     files: dict[str, bytes] = {}
     for name, item in zip(file_names(items), items, strict=True):
@@ -211,11 +190,11 @@ def _write(directory: Path, title: str, text: str, sections: Sequence[Section], 
     files["report.md"] = page.to_markdown(title, text, sections, pictures="figures")
     files["report.html"] = page.to_html(title, text, sections)
     (directory / "figures").mkdir(parents=True, exist_ok=True)  # DVC expects it, also where nothing was drawn
-    former = _former_files(directory / "report.json")
+    former = _former_files(directory / "report.json") - set(files)
     for name, data in files.items():
         write_atomic(directory / name, data)
     write_json(directory / "report.json", {**content, "files": sorted(files)})
-    for name in former - set(files):
+    for name in former:
         (directory / name).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""`pipeline reproduce`: run whatever a table, a figure or everything still lacks, and record what is finished."""
+"""`pipeline reproduce`: do the jobs that the paper's tables and figures still lack, and record finished runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,8 +16,6 @@ from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from pipeline.models.students import STUDENTS
 from pipeline.report import paper
-from pipeline.report.paper import FIGURES
-from pipeline.report.paper import TEACHER as PAPERS_TEACHER
 from stages.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
 from stages.record import Records
 from stages.shared import options
@@ -26,29 +25,29 @@ from stages.teacher_select import prepare_from_raw
 
 MAIN = "cifar100"
 PAPERS = tuple(paper.TABLES)
-"""The recipes of the paper, named after their data, in the order of worth."""
+"""The paper's recipes, named after their data, the most telling first."""
 OURS = "titn"
 NUM_VIEWS = (1, 2, 5)
 TABLES = {
     2: MAIN, 6: "cifar10", **{int(name.split()[-1]): recipe for recipe, name in paper.TABLES.items()},
 }  # fmt: skip
-FIGURES_RECIPES = {4: MAIN, 5: MAIN, **{int(name.split()[-1]): recipe for recipe, name in FIGURES.items()}}
-"""Table or figure, then the recipe it is about."""
+FIGURES_RECIPES = {4: MAIN, 5: MAIN, **{int(name.split()[-1]): recipe for recipe, name in paper.FIGURES.items()}}
+"""The recipe of each table and figure."""
 PASSED_OVER = (DataError.exit_code, NumericalError.exit_code)
-"""By its exit code, what ends a job and not the others. Codes, because a rank is told another's error by its code."""
+"""Errors that end one job and not the others, by exit code: a rank learns of another's error by its code alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Scope:
     """What is to be reproduced; by default everything.
 
     Attributes:
-        table: Of the paper.
-        figure: Of the paper.
+        table: The paper's table.
+        figure: The paper's figure.
         ablation: `labels` or `views`.
         recipe: In place of the paper's.
-        student: The only one.
-        seeds: Of the students.
+        student: The only student to train.
+        seeds: The students' seeds.
     """
 
     table: int | None = None
@@ -59,10 +58,10 @@ class Choice:
     seeds: Sequence[int] = (0,)
 
     def check(self) -> None:
-        """Refuse what the paper has not.
+        """Refuse a table or figure that the paper does not have, and two at once.
 
         Raises:
-            UsageError: No such table or figure, or two choices.
+            UsageError: It is one of these.
         """
         given = {"--table": self.table, "--figure": self.figure, "--ablation": self.ablation}
         chosen = [f"{option} {value}" for option, value in given.items() if value is not None]
@@ -75,26 +74,26 @@ class Choice:
             raise UsageError(f"--figure {self.figure}: those of results are {known}; the paper's others show models")
 
 
-def reproduce(context: Context, choice: Choice, *, out: Path, download: bool = False, dry_run: bool = False) -> None:
-    """Go through the jobs that a choice takes, doing what is not done.
+def reproduce(context: Context, scope: Scope, *, out: Path, download: bool = False, dry_run: bool = False) -> None:
+    """Do the jobs of a scope that are not done yet, and record what they leave.
 
     Under torchrun all ranks train each model together, and rank 0 records.
 
     Args:
         context: The command's setting; its recipe does not matter.
-        choice: What is to be reproduced.
+        scope: What is to be reproduced.
         out: The file of records.
-        download: Whether to download data that are not there.
+        download: Whether to download missing data.
         dry_run: Whether only to say what would be done.
 
     Raises:
         UsageError: There is no such table, figure, recipe or student.
-        DataError: Data are missing, or a job could not be done; all others are done.
-        NumericalError: A job diverged; all others are done.
+        DataError: Data are missing, or a job could not be done; the others are done.
+        NumericalError: A job diverged; the others are done.
         Interrupted: The time limit has been reached, or a signal came; the same call goes on.
     """
-    jobs = plan(context.params, choice)
-    if choice.table == 1:
+    jobs = plan(context.params, scope)
+    if scope.table == 1:
         context.say("Table 1 lists the students' settings, which no run decides; `pipeline report` shows it")
         return
     records = Records(out)
@@ -107,24 +106,15 @@ def reproduce(context: Context, choice: Choice, *, out: Path, download: bool = F
 
 
 class Reproduction:
-    """The jobs of a choice, under way.
-
-    Args:
-        context: The command's setting.
-        jobs: In their order.
-        records: Where finished runs are recorded.
-        download: Whether to download data that are not there.
-    """
+    """The jobs of a scope, in their order, under way; with the arguments of `reproduce`."""
 
     def __init__(self, context: Context, jobs: Sequence[Job], records: Records, *, download: bool) -> None:
         self._jobs, self._records, self._download = jobs, records, download
-        recipes = dict.fromkeys(job.recipe for job in jobs)
-        recipe_of = context.params.recipes
+        recipes = {job.recipe: context.params.recipes[job.recipe] for job in jobs}
         self._contexts = {
-            name: Context(context.params, recipe_of[name], context.console, context.stop, context.device_name)
-            for name in recipes
+            name: dataclasses.replace(context, recipe=recipe, _changed=[]) for name, recipe in recipes.items()
         }
-        self._say = context.say
+        self._context, self._say = context, context.say
         self._lacking: dict[str, str] = {}
         self._done: set[Job] = set()
         self._errors: list[tuple[int, str]] = []
@@ -133,7 +123,7 @@ class Reproduction:
         """Say how far each job is, and write nothing."""
         for name, context in self._contexts.items():
             if not context.paths.is_prepared:
-                self._say(f"{name} data: {self._standing_of_data(context)}")
+                self._say(f"{name} data: {self._state_of_data(context)}")
         for job, state in survey(self._jobs, self._contexts):
             text = state.text if isinstance(state, State) else f"cannot run: {state}"
             self._say(f"{job.recipe} {job.title}: {'needs data' if job.recipe in self._lacking else text}")
@@ -145,11 +135,13 @@ class Reproduction:
         """Do every job that can be done, and record it.
 
         Raises:
-            PipelineError: As of `reproduce`, once all is done that can be.
+            PipelineError: See `reproduce`.
         """
         num_recorded = 0
-        for job in self._jobs:
+        later = [job.epochs_to_train(self._contexts[job.recipe]) for job in self._jobs[1:]]
+        for job in self._context.in_turn("job", self._jobs, later):
             context = self._contexts[job.recipe]
+            context.position = self._context.position
             if self._has_data(context):
                 num_recorded += self._do(job, context)
         self._say(
@@ -160,7 +152,7 @@ class Reproduction:
         self._tell_failures()
 
     def _do(self, job: Job, context: Context) -> int:
-        """Do a job unless it is done, and record it; return the number of new records."""
+        """Do a job unless it is done, record it, and return the number of new records."""
         failed = next((former for former in job.after if former not in self._done), None)
         if failed is not None:
             self._say(f"{job.recipe} {job.title}: left out, it takes {failed.title}")
@@ -172,7 +164,8 @@ class Reproduction:
             if not is_done:
                 job.run(context)
             self._done.add(job)
-            return self._record(job, context)
+            with context.joined() as group:
+                return group.on_main(lambda: self._record(job.output(context)))
         except PipelineError as error:
             if error.exit_code not in PASSED_OVER:
                 raise
@@ -180,18 +173,11 @@ class Reproduction:
             self._errors.append((error.exit_code, f"{job.recipe} {job.title}: {error}"))
             return 0
 
-    def _record(self, job: Job, context: Context) -> int:
-        """Record what a job has left, if that is a run; return the number of new records."""
-        with context.joined() as group:
-
-            def add() -> int:
-                out = job.output(context)
-                return int(out is not None and self._records.add(out) is not None)
-
-            return group.on_main(add)
+    def _record(self, out: Path | None) -> int:
+        return int(out is not None and self._records.add(out) is not None)
 
     def _has_data(self, context: Context) -> bool:
-        """Prepare a recipe's data where they are not; tell whether they are there, and why not, once."""
+        """Prepare a recipe's data unless they are there; where that fails, say why, once, and return False."""
         name = context.recipe.name
         if name in self._lacking:
             return False
@@ -213,7 +199,7 @@ class Reproduction:
                 check_source(context.recipe, context.paths.raw)
             prepare_from_raw(context, download=self._download)
 
-    def _standing_of_data(self, context: Context) -> str:
+    def _state_of_data(self, context: Context) -> str:
         """Say whether a recipe's data can be prepared."""
         if self._download:
             return "prepares, downloading what is missing"
@@ -225,108 +211,101 @@ class Reproduction:
         return "prepares"
 
     def _tell_failures(self) -> None:
-        """End with one line of all that could not be done.
-
-        Raises:
-            NumericalError: A job diverged.
-            DataError: Data are missing, or a job could not be done.
-        """
-        said = [text for _, text in self._errors]
-        said += [f"recipe {name} left out: {why}" for name, why in self._lacking.items()]
-        if any(code == NumericalError.exit_code for code, _ in self._errors):
-            raise NumericalError("; ".join(said))
-        if said:
-            raise DataError("; ".join(said))
+        """End with one line of all that could not be done."""
+        failures = [text for _, text in self._errors]
+        failures += [f"recipe {name} left out: {why}" for name, why in self._lacking.items()]
+        if failures:
+            diverged = any(code == NumericalError.exit_code for code, _ in self._errors)
+            raise (NumericalError if diverged else DataError)("; ".join(failures))
 
 
-def plan(params: Params, choice: Choice) -> list[Job]:
-    """List the jobs that a choice takes, each once.
+def plan(params: Params, scope: Scope) -> list[Job]:
+    """List the jobs that a scope takes, each once.
 
     Raises:
-        UsageError: A name that does not exist, or a choice without such a student.
+        UsageError: A name that does not exist, or a scope without such a student.
     """
-    choice.check()
-    if choice.table == 1:
+    scope.check()
+    if scope.table == 1:
         return []
-    if choice.ablation is not None:
-        jobs = _ablation(params, params.select(choice.recipe or MAIN), choice)
-    elif choice.table is not None or choice.figure is not None:
-        jobs = _shown(params, choice)
+    if scope.ablation is not None:
+        jobs = _ablation(params, params.select(scope.recipe or MAIN), scope)
+    elif scope.table is not None or scope.figure is not None:
+        jobs = _shown(params, scope)
     else:
-        jobs = _everything(params, choice)
-    found = list(dict.fromkeys(jobs))
-    if choice.student is not None and not any(isinstance(job, StudentJob) for job in found):
-        raise UsageError(f"--student {choice.student}: what was chosen has no such student; leave one of them out")
-    return found
+        jobs = _everything(params, scope)
+    distinct = list(dict.fromkeys(jobs))
+    if scope.student is not None and not any(isinstance(job, StudentJob) for job in distinct):
+        raise UsageError(f"--student {scope.student}: what was chosen has no such student; leave one of them out")
+    return distinct
 
 
-def _everything(params: Params, choice: Choice) -> Iterator[Job]:
+def _everything(params: Params, scope: Scope) -> Iterator[Job]:
     """Yield all of a recipe's jobs, or the whole paper's."""
-    recipes = [params.select(name) for name in ((choice.recipe,) if choice.recipe else PAPERS)]
+    recipes = [params.select(name) for name in ((scope.recipe,) if scope.recipe else PAPERS)]
     students = {recipe.name: _students(recipe) for recipe in recipes}
-    if choice.student is not None:
-        if not any(choice.student in recipe.students for recipe in recipes):
-            raise _unknown(choice.student, recipes)
-        students = {name: [choice.student] if choice.student in each else [] for name, each in students.items()}
+    if scope.student is not None:
+        if not any(scope.student in recipe.students for recipe in recipes):
+            raise _unknown(scope.student, recipes)
+        students = {name: [scope.student] if scope.student in listed else [] for name, listed in students.items()}
     for recipe in recipes:
-        if students[recipe.name] or choice.student is None:
-            teachers = _teachers(params, recipe) if choice.student is None else ()
-            yield from Chain(params, recipe).jobs(teachers, students[recipe.name], choice.seeds)
-    if choice.student is None and recipes[0].name == MAIN:
+        if students[recipe.name] or scope.student is None:
+            teachers = _teachers(params, recipe) if scope.student is None else ()
+            yield from Chain(params, recipe).jobs(teachers, students[recipe.name], scope.seeds)
+    if scope.student is None and recipes[0].name == MAIN:
         yield from Chain(params, recipes[0]).optimizers()
 
 
-def _shown(params: Params, choice: Choice) -> Iterator[Job]:
+def _shown(params: Params, scope: Scope) -> Iterator[Job]:
     """Yield the jobs of a table or figure."""
-    known, number = (TABLES, choice.table) if choice.figure is None else (FIGURES_RECIPES, choice.figure)
+    known, number = (TABLES, scope.table) if scope.figure is None else (FIGURES_RECIPES, scope.figure)
     assert number is not None
-    recipe = params.select(choice.recipe or known[number])
+    recipe = params.select(scope.recipe or known[number])
     chain = Chain(params, recipe)
-    if choice.figure == 5:
+    if scope.figure == 5:
         yield from chain.optimizers()
-    elif (choice.table, choice.figure) in ((2, None), (None, 4)):
-        yield from chain.jobs(_teachers(params, recipe, every=True), (), choice.seeds)
+    elif (scope.table, scope.figure) in ((2, None), (None, 4)):
+        yield from chain.jobs(_teachers(params, recipe, every=True), (), scope.seeds)
     else:
         students = _students(recipe)
-        if choice.table == 6:
+        if scope.table == 6:
             students = [name for name in students if name == OURS] or students
-        if choice.figure is not None and recipe.name in paper.STUDENTS:
+        if scope.figure is not None and recipe.name in paper.STUDENTS:
             students = [name for name in students if name in STUDENTS]  # one curve for each architecture
-        if choice.student is not None:
-            if choice.student not in recipe.students:
-                raise _unknown(choice.student, [recipe])
-            students = [name for name in students if name == choice.student]
-        yield from chain.jobs((), students, choice.seeds)
+        if scope.student is not None:
+            if scope.student not in recipe.students:
+                raise _unknown(scope.student, [recipe])
+            students = [name for name in students if name == scope.student]
+        yield from chain.jobs((), students, scope.seeds)
 
 
-def _ablation(params: Params, recipe: Recipe, choice: Choice) -> Iterator[Job]:
+def _ablation(params: Params, recipe: Recipe, scope: Scope) -> Iterator[Job]:
     """Yield the jobs of an ablation, seed by seed: what was cut off compares as much as there is."""
-    name = choice.student or (OURS if OURS in recipe.students else next(iter(recipe.students)))
+    name = scope.student or (OURS if OURS in recipe.students else next(iter(recipe.students)))
     if name not in recipe.students:
         raise _unknown(name, [recipe])
-    own = recipe.students[name]
-    if own.model in STUDENTS and not STUDENTS[own.model].has_distillation_head:
-        able = [each for each, one in recipe.students.items() if STUDENTS[one.model].has_distillation_head]
-        tried = ", ".join(able)
-        raise UsageError(f"--student {name}: has no distillation head, so that labels make no difference; try {tried}")
+    student = recipe.students[name]
+    if student.model in STUDENTS and not STUDENTS[student.model].has_distillation_head:
+        able = ", ".join(key for key, other in recipe.students.items() if STUDENTS[other.model].has_distillation_head)
+        raise UsageError(f"--student {name}: has no distillation head, so that labels make no difference; try {able}")
     chain = Chain(params, recipe)
     yield from chain.teaching()
-    labels = chain.labels(own.views)
+    labels = chain.labels(student.views)
     yield labels
-    counts = [count for count in NUM_VIEWS if count < recipe.views[own.views].count]
-    for seed in choice.seeds:
+    counts = [count for count in NUM_VIEWS if count < recipe.views[student.views].count]
+    for seed in scope.seeds:
         job = StudentJob(recipe=recipe.name, after=(labels,), name=name, seed=seed)
-        if choice.ablation == "labels":
-            yield from (dataclasses.replace(job, labels=each) for each in ("cached", "none", "online"))
+        if scope.ablation == "labels":
+            yield from (dataclasses.replace(job, labels=source) for source in ("cached", "none", "online"))
         else:
             yield from (dataclasses.replace(job, num_views=count) for count in (*counts, None))
 
 
 class Chain:
-    """What a recipe's jobs follow from: teachers, a selection, labels.
+    """What a recipe's students need: teachers, a selection, labels.
 
-    Where the data are the paper's, its teacher comes first and labels before any other is trained; else all candidates
-    are compared first.
+    On the paper's data its teacher comes first and labels before any other is trained; on others all candidates are
+    compared first.
 
     Args:
         params: All of params.yaml.
@@ -335,8 +314,8 @@ class Chain:
 
     def __init__(self, params: Params, recipe: Recipe) -> None:
         self.recipe = recipe
-        is_papers = recipe.dataset.source in paper.TEACHERS and PAPERS_TEACHER in recipe.teachers
-        self.first = (PAPERS_TEACHER,) if is_papers else params.candidates(recipe)
+        is_papers = recipe.dataset.source in paper.TEACHERS and paper.TEACHER in recipe.teachers
+        self.first = (paper.TEACHER,) if is_papers else params.candidates(recipe)
 
     def jobs(self, teachers: Sequence[str], students: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
         """Yield everything up to the students, seed by seed, and then the other teachers."""
@@ -360,9 +339,9 @@ class Chain:
         """Yield Figure 5's teachers and what they take."""
         yield from self.teaching()
         name = self.first[0] if len(self.first) == 1 else None
-        own = None if name is None else self.recipe.teachers[name].optimizer
+        usual = None if name is None else self.recipe.teachers[name].optimizer
         for optimizer in paper.OPTIMIZERS:
-            if optimizer != own:
+            if optimizer != usual:
                 after = (self.selection(),)
                 yield TeacherJob(recipe=self.recipe.name, after=after, name=name, optimizer=optimizer)
 
@@ -411,30 +390,20 @@ def _unknown(name: str, recipes: Sequence[Recipe]) -> UsageError:
 )
 @click.option("--recipe", help="A recipe in place of the paper's; all of it without --table, --figure, --ablation.")
 @click.option("--student", help="Train only this student and the teacher it needs; default for --ablation: titn.")
-@click.option("--seeds", metavar="A,B,...", help="Of the students, one after another; default: 0.")
+@click.option(
+    "--seeds", type=options.parse_seeds, metavar="A,B,...", default="0", show_default=True,
+    help="Of the students, one after another.",
+)  # fmt: skip
 @options.device_option
 @click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
 @options.records_option
 @options.time_limit_option
 @options.dry_run_option
-def command(
-    table: int | None,
-    figure: int | None,
-    ablation: str | None,
-    recipe: str | None,
-    student: str | None,
-    seeds: str | None,
-    device: str | None,
-    download: bool,
-    out: Path,
-    dry_run: bool,
-) -> None:
+def command(recipe: str | None, device: str | None, download: bool, out: Path, dry_run: bool, **choice: Any) -> None:
     """Run whatever the paper's tables and figures still lack.
 
     Without a choice all of them, the most telling first. What is done costs nothing; what was stopped goes on. Each
     finished run leaves a line in results/runs.jsonl, and its curve in results/curves.
     """
-    several = options.parse_seeds(seeds) or (0,)
     context = options.open_context(recipe, device)
-    choice = Choice(table=table, figure=figure, ablation=ablation, recipe=recipe, student=student, seeds=several)
-    reproduce(context, choice, out=out, download=download, dry_run=dry_run)
+    reproduce(context, Scope(recipe=recipe, **choice), out=out, download=download, dry_run=dry_run)

@@ -11,19 +11,18 @@ import click
 from pipeline.errors import DataError, UsageError
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
 from stages.shared.context import Context
-from stages.shared.options import open_context, recipe_option, split_names, teachers_option
-from stages.shared.paths import Paths
+from stages.shared.options import open_context, recipe_option, teachers_option
 
 
 @click.command("select")
 @recipe_option
 @teachers_option
-def command(recipe: str | None, teachers: str | None) -> None:
+def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
     """Compare the candidates and copy the winner."""
     from stages.reports.tables import candidates_table
 
     context = open_context(recipe)
-    comparison = select(context, split_names(teachers))
+    comparison = select(context, teachers)
     context.show(candidates_table(context, comparison))
     context.say(f"selected {comparison['winner']} by {comparison['by']}")
     context.end()
@@ -34,7 +33,7 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
 
     Args:
         context: The command's setting.
-        teachers: Names of the candidates; None takes `teachers` of params.yaml, as far as the recipe has them.
+        teachers: Names of the candidates; None takes those of `teachers` in params.yaml that the recipe has.
 
     Returns:
         The comparison, as written to selection.json.
@@ -67,26 +66,14 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
             raise UsageError(
                 f"--teachers {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}"
             )
-    candidates = [read_metrics(paths, name) for name in names]
-    able = [
-        candidate
-        for candidate in candidates
-        if not candidate["at_chance"] and math.isfinite(candidate["best"][recipe.select.by])
-    ]
-    if not able:
+    candidates: list[dict[str, Any]] = []
+    for name in names:
+        file = paths.teacher(name) / "metrics.json"
+        if not file.is_file():
+            raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
+        candidates.append(read_json(file))
+    scores = {row["name"]: row["best"][recipe.select.by] for row in candidates if not row["at_chance"]}
+    scores = {name: score for name, score in scores.items() if math.isfinite(score)}
+    if not scores:
         raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
-    winner = max(able, key=lambda candidate: candidate["best"][recipe.select.by])["name"]
-    return {"winner": winner, "by": recipe.select.by, "candidates": candidates}
-
-
-def read_metrics(paths: Paths, name: str) -> dict[str, Any]:
-    """Read a candidate's metrics.json.
-
-    Raises:
-        DataError: It is not there.
-    """
-    file = paths.teacher(name) / "metrics.json"
-    if not file.is_file():
-        raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {paths.recipe}`")
-    metrics: dict[str, Any] = read_json(file)
-    return metrics
+    return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}

@@ -18,7 +18,7 @@ from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
-from stages.shared.runs import Run, describe, place
+from stages.shared.runs import Run
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
@@ -39,30 +39,24 @@ def train_teacher(
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
     fresh: bool = False,
-    dry_run: bool = False,
 ) -> Path:
     """Fine-tune one candidate unless its result is up to date.
 
     Args:
         context: The command's setting.
-        name: Of the teacher.
+        name: The teacher's name.
         settings: Fields of the teacher's recipe to replace; such a run goes to data/runs.
         seed: Of initialisation and order; one that is not 0 goes to data/runs too.
         fresh: Whether to start over.
-        dry_run: Whether only to say what would be done, and why.
 
     Returns:
         The directory of the outputs.
     """
     with context.joined() as group:
-        device = context.device
         run = plan_teacher(context, name, settings=settings, seed=seed)
-        if dry_run:
-            context.say(f"{run.name}: {run.state(fresh=fresh).text}")
-            return run.out
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
-        dataset = context.dataset()
+        device, dataset = context.device, context.dataset()
         views = make_views(context, dataset, "default", key="teacher")
         recipe = run.recipe
         assert isinstance(recipe, TeacherRecipe)
@@ -79,29 +73,18 @@ def train_teacher(
 
 
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
-    """Say what training a candidate means: its recipe, inputs and outputs."""
+    """Return a candidate's run, with the arguments of `train_teacher`."""
     recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
-    dataset, paths = context.dataset(), context.paths
+    dataset = context.dataset()
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
     views = deciding_values(context.recipe.views["default"], but=("count",))
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
-    out, work, stage = place(
-        paths, f"teachers/{name}", name, settings or {}, seed, paths.teacher(name), f"teacher@{name}"
-    )
-    return Run(
-        name=name,
-        out=out,
-        work=work,
-        stage=stage,
-        description=describe(dataset, context.recipe.name, kind="teacher", model=name, arguments=arguments),
-        recipe=recipe,
-        seed=seed,
-        inputs=inputs,
-        differs=settings or {},
-        metric=context.recipe.select.by,
-    )
+    return Run.of(
+        dataset, context.recipe.name, "teacher", name, recipe, seed, settings or {}, model=name, arguments=arguments,
+        inputs=inputs, metric=context.recipe.select.by,
+    )  # fmt: skip
 
 
 @click.command("teacher")
@@ -121,7 +104,9 @@ def command(
     dry_run: bool,
 ) -> None:
     """Fine-tune and evaluate one candidate teacher."""
-    context = options.open_context(recipe, device)
-    teacher_recipe(context.recipe, name)
-    train_teacher(context, name, settings=options.parse_settings(settings), seed=seed, fresh=fresh, dry_run=dry_run)
+    context, changes = options.open_context(recipe, device), options.parse_settings(settings)
+    if dry_run:
+        context.say(f"{name}: {plan_teacher(context, name, settings=changes, seed=seed).state(fresh=fresh).text}")
+        return
+    train_teacher(context, name, settings=changes, seed=seed, fresh=fresh)
     context.end()

@@ -1,4 +1,4 @@
-"""`pipeline teacher-select`: the whole of stage one, doing only what is not up to date."""
+"""`pipeline teacher-select`: all of stage one that is not up to date."""
 
 from __future__ import annotations
 
@@ -52,10 +52,9 @@ def teacher_select(
         )
     with context.joined() as group:
         group.on_main(lambda: prepare_from_raw(context))
-        runs = [plan_teacher(context, name) for name in names]
-        epochs = [run.recipe.epochs if fresh or run.why_stale() else 0 for run in runs]
+        later = [plan_teacher(context, name).epochs_to_train(fresh=fresh) for name in names[1:]]
         trainings = [job for job in jobs if isinstance(job, TeacherJob)]
-        for job in context.in_turn("teacher", trainings, epochs):
+        for job in context.in_turn("teacher", trainings, later):
             job.run(context, fresh=fresh)
         comparison = group.on_main(lambda: select(context, names))
         tables = [candidates_table(context, comparison)]
@@ -68,7 +67,7 @@ def teacher_select(
 
 
 def prepare_from_raw(context: Context, *, download: bool = False) -> None:
-    """Prepare the data unless it is there, from data/raw; `download` fetches there what is missing."""
+    """Prepare the data from data/raw unless they are prepared; `download` fetches what is missing there."""
     if context.paths.is_prepared:
         return
     prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw, download=download)
@@ -98,7 +97,7 @@ def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Se
 def plan(
     context: Context, teachers: Sequence[str] | None = None, optimizers: Sequence[str] = (), *, fresh: bool = False
 ) -> list[str]:
-    """Say what `teacher_select` would do, and why; nothing is written."""
+    """Say what `teacher_select` would do, and why, and write nothing."""
     jobs, lines = stage_one(context, check_names(context, teachers, optimizers)), []
     if not context.paths.is_prepared:
         check_source(context.recipe, context.paths.raw)
@@ -132,25 +131,26 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
 @options.recipe_option
 @options.device_option
 @options.teachers_option
-@click.option("--optimizers", help="Train the winner with each of these too (Figure 5), separated by commas.")
+@click.option(
+    "--optimizers", type=options.split_names, metavar="A,B,...", help="Train the winner with each of these (Figure 5)."
+)
 @click.option("--fresh", is_flag=True, help="Train and label everything again.")
 @options.time_limit_option
 @options.dry_run_option
 def command(
     recipe: str | None,
     device: str | None,
-    teachers: str | None,
-    optimizers: str | None,
+    teachers: tuple[str, ...] | None,
+    optimizers: tuple[str, ...] | None,
     fresh: bool,
     dry_run: bool,
 ) -> None:
     """Do all of stage one: prepare, train what is missing, select, label."""
     context = options.open_context(recipe, device)
-    names, sweep = options.split_names(teachers), options.split_names(optimizers) or ()
     if dry_run:
-        for line in plan(context, names, sweep, fresh=fresh):
+        for line in plan(context, teachers, optimizers or (), fresh=fresh):
             context.say(line)
         return
-    for table in teacher_select(context, teachers=names, optimizers=sweep, fresh=fresh):
+    for table in teacher_select(context, teachers=teachers, optimizers=optimizers or (), fresh=fresh):
         context.show(table)
     context.end()

@@ -1,1 +1,1 @@
-"""`pipeline report`: tables and figures of whatever has been run, beside the paper's."""
+"""`pipeline report`: tables and figures of finished runs, beside the paper's."""

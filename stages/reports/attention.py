@@ -14,10 +14,10 @@ from pipeline.report.tables import Figure, Table, number
 from pipeline.training.checkpoints import read_meta
 from pipeline.views.views import normalize
 from stages.reports.runs import FinishedRun, FinishedRuns
-from stages.reports.views import prepared
 from stages.shared.context import Context
 
 NUM_IMAGES = 6
+WITH_BOTH_TOKENS = [name for name, student in STUDENTS.items() if student.has_distillation_head]
 COLUMNS = (
     "class token,\nlast block",
     "distillation token,\nlast block",
@@ -32,34 +32,17 @@ EXPLANATION = (
 
 
 def attention(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
-    """Draw attention maps of the recipe's students that have both tokens.
-
-    Args:
-        context: The command's setting.
-        runs: What has been run.
-
-    Returns:
-        Nothing where the prepared data are missing, or are not those that the student was trained on.
+    """Draw attention maps of the recipe's students that have both tokens and were trained on the prepared data.
 
     Raises:
         DataError: A checkpoint or the data are damaged.
     """
-    able = [run for run in runs.students.values() if _has_both(run)]
-    dataset = prepared(context) if able else None
-    if dataset is None:
+    trained = [(run, read_meta(run.directory) or {}) for run in runs.students.values()]
+    able = [(run, meta) for run, meta in trained if meta.get("model") in WITH_BOTH_TOKENS]
+    if not able or not context.paths.is_prepared:
         return []
-    drawn: list[Figure | Table] = []
-    for run in able:
-        if (read_meta(run.directory) or {}).get("dataset_sha256") == dataset.sha256:
-            drawn.append(_figure(run, dataset))
-    return drawn
-
-
-def _has_both(run: FinishedRun) -> bool:
-    """Whether a student has a distillation token, and its weights are there."""
-    meta = read_meta(run.directory)
-    model = STUDENTS.get(str(meta.get("model"))) if meta else None
-    return model is not None and model.has_distillation_head
+    dataset = context.dataset()
+    return [_figure(run, dataset) for run, meta in able if meta.get("dataset_sha256") == dataset.sha256]
 
 
 def _figure(run: FinishedRun, dataset: Dataset) -> Figure:
@@ -109,8 +92,8 @@ def token_shares(maps: torch.Tensor) -> NDArray[np.float64]:
         rollout the same.
     """
     last, rollout = maps[:, -1].mean(dim=1), attention_rollout(maps)
-    wanted = [matrix[:, token, 1:-1] for matrix in (last, rollout) for token in (0, -1)]
-    return torch.stack(wanted, dim=1).double().numpy()
+    shares = [matrix[:, token, 1:-1] for matrix in (last, rollout) for token in (0, -1)]
+    return torch.stack(shares, dim=1).double().numpy()
 
 
 def _choose(labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -74,7 +74,7 @@ class Answers:
 
     @property
     def note(self) -> str:
-        """Under what conditions the model predicted."""
+        """The run and the images of the predictions."""
         metrics = self.run.metrics
         epoch = f"epoch {metrics['test']['epoch']} of {metrics['epochs']}"
         return f"{self.title}, {epoch}, seed {self.run.seed}; {len(self.targets)} test images"

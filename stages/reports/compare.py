@@ -1,8 +1,8 @@
-"""What differs between finished runs: which of them may be compared, and their differences, paired by seed.
+"""Comparisons of finished runs, paired by seed.
 
 Two questions are asked about every student, each at an equal budget: does the teacher's label help, and how does the
-number of views matter? Two more tables compare the students that a recipe has as variants of one another, and
-everything else in data/runs with the recipe's runs.
+number of views matter? Two more tables compare a recipe's students that are variants of one another, and all other
+runs of data/runs with the recipe's.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from stages.shared.runs import differences
 
 QUESTIONS = {"labels": "Does the teacher's label help?", "views": "How does the number of views matter?"}
 VARIED = {"labels": "labels", "views": "num_views"}
-"""Question, then the setting that its runs differ in."""
+"""The setting in which the runs of a question differ."""
 LABELS = ("none", "cached", "online")
 NEED_A_TEACHER = ("soft", "confidence")
-"""Settings that change nothing without a teacher."""
+"""Settings that have no effect without a teacher."""
 TOP1 = {"last": "last epoch", "best": "best epoch", "test": "best epoch, on test"}
-"""Scores of metrics.json of which top-1 is compared, and how they are called."""
+"""Parts of metrics.json whose top-1 is compared, and their names for people."""
 SCORES = {
     **{score: f"top-1 %, {name}" for score, name in TOP1.items()},
     "last_train_loss": "train loss, last epoch",
     "agreement": "agreement on test %",
 }
-MOST_SEEDS = 7  # that each get a marker
+MAX_MARKED_SEEDS = 7  # of more no single seed is drawn
 DRAWN = (
     "Filled: the mean over seeds, with its 95 % interval where there are several; hollow: the single seeds. Under the "
     "conditions of the table below."
@@ -69,13 +69,12 @@ class Arm:
     @property
     def labels(self) -> str:
         """`none`, `cached` or `online`."""
-        return _labels(self.first)
+        return self.first.labels
 
     @property
     def views(self) -> int | None:
-        """How many views the epochs cycle through."""
-        views: int | None = self.first.metrics["views"]
-        return views
+        """How many views the epochs cycle through; None without any."""
+        return self.first.views
 
     def scores(self, score: str) -> dict[int, float | None]:
         """Return one of SCORES by seed; None where a run has none.
@@ -97,7 +96,7 @@ class Arm:
     def minus(self, reference: Arm, score: str) -> Estimate | None:
         """Estimate the difference to another arm, paired by seed.
 
-        None where they share no seed, to itself, and of training losses that are measured against other targets.
+        None to itself, where they share no seed, and of training losses against different targets.
         """
         if self is reference or (score == "last_train_loss" and self.labels != reference.labels):
             return None
@@ -110,9 +109,9 @@ class Comparison:
 
     Attributes:
         question: `labels` or `views`.
-        settings: In what all runs differ from the recipe.
-        arms: The first is the reference of the others: that without labels, or that with the fewest views.
-        left_out: How many runs of the same settings had another budget or teacher, or a seed a second time.
+        settings: The settings in which all runs differ from the recipe.
+        arms: The reference first: that without labels, or that with the fewest views.
+        left_out: Runs of the same settings with another budget or teacher, or with a seed that was counted already.
     """
 
     question: str
@@ -122,12 +121,12 @@ class Comparison:
 
     @property
     def taught(self) -> list[Arm]:
-        """The arms that learn from the teacher, or all where none does."""
+        """The arms that learn from the teacher; all where none does."""
         return [arm for arm in self.arms if arm.labels != "none"] or list(self.arms)
 
     @property
     def controls(self) -> list[Arm]:
-        """The arms without a teacher that stand beside others with one."""
+        """The arms without a teacher beside others with one."""
         return [arm for arm in self.arms if arm not in self.taught]
 
     @property
@@ -137,7 +136,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The student, and in what all its runs differ from the recipe."""
+        """The student and the settings in which all its runs differ from the recipe."""
         return ", ".join([self.runs[0].name, *(f"{key} {value}" for key, value in self.settings.items())])
 
     @property
@@ -147,18 +146,18 @@ class Comparison:
 
     @property
     def top1(self) -> list[str]:
-        """Which of TOP1 differ from each other: test's does where another split decides which epoch is the best."""
+        """The keys of TOP1 that differ: the test's does where another split decides the best epoch."""
         return ["last", "best", *(["test"] if is_held_out(self.runs) else [])]
 
     @property
     def scores(self) -> list[str]:
-        """Which of SCORES mean the same in all runs."""
+        """The keys of SCORES that mean the same in all runs."""
         teachers = {(run.metrics["teacher"] or {}).get("sha256") for run in self.runs}
         loss = ["last_train_loss"] if self.question == "views" else []
         return [*self.top1, *loss, *(["agreement"] if len(teachers) == 1 else [])]
 
     def name(self, arm: Arm) -> str:
-        """Return what tells an arm from the others."""
+        """Return an arm's name among the others."""
         if self.question == "labels":
             return arm.labels
         is_the_recipes = all("num_views" not in run.differs for run in arm.runs.values())
@@ -172,32 +171,32 @@ class Comparison:
 def find_comparisons(runs: FinishedRuns) -> list[Comparison]:
     """Return what a recipe's students answer: first about labels, then about views."""
     students = [run for run in (*runs.students.values(), *runs.others.values()) if run.kind == "student"]
-    students = [run for run in students if _labels(run) in LABELS]
+    students = [run for run in students if run.labels in LABELS]
     names = dict.fromkeys([*runs.recipe.students, *(run.name for run in students)])
     by_name = [[run for run in students if run.name == name] for name in names]
     return [answer for question in QUESTIONS for group in by_name for answer in _answers(question, group)]
 
 
 def _answers(question: str, runs: Sequence[FinishedRun]) -> list[Comparison]:
-    """Return a question's answers by one student's runs, one for each set of settings that they have in common.
+    """Compare one student's runs, once for each set of settings that they share.
 
-    Runs without a teacher are controls of those with one. Where they are none, their numbers of views are compared too.
+    Runs without a teacher are controls of those with one; those that are not have their numbers of views compared too.
     """
-    untaught = [run for run in runs if _labels(run) == "none"]
+    untaught = [run for run in runs if run.labels == "none"]
     if question == "labels":
         return _compare(question, [run for run in runs if run.metrics["distilled"]], untaught)
-    answers = _compare(question, [run for run in runs if _labels(run) != "none"], untaught)
+    answers = _compare(question, [run for run in runs if run.labels != "none"], untaught)
     shown = {id(run) for answer in answers for run in answer.runs}
     return answers + _compare(question, [run for run in untaught if id(run) not in shown], [])
 
 
 def _compare(question: str, runs: Sequence[FinishedRun], untaught: Sequence[FinishedRun]) -> list[Comparison]:
-    """Compare runs whose settings differ in the question's alone, at the budget that most arms and runs have."""
+    """Compare runs that differ in the question's setting alone, at the budget that most arms and runs have."""
     varied = VARIED[question]
     ignored = ("labels", varied, *NEED_A_TEACHER)
 
     def budget(run: FinishedRun) -> tuple[Any, ...]:
-        return (*run.budget, run.metrics["views"] if question == "labels" else None)
+        return (*run.budget, run.views if question == "labels" else None)
 
     comparisons = []
     for group in _grouped(runs, lambda run: _without(run.differs, varied)):
@@ -220,10 +219,6 @@ def _compare(question: str, runs: Sequence[FinishedRun], untaught: Sequence[Fini
     return comparisons
 
 
-def _labels(run: FinishedRun) -> str:
-    return str(run.differs.get("labels", "cached"))
-
-
 def _known(values: Mapping[int, float | None]) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if value is not None}
 
@@ -233,7 +228,7 @@ def _without(settings: Mapping[str, str], *names: str) -> dict[str, str]:
 
 
 def _grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Any]) -> list[list[FinishedRun]]:
-    """Gather the runs that have equal keys, which are JSON values, in the order in which the keys first appear."""
+    """Group runs by a key, a JSON value, in the order in which the keys first appear."""
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(json.dumps(key(run), sort_keys=True), []).append(run)
@@ -241,8 +236,8 @@ def _grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Any]) -> 
 
 
 def _arms(runs: Iterable[FinishedRun]) -> list[Arm]:
-    """Sort runs into arms, by labels, then ascending by views."""
-    arms = [Arm.of(group) for group in _grouped(runs, lambda run: (_labels(run), run.metrics["views"]))]
+    """Group runs into arms, sorted by labels, then by views."""
+    arms = [Arm.of(group) for group in _grouped(runs, lambda run: (run.labels, run.views))]
     return sorted(arms, key=lambda arm: (LABELS.index(arm.labels), arm.views or 0))
 
 
@@ -254,15 +249,15 @@ def _num_runs(arms: Sequence[Arm]) -> int:
 
 
 def as_json(comparisons: Iterable[Comparison]) -> dict[str, Any]:
-    """Return all figures of comparisons by question, unrounded.
+    """Return the values of comparisons by question, unrounded.
 
     Raises:
         DataError: A curve is damaged.
     """
-    figures: dict[str, Any] = {question: [] for question in QUESTIONS}
+    values: dict[str, Any] = {question: [] for question in QUESTIONS}
     for comparison in comparisons:
         first, reference = comparison.runs[0], comparison.arms[0]
-        figures[comparison.question].append({
+        values[comparison.question].append({
             "student": first.name,
             "settings": dict(comparison.settings),
             "budget": {key: first.metrics[key] for key in BUDGET},
@@ -271,7 +266,7 @@ def as_json(comparisons: Iterable[Comparison]) -> dict[str, Any]:
             "reference": {"labels": reference.labels, "views": reference.views},
             "ways": [_arm_as_json(arm, comparison) for arm in (*comparison.controls, *comparison.taught)],
         })  # fmt: skip
-    return figures
+    return values
 
 
 def _arm_as_json(arm: Arm, comparison: Comparison) -> dict[str, Any]:
@@ -286,11 +281,7 @@ def _arm_as_json(arm: Arm, comparison: Comparison) -> dict[str, Any]:
 
 
 def comparison_items(comparisons: Iterable[Comparison], *, with_figures: bool = True) -> list[Item]:
-    """Show comparisons, each as a figure and its table.
-
-    Args:
-        comparisons: What is shown.
-        with_figures: Whether to draw.
+    """Return a figure and a table of each comparison; without figures, what says so in their place.
 
     Raises:
         DataError: A curve is damaged.
@@ -317,7 +308,7 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _cells(arm: Arm, reference: Arm, score: str) -> list[str]:
-    """Return a score's mean and its difference to the reference, each with deviation and number, then its interval."""
+    """Return a score's mean and its difference to the reference, each followed by its interval."""
     digits = 3 if score == "last_train_loss" else 2
     cells = []
     for value, form in ((arm.mean(score), f".{digits}f"), (arm.minus(reference, score), f"+.{digits}f")):
@@ -353,7 +344,7 @@ def _figure(comparison: Comparison) -> Figure:
 def _draw_labels(comparison: Comparison) -> bytes:
     """Draw each arm's mean with its interval, and its seeds."""
     seeds = sorted({run.seed for run in comparison.runs})
-    shown = seeds if len(seeds) <= MOST_SEEDS else []
+    shown = seeds if len(seeds) <= MAX_MARKED_SEEDS else []
     rows = []
     for score in comparison.top1:
         for arm in comparison.arms:
@@ -383,7 +374,7 @@ def _views(arm: Arm) -> str:
 
 
 def _note(comparison: Comparison) -> str:
-    """Say what has changed, what an interval is of, what was left out, and under what conditions all was run."""
+    """Return the note below the table: differences, intervals, what was left out, conditions."""
     controls = comparison.controls
     if comparison.question == "labels":
         parts = [_change(comparison, arm, f"{arm.labels.capitalize()} minus none") for arm in comparison.taught]
@@ -392,8 +383,7 @@ def _note(comparison: Comparison) -> str:
         parts = [_change(comparison, most, f"{_views(most)} minus {comparison.arms[0].views}")]
         parts.append("Training loss in nats" + ("; without a teacher it is of other targets." if controls else "."))
     counts = sorted({len(arm.runs) for arm in comparison.arms})
-    several = " or ".join(str(count) for count in counts if count > 1)
-    if several:
+    if several := " or ".join(str(count) for count in counts if count > 1):
         parts.append(
             f"Intervals: Student's t over {several} seeds, which change initialisation and order, not the data. "
             "Differences are paired by seed."
@@ -410,7 +400,7 @@ def _note(comparison: Comparison) -> str:
 
 
 def _change(comparison: Comparison, arm: Arm, what: str) -> str:
-    """Say in a sentence whether an arm's top-1 differs from the reference's by more than the seeds scatter."""
+    """Say whether an arm's top-1 differs from the reference's by more than the seeds scatter."""
     parts = []
     for score in comparison.top1:
         minus = arm.minus(comparison.arms[0], score)
@@ -429,11 +419,7 @@ def _change(comparison: Comparison, arm: Arm, what: str) -> str:
 
 
 def variants(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Return each student that has variants in the recipe: later students of the same model.
-
-    Returns:
-        Its name, then each variant's name and in what it differs, as `soft 2 -> 0`.
-    """
+    """Return by student its variants, the recipe's later students of the same model, with what differs in each."""
     by_base: dict[str, dict[str, str]] = {}
     bases: dict[str, str] = {}
     for name, student in recipe.students.items():
@@ -468,7 +454,7 @@ def variants_tables(runs: FinishedRuns) -> list[Table]:
 
 
 def others_table(runs: FinishedRuns) -> Table | None:
-    """Return the runs of data/runs that differ by more than their seed, those alike in one row; None without any.
+    """Return the runs of data/runs that differ from the recipe, one row for all seeds of a setting; None without any.
 
     Each row is compared with the recipe's runs of the same model, by test accuracy at the best epoch.
     """

@@ -1,7 +1,8 @@
-"""What is said below a table or figure: under what conditions its figures were reached, and what is missing."""
+"""The notes below tables and figures: the conditions of the runs, and what is missing."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,10 +14,10 @@ LEFT_OUT = "left out by --no-figures"
 
 
 def conditions(runs: Sequence[FinishedRun]) -> str:
-    """Return which epoch counts, device, precision, epochs, batch, views, seeds, teacher and images, in one line.
+    """Return in one line which epoch counts, device, precision, epochs, batch, views, seeds, teacher and images.
 
     Args:
-        runs: At least one; several of a model are runs that differ by their seeds.
+        runs: At least one; those of the same model differ by their seeds alone.
     """
     metrics = [run.metrics for run in runs]
     where = [run.environment for run in runs]
@@ -42,7 +43,9 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
         "commit " + _all(values["commit"] or "unknown" for values in where),
         _all(values["date"][:10] for values in where),
     ]
-    warnings = [f"{_label(run, runs)}: {warning}" for run in runs for warning in run.metrics["warnings"]]
+    counts = Counter(run.name for run in runs)
+    labels = [f"{run.name}, seed {run.seed}" if counts[run.name] > 1 else run.name for run in runs]
+    warnings = [f"{label}: {text}" for label, run in zip(labels, runs, strict=True) for text in run.metrics["warnings"]]
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
 
 
@@ -61,12 +64,7 @@ def outdated(runs: FinishedRuns, names: Iterable[str]) -> str:
 
 
 def missing(names: Sequence[str], command: str) -> str:
-    """Name the models that have not been run, and the command that runs the first.
-
-    Args:
-        names: Of the models.
-        command: With `{}` in place of a name.
-    """
+    """Name the models that have not been run, and the command that runs the first, with `{}` in place of its name."""
     return f" Not run: {', '.join(names)}. To run: {command.format(names[0])}" if names else ""
 
 
@@ -95,12 +93,8 @@ def _teacher(run: FinishedRun) -> str:
     return f"{name} at {top1:.2f} %" + (f" (trained from {began})" if began else "")
 
 
-def _label(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
-    return f"{run.name}, seed {run.seed}" if sum(other.name == run.name for other in runs) > 1 else run.name
-
-
 def _device(environment: Any) -> str:
-    """Return a run's device, with the number of ranks where there were several."""
+    """Return a run's device, with the number of ranks if there were several."""
     ranks = environment.get("ranks", 1)  # not in the run.json of former versions
     return str(environment["device"]) if ranks == 1 else f"{ranks} x {environment['device']}"
 

@@ -1,4 +1,4 @@
-"""The paper's Figures 4 to 8: accuracy over the epochs, of teachers, of optimisers, of students."""
+"""The paper's Figures 4 to 8: accuracy over the epochs of teachers, optimisers and students."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SPLITS = {"test": "test", "val": "validation"}
 
 @dataclass(frozen=True)
 class Curve:
-    """What one line of a figure is drawn from.
+    """A line of a figure.
 
     Attributes:
-        name: Of the model or optimiser.
+        name: The model or optimiser.
         runs: At least one; they differ by their seeds alone.
         reference: The paper's highest test accuracy, percent; None where it gives none.
     """
@@ -48,14 +48,10 @@ class Curve:
 
 
 def figures(runs: FinishedRuns, *, with_figures: bool = True) -> list[Figure | Missing]:
-    """Draw Figure 4, Figure 5 and that of Figures 6 to 8 which is on the recipe's data, from whatever has been run.
-
-    Args:
-        runs: What has been run.
-        with_figures: Whether to draw.
+    """Draw Figure 4, Figure 5 and the one of Figures 6 to 8 that is on the recipe's data.
 
     Returns:
-        All three; the last has no number where the paper lacks the recipe's data.
+        All three, also those that are missing; the last has no number where the paper lacks the recipe's data.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -103,7 +99,7 @@ def _optimizer_curves(runs: FinishedRuns) -> list[Curve]:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    """Sort the optimisers as the paper does, others behind."""
+    """Return the key that sorts optimisers as the paper does, others last."""
     order = list(paper.OPTIMIZERS)
     optimizer = name.split(",")[0]
     return order.index(optimizer) if optimizer in order else len(order), name
@@ -140,7 +136,7 @@ def _series(curve: Curve) -> Series:
 
 
 def _note(curves: Sequence[Curve], split: str, has_paper: bool) -> str:
-    """Say how the figure came about."""
+    """Return the figure's note."""
     runs = [run for curve in curves for run in curve.runs]
     parts = [f"Top-1 on {split} images after each epoch"]
     if any(len(curve.runs) > 1 for curve in curves):

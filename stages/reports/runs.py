@@ -38,11 +38,11 @@ BUDGET = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "p
 
 
 def misfit(content: object, form: Form) -> str | None:
-    """Say which field of a JSON value is missing or has a wrong type; None where all fit.
+    """Say which field of a JSON object is missing or has a wrong type; None where all fit.
 
     Args:
-        content: The value, which must be an object.
-        form: Field, then its type or types, or the form of an object.
+        content: The object.
+        form: By field its type or types, or the form of an object.
     """
     if not isinstance(content, dict):
         return "not an object"
@@ -112,8 +112,19 @@ class FinishedRun:
         return dict(self.metrics.get("differs", {}))
 
     @property
+    def labels(self) -> str:
+        """`none`, `cached` or `online`; a teacher counts as `cached`."""
+        return self.differs.get("labels", "cached")
+
+    @property
+    def views(self) -> int | None:
+        """How many views the epochs cycle through; None without any."""
+        views: int | None = self.metrics["views"]
+        return views
+
+    @property
     def budget(self) -> tuple[Any, ...]:
-        """What is equal in runs that may be compared, whatever they learn from."""
+        """What must be equal in runs that are compared, whatever they learn from."""
         return tuple(self.metrics[key] for key in BUDGET)
 
     @property
@@ -125,7 +136,7 @@ class FinishedRun:
 
     @property
     def basis(self) -> tuple[Any, ...]:
-        """What is equal in runs that differ by their seeds alone."""
+        """What must be equal in runs of the same model and settings that differ by their seeds alone."""
         same = [self.metrics.get(key) for key in ("views", "soft", "confidence", "distilled")]
         teacher = self.metrics.get("teacher")
         return (*self.budget, *same, teacher["sha256"] if teacher else None)
@@ -141,7 +152,7 @@ class FinishedRun:
 
     @property
     def teacher_weights(self) -> str | None:
-        """The same of its teacher; None without the teacher's checkpoint."""
+        """Its teacher's weights before training; None without the teacher's checkpoint."""
         teacher = self.metrics["teacher"]
         meta = read_meta(Paths(str(self.metrics["recipe"])).teacher(teacher["name"])) if teacher else None
         return _initial_weights(meta, "teacher") if meta and meta["sha256"] == teacher["sha256"] else None
@@ -221,9 +232,9 @@ class FinishedRuns:
         )
 
     def seeds(self, name: str) -> list[FinishedRun]:
-        """Return the runs of a teacher or student that differ by their seeds alone, in the seeds' order.
+        """Return the runs of a teacher or student under the recipe, by ascending seed.
 
-        A run under settings, data or a teacher that are not those of the recipe's own run is none of them.
+        A run with another `basis` than the recipe's first run is left out.
         """
         seed_0 = self.teachers.get(name) or self.students.get(name)
         others = [run for run in self.others.values() if run.name == name and not run.differs]

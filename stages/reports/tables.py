@@ -1,4 +1,4 @@
-"""The paper's tables and Figure 5 in figures, from what has been run: its figure beside each of ours."""
+"""The paper's tables, and Figure 5 as a table: the paper's value beside each of ours."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ IMAGENETS_HEAD = " The paper counts VGG16_bn with ImageNet's head for 1000 class
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of every model.
+    """A column of values, one of every model.
 
     Attributes:
-        heading: With its unit.
-        value: Reads it from a run's metrics.json; None where the run has none.
-        reported: Model, then the paper's figure; without any there are no columns of the paper's.
-        digits: After the point.
-        optional: Whether a terminal too narrow for all columns leaves it out; the last such column goes first.
-        varies: Whether it depends on the seed.
+        heading: The heading, with the unit.
+        value: Reads the value from a run's metrics.json; None where the run has none.
+        reported: The paper's values by model; without any there are no columns of the paper's.
+        digits: Digits after the point.
+        optional: Whether a narrow terminal leaves the column out; the last such column goes first.
+        varies: Whether the value depends on the seed.
     """
 
     heading: str
@@ -48,7 +48,7 @@ class Column:
 
     @property
     def headings(self) -> list[str]:
-        """Its heading, and those of the paper's figure and the difference."""
+        """The headings of our value, the paper's and the difference."""
         return [self.heading, *([f"paper: {self.heading}", f"{self.heading}: difference"] if self.reported else [])]
 
     def cells(self, name: str, runs: Sequence[FinishedRun]) -> list[str]:
@@ -69,7 +69,7 @@ class Model:
     Attributes:
         name: In the recipe.
         runs: Its runs, one for each seed; none where it has not been run.
-        mark: What is said behind the name.
+        mark: Text behind the name.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Model:
     mark: str = ""
 
     def cells(self, columns: Sequence[Column]) -> list[str]:
-        """Return the row: name, figures, best epoch."""
+        """Return the row: name, values, best epoch."""
         cells = [cell for column in columns for cell in column.cells(self.name, self.runs)]
         if not self.runs:
             return [f"{self.name}{self.mark}", NOT_RUN, *cells[1:], "-"]
@@ -86,7 +86,7 @@ class Model:
 
 
 def _score_table(title: str, heading: str, models: Sequence[Model], columns: Sequence[Column], note: str) -> Table:
-    """Return a row for each model, also of those that have not been run, with `heading` above their names."""
+    """Return a table with a row for each model, whether it has been run or not."""
     optional = [heading for column in reversed(columns) if column.optional for heading in reversed(column.headings)]
     headings = [heading, *(heading for column in columns for heading in column.headings), "best epoch"]
     return Table(title, headings, [model.cells(columns) for model in models], note, optional)
@@ -127,8 +127,8 @@ def teachers_table(recipe: Recipe, teachers: Mapping[str, Sequence[FinishedRun]]
 
     Args:
         recipe: The recipe.
-        teachers: Name, then its runs by seed; none where it has not been run.
-        winner: The selected one; None before `select`.
+        teachers: By name a teacher's runs, one for each seed.
+        winner: The selected teacher; None before `select`.
     """
     trained = [run for runs in teachers.values() for run in runs]
     reported = paper.TEACHERS.get(recipe.dataset.source, {})
@@ -145,11 +145,11 @@ def teachers_table(recipe: Recipe, teachers: Mapping[str, Sequence[FinishedRun]]
 
 def candidates_table(context: Context, comparison: Mapping[str, Any]) -> Table:
     """Return Table 2 of the candidates that `select` has compared."""
-    runs = {}
-    for candidate in comparison["candidates"]:
-        run = FinishedRun.read(context.paths.teacher(candidate["name"]))
-        runs[candidate["name"]] = [run] if run else []
-    return teachers_table(context.recipe, runs, comparison["winner"])
+    names = [candidate["name"] for candidate in comparison["candidates"]]
+    runs = {name: FinishedRun.read(context.paths.teacher(name)) for name in names}
+    return teachers_table(
+        context.recipe, {name: [run] if run else [] for name, run in runs.items()}, comparison["winner"]
+    )
 
 
 def all_teachers(runs: FinishedRuns) -> Table:
@@ -199,7 +199,7 @@ def _with_teachers(runs: FinishedRuns) -> list[Model]:
 
 
 def _accuracy(runs: Iterable[FinishedRun], reported: Mapping[str, paper.Reported]) -> list[Column]:
-    """Return top-1 of the best and the last epoch and top-5; the paper's stands beside the best epoch's on test."""
+    """Return top-1 of the best and the last epoch and top-5; the paper's stand beside the best epoch's on test."""
     top1 = _reported(reported, "top1")
     is_apart = is_held_out(runs)
     return [
@@ -219,12 +219,12 @@ def _averages(reported: Mapping[str, paper.Reported]) -> list[Column]:
 
 
 def _score(key: str, epoch: str = "test") -> Callable[[Mapping[str, Any]], float | None]:
-    """Return what reads a score of the `best` or `last` epoch, or of the best one on `test`, in metrics.json."""
+    """Return a reader of metrics.json: a score of the `best` or `last` epoch, or of the best one on `test`."""
     return lambda metrics: metrics[epoch][key]
 
 
 def _costs(given: Mapping[str, paper.Costs]) -> list[Column]:
-    """Return the parameters, the paper's GMACs and true FLOPs; the paper gives its own for 100 classes alone."""
+    """Return parameters, the paper's GMACs and true FLOPs; the paper gives its own for 100 classes alone."""
     gmacs = {name: costs.gmacs_1024 for name, costs in given.items()}
     parameters = {name: costs.parameters for name, costs in given.items()}
     return [
@@ -235,16 +235,13 @@ def _costs(given: Mapping[str, paper.Costs]) -> list[Column]:
 
 
 def _reported(rows: Mapping[str, paper.Reported], key: str) -> dict[str, float]:
-    """Return the paper's figures of a column by model."""
+    """Return the paper's values of a column by model."""
     values = {name: getattr(row, key) for name, row in rows.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def drops_table(runs: FinishedRuns) -> Table:
-    """Return Table 6: accuracy lost from teacher to student, ours before the paper's and the eight published pairs.
-
-    Ours are the recipe's students that have a distillation head.
-    """
+    """Return Table 6, accuracy lost from teacher to student: ours with a distillation head, then the paper's."""
     recipe = runs.recipe
     models = {name: student_recipe(recipe, name, {}).model for name in recipe.students}
     distilled = [name for name, model in models.items() if STUDENTS[model].has_distillation_head]
@@ -264,7 +261,7 @@ def drops_table(runs: FinishedRuns) -> Table:
 
 
 def _drop(runs: FinishedRuns, name: str) -> list[str]:
-    """Return a row of ours."""
+    """Return the row of one of our students."""
     source, seeds = runs.recipe.dataset.source, [run for run in runs.seeds(name) if run.metrics["distilled"]]
     teachers, students = paper.TEACHERS.get(source, {}), paper.STUDENTS.get(source, {})
     reported = students[name].top1 - teachers[paper.TEACHER].top1 if name in students else None
@@ -307,8 +304,8 @@ def optimizers_table(
     Args:
         recipe: The recipe.
         winner: The selected teacher.
-        outcomes: Optimiser, then its run, or in a word why there is none.
-        rates: Learning rates of the optimisers that have no run.
+        outcomes: By optimiser its run, or a word that says why there is none.
+        rates: By optimiser the learning rate, for those that have no run.
     """
     reported = paper.OPTIMIZERS if recipe.dataset.source == "cifar100" else {}
     columns = ["optimiser", "lr", "best top-1 %", "test top-1 %"]
@@ -333,9 +330,9 @@ def optimizers_table(
 
 
 def optimizer_runs(runs: FinishedRuns) -> dict[str, FinishedRun | str]:
-    """Return the selected teacher's runs by optimiser; those that the paper compares are there in any case.
+    """Return the selected teacher's runs by optimiser, the paper's optimisers whether they were run or not.
 
-    Of several rates of an optimiser the one with the best epoch counts.
+    Of an optimiser's several rates the one with the best epoch counts.
     """
     selected = runs.teachers.get(runs.winner or "")
     outcomes: dict[str, FinishedRun | str] = {name: NOT_RUN for name in paper.OPTIMIZERS}

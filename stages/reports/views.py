@@ -1,4 +1,4 @@
-"""What a student learns from: how often the teacher's labels of views are right, and some views to look at."""
+"""The teacher on augmented views: how often its labels are right, and a sheet of sample views."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ NUM_COLUMNS = 4  # of views, where they do not mix
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """The views of a view recipe, and the teacher's labels of them.
+    """A view recipe's views of the training split, and the teacher's labels of them.
 
     Attributes:
-        name: Of the view recipe.
-        dataset: The data set, whose training split the views are of.
+        name: The view recipe.
+        dataset: The data set.
         cache: The labels.
         views: The views.
     """
@@ -50,12 +50,12 @@ class Labelled:
 
     @property
     def suffix(self) -> str:
-        """The end of its figures' names, which tells them from those of other view recipes."""
+        """What tells the names of its figures from those of other view recipes."""
         return "" if self.name == "default" else f"-{self.name}"
 
     @property
     def of(self) -> str:
-        """The same for titles."""
+        """What tells the titles of its figures from those of other view recipes."""
         return "" if self.name == "default" else f", views {self.name}"
 
     @property
@@ -72,22 +72,15 @@ class Labelled:
 
 
 def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
-    """Show the teacher's accuracy on views by operation, and sample views, of each view recipe that is labelled.
-
-    Args:
-        context: The command's setting.
-        runs: What has been run.
-
-    Returns:
-        Nothing where labels or prepared data are missing.
+    """Show the teacher's accuracy by operation and sample views of each view recipe that is labelled.
 
     Raises:
         DataError: Labels or data are damaged, or belong to something else.
     """
     names = [name for name in runs.recipe.views if runs.paths.labels(name).is_file()]
-    dataset = prepared(context) if names else None
-    if dataset is None:
+    if not names or not context.paths.is_prepared:
         return []
+    dataset = context.dataset()
     shown: list[Figure | Table] = []
     for name in names:
         cache = open_labels(runs.paths, runs.recipe, dataset, name)
@@ -97,16 +90,6 @@ def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Tabl
             raise DataError(f"{path}: its views are no longer what was labelled; run `pipeline label --fresh`")
         shown += [*by_operation(labelled), sample_views(labelled)]
     return shown
-
-
-def prepared(context: Context) -> Dataset | None:
-    """Return the prepared data set; None where there is none.
-
-    Raises:
-        DataError: It is damaged, or another than the recipe's.
-    """
-    files = [context.paths.prepared / name for name in ("dataset.h5", "summary.json")]
-    return context.dataset() if all(file.is_file() for file in files) else None
 
 
 def by_operation(labelled: Labelled) -> list[Figure | Table]:
@@ -141,8 +124,7 @@ def by_operation(labelled: Labelled) -> list[Figure | Table]:
     png = dots(drawn, ["right"], x_label="the teacher's labels that are right, %", overall=[overall], remarks="images")
     alt = f"Dots: share of the teacher's labels that are right, by operation. Overall {overall:.1f} %."
     figure = Figure(f"teacher-on-views{labelled.suffix}", title, png, alt, note, table)
-    shortened = [row for row in rows if row[0] != SUB_POLICY]
-    return [figure, Table(title, columns, shortened, note)]
+    return [figure, Table(title, columns, [row for row in rows if row[0] != SUB_POLICY], note)]
 
 
 def _row(scores: OperationScores) -> DotRow:
@@ -152,7 +134,7 @@ def _row(scores: OperationScores) -> DotRow:
 
 
 def sample_views(labelled: Labelled) -> Figure:
-    """Draw a sheet of samples: the image, its view, its partner's view, their mix, targets and the teacher's label."""
+    """Draw a sheet of training images with their views, targets and the teacher's labels; of mixed views both parts."""
     has_mixing = labelled.views.recipe.mixing != "none"
     samples = _choose(labelled)
     indices = torch.from_numpy(samples)
@@ -188,7 +170,7 @@ def sample_views(labelled: Labelled) -> Figure:
 
 
 def _choose(labelled: Labelled) -> NDArray[np.int64]:
-    """Return the samples to show, ascending: some whose label is none of the targets, the others evenly."""
+    """Return the samples to show, ascending: some whose label is none of the targets, the others evenly spread."""
     targets, labels = labelled.dataset.train.labels, labelled.cache.labels[0]
     partners = labelled.views.drawn(0).get("partner", np.arange(len(targets)))
     is_wrong = (labels != targets) & (labels != targets[partners])
@@ -221,8 +203,8 @@ def _add_mixed(labelled: Labelled, indices: torch.Tensor, rows: list[list[Cell |
             Cell(seconds[row], [f"#{partner}", f"target: {names[targets[1]]}", *_described(drawn, partner)]),
             Cell(mixed[row], lines, marked=label not in targets),
         ]
-        told = [str(index), "0", names[targets[0]], str(partner), names[targets[1]], f"{share:.4f}", names[label]]
-        data.append([*told, "; ".join(_described(drawn, index))])
+        cells = [str(index), "0", names[targets[0]], str(partner), names[targets[1]], f"{share:.4f}", names[label]]
+        data.append([*cells, "; ".join(_described(drawn, index))])
 
 
 def _add_plain(
@@ -235,8 +217,8 @@ def _add_plain(
         target, label = int(labelled.dataset.train.labels[index]), int(labelled.cache.labels[view, index])
         described = _described(drawn, index)
         rows[row].append(Cell(pixels[row], [f"teacher: {names[label]}", *described], marked=label != target))
-        told = [str(index), str(view), names[target], "", "", "", names[label]]
-        data.append([*told, "; ".join(described)])
+        cells = [str(index), str(view), names[target], "", "", "", names[label]]
+        data.append([*cells, "; ".join(described)])
 
 
 def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]:

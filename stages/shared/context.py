@@ -1,4 +1,4 @@
-"""What every command shares: params.yaml, the console, the device, the stop signal."""
+"""The setting of a command: params.yaml, console, device, data set, stop signal."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.datasets import Dataset
     from pipeline.report.progress import Position
+    from pipeline.system.runtime import Ranks
     from pipeline.training.distributed import Group
 
 T = TypeVar("T")
@@ -35,11 +36,11 @@ class Context:
     """The setting of one command.
 
     Attributes:
-        params: The whole of params.yaml.
-        recipe: The recipe at work.
-        console: Where output for people goes.
-        stop: SIGINT and SIGTERM.
-        device_name: As given by --device; None chooses.
+        params: All of params.yaml.
+        recipe: The recipe that the command works on.
+        console: For output to people.
+        stop: SIGINT, SIGTERM and the time limit.
+        device_name: The device that --device names; None chooses one.
         position: Which of the command's runs is under way, see `in_turn`.
     """
 
@@ -65,9 +66,16 @@ class Context:
 
         return resolve_device(self.device_name)
 
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that torchrun or RANK and WORLD_SIZE name; without them it is alone."""
+        from pipeline.system.runtime import current_ranks
+
+        return current_ranks()
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[Group]:
-        """Join torchrun's group for as long as the outermost such block lasts; without torchrun this process is alone.
+        """Join torchrun's group until the outermost such block ends; without torchrun this process is alone.
 
         Raises:
             UsageError: The device or the environment allows no group.
@@ -91,13 +99,13 @@ class Context:
         Args:
             label: What the runs are, in the singular, as `teacher`.
             items: What to yield.
-            epochs: Epochs that each has yet to train, 0 where it is up to date.
+            epochs: Epochs that each but the first has yet to train, 0 where it is up to date.
         """
         from pipeline.report.progress import Position
 
         for index, item in enumerate(items):
             if len(items) > 1:
-                self.position = Position(label, index + 1, len(items), sum(epochs[index + 1 :]))
+                self.position = Position(label, index + 1, len(items), sum(epochs[index:]))
             yield item
         self.position = None
 
@@ -110,10 +118,10 @@ class Context:
         self.console.print(table.to_rich(self.console.width))
 
     def dataset(self) -> Dataset:
-        """Load the prepared data set; too many images for RAM stay in their file.
+        """Load the prepared data set; images too large for RAM stay in their file.
 
         Raises:
-            DataError: It is not there, or not valid.
+            DataError: It is missing, not valid, or prepared with other settings than the recipe's.
         """
         import torch
 
@@ -150,6 +158,6 @@ class Context:
             self._changed.append(stage)
 
     def end(self) -> None:
-        """Name the command by which DVC adopts what was replaced; otherwise its next run restores its own copy."""
+        """Name the command by which DVC adopts the replaced outputs; without it, DVC's next run restores its copies."""
         if self._changed and Path(".dvc").is_dir() and "DVC_STAGE" not in os.environ:
             self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(self._changed)}")

@@ -72,7 +72,7 @@ def evaluation_data(
 
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
-    """Tell whether there is nothing to do, and say so. Rank 0 looks, since it is the one that writes."""
+    """Return whether a run's result stands, and say so. Rank 0 looks, because it alone writes."""
     if fresh:
         return False
     why = group.on_main(run.why_stale)
@@ -121,16 +121,22 @@ def carry_out(
         execution: How it is computed. Rank 0 of its group holds the lock and writes.
         teaching: What the model learns from its teacher, if it has one.
         fresh: Whether to ignore a saved state.
+
+    Raises:
+        Interrupted: A signal came, or the time limit has been reached.
     """
     device, group, recipe, teaching = context.device, execution.group, run.recipe, teaching or Teaching()
     ema = recipe.ema if isinstance(recipe, StudentRecipe) else 0.0
     if device.type == "cpu":
         keep_freed_memory()
-    _stop_before(context, run, group)
+    # The ranks agree on whether the time is up, because their clocks differ.
+    if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
+        raise stopped(code, f"before {run.name}")
     watcher = RunWatcher(context.console, run.name, len(dataset.train), context.position)
     with _claimed(run, group, fresh=fresh) as state:
         context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
-        _say_ranks(context, run, group, model)
+        if not group.is_alone:
+            context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
         split_name, split = dataset.evaluation
         with context.stop.deferred(), execution.compiling(model), watcher:
             fit = Fit(
@@ -166,17 +172,6 @@ def carry_out(
         context.changed(run.stage)
 
 
-def _stop_before(context: Context, run: Run, group: Group) -> None:
-    """End before a run begins if the time is up. The ranks agree on it, because their clocks differ.
-
-    Raises:
-        Interrupted: The time limit has been reached.
-    """
-    code = int(group.max_(torch.tensor(context.stop.before_step(), device=context.device)))
-    if code:
-        raise stopped(code, f"before {run.name}")
-
-
 @contextlib.contextmanager
 def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState]:
     """Hold a run's lock, on rank 0, and yield its resumable state."""
@@ -193,18 +188,16 @@ def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState]:
         yield state
 
 
-def _say_ranks(context: Context, run: Run, group: Group, model: nn.Module) -> None:
+def _describe_ranks(group: Group, batch_size: int, model: nn.Module) -> str:
     """Say how several ranks share the work, and what that changes."""
-    if group.is_alone:
-        return
-    line = f"{run.name}: {group.world_size} ranks ({group.backend}) share each batch of {run.recipe.batch_size}"
+    line = f"{group.world_size} ranks ({group.backend}) share each batch of {batch_size}"
     if has_batch_norm(model) and group.backend == "gloo":
         line += "; gloo cannot add up batch norm's statistics: each rank's are its own, and rank 0's are kept"
-    context.say(line)
+    return line
 
 
 def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> dict[str, Tensor] | None:
-    """Give `model` the best epoch's weights, and return the last epoch's, which it holds, if they are to be kept."""
+    """Put the best epoch's weights into `model`; return the last epoch's, on rank 0 and where the run keeps them."""
     last = None
     if group.is_main:
         if run.keep_last:
@@ -218,14 +211,18 @@ def _metrics(
     run: Run, dataset: Dataset, teaching: Teaching, result: FitResult, test_scores: Scores, precision: str
 ) -> dict[str, Any]:
     """Return metrics.json: the same keys for every model, no times."""
+
+    def scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
+
     return {
         "name": run.name,
         "kind": run.description["kind"],
         "recipe": run.description["recipe"],
         "differs": dict(run.differs),
         "evaluated_on": dataset.evaluation[0],
-        "best": _scores(result.curve[result.best_epoch - 1]),
-        "last": _scores(result.curve[-1]),
+        "best": scores_of(result.curve[result.best_epoch - 1]),
+        "last": scores_of(result.curve[-1]),
         "test": {"epoch": result.best_epoch, **dataclasses.asdict(test_scores)},
         **costs(dict(run.description), dataset.image_size),
         "epochs": run.recipe.epochs,
@@ -246,10 +243,6 @@ def _metrics(
     }
 
 
-def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
-
-
 def _write(
     run: Run,
     result: FitResult,
@@ -258,21 +251,21 @@ def _write(
     predictions: bytes,
     where: Mapping[str, Any],
 ) -> None:
-    """Write the outputs, metrics.json last, so that a directory that has it is whole."""
+    """Write the outputs, metrics.json last: a directory that has it is complete."""
     (run.out / "metrics.json").unlink(missing_ok=True)
     meta = {**run.decided_by, "fingerprint": run.fingerprint}
     meta |= {key: metrics[key] for key in ("teacher", "views", "soft", "confidence", "warnings")}
     save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
     if last is not None:
         save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})
-    write_atomic(run.out / "curve.csv", curve_csv(result.curve))
+    write_atomic(run.out / "curve.csv", _curve_csv(result.curve))
     write_atomic(run.out / "predictions.csv", predictions)
     write_json(run.out / "run.json", where)
     write_json(run.out / "metrics.json", metrics)
 
 
-def curve_csv(curve: list[dict[str, Any]]) -> bytes:
-    """Return the rows of a curve as CSV; what does not exist is an empty cell."""
+def _curve_csv(curve: list[dict[str, Any]]) -> bytes:
+    """Return a curve as CSV; a missing value is an empty cell."""
 
     def cell(value: object) -> object:
         return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""A teacher that labels a recipe's data, and what its labels are: their identity and provenance."""
+"""A teacher that labels a recipe's data, and the identity and provenance of its labels."""
 
 from __future__ import annotations
 
@@ -22,45 +22,21 @@ from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
 
 
-def load_teacher(context: Context, dataset: Dataset, path: Path) -> tuple[Teacher, Checkpoint]:
-    """Load a teacher for a data set, ready to label it.
-
-    Raises:
-        UsageError: The path does not exist; or torch.compile was asked for and fails.
-        DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
-    """
-    checkpoint = read_teacher(context, dataset, path)
-    return make_ready(context, dataset, checkpoint), checkpoint
-
-
 def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
     """Read a teacher's checkpoint and check that it belongs to a data set.
 
     Raises:
         UsageError: The path does not exist.
-        DataError: No valid teacher lies there, or one of other classes, image size or normalisation.
+        DataError: It holds no valid teacher, or one of other classes, image size or normalisation.
     """
     checkpoint = load_checkpoint_of(path, "teacher")
-    check_teacher(context, dataset, checkpoint)
-    return checkpoint
-
-
-def check_teacher(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Refuse a teacher of other data.
-
-    Raises:
-        DataError: Its classes, image size or normalisation are others.
-    """
-    for key, expected in (
-        ("class_names", list(dataset.class_names)),
-        ("image_size", dataset.image_size),
-        ("mean", list(dataset.mean)),
-        ("std", list(dataset.std)),
-    ):
-        if checkpoint.meta.get(key) != expected:
+    for key in ("class_names", "image_size", "mean", "std"):
+        value = getattr(dataset, key)
+        if checkpoint.meta.get(key) != (list(value) if isinstance(value, tuple) else value):
             raise DataError(
                 f"{checkpoint.path}: its {key} is not that of {context.paths.dataset}; train a teacher on this data"
             )
+    return checkpoint
 
 
 def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Teacher:
@@ -68,7 +44,7 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
 
     Raises:
         UsageError: torch.compile was asked for and fails.
-        DataError: The checkpoint's JSON describes no model, or the weights belong to another.
+        DataError: The checkpoint's JSON describes no model, or the weights are not that model's.
     """
     settings, device = context.recipe.label, context.device
     module = from_checkpoint(checkpoint, device).module

@@ -1,8 +1,9 @@
-"""What the commands' options share: their definitions, their parsing, and the context they make."""
+"""Options that several commands have, the parsing of their values, and the context that they make."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -25,16 +26,27 @@ LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
 
 
 class FilePath(click.Path):
-    """A path that is not empty: an unset variable of a shell gives an empty one, which `Path` takes for `.`."""
+    """A path that is not empty; an empty one comes from an unset shell variable, and `Path` would read it as `.`.
 
-    def __init__(self) -> None:
+    Args:
+        must_exist: Whether a path that does not exist is a UsageError.
+    """
+
+    def __init__(self, *, must_exist: bool = False) -> None:
         super().__init__(path_type=Path)
+        self._must_exist = must_exist
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         """Return the path."""
         if not str(value):
             self.fail("an empty path", param, context)
-        return super().convert(value, param, context)
+        path = Path(os.fsdecode(super().convert(value, param, context)))
+        if self._must_exist:
+            try:
+                path.stat()
+            except OSError as error:
+                raise UsageError(f"{path}: {error.strerror}; name what exists") from None
+        return path
 
 
 class FiniteFloat(click.FloatRange):
@@ -49,10 +61,20 @@ class FiniteFloat(click.FloatRange):
 
 
 PATH = FilePath()
+EXISTING = FilePath(must_exist=True)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Split `a,b` into distinct names."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        raise UsageError(f"{text!r}: write distinct names separated by commas, as a,b")
+    return names
+
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; default: its `recipe`.")
 teachers_option = click.option(
-    "--teachers", help="Candidates, separated by commas; default: `teachers` of params.yaml."
+    "--teachers", type=split_names, metavar="A,B,...", help="Candidates; default: `teachers` of params.yaml."
 )
 device_option = click.option("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU if there is one.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
@@ -79,20 +101,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --fresh, --seed and --set."""
-    command = click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable.",
-    )(command)
-    command = click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0, MAX_SEED),
-        help="Initialisation and order.",
-    )(command)
+    what = "Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable."
+    command = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=what)(command)
+    seeds, what = click.IntRange(0, MAX_SEED), "Initialisation and order."
+    command = click.option("--seed", default=0, show_default=True, type=seeds, help=what)(command)
     return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
 
 
@@ -104,12 +116,9 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
     Raises:
         UsageError: params.yaml or a name is wrong.
     """
-    from pipeline.system.runtime import current_ranks
-
     params = load_params(PARAMS)
-    console = open_console()
-    console.quiet = not current_ranks().is_main
-    context = Context(params, params.select(recipe), console, STOP, device)
+    context = Context(params, params.select(recipe), open_console(), STOP, device)
+    context.console.quiet = not context.ranks.is_main
     if device is not None:
         _ = context.device
     return context
@@ -121,14 +130,6 @@ def open_console() -> Console:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
-
-
-def split_names(text: str | None) -> tuple[str, ...] | None:
-    """Split `a,b` into names."""
-    names = tuple(name.strip() for name in text.split(",")) if text is not None else None
-    if names is not None and (not all(names) or len(set(names)) != len(names)):
-        raise UsageError(f"{text!r}: write distinct names separated by commas, as a,b")
-    return names
 
 
 def parse_settings(settings: tuple[str, ...], *, soft: float | None = None) -> dict[str, str]:
@@ -144,10 +145,8 @@ def parse_settings(settings: tuple[str, ...], *, soft: float | None = None) -> d
     return pairs
 
 
-def parse_seeds(text: str | None) -> tuple[int, ...] | None:
-    """Read `0,1,2` as seeds."""
-    if text is None:
-        return None
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Read `0,1,2` as distinct seeds."""
     seeds = text.split(",")
     if not all(re.fullmatch(r"0|[1-9][0-9]{0,9}", seed) and int(seed) <= MAX_SEED for seed in seeds):
         raise UsageError(f"--seeds {text}: write whole numbers from 0 to {MAX_SEED} separated by commas, as 0,1,2")
@@ -156,10 +155,10 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, seeds))
 
 
-def parse_keep(text: str | None) -> int | None:
+def parse_keep(text: str) -> int:
     """Read `argmax` as 0 and `topk=K` as K."""
-    if text is None or text == "argmax":
-        return None if text is None else 0
+    if text == "argmax":
+        return 0
     topk = re.fullmatch(r"topk=([1-9][0-9]{0,4})", text)
     if topk is None:
         raise UsageError(f"--keep {text}: write argmax or topk=K, as topk=5")
@@ -171,10 +170,8 @@ def kept_name(topk: int) -> str:
     return f"topk={topk}" if topk else "argmax"
 
 
-def parse_views(text: str | None) -> tuple[int, int | None] | None:
-    """Read `A:B`, `:B` or `A:` as the first view and the one behind the last, None where it is left out."""
-    if text is None:
-        return None
+def parse_views(text: str) -> tuple[int, int | None]:
+    """Read `A:B`, `:B` or `A:` as the first view, by default 0, and the one behind the last, by default None."""
     bounds = re.fullmatch(r"([0-9]{0,6}):([0-9]{0,6})", text)
     if bounds is None or text == ":":
         raise UsageError(f"--views {text}: write A:B for the views A to B - 1, as 0:300; or :B, or A:")
@@ -193,20 +190,8 @@ def parse_duration(text: str) -> float:
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
     """Read `1,8,64` as distinct numbers of images."""
-    names = split_names(text) or ()
+    names = split_names(text)
     sizes = tuple(int(name) for name in names if re.fullmatch(r"[1-9][0-9]{0,4}", name))
     if len(sizes) != len(names):
         raise UsageError(f"--batch-sizes {text}: write whole numbers from 1 to 99999 separated by commas, as 1,8,64")
     return sizes
-
-
-def require_exists(path: Path) -> None:
-    """Refuse a path that does not exist.
-
-    Raises:
-        UsageError: It does not.
-    """
-    try:
-        path.stat()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; name what exists") from None

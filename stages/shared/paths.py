@@ -1,4 +1,4 @@
-"""Where everything lies: the one place that knows the layout of data/."""
+"""The layout of data/, which no other file knows."""
 
 from __future__ import annotations
 

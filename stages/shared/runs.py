@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,9 @@ from stages.shared.paths import Paths
 RESULTS_VERSION = "0.1.0"
 NOT_TRAINED = "not trained"
 MAX_NAMED = 3
-# In the place of values that say nothing to people.
+# Said in place of values that tell people nothing.
 _PHRASES = {"dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights"}
-# Follow from the data.
+# Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
@@ -36,11 +36,11 @@ OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
 
 
 class State(NamedTuple):
-    """How far a piece of work is.
+    """The state of a piece of work.
 
     Attributes:
         text: What is left to do and why, in one line.
-        is_done: Whether nothing is.
+        is_done: Whether nothing is left to do.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Run:
     Attributes:
         name: As shown to people.
         out: Where the outputs go.
-        work: Where the resumable state lies while it runs.
+        work: Where the resumable state is kept while it runs.
         stage: The DVC stage whose outputs these are; None for runs that differ from the recipe.
         description: The checkpoint's JSON, see stages.shared.runs.describe.
         recipe: How it is trained.
@@ -83,36 +83,58 @@ class Run:
     confidence: bool = False
     keep_last: bool = False
 
+    @classmethod
+    def of(
+        cls, dataset: Dataset, recipe_name: str, kind: str, name: str, recipe: FitRecipe, seed: int,
+        differs: Mapping[str, str], *, model: str, arguments: dict[str, Any], **fields: Any,
+    ) -> Run:  # fmt: skip
+        """Describe a run and place its files: a run that differs from the recipe goes to data/runs.
+
+        Args:
+            dataset: What it is trained on.
+            recipe_name: The recipe of params.yaml.
+            kind: `teacher` or `student`.
+            name: As shown to people.
+            recipe: How it is trained.
+            seed: Of initialisation and order.
+            differs: What differs from the recipe but for the seed.
+            model: The architecture.
+            arguments: What the architecture is built with, as plain JSON values.
+            fields: The other attributes.
+        """
+        paths = Paths(recipe_name)
+        changes = [*(f"{key}-{value}" for key, value in differs.items()), *([f"seed-{seed}"] if seed else [])]
+        if changes:
+            label = "-".join([name, *changes]).replace("/", "_")
+            out, work, stage = paths.run(label), paths.work("runs", label), None
+        else:
+            out = paths.teacher(name) if kind == "teacher" else paths.student(name)
+            work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
+        description = describe(dataset, recipe_name, kind=kind, model=model, arguments=arguments)
+        return cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
+
+    @property
+    def _rest(self) -> dict[str, Any]:
+        """What decides the result beside model and recipe."""
+        return {"seed": self.seed, "inputs": dict(self.inputs), "version": RESULTS_VERSION}
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result."""
-        return fingerprint(
-            {
-                "model": dict(self.description),
-                "recipe": deciding_values(self.recipe),
-                "seed": self.seed,
-                "inputs": dict(self.inputs),
-                "version": RESULTS_VERSION,
-            }
-        )
+        recipe = deciding_values(self.recipe)
+        return fingerprint({"model": dict(self.description), "recipe": recipe, **self._rest})
 
     @property
     def decided_by(self) -> dict[str, Any]:
         """What decides the result, as the checkpoint's JSON keeps it."""
-        return {
-            **self.description,
-            "training": deciding_values(self.recipe),
-            "seed": self.seed,
-            "inputs": dict(self.inputs),
-            "version": RESULTS_VERSION,
-        }
+        return {**self.description, "training": deciding_values(self.recipe), **self._rest}
 
     def why_stale(self) -> str | None:
-        """Say in a phrase why the outputs are not those of exactly this run; None where they are."""
-        return why_stale(self.out, OUTPUTS, self.fingerprint, self.decided_by)
+        """Say in a phrase why the outputs are not those of exactly this run; None if they are."""
+        return why_stale(self.out, self.fingerprint, self.decided_by)
 
     def state(self, *, fresh: bool = False) -> State:
-        """Say what training it would do, and why; `fresh` as the option `--fresh`."""
+        """Say what training the run would do, and why, with or without the option `--fresh`."""
         why = "--fresh" if fresh else self.why_stale()
         if why is None:
             return State(f"up to date ({self.out})", is_done=True)
@@ -123,53 +145,43 @@ class Run:
         where = f"epoch {saved['epoch'] + 1} of {self.recipe.epochs}, step {saved['step']}"
         return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
 
+    def epochs_to_train(self, *, fresh: bool) -> int:
+        """Return how many epochs training it takes from the beginning: 0 where it is up to date."""
+        return self.recipe.epochs if fresh or self.why_stale() else 0
+
     @property
     def lock(self) -> Path:
-        """The lock of whoever writes the outputs."""
+        """The lock that the writer of the outputs holds."""
         return self.work.with_name(f"{self.work.name}.lock")
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers of the outputs left; for the holder of the lock."""
+        """Remove the temporary files of killed writers; the caller holds the lock."""
         for name in (*CHECKPOINTS, *OUTPUTS):
             remove_leftovers(self.out / name)
 
     def clean_up(self) -> None:
-        """Remove what a run left that was killed between writing its outputs and its end."""
+        """Remove the state of a run that was killed after it had written its outputs."""
         if self.work.exists():
             with contextlib.suppress(StorageError), lock(self.lock):
                 self.remove_leftovers()
                 RunState(self.work, self.fingerprint).delete()
 
 
-def place(
-    paths: Paths, work: str, name: str, settings: Mapping[str, str], seed: int, out: Path, stage: str
-) -> tuple[Path, Path, str | None]:
-    """Return output directory, work directory and DVC stage; what differs from the recipe goes to data/runs."""
-    changes = [f"{key}-{value}" for key, value in settings.items()]
-    if seed:
-        changes.append(f"seed-{seed}")
-    if not changes:
-        return out, paths.work(*work.split("/")), stage
-    label = "-".join([name, *changes]).replace("/", "_")
-    return paths.run(label), paths.work("runs", label), None
-
-
-def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mapping[str, Any]) -> str | None:
-    """Say in a phrase why a directory does not hold a run's outputs; None where it does.
+def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
+    """Say in a phrase why a directory does not hold a run's outputs; None if it does.
 
     Args:
         out: The run's directory.
-        files: What a finished run has there beside its checkpoint.
-        fingerprint: Of everything that decides the result. It alone says whether the outputs are the run's.
-        expected: The same as plain JSON values, as far as the checkpoint's JSON keeps it; explains a difference.
+        fingerprint: The run's. It alone decides whether the outputs are the run's.
+        expected: The run's `decided_by`, which explains a difference.
     """
     try:
         meta = read_meta(out)
     except DataError:
         return "its checkpoint is damaged"  # what runs the stage again must not be stopped by it
     if meta is None:
-        return "a checkpoint without its other files" if any((out / name).exists() for name in files) else NOT_TRAINED
-    missing = [name for name in files if not (out / name).is_file()]
+        return "a checkpoint without its other files" if any((out / name).exists() for name in OUTPUTS) else NOT_TRAINED
+    missing = [name for name in OUTPUTS if not (out / name).is_file()]
     if missing:
         return f"{', '.join(missing)} missing"
     if meta.get("fingerprint") == fingerprint:
@@ -182,11 +194,11 @@ def why_stale(out: Path, files: Sequence[str], fingerprint: str, expected: Mappi
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the fields in which two trees of JSON values differ, as `lr 0.1 -> 0.05`.
 
-    It explains what fingerprints have told apart, and judges nothing itself: an empty list is no proof of sameness.
+    It explains why fingerprints differ; an empty list does not prove that they are the same.
 
     Args:
-        former: What was. A part that `now` does not have is no setting, such as a checkpoint's scores.
-        now: What is asked for. A part that `former` lacks is named too.
+        former: The former values. Parts that `now` lacks, such as a checkpoint's scores, are no settings.
+        now: The values asked for. Parts that `former` lacks are named too.
     """
     named: dict[str, str] = {}
     for difference in compare({part: former[part] for part in now if part in former}, now):
@@ -198,7 +210,7 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _named(difference: Difference) -> tuple[str, str]:
-    """Return the field in which a difference lies, and the difference as people read it."""
+    """Return the field of a difference, and the difference in words."""
     keys = [key for key in difference.place if isinstance(key, str)]
     key = ".".join(keys[-2:]) if keys[-2:-1] == ["views"] else keys[-1]
     if key in _PHRASES:
@@ -210,7 +222,7 @@ def _named(difference: Difference) -> tuple[str, str]:
 
 
 def _text(value: Any) -> str:
-    """Write a value as params.yaml does, a long one cut."""
+    """Write a value as params.yaml does, cut to 24 characters."""
     if value is MISSING or value is None:
         return "none"
     if isinstance(value, bool):

@@ -1,11 +1,12 @@
-"""What a student learns from its teacher, and where that comes from: the label cache, the teacher itself, or nowhere.
+"""Where a student's teacher labels come from: the label cache, the teacher itself, or nowhere.
 
 `TeacherSource.find` is enough to plan a run, and loads no model; `TeacherSource.open` gives what training needs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.training.checkpoints import read_meta
 from pipeline.views.views import Views
 from stages.shared.context import Context
 from stages.shared.fitting import Teaching
-from stages.shared.labelling import identity_of, label_clean, load_teacher, read_teacher
+from stages.shared.labelling import identity_of, label_clean, make_ready, read_teacher
 from stages.shared.options import kept_name
 from stages.shared.paths import Paths
 
@@ -31,26 +32,30 @@ USUAL_TOPK = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What a command changes in how a student learns from its teacher; by default nothing.
-
-    The temperature is not part of it: it is the field `soft` of the student's recipe.
+    """What a command changes in how a student is trained; by default nothing. Whatever differs goes to data/runs.
 
     Attributes:
-        labels: `cached`; `none` trains both heads on the ground truth, `online` asks the teacher at every step.
+        labels: `cached`; or a control: `none` trains both heads on the ground truth, `online` asks the teacher at every
+            step.
         teacher: The checkpoint that `online` asks.
-        soft_given: Whether the command set the temperature.
         confidence: Whether the teacher's probability of its label weighs each sample's distillation term.
         num_views: Views that the epochs cycle through, always the first ones; None takes the recipe's number.
+        settings: Fields of the student's recipe to replace, the temperature `soft` among them.
     """
 
     labels: str = "cached"
     teacher: Path | None = None
-    soft_given: bool = False
     confidence: bool = False
     num_views: int | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def soft_given(self) -> bool:
+        """Whether the command sets the temperature."""
+        return "soft" in self.settings
 
     def check(self, name: str, recipe: StudentRecipe) -> None:
-        """Check the options before any data is looked for.
+        """Check the options, before any data is looked for.
 
         Raises:
             UsageError: They do not go together, or not with this student.
@@ -64,7 +69,7 @@ class Distillation:
             require_distillation_head(option, name, recipe)
 
     def differences(self, recipe: Recipe, name: str, student: StudentRecipe) -> dict[str, str]:
-        """Return what differs between a student's run and params.yaml, for the name of the run's directory."""
+        """Return what differs between a student's run and params.yaml, as key and value."""
         differs = {}
         if self.labels != "cached":
             differs["labels"] = self.labels
@@ -74,7 +79,7 @@ class Distillation:
             differs["confidence"] = "on"
         if self.num_views not in (None, recipe.views[student.views].count):
             differs["num_views"] = str(self.num_views)
-        return differs
+        return differs | {key: value for key, value in self.settings.items() if key != "soft"}
 
     def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, name: str, student: StudentRecipe) -> None:
         """Check that a cache holds what this run needs.
@@ -128,10 +133,10 @@ class TeacherSource:
     """Where a student's teacher labels come from.
 
     Attributes:
-        recipe: The student's.
+        recipe: The student's recipe.
         distillation: What the command changes.
         digest: SHA-256 of the teacher's checkpoint; None without a teacher.
-        cache: The label cache. A student that does not learn from it is still measured against it where it exists.
+        cache: The label cache, if there is one; a student that does not learn from it is still measured against it.
     """
 
     recipe: StudentRecipe
@@ -168,11 +173,11 @@ class TeacherSource:
         return STUDENTS[self.recipe.model].has_distillation_head and self.distillation.labels != "none"
 
     def open(self, context: Context, views: Views) -> Teaching:
-        """Load the teacher or put the cached labels on the device, and return what training needs of them.
+        """Load the teacher, or put the cached labels on the device, for training.
 
         Args:
             context: The command's setting.
-            views: Those that the student trains on; they must be those that were labelled.
+            views: The student's training views, which must be those that were labelled.
 
         Raises:
             UsageError: torch.compile was asked for and fails.
@@ -180,7 +185,8 @@ class TeacherSource:
         """
         dataset, kind = context.dataset(), {"soft": self.recipe.soft > 0, "confidence": self.distillation.confidence}
         if self.distillation.teacher is not None:
-            teacher, checkpoint = load_teacher(context, dataset, self.distillation.teacher)
+            checkpoint = read_teacher(context, dataset, self.distillation.teacher)
+            teacher = make_ready(context, dataset, checkpoint)
             labels = online_labels(teacher, **kind) if self.is_distilled else None
             clean, name = label_clean(context, dataset, teacher), str(checkpoint.meta["model"])
         elif self.cache is not None:
@@ -203,8 +209,8 @@ def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str
     """Open a recipe's label cache.
 
     Raises:
-        DataError: It is not valid; or it belongs to other data, views or evaluation images, or to a teacher that is not
-            the selected one.
+        DataError: It is not valid, or belongs to other data, views, evaluation images or another teacher than the
+            selected one.
     """
     identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe)
     winner = read_meta(paths.winner)

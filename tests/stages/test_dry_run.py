@@ -15,9 +15,9 @@ from pipeline.config.params import load_params
 from pipeline.labels.cache import LabelCache
 from pipeline.system.stopping import StopSignal
 from pipeline.training.checkpoints import RunState
-from stages.label import plan_labels
+from stages.label import LabelRequest, plan_labels
 from stages.shared.context import Context
-from stages.shared.runs import OUTPUTS, differences, why_stale
+from stages.shared.runs import differences, why_stale
 from tests.support.in_process import invoke
 from tests.support.project import Project
 
@@ -132,7 +132,7 @@ def test_labelling_anew_leaves_what_is_there_until_it_begins(project: Project, m
     assert [path.name for path in labels.iterdir()] == ["default.h5"]
     monkeypatch.chdir(project.path)
     params = load_params(Path("params.yaml"))
-    plan = plan_labels(Context(params, params.select(None), Console(), StopSignal()), fresh=True)
+    plan = plan_labels(Context(params, params.select(None), Console(), StopSignal()), LabelRequest(fresh=True))
     assert project.path / plan.parts.directory == work, "which `label --fresh` deletes"
     assert (plan.path, plan.missing) == (Path("data/smoke/labels/default.h5"), [0, 1, 2, 3])
     invoke(project, "label", "--fresh")
@@ -203,13 +203,13 @@ def test_differences_are_named_by_their_last_key_and_once() -> None:
 
 def test_a_directory_without_all_of_its_files_is_not_up_to_date(distilled: Project, tmp_path: Path) -> None:
     out = tmp_path / "vit"
-    assert why_stale(out, OUTPUTS, "", {}) == "not trained"
+    assert why_stale(out, "", {}) == "not trained"
     shutil.copytree(distilled.data / "students/vit", out)
-    assert why_stale(out, OUTPUTS, "", {}) == "trained under other settings, or by another version"
+    assert why_stale(out, "", {}) == "trained under other settings, or by another version"
     (out / "curve.csv").unlink()
-    assert why_stale(out, OUTPUTS, "", {}) == "curve.csv missing"
+    assert why_stale(out, "", {}) == "curve.csv missing"
     (out / "best.safetensors").unlink()
-    assert why_stale(out, OUTPUTS, "", {}) == "a checkpoint without its other files"
+    assert why_stale(out, "", {}) == "a checkpoint without its other files"
 
 
 def test_a_state_can_be_looked_at_without_loading_it(tmp_path: Path) -> None:

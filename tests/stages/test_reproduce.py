@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DataError, NumericalError
-from stages.record import Records, describe
+from stages.record import Records, record_of
 from tests.stages.test_time_limits import ticking  # noqa: F401
 from tests.support.in_process import invoke
 from tests.support.interruptions import files, small_project
@@ -28,6 +28,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = small_project(tmp_path_factory.mktemp("reproduced") / "project")
     out = invoke(project, *DEIT)
     assert "5 of 5 jobs are done; 3 new records" in out
+    assert "deit (job 5 of 5): epoch 1/2" in out and "left for all jobs" in out
     return project
 
 
@@ -185,6 +186,6 @@ def test_a_line_that_was_cut_is_left_out_and_another_that_is_none_is_refused(pro
 
 def test_a_run_that_was_trained_again_is_another_record(project: Project) -> None:
     meta = project.data / "students/deit/best.json"
-    before = describe(project.data / "students/deit")["id"]
+    before = record_of(project.data / "students/deit")["id"]
     meta.write_text(meta.read_text().replace(json.loads(meta.read_text())["sha256"], "0" * 64))
-    assert describe(project.data / "students/deit")["id"] != before
+    assert record_of(project.data / "students/deit")["id"] != before

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.params import load_params
 from pipeline.errors import UsageError
-from stages.reproduce import Choice, plan
+from stages.reproduce import Scope, plan
 from tests.support.in_process import invoke
 from tests.support.project import ROOT, Project
 
@@ -20,7 +20,7 @@ LABELS, MIXUP = "labels of the views default", "labels of the views mixup"
 
 
 def titles(**choice: Any) -> list[str]:
-    return [f"{job.recipe} {job.title}" for job in plan(load_params(ROOT / "params.yaml"), Choice(**choice))]
+    return [f"{job.recipe} {job.title}" for job in plan(load_params(ROOT / "params.yaml"), Scope(**choice))]
 
 
 def of(recipe: str, *parts: str) -> list[str]:

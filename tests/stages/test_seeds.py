@@ -30,6 +30,8 @@ def test_seeds_run_one_after_another_and_end_with_their_mean(project: Project) -
         for suffix in ("", "-seed-2")
     ]
     assert [one["seed"] for one in found] == [0, 2] and found[0]["best"] != found[1]["best"]
+    assert "deit (seed 1 of 2): epoch 1/1" in out and "deit (seed 2 of 2): epoch 1/1" in out
+    assert out.count("left for all seeds") == 1, "after the only epoch of the first run"
     top1 = [one["best"]["top1"] for one in found]
     said = f"top-1 % of the best epochs {statistics.fmean(top1):.2f} ± {statistics.stdev(top1):.2f} (2), of the last "
     assert said in out.strip().splitlines()[-1]
