@@ -106,7 +106,7 @@ def magnitude(space: Space, operation: str, magnitude_bin: int, height: int, wid
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class OperationTable:
     """All that can be done to an image of H x W pixels: I operations with signed magnitudes, geometric ones first.
 
     Attributes:
@@ -127,7 +127,7 @@ class Table:
     matrices: NDArray[np.float64]
 
 
-def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, width: int) -> Table:
+def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, width: int) -> OperationTable:
     """Tabulate what a policy can do.
 
     Args:
@@ -148,7 +148,7 @@ def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, widt
         for number, value in instances
         if OPERATIONS[number] in GEOMETRIC_OPERATIONS
     ]
-    return Table(
+    return OperationTable(
         height,
         width,
         rows=np.array([row_of.get(instance, NO_OPERATION) for instance in signed]).reshape(-1, 2),
@@ -158,7 +158,7 @@ def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, widt
     )
 
 
-class Choice(NamedTuple):
+class OperationChoice(NamedTuple):
     """What is done to each of B images.
 
     Attributes:
@@ -166,7 +166,7 @@ class Choice(NamedTuple):
         rows: `(B, P)` int64, rows of the table, in the order in which they are applied; NO_OPERATION where none is.
     """
 
-    table: Table
+    table: OperationTable
     rows: NDArray[np.int64]
 
     @property
@@ -180,7 +180,7 @@ class Choice(NamedTuple):
         return np.where(self.rows == NO_OPERATION, 0.0, self.table.magnitudes[self.rows])
 
 
-def apply(images: Tensor, choice: Choice) -> Tensor:
+def apply(images: Tensor, choice: OperationChoice) -> Tensor:
     """Do to each image what was chosen for it.
 
     Args:
@@ -201,7 +201,7 @@ def apply(images: Tensor, choice: Choice) -> Tensor:
     return _take(images, np.argsort(order))
 
 
-def _apply_sorted(images: Tensor, table: Table, rows: NDArray[np.int64]) -> None:
+def _apply_sorted(images: Tensor, table: OperationTable, rows: NDArray[np.int64]) -> None:
     """Apply to each image its own row of the table, in place; `rows` ascends."""
     firsts = np.searchsorted(table.operations, np.arange(len(OPERATIONS) + 1))
     bounds = np.searchsorted(rows, firsts)
@@ -222,7 +222,7 @@ def _take(images: Tensor, order: NDArray[np.int64]) -> Tensor:
     return images.index_select(0, torch.from_numpy(order).to(images.device))
 
 
-def _take_maps(table: Table, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+def _take_maps(table: OperationTable, rows: NDArray[np.int64], device: torch.device) -> Tensor:
     """Index maps of some geometric operations, `(B, H, W)` int64."""
     if len(table.matrices) * table.height * table.width * 8 > MAX_KEPT_BYTES:
         return geometry.index_maps(table.matrices[rows], table.height, table.width, device)
@@ -230,7 +230,7 @@ def _take_maps(table: Table, rows: NDArray[np.int64], device: torch.device) -> T
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_maps(table: Table, device: torch.device) -> Tensor:
+def _kept_maps(table: OperationTable, device: torch.device) -> Tensor:
     """Index maps of all of a table's geometric operations, `(G, H, W)` int64."""
     return geometry.index_maps(table.matrices, table.height, table.width, device)
 
