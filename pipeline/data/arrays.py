@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import StorageError
+from pipeline.system.storage import storage_errors
 
 # What is digested, summed or copied at once: little enough for a cache, enough for a disk.
 CHUNK_BYTES = 2**22
@@ -160,12 +161,10 @@ class SpilledImages:
         self.shape = shape
         self._folder = folder
         self._image_bytes = math.prod(shape[1:])
-        try:
+        with self._storage_errors():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
             os.ftruncate(self._file.fileno(), shape[0] * self._image_bytes)
-        except OSError as error:
-            raise self._failed(error) from error
 
     def __enter__(self) -> SpilledImages:
         """Return itself."""
@@ -182,17 +181,14 @@ class SpilledImages:
             StorageError: The disk is full or failed.
         """
         view, at = np.ascontiguousarray(image).data.cast("B"), row * self._image_bytes
-        try:
+        with self._storage_errors():
             while view:
                 written = os.pwrite(self._file.fileno(), view, at)
                 view, at = view[written:], at + written
-        except OSError as error:
-            raise self._failed(error) from error
 
     def read(self) -> MappedImages:
         """Return all images; what was not written is black."""
         return MappedImages(self._file.fileno(), self.shape)
 
-    def _failed(self, error: OSError) -> StorageError:
-        reason = error.strerror or str(error)
-        return StorageError(f"cannot write decoded images in {self._folder}: {reason}; free space or rights there")
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        return storage_errors(f"write decoded images in {self._folder}", "; free space or rights there")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.errors import DataError, printable
+from pipeline.errors import DataError
 
 # Pillow reads many more, some of them by starting other programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
@@ -130,4 +130,4 @@ def refusal(folder: Path, bad: Sequence[BadFile]) -> DataError:
     """Return the error that names a folder's first bad files."""
     named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
     more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
-    return DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+    return DataError(f"{folder}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")

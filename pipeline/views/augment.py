@@ -1,7 +1,7 @@
-"""A view recipe's augmentations up to mixing, each in one place: its draws, what they mean, its pixels, its groups.
+"""The augmentations of a view recipe, without mixing. Each class holds its draws, parameters, pixels and groups.
 
 They work on whole uint8 batches, in the order of AUGMENTATIONS. Those that only move pixels are composed into one index
-map, so that crop, flip, rotation and affine are one gather.
+map, so that crop, flip, rotation and affine take one gather.
 
 Source: arXiv:2502.16762 §3.4.
 """
@@ -29,38 +29,38 @@ SUB_POLICY = "sub-policy"
 class Augmentation:
     """One augmentation.
 
-    To add one: a subclass of Moving or Changing, its place in AUGMENTATIONS, and its field in ViewRecipe. Draws have
-    names, so that it shifts no other's; an `absent` value of the field leaves the identities of existing labels alone.
+    To add one, write a subclass of Moving or Changing and add it to AUGMENTATIONS and its field to ViewRecipe. Draws
+    are named, so it leaves the others' alone. Give the field an `absent` value to keep the identities of existing labels.
 
     Attributes:
-        fields: Fields of the view recipe that it reads, each with the number of its draws for each sample.
+        fields: The fields of the view recipe that it reads, each with its number of draws per sample.
     """
 
     fields: ClassVar[Mapping[str, int]]
 
     def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
-        """Return the names of what it draws and their numbers for each sample; none of a field at 0 or false."""
+        """Return the number of draws per sample by name; a field at 0 or false draws nothing."""
         return {name: number for name, number in self.fields.items() if getattr(recipe, name)}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-        """Turn draws into what is done to each image.
+        """Turn draws into the parameters of each image.
 
         Args:
-            uniform: Name of the draws to those of B samples, `(B, num_draws)` float64 in [0, 1).
+            uniform: The draws of B samples by name, `(B, num_draws)` float64 in [0, 1).
             recipe: The view recipe.
             height: H, pixels.
             width: W, pixels.
 
         Returns:
-            By name, arrays of B; of what is drawn only.
+            Arrays of length B by name, only for the draws in `uniform`.
         """
         raise NotImplementedError
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
-        """Group images by what was drawn for them.
+        """Group images by their parameters.
 
         Args:
-            drawn: What `parameters` of all augmentations returned, for N images.
+            drawn: The parameters of all augmentations, for N images.
             recipe: The view recipe.
             image_size: Side of the images, pixels.
         """
@@ -76,10 +76,10 @@ class Moving(Augmentation):
 
 
 class Changing(Augmentation):
-    """An augmentation that changes levels, or moves pixels in ways of its own."""
+    """An augmentation that changes levels, or moves pixels without an index map."""
 
     def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
-        """Return the images `(B, 3, H, W)` uint8 with what the draws say done to each."""
+        """Apply the augmentation, with the draws of each image, to images `(B, 3, H, W)` uint8."""
         raise NotImplementedError
 
 
@@ -268,20 +268,13 @@ AUGMENTATIONS: tuple[Augmentation, ...] = (CropFlip(), Rotation(), Affine(), Jit
 
 
 def num_draws(recipe: ViewRecipe) -> dict[str, int]:
-    """Tell what a recipe draws, mixing included.
-
-    Args:
-        recipe: The view recipe.
-
-    Returns:
-        Name of the draws to their number for each sample; an augmentation left out draws nothing.
-    """
+    """Return a recipe's number of draws per sample by name, mixing included; augmentations that are off draw nothing."""
     drawn = {name: number for augmentation in AUGMENTATIONS for name, number in augmentation.num_draws(recipe).items()}
     return drawn | mixing.num_draws(recipe.mixing)
 
 
 def parameters(uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-    """Turn draws into what each augmentation does to each image; see Augmentation.parameters."""
+    """Turn draws into the parameters of all augmentations; see Augmentation.parameters."""
     given: Parameters = {}
     for augmentation in AUGMENTATIONS:
         if augmentation.num_draws(recipe):
@@ -294,7 +287,7 @@ def augment(images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
 
     Args:
         images: `(B, 3, H, W)` uint8.
-        uniform: Name of the draws to those of these samples, `(B, num_draws)` float64 in [0, 1).
+        uniform: The draws of these samples by name, `(B, num_draws)` float64 in [0, 1).
         recipe: The view recipe.
 
     Returns:
@@ -321,13 +314,13 @@ def _num_samples(given: Parameters) -> int:
 
 
 def _between(uniform: Draws, name: str, middle: float, reach: float) -> Parameters:
-    """Stretch the draws of a field over [middle - reach, middle + reach), `(B,)`; nothing where it is not drawn."""
+    """Stretch the draws of a field, if any, over [middle - reach, middle + reach), `(B,)`."""
     if name not in uniform:
         return {}
     return {name: draws.between(uniform[name][:, 0], middle - reach, middle + reach)}
 
 
 def _by_factor(drawn: Mapping[str, NDArray[Any]], name: str, reach: float) -> Groups:
-    """Group by a factor in [1 - reach, 1 + reach], where it is drawn."""
+    """Group by a factor in [1 - reach, 1 + reach], if it is drawn."""
     if name in drawn:
         yield from by_range(f"{name}, times", drawn[name], 1 - reach, 1 + reach, "{:.2f} to {:.2f}")

@@ -120,10 +120,10 @@ class Mixing(NamedTuple):
     """A way to mix each image with a partner.
 
     Attributes:
-        draws: What it draws beside `partner` and `lambda`: names, and numbers for each sample.
-        draw: From the draws of B samples by name, height and width, pixels, to what `mix` takes of each, and lambda,
+        draws: The number of draws per sample by name, beside `partner` and `lambda`.
+        draw: Takes the draws of B samples by name, height and width. Returns the last argument of `mix` and lambda,
             `(B,)` float32 in [0, 1].
-        mix: Of images and partners, `(B, 3, H, W)` uint8, and what `draw` returned, the mixed images.
+        mix: Takes images and partners, `(B, 3, H, W)` uint8, and the result of `draw`. Returns the mixed images.
     """
 
     draws: Mapping[str, int]
@@ -150,5 +150,5 @@ MIXINGS = {"cutmix": Mixing({"box": 2}, _draw_cutmix, cutmix), "mixup": Mixing({
 
 
 def num_draws(name: str) -> dict[str, int]:
-    """Return what a mixing draws, by name, for each sample; nothing for `none`."""
+    """Return a mixing's number of draws per sample by name; `none` draws nothing."""
     return {"partner": 1, "lambda": 1, **MIXINGS[name].draws} if name != "none" else {}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.views import draws
-from pipeline.views.operations import EVENLY_DRAWN, NO_OPERATION, OperationChoice, Space, OperationTable, tabulate
+from pipeline.views.operations import EVENLY_DRAWN, NO_OPERATION, OperationChoice, OperationTable, Space, tabulate
 
 # (operation, probability, magnitude bin or None) twice for each sub-policy. Kept here rather than read from
 # torchvision, so that the views of a recipe are the same whichever version is installed.
@@ -48,11 +48,11 @@ class Policy:
     """A way to choose operations for each image.
 
     Attributes:
-        title: What people call it.
-        name: Of its draws.
-        num_draws: Their number for each sample.
-        space: How strong each operation is at each magnitude bin.
-        entries: What it can do to an image: operations, each with a magnitude bin.
+        title: Displayed name.
+        name: Name of its draws.
+        num_draws: Number of draws per sample.
+        space: The magnitude of each operation at each bin.
+        entries: The operations it can apply, each with a magnitude bin.
     """
 
     title: ClassVar[str]
@@ -76,8 +76,8 @@ class AutoAugment(Policy):
     """AutoAugment for CIFAR-10: one of 25 sub-policies, which are two operations with probabilities.
 
     Source: arXiv:1805.09501, OperationTable 7; torchvision's `AutoAugment(AutoAugmentPolicy.CIFAR10)`.
-    Differs: an operation is applied below its probability, torchvision's also at it, so that there one of probability 0
-        is applied once in 2^24 times.
+    Differs: an operation is applied if its draw is below its probability. torchvision also applies it at equality, so
+        that one of probability 0 is applied once in 2^24 times.
     """
 
     title, name, num_draws = "AutoAugment", "autoaugment", 5
@@ -85,7 +85,7 @@ class AutoAugment(Policy):
     entries = tuple((operation, magnitude_bin or 0) for pair in CIFAR10_POLICY for operation, _, magnitude_bin in pair)
 
     def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
-        """See Policy; the draws are the sub-policy, whether to apply either operation, and whether to negate (below 1/2)."""
+        """See Policy; the draws are the sub-policy, whether to apply either operation, whether to negate it (below 1/2)."""
         chosen, table = sub_policies(uniform), _table(self, height, width)
         rows = table.rows[2 * chosen[:, None] + [0, 1], (uniform[:, 3:] < 0.5).astype(np.int64)]
         return OperationChoice(table, np.where(uniform[:, 1:3] < PROBABILITIES[chosen], rows, NO_OPERATION))
@@ -139,5 +139,5 @@ POLICIES: dict[str, Policy] = {
 
 @functools.lru_cache(maxsize=24)
 def _table(policy: Policy, height: int, width: int) -> OperationTable:
-    """Tabulate all that a policy can do to images of one size."""
+    """Tabulate a policy for images of one size."""
     return tabulate(policy.space, policy.entries, height, width)
