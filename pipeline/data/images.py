@@ -1,4 +1,4 @@
-"""Image files of users: which are accepted, and how one becomes RGB."""
+"""Users' image files: the accepted formats, and the conversion to RGB."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NUM_NAMED = 3
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file of an image folder that is not an image that can be decoded.
+    """A file of an image folder that cannot be decoded as an image.
 
     Attributes:
         path: Relative to the image folder, with `/`; bytes that are not UTF-8 are escaped.
@@ -86,7 +86,7 @@ def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     """Convert an image of any mode to RGB and resize it, without keeping its aspect ratio.
 
     Transparency is composited on white. 16-bit grey is scaled to 8 bits and rounded. An animation gives its
-    first frame. Resizing is PIL's antialiased bilinear, and left out where the size is right already.
+    first frame. Resizing is PIL's antialiased bilinear; an image of the right size is not resized.
 
     Args:
         image: The image.

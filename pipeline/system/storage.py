@@ -1,8 +1,8 @@
 """Files that are whole or absent: atomic writing, JSON, digests and the lock of a run.
 
 A file is written beside its destination, flushed to the device and renamed over it, so that a kill, a power
-cut or a full disk leaves either the old content or the new, never a mixture. Nothing is ever opened for
-writing in place: a destination may be a link into DVC's cache.
+cut or a full disk leaves either the old content or the new, never a mixture. No file is opened for writing in place: a
+destination may be a link into DVC's cache.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def replacing(path: Path) -> Iterator[int]:
         path: Destination.
 
     Yields:
-        The descriptor of an empty file beside it, for reading and writing, which takes its place when the block is
-        left without an error.
+        The descriptor of an empty file beside it, for reading and writing. The file replaces `path` when the block ends
+        without an error.
 
     Raises:
-        StorageError: The disk is full, rights are missing, or the device failed. What stood at `path` is
-            unharmed; only where the last flush, that of the directory, fails is the new content there, though
-            not yet safe from a power cut.
+        StorageError: The disk is full, rights are missing, or the device failed. The old content of `path` is unharmed,
+            unless the last flush fails, that of the directory: then the new content is there, but not yet safe from a
+            power cut.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with storage_errors(f"write {path}", "; free space or rights, then run again"):
@@ -139,7 +139,7 @@ def write_json(path: Path, obj: Any) -> None:
 
     Raises:
         ValueError: A number is not finite; JSON has no such value.
-        StorageError: Writing failed; what stood at `path` is unharmed.
+        StorageError: Writing failed; the old content of `path` is unharmed.
     """
     text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False)
     write_atomic(path, (text + "\n").encode())

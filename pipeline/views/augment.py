@@ -30,7 +30,7 @@ class Augmentation:
     """One augmentation.
 
     To add one, write a subclass of Moving or Changing and add it to AUGMENTATIONS and its field to ViewRecipe. Draws
-    are named, so it leaves the others' alone. Give the field an `absent` value to keep the identities of existing labels.
+    are named, so the others' stay the same. An `absent` value of the field keeps the identities of existing labels.
 
     Attributes:
         fields: The fields of the view recipe that it reads, each with its number of draws per sample.
@@ -268,7 +268,7 @@ AUGMENTATIONS: tuple[Augmentation, ...] = (CropFlip(), Rotation(), Affine(), Jit
 
 
 def num_draws(recipe: ViewRecipe) -> dict[str, int]:
-    """Return a recipe's number of draws per sample by name, mixing included; augmentations that are off draw nothing."""
+    """Return a recipe's number of draws per sample by name, mixing included; what is off draws nothing."""
     drawn = {name: number for augmentation in AUGMENTATIONS for name, number in augmentation.num_draws(recipe).items()}
     return drawn | mixing.num_draws(recipe.mixing)
 

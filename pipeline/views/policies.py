@@ -85,7 +85,7 @@ class AutoAugment(Policy):
     entries = tuple((operation, magnitude_bin or 0) for pair in CIFAR10_POLICY for operation, _, magnitude_bin in pair)
 
     def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
-        """See Policy; the draws are the sub-policy, whether to apply either operation, whether to negate it (below 1/2)."""
+        """See Policy; the draws: the sub-policy, whether to apply each operation, whether to negate it (below 1/2)."""
         chosen, table = sub_policies(uniform), _table(self, height, width)
         rows = table.rows[2 * chosen[:, None] + [0, 1], (uniform[:, 3:] < 0.5).astype(np.int64)]
         return OperationChoice(table, np.where(uniform[:, 1:3] < PROBABILITIES[chosen], rows, NO_OPERATION))
