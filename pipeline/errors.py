@@ -14,7 +14,7 @@ class PipelineError(Exception):
     """An error that ends a command with one line and `exit_code`, never with a traceback.
 
     Args:
-        message: May quote what users and files say: see `one_line`.
+        message: May quote user input and files; `one_line` makes it safe.
     """
 
     exit_code = 1
@@ -61,7 +61,7 @@ class Interrupted(PipelineError):
 
 
 def one_line(text: str) -> str:
-    """Return a text made safe by `printable`; of more than MAX_LINE characters the middle is left out."""
+    """Return a text made safe by `printable`, without its middle if it has more than MAX_LINE characters."""
     if len(text) > MAX_LINE:
         text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
     return printable(text)
@@ -70,8 +70,8 @@ def one_line(text: str) -> str:
 def printable(text: str | os.PathLike[str]) -> str:
     r"""Return a text or a path as one line that any terminal, JSON file or page can hold.
 
-    Terminal escapes, line breaks, invisible characters and those that turn the direction of text are escaped as in
-    Python, a file name's bytes that are not UTF-8 as `\xff`. Markdown and HTML have an escaping of their own after it.
+    Terminal escapes, line breaks, invisible characters and those that change the direction of text are escaped as in
+    Python; a file name's bytes that are not UTF-8 as `\xff`. Markdown and HTML need their own escaping after it.
     """
 
     def escaped(char: str) -> str:

@@ -30,7 +30,8 @@ from pipeline.config.recipes import (
     TeacherRecipe,
     ViewRecipe,
 )
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
+from pipeline.system.storage import read_if_exists
 
 T = TypeVar("T", bound=Section)
 
@@ -49,7 +50,7 @@ class Params:
         recipe: Name of the default recipe.
         teachers: Names of the candidate teachers, in the order of the tables.
         view_recipes: Names of the view recipes that `dvc repro` labels.
-        students: Name of each student that `dvc repro` trains, and of the view recipe it trains on.
+        students: For each student that `dvc repro` trains, the name of the view recipe it trains on.
         recipes: Every recipe by name.
     """
 
@@ -92,13 +93,11 @@ def load_params(path: Path) -> Params:
         UsageError: The file is missing, is not YAML, or holds something that is not allowed.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a named pipe would wait for its writer
-            raise UsageError(f"{path}: not a file; run the command in the project's folder")
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: not found; run the command in the project's folder") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        raw = read_if_exists(path)
+    except StorageError as error:
+        raise UsageError(str(error)) from None
+    if raw is None:
+        raise UsageError(f"{path}: not found; run the command in the project's folder")
     if len(raw) > MAX_BYTES:
         raise UsageError(f"{path}: {len(raw)} bytes; at most {MAX_BYTES} are allowed")
     try:
@@ -161,18 +160,18 @@ def _recipe(name: str, section: Any) -> Recipe:
         return {
             _name(member, f"{path}.{kind}s"): _build(
                 cls,
-                {**extra(member), **shared, **_mapping(values, f"{path}.{kind}s.{member}")},
+                {**extra(member), **shared, **_mapping(fields, f"{path}.{kind}s.{member}")},
                 f"{path}.{kind}s.{member}",
             )
-            for member, values in members.items()
+            for member, fields in members.items()
         }
 
     recipe = Recipe(
         name=name,
         dataset=_build(DatasetRecipe, parts["dataset"], f"{path}.dataset"),
         views={
-            _name(view, f"{path}.views"): _view_recipe(values, f"{path}.views.{view}")
-            for view, values in _mapping(parts["views"], f"{path}.views").items()
+            _name(view, f"{path}.views"): _view_recipe(fields, f"{path}.views.{view}")
+            for view, fields in _mapping(parts["views"], f"{path}.views").items()
         },
         teachers=family(TeacherRecipe, "teacher", lambda member: {}),
         select=_build(SelectRecipe, parts.get("select", {}), f"{path}.select"),
@@ -181,22 +180,22 @@ def _recipe(name: str, section: Any) -> Recipe:
     )
     if "default" not in recipe.views:
         raise UsageError(f"{path}.views.default: missing; teachers train on this view recipe")
-    for key, student in recipe.students.items():
+    for member, student in recipe.students.items():
+        where = f"{path}.students.{member}"
         if student.views not in recipe.views:
             raise UsageError(
-                f"{path}.students.{key}.views: {student.views!r} is no view recipe; "
-                f"choose from {', '.join(recipe.views)}"
+                f"{where}.views: {student.views!r} is no view recipe; choose from {', '.join(recipe.views)}"
             )
         if student.soft and not recipe.label.topk:
             raise UsageError(
-                f"{path}.students.{key}.soft: {student.soft:g} needs the teacher's probabilities, and "
+                f"{where}.soft: {student.soft:g} needs the teacher's probabilities, and "
                 f"{path}.label.topk is 0; keep some, as label: {{topk: 5}}, or set soft to 0"
             )
     return recipe
 
 
 def _view_recipe(section: Any, path: str) -> ViewRecipe:
-    """Build a view recipe; its operations stand apart, so that teachers can depend on them without the count."""
+    """Build a view recipe, whose operations are a section of their own: teachers depend on them, not on the count."""
     parts = _section(section, path, ("count", "seed", "operations"), required=("count", "seed", "operations"))
     operations = _mapping(parts["operations"], f"{path}.operations")
     for key in ("count", "seed"):
@@ -228,7 +227,7 @@ def _check_references(params: Params) -> None:
 
 
 def _without_removed(cls: type[Section], values: Any, path: str) -> dict[str, Any]:
-    """Drop the fields that a recipe no longer has, where they say what is done now; refuse any other value."""
+    """Drop removed fields that have the value `absent`; refuse any other value."""
     kept = dict(_mapping(values, path))
     for old in cls.removed:
         if old.name in kept and (value := kept.pop(old.name)) != old.absent:
@@ -264,7 +263,7 @@ def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) 
 
 
 def _arguments(value: Any, path: str) -> dict[str, int | float | str | bool]:
-    """Check that a value is a mapping of names to plain values; the constructor's own types are checked elsewhere."""
+    """Check that a value is a mapping of names to plain values; the types are checked elsewhere."""
     arguments = _mapping(value, path)
     for name, argument in arguments.items():
         if not isinstance(name, str) or not name.isidentifier():
@@ -313,7 +312,7 @@ def _name(value: Any, path: str) -> str:
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """Parse YAML with the parser that DVC uses, without what no params.yaml needs.
+    """Parse YAML with DVC's parser, refusing what params.yaml does not need.
 
     Aliases, anchors, tags, directives, keys that are no text, keys given twice, integers of more than MAX_DIGITS digits
     and more than MAX_LEVELS levels are refused.
@@ -347,11 +346,11 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 class _Refused(ComposerError):
-    """Valid YAML that no params.yaml needs."""
+    """Valid YAML that params.yaml does not need."""
 
 
 class _StrictComposer(Composer):
-    """A composer that refuses what `load_yaml` does not take."""
+    """A composer with the restrictions of `load_yaml`."""
 
     levels = 0
 

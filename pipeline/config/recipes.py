@@ -29,12 +29,12 @@ def setting(
     """Declare a field of a recipe.
 
     Args:
-        default: Its value where params.yaml has none; without one params.yaml must have it.
-        absent: Of a field that came after results had been recorded: the value that does what was done before. While
-            the field has it, `deciding_values` leaves the field out, so that what stands stays valid. A constant of its
-            own, because a default may change later. The fields of version 0.1.0 have none and are always written.
+        default: The value if params.yaml gives none. A field without a default must be in params.yaml.
+        absent: For a field added after version 0.1.0: the value under which results are as before the field existed.
+            `deciding_values` leaves a field with this value out, so that recorded results stay valid. It is given
+            apart from `default`, which may change later. Fields of version 0.1.0 have none and are always written.
         default_factory: Makes the default of a mapping.
-        limits: What `pipeline.config.params` checks values by: `range`, `off` or `choices`.
+        limits: What `pipeline.config.params` checks values against: `range`, `off` or `choices`.
     """
     metadata = limits if absent is dataclasses.MISSING else {**limits, "absent": absent}
     if default_factory is not dataclasses.MISSING:
@@ -42,32 +42,24 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def number(
-    low: float,
-    high: float,
-    default: Any = dataclasses.MISSING,
-    *,
-    off: float | None = None,
-    absent: Any = dataclasses.MISSING,
-) -> Any:
-    """Declare a field that holds a number in [low, high], or `off`; the rest as of `setting`."""
-    return setting(default, absent=absent, range=(low, high), off=off)
+def number(low: float, high: float, *default: float, off: float | None = None, **rest: Any) -> Any:
+    """Declare a field that holds a number in [low, high], or `off`; see `setting` for the rest."""
+    return setting(*default, range=(low, high), off=off, **rest)
 
 
-def choice(choices: tuple[str, ...], default: Any = dataclasses.MISSING, *, absent: Any = dataclasses.MISSING) -> Any:
-    """Declare a field that holds one of `choices`; the rest as of `setting`."""
-    return setting(default, absent=absent, choices=choices)
+def choice(choices: tuple[str, ...], *default: str, **rest: Any) -> Any:
+    """Declare a field that holds one of `choices`; see `setting` for the rest."""
+    return setting(*default, choices=choices, **rest)
 
 
 @dataclass(frozen=True)
 class Removed:
-    """A field that a recipe had once.
+    """A field that a recipe no longer has.
 
     Attributes:
-        name: Of the field. No later field may take it.
-        absent: The value that did what is done now. params.yaml may still say it, and nothing else.
-        is_written: Whether the field was written always. Then it still is, with `absent`. True of fields of version
-            0.1.0 alone.
+        name: The field's name. No later field may take it.
+        absent: The value under which results were as they are now; the only one that params.yaml may still give.
+        is_written: Whether `deciding_values` writes the field with `absent`; true only for fields of version 0.1.0.
     """
 
     name: str
@@ -80,21 +72,21 @@ class Section:
     """A part of params.yaml that decides results.
 
     Attributes:
-        removed: The fields that it had once.
+        removed: The fields that it no longer has.
     """
 
     removed: ClassVar[tuple[Removed, ...]] = ()
 
 
 def deciding_values(section: Section, *, but: Collection[str] = ()) -> dict[str, Any]:
-    """Return a recipe's fields as plain JSON values, for whatever records what a result depends on.
+    """Return the fields of a recipe that decide a result, as plain JSON values.
 
-    The one function by which identities of label caches, runs and prepared data are written. Equal results give equal
-    values in every version of this project: see `setting` for a field that comes, and `Removed` for one that goes.
+    The identities of label caches, runs and prepared data are all made of these. Equal results give equal values in
+    every version of this project: see `setting` for a field that is added, and `Removed` for one that is removed.
 
     Args:
         section: The recipe.
-        but: Names of fields that decide nothing there.
+        but: Names of fields that do not decide the result.
     """
     values = {old.name: old.absent for old in section.removed if old.is_written}
     for field in dataclasses.fields(section):
@@ -133,7 +125,7 @@ class DatasetRecipe(Section):
 class ViewRecipe(Section):
     """One way of augmenting the training set; operations run in the order of these fields.
 
-    What a field does is in pipeline.views.augment.AUGMENTATIONS, and for `mixing` in pipeline.views.mixing.MIXINGS.
+    pipeline.views.augment.AUGMENTATIONS carries out each field, pipeline.views.mixing.MIXINGS `mixing`.
 
     Attributes:
         seed: Seed of every draw.
@@ -173,7 +165,7 @@ class FitRecipe(Section):
 
     Attributes:
         epochs: Passes over the training set.
-        batch_size: Samples a step; over all ranks together.
+        batch_size: Samples a step, over all ranks.
         optimizer: One of OPTIMIZERS.
         lr: Peak learning rate.
         momentum: Of sgd and rmsprop; beta1 of adam and adamw.
@@ -277,7 +269,7 @@ class LabelRecipe(Section):
 
     Attributes:
         batch_size: Images a forward pass.
-        precision: As FitRecipe.precision.
+        precision: See FitRecipe.
         topk: Classes kept of each sample with their probabilities, for soft distillation; 0 keeps the argmax alone.
         compile: Whether torch.compile prepares the teacher. Needs a C++ compiler, takes from seconds to a minute in
             every process that labels, and rounds differently.
@@ -291,7 +283,7 @@ class LabelRecipe(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One data set's whole experiment."""
+    """The whole experiment on one data set."""
 
     name: str
     dataset: DatasetRecipe

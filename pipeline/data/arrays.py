@@ -1,6 +1,6 @@
 """Images as arrays that may be larger than RAM: mapped files, rows of them, and files without a name.
 
-What consumes images takes slices or rows of them, so that it need not know which of these it has.
+Callers take slices or rows of images, and need not know how these are stored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import StorageError
+from pipeline.system.storage import storage_errors
 
-# What is digested, summed or copied at once: little enough for a cache, enough for a disk.
+# Digested, summed or copied at once: fits a cache, and is enough for a disk.
 CHUNK_BYTES = 2**22
 
 
@@ -42,10 +43,10 @@ class Images(Protocol):
 
 
 class MappedImages:
-    """Images in a file, mapped into memory: the system reads what is touched, and forgets it when it needs the room.
+    """Images in a file, mapped into memory: the system reads pages on access, and drops them when memory is short.
 
-    Left to itself it reads one image after another, each with what lies around it. Told of all that are wanted it
-    reads those alone, and many at once, which is many times faster: see benchmarks/README.md, "streaming".
+    By default it reads one image after another, each with its surroundings. Told of all images in advance, it reads
+    only these, many at once, which is many times faster: see benchmarks/README.md, "streaming".
 
     Args:
         descriptor: Of the file; it may be closed afterwards.
@@ -70,15 +71,15 @@ class MappedImages:
         """Return the images of a slice, read-only, or of an `(n,)` int64 array."""
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
-            self._want(start, stop)
+            self._read_ahead(start, stop)
         else:
             for row in rows.tolist():
-                self._want(row, row + 1)
+                self._read_ahead(row, row + 1)
         images: NDArray[np.uint8] = self._array[rows]
         return images
 
-    def _want(self, start: int, stop: int) -> None:
-        """Have the system begin to read some images."""
+    def _read_ahead(self, start: int, stop: int) -> None:
+        """Ask the system to start reading some images."""
         image_bytes = self.nbytes // len(self)
         begin = (self._offset + start * image_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start:
@@ -87,11 +88,11 @@ class MappedImages:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Some images of others, in some order, read when they are asked for.
+    """Some of the images of a file, in any order, read on demand.
 
     Attributes:
-        images: The others.
-        rows: `(N,)` int64, where each lies among them.
+        images: The images of the file.
+        rows: `(N,)` int64, the index of each selected image.
     """
 
     images: Images
@@ -117,7 +118,7 @@ class Selection:
 
 
 def select(images: Images, rows: NDArray[np.int64]) -> Images:
-    """Return the images at `rows`, `(n,)` int64, in their order: of an array a copy, else a Selection."""
+    """Return the images at `rows`, `(n,)` int64, in their order: a copy for an array, else a Selection."""
     if isinstance(images, Selection):
         return Selection(images.images, images.rows[rows])
     return Selection(images, rows) if isinstance(images, MappedImages) else images[rows]
@@ -135,8 +136,8 @@ class Spill:
     """Where images go that are too many for RAM.
 
     Attributes:
-        folder: Takes a file without a name, which the system removes with its last user, however that ends.
-        max_bytes: More than that go there.
+        folder: Holds a file without a name, which the system removes when its last user ends.
+        max_bytes: Images of more bytes go there.
     """
 
     folder: Path
@@ -146,7 +147,7 @@ class Spill:
 class SpilledImages:
     """Images in a file without a name, written one by one in any order, from any thread, and then read.
 
-    Use it as a context; leaving it closes the file, which then exists as long as `read` is referred to.
+    Use it as a context. Its end closes the file, which exists as long as the result of `read`.
 
     Args:
         folder: Where the file lies, made where missing.
@@ -160,12 +161,10 @@ class SpilledImages:
         self.shape = shape
         self._folder = folder
         self._image_bytes = math.prod(shape[1:])
-        try:
+        with self._storage_errors():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
             os.ftruncate(self._file.fileno(), shape[0] * self._image_bytes)
-        except OSError as error:
-            raise self._failed(error) from error
 
     def __enter__(self) -> SpilledImages:
         """Return itself."""
@@ -182,17 +181,14 @@ class SpilledImages:
             StorageError: The disk is full or failed.
         """
         view, at = np.ascontiguousarray(image).data.cast("B"), row * self._image_bytes
-        try:
+        with self._storage_errors():
             while view:
                 written = os.pwrite(self._file.fileno(), view, at)
                 view, at = view[written:], at + written
-        except OSError as error:
-            raise self._failed(error) from error
 
     def read(self) -> MappedImages:
         """Return all images; what was not written is black."""
         return MappedImages(self._file.fileno(), self.shape)
 
-    def _failed(self, error: OSError) -> StorageError:
-        reason = error.strerror or str(error)
-        return StorageError(f"cannot write decoded images in {self._folder}: {reason}; free space or rights there")
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        return storage_errors(f"write decoded images in {self._folder}", "; free space or rights there")

@@ -30,7 +30,7 @@ class Split:
     """One split.
 
     Attributes:
-        images: `(N, H, W, 3)` uint8 RGB; an array, or what is read from a file when asked for.
+        images: `(N, H, W, 3)` uint8 RGB; an array, or images read from a file on demand.
         labels: `(N,)` int64, each in [0, K).
     """
 
@@ -113,10 +113,7 @@ class Dataset:
         return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
     def save(self, path: Path) -> None:
-        """Write the data set to `path` as HDF5, replacing what is there; equal data sets give equal bytes.
-
-        Args:
-            path: The file; missing folders above it are made.
+        """Write the data set to `path` as HDF5, replacing it; equal data sets give equal bytes.
 
         Raises:
             StorageError: The file cannot be written.
@@ -147,11 +144,8 @@ class Dataset:
             test_fraction: See `DatasetRecipe`.
             split_seed: See `DatasetRecipe`.
 
-        Returns:
-            The data set.
-
         Raises:
-            DataError: The arrays are not as above, or too few samples are there to cut.
+            DataError: The arrays are not as above, or there are too few samples to split.
         """
         recipe = DatasetRecipe(
             source="folder", val_fraction=val_fraction, test_fraction=test_fraction, split_seed=split_seed
@@ -170,10 +164,8 @@ class Dataset:
 
         Args:
             path: The HDF5 file.
-            max_bytes: If its images are more, they stay in the file, as read-only memory maps; None reads any number.
-
-        Returns:
-            The data set; labels are in memory in any case.
+            max_bytes: Larger images stay in the file, as read-only memory maps; None reads any number. Labels are
+                always read.
 
         Raises:
             DataError: There is no such file, it is not a data set, or its content has another SHA-256.
@@ -191,7 +183,7 @@ class Dataset:
 
 
 def _checked(images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], num_classes: int) -> Split:
-    """Make a split of a user's arrays, which may be anything."""
+    """Make a split from a user's arrays, after checking them."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise DataError(f"images are {images.dtype} of shape {images.shape}; give uint8 RGB, (N, S, S, 3)")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -204,11 +196,11 @@ def _checked(images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], num_cl
 def stratified_split(
     labels: NDArray[np.int64], fraction: float, seed: int, class_names: tuple[str, ...]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut a share of the samples off, the same share of each class.
+    """Cut off a share of the samples, the same share of each class.
 
-    The cut has ceil(fraction N) samples, shared out to the classes by largest remainder; each class then has
-    at least one sample on either side. Which samples of a class are cut depends only on the seed and their
-    indices, through SHA-256, so that no version of a library can change a split.
+    The cut has ceil(fraction N) samples, distributed over the classes by largest remainder; then each class gets at
+    least one sample on either side. Which samples of a class are cut depends only on the seed and their indices,
+    through SHA-256, so that no version of a library can change a split.
 
     Args:
         labels: `(N,)` int64.
@@ -223,7 +215,7 @@ def stratified_split(
         DataError: A class has a single sample.
 
     Source: largest remainder and the rounding up as in scikit-learn's `StratifiedShuffleSplit`.
-    Differs: that draws from NumPy's generator, and can leave a small class out of one side.
+    Differs: scikit-learn draws from NumPy's generator, and can leave a small class out of one side.
     """
     counts = np.bincount(labels, minlength=len(class_names))
     if (counts == 1).any():
@@ -258,13 +250,10 @@ def assemble(
         class_names: K names.
         train: The source's training samples.
         test: Its test samples; None cuts `recipe.test_fraction` off train.
-        recipe: Gives the fractions; `val_fraction` is cut off what is then left of train.
-
-    Returns:
-        The data set.
+        recipe: Gives the fractions; `val_fraction` is cut off the rest of train.
 
     Raises:
-        DataError: There are fewer than two classes, or too few samples to cut.
+        DataError: There are fewer than two classes, or too few samples to split.
     """
     if len(class_names) < 2:
         raise DataError(f"{source}: {len(class_names)} class, a classifier needs two: add another")

@@ -32,7 +32,7 @@ class Content:
         source: Where the images come from.
         class_names: K names.
         splits: By name, in the order of the file, images `(N, H, W, 3)` uint8 and labels `(N,)` int64.
-        sha256: As recorded; whether it is that of the content is for others to check.
+        sha256: The recorded SHA-256 of the content, not verified.
     """
 
     source: str
@@ -75,11 +75,11 @@ def write_content(path: Path, content: Content) -> None:
 
 
 def read_content(path: Path, max_bytes: int | None = None) -> Content:
-    """Read the file, checking what it says of itself.
+    """Read the file, checking schema, types and shapes.
 
     Args:
         path: The file.
-        max_bytes: If the images of all splits are more, they are not read but mapped, read-only.
+        max_bytes: If the images of all splits take more, they are mapped read-only instead of read.
 
     Raises:
         DataError: There is no such file, or it is not a data set.
@@ -120,8 +120,8 @@ def _read(file: h5py.File, path: Path, max_bytes: int | None) -> Content:
 
 
 def _check(dataset: Any, ndim: int, dtype: str, file_size: int) -> Any:
-    """Return an HDF5 dataset after checking what it says of itself."""
-    # A size that the file cannot hold would otherwise be allocated before HDF5 notices.
+    """Return an HDF5 dataset after checking its type, dimensions and size."""
+    # Without this a size that the file cannot hold would be allocated before HDF5 notices.
     is_expected = dataset.ndim == ndim and dataset.dtype.str.startswith(dtype)
     if not is_expected or dataset.nbytes > file_size:
         raise ValueError(f"{dataset.name}: {dataset.dtype} of shape {dataset.shape}")
@@ -129,7 +129,7 @@ def _check(dataset: Any, ndim: int, dtype: str, file_size: int) -> Any:
 
 
 def _map(dataset: Any, path: Path) -> MappedImages:
-    """Map an HDF5 dataset into memory; whether these bytes are what was stored, their digest tells."""
+    """Map an HDF5 dataset into memory; its digest is not verified."""
     layout, offset = dataset.id.get_create_plist().get_layout(), dataset.id.get_offset()
     if layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None:
         raise ValueError(f"{dataset.name}: not stored in one piece, which is needed of images that do not fit in RAM")
@@ -138,7 +138,7 @@ def _map(dataset: Any, path: Path) -> MappedImages:
 
 
 class _Sink:
-    """A file for HDF5 to write to, which never fails before its eyes: that can end the process.
+    """A file for HDF5 to write to that hides errors from it, because an error can make HDF5 end the process.
 
     After the first error, kept in `error`, writing does nothing.
 
@@ -151,7 +151,7 @@ class _Sink:
         self._descriptor, self._at = descriptor, 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position; of the ways to count it HDF5 uses the start and the end."""
+        """Go to a position, relative to the start or the end; HDF5 uses no other."""
         self._at = offset + (os.fstat(self._descriptor).st_size if whence == os.SEEK_END else 0)
         return self._at
 
@@ -160,19 +160,19 @@ class _Sink:
         return self._at
 
     def read(self, size: int) -> bytes:
-        """Read here; h5py knows files by this method and uses the next."""
+        """Read at the position; h5py only checks for this method and calls `readinto`."""
         data = os.pread(self._descriptor, size, self._at)
         self._at += len(data)
         return data
 
     def readinto(self, buffer: memoryview) -> int:
-        """Read here to fill a buffer."""
+        """Read at the position into a buffer."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def write(self, data: memoryview) -> int:
-        """Write here."""
+        """Write at the position."""
         view = memoryview(data).cast("B")
         try:
             while view and self.error is None:
@@ -192,4 +192,4 @@ class _Sink:
         return size
 
     def flush(self) -> None:
-        """Do nothing: nothing is held back."""
+        """Do nothing: writes are not buffered."""

@@ -4,7 +4,7 @@ A data set's folder holds `train/<class>/<image>` and perhaps `test/<class>/<ima
 train. Other entries beside `train` and `test` are left alone. Classes, and the images of a class, are ordered by the
 bytes of their names: a folder is the same data set under every locale and file system.
 
-Names that start with a dot and the files `Thumbs.db`, `desktop.ini`, `*.txt` and `*.md` are left out without a word.
+Names that start with a dot and the files `Thumbs.db`, `desktop.ini`, `*.txt` and `*.md` are ignored silently.
 Any other file that cannot be decoded is a bad file, and reported by name.
 """
 
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from pipeline.data.arrays import Images, Spill, SpilledImages
 from pipeline.data.datasets import Split
 from pipeline.data.images import SUFFIXES, BadFile, read_image, refusal
-from pipeline.errors import DataError, StorageError, UsageError, printable
+from pipeline.errors import DataError, UsageError, printable
+from pipeline.system.storage import storage_errors
 from pipeline.system.threads import prefetch
 
 MAX_CLASSES_NAMED = 10
@@ -43,10 +44,10 @@ def list_folder(folder: Path, bad: list[BadFile]) -> dict[str, dict[str, list[Pa
 
     Args:
         folder: See `read_folder`.
-        bad: Gains the files that are in no class or are no images.
+        bad: Files that are in no class or are no images are appended to it.
 
     Returns:
-        Their paths by class name by split.
+        For each split, the paths of each class by its name.
 
     Raises:
         UsageError: There is no such folder.
@@ -54,14 +55,13 @@ def list_folder(folder: Path, bad: list[BadFile]) -> dict[str, dict[str, list[Pa
         StorageError: A folder cannot be listed.
     """
     if not folder.is_dir():
-        raise UsageError(f"--from {printable(folder)}: no such folder; it must hold train/<class>/<image>")
+        raise UsageError(f"--from {folder}: no such folder; it must hold train/<class>/<image>")
     if not (folder / "train").is_dir():
-        raise DataError(f"{printable(folder)}: no folder `train` in it; images go in train/<class>/<image>")
+        raise DataError(f"{folder}: no folder `train` in it; images go in train/<class>/<image>")
     listed = {name: _list_classes(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
     for name in listed.get("test", {}):
         if name not in listed["train"]:
-            path = printable(folder / "test" / name)
-            raise DataError(f"{path}: a class that `train` does not have; rename or remove it")
+            raise DataError(f"{folder / 'test' / name}: a class that `train` does not have; rename or remove it")
     return listed
 
 
@@ -74,7 +74,7 @@ def read_folder(
         folder: Holds `train/<class>/<image>` and perhaps `test/<class>/<image>`.
         image_size: Side of the result's images, pixels.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
-        spill: Where the images go if they are too many for RAM; None keeps any number there.
+        spill: Where images go that are too many for RAM; None keeps any number in RAM.
 
     Returns:
         Class names (those of `train`, ascending by bytes), train, test or None where there is no `test`, and
@@ -100,7 +100,7 @@ def read_folder(
     for split_name, split in splits.items():
         empty = [name for name in listed[split_name] if class_names.index(name) not in split.labels]
         if empty or not len(split):
-            path = printable(folder.joinpath(split_name, *empty[:1]))
+            path = folder.joinpath(split_name, *empty[:1])
             raise DataError(f"{path}: no image in it; add some or remove the folder")
     return class_names, splits["train"], splits.get("test"), bad
 
@@ -110,8 +110,8 @@ def _list_classes(folder: Path, split: str, bad: list[BadFile]) -> dict[str, lis
 
     Args:
         folder: An image folder.
-        split: The folder in it that holds the classes' folders; empty where it is `folder` itself.
-        bad: Gains the files that are in no class or are no images.
+        split: The folder in it that holds the classes' folders; empty where that is `folder` itself.
+        bad: Files that are in no class or are no images are appended to it.
 
     Returns:
         Class name to images, both ascending by bytes.
@@ -128,7 +128,7 @@ def _list_classes(folder: Path, split: str, bad: list[BadFile]) -> dict[str, lis
         try:
             entry.name.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{printable(entry)}: class name is not UTF-8; rename the folder") from None
+            raise DataError(f"{entry}: class name is not UTF-8; rename the folder") from None
         classes[entry.name] = []
         for path in _list(entry):
             if path.is_dir():
@@ -150,11 +150,8 @@ def _is_ignored(path: Path) -> bool:
 
 def _list(folder: Path) -> list[Path]:
     """List a folder, ascending by bytes, without ignored files."""
-    try:
-        entries = sorted(folder.iterdir(), key=os.fsencode)
-    except OSError as error:
-        raise StorageError(f"{printable(folder)}: cannot be listed ({error.strerror})") from error
-    return [entry for entry in entries if not _is_ignored(entry)]
+    with storage_errors(f"list {folder}"):
+        return [entry for entry in sorted(folder.iterdir(), key=os.fsencode) if not _is_ignored(entry)]
 
 
 def _bad_file(folder: Path, path: Path, reason: str) -> BadFile:
@@ -211,14 +208,14 @@ def _decode(folder: Path, paths: list[Path], image_size: int, images: Any) -> di
 
 @dataclass(frozen=True, eq=False)
 class ImageFile:
-    """An image to be read, or that has been.
+    """An image file, before or after it is read.
 
     Attributes:
         path: The file, or a name for it in messages.
         content: Its bytes; None reads them from `path`.
-        label: Its class, where that is known.
-        pixels: `(image_size, image_size, 3)` uint8 RGB, once it has been read.
-        problem: Why it cannot be read, one line; None where it can, or has not been tried yet.
+        label: Its class, if known.
+        pixels: `(image_size, image_size, 3)` uint8 RGB after it is read.
+        problem: Why it cannot be read, one line; None if it can, or before it is read.
     """
 
     path: Path
@@ -250,11 +247,11 @@ def find_images(path: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
     if not is_folder:
         yield ImageFile(path)
         return
-    none_found = True
+    is_empty = True
     for file in _walk(path, left_out):
-        none_found = False
+        is_empty = False
         yield file
-    if none_found:
+    if is_empty:
         yield ImageFile(path, problem=f"no image in it ({' '.join(SUFFIXES)})")
 
 
@@ -276,21 +273,20 @@ def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list
         StorageError: A folder cannot be listed.
     """
     if not folder.is_dir():
-        raise UsageError(f"{printable(folder)}: no such folder; it must hold <class>/<image>, or test/<class>/<image>")
+        raise UsageError(f"{folder}: no such folder; it must hold <class>/<image>, or test/<class>/<image>")
     split = "test" if "test" not in class_names and (folder / "test").is_dir() else ""
     bad: list[BadFile] = []
     classes = _list_classes(folder, split, bad)
     labels = {name: label for label, name in enumerate(class_names)}
     for name in classes:
         if name not in labels:
-            known = ", ".join(map(printable, class_names[:MAX_CLASSES_NAMED])) + (
-                ", ..." if len(class_names) > MAX_CLASSES_NAMED else ""
-            )
-            path = printable(folder / split / name)
+            more = ["..."] if len(class_names) > MAX_CLASSES_NAMED else []
+            known = ", ".join([*class_names[:MAX_CLASSES_NAMED], *more])
+            path = folder / split / name
             raise DataError(f"{path}: not one of the model's {len(class_names)} classes ({known}); rename or remove it")
     files = [ImageFile(path, label=labels[name]) for name, paths in classes.items() for path in paths]
     if not files:
-        raise DataError(f"{printable(folder)}: no image in it; they go in <class>/<image>, or test/<class>/<image>")
+        raise DataError(f"{folder}: no image in it; they go in <class>/<image>, or test/<class>/<image>")
     return files, bad
 
 

@@ -1,4 +1,4 @@
-"""Image files of users: which are accepted, and how one becomes RGB."""
+"""Users' image files: the accepted formats, and the conversion to RGB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.errors import DataError, printable
+from pipeline.errors import DataError
 
 # Pillow reads many more, some of them by starting other programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
@@ -32,7 +32,7 @@ NUM_NAMED = 3
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file of an image folder that is not an image that can be decoded.
+    """A file of an image folder that cannot be decoded as an image.
 
     Attributes:
         path: Relative to the image folder, with `/`; bytes that are not UTF-8 are escaped.
@@ -86,7 +86,7 @@ def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     """Convert an image of any mode to RGB and resize it, without keeping its aspect ratio.
 
     Transparency is composited on white. 16-bit grey is scaled to 8 bits and rounded. An animation gives its
-    first frame. Resizing is PIL's antialiased bilinear, and left out where the size is right already.
+    first frame. Resizing is PIL's antialiased bilinear; an image of the right size is not resized.
 
     Args:
         image: The image.
@@ -130,4 +130,4 @@ def refusal(folder: Path, bad: Sequence[BadFile]) -> DataError:
     """Return the error that names a folder's first bad files."""
     named = "; ".join(f"{file.path} ({file.reason})" for file in bad[:NUM_NAMED])
     more = f"; and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
-    return DataError(f"{printable(folder)}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")
+    return DataError(f"{folder}: {len(bad)} bad: {named}{more}; mend them or add --skip-bad")

@@ -24,15 +24,15 @@ from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.storage import sha256_file, write_atomic
 
 TORCHVISION_CLASSES = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-# Of the unpacked files. torchvision has checksums of the archives alone; a file that was cut off while it was being
-# unpacked it would neither accept nor replace.
+# Of the unpacked files. torchvision only has checksums of the archives; it would neither accept nor replace a file
+# whose unpacking was interrupted.
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-# Training images, test images and classes of the sources that are always the same.
+# Numbers of training images, test images and classes of the sources that never change.
 KNOWN_SIZES = {
     "digits": (1797, 0, 10),
     "mnist": (60000, 10000, 10),
@@ -56,15 +56,15 @@ def read_source(
         recipe: The recipe; `recipe.dataset.source` says what to read.
         raw: Folder of torchvision's downloads.
         folder: An image folder to read instead of the source's own files; the source keeps its name.
-        download: Download to `raw` what is not there.
+        download: Download missing files to `raw`.
         skip_bad: Leave an image folder's bad files out instead of refusing it.
-        spill: Where the images of a folder go that are too many for RAM; None keeps any number there.
+        spill: Where images go that are too many for RAM; None keeps any number in RAM.
 
     Returns:
         The data set, and the bad files left out.
 
     Raises:
-        UsageError: The source is `folder` and none is given, or it is not there.
+        UsageError: The source is `folder` and none is given, or it does not exist.
         DataError: The files are missing, damaged, or no data set.
         StorageError: Downloading, reading or writing failed.
     """
@@ -138,7 +138,7 @@ def _unnamed_folder(recipe: Recipe) -> UsageError:
 
 
 def check_source(recipe: Recipe, raw: Path) -> None:
-    """Check that `read_source` has what it reads without a folder or a download, by the files' names alone.
+    """Check, by the names of files only, that `read_source` needs neither a folder nor a download.
 
     Args:
         recipe: The recipe.
@@ -168,14 +168,14 @@ def check_source(recipe: Recipe, raw: Path) -> None:
 
 
 def _unpack_mnist(folder: Path) -> None:
-    """Unpack archives that were put there by hand, however they were packed, and verify what is unpacked."""
+    """Unpack archives that a user put there, whatever their compression, and verify the unpacked files."""
     for name, sha256 in MNIST_SHA256.items():
         archive, unpacked = folder / f"{name}.gz", folder / name
         if unpacked.is_file():
             if sha256_file(unpacked) != sha256:
                 raise DataError(f"{unpacked}: damaged, or not MNIST's; delete it and run again with --download")
         elif archive.is_file():
-            # An archive that is not whole is left to torchvision, which downloads it anew.
+            # torchvision downloads an incomplete archive again.
             with contextlib.suppress(OSError, EOFError, zlib.error):
                 data = gzip.decompress(archive.read_bytes())
                 if hashlib.sha256(data).hexdigest() == sha256:

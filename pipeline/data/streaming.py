@@ -43,7 +43,7 @@ class HostImages:
         return num_samples, num_channels, height, width
 
     def read(self, rows: NDArray[np.int64]) -> Tensor:
-        """Gather images on the host; several threads may.
+        """Gather images on the host; safe in several threads.
 
         Args:
             rows: `(B,)` int64 in [0, N), in any order.
@@ -54,7 +54,7 @@ class HostImages:
         images = torch.from_numpy(self._images[rows])
         if self.device.type != "cuda":
             return images
-        # Each thread has a current GPU of its own, the first unless told.
+        # Each thread has its own current GPU, by default the first.
         with torch.cuda.device(self.device):
             return images.pin_memory()
 
@@ -64,12 +64,12 @@ class HostImages:
 
 
 def place_images(images: Images, device: torch.device = CPU, max_bytes: int | None = None) -> Tensor | HostImages:
-    """Put images on a device, where they are not too many for it.
+    """Put images on a device, unless they are too many for it.
 
     Args:
         images: `(N, H, W, 3)` uint8.
         device: The device.
-        max_bytes: More than that stay where they are; None places any number.
+        max_bytes: Images of more bytes stay on the host; None places any number.
 
     Returns:
         `(N, 3, H, W)` uint8 on the device, or the images for streaming.
@@ -79,7 +79,7 @@ def place_images(images: Images, device: torch.device = CPU, max_bytes: int | No
     num_samples, height, width, num_channels = images.shape
     placed, start = torch.empty((num_samples, num_channels, height, width), dtype=torch.uint8, device=device), 0
     for chunk in chunks(images):
-        # Copied, because PyTorch takes no memory that must not be written.
+        # Copied, because PyTorch does not accept read-only memory.
         placed[start : start + len(chunk)] = torch.from_numpy(chunk.copy()).to(device).permute(0, 3, 1, 2)
         start += len(chunk)
     return placed
@@ -88,10 +88,10 @@ def place_images(images: Images, device: torch.device = CPU, max_bytes: int | No
 def in_batches(
     images: Tensor | HostImages, batch_size: int, share: slice | None = None
 ) -> Generator[Tensor, None, None]:
-    """Yield images in order, `(B, 3, H, W)` uint8 each, on their device; the next batch is read meanwhile.
+    """Yield images in order, `(B, 3, H, W)` uint8 each, on their device; the next batch is read ahead.
 
     Args:
-        images: Of a split.
+        images: The images of a split.
         batch_size: B; the last batch has what is left.
         share: A part of them, from a start to a stop; None takes all.
     """

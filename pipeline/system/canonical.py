@@ -1,4 +1,4 @@
-"""JSON written in the one way that equal values share, its SHA-256, and where two such values differ."""
+"""Canonical JSON, its SHA-256, and the differences between two JSON values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_SHOWN = 80
 
 
 class _Missing:
-    """What stands where one of two values has nothing."""
+    """Stands for a value that is absent on one side of a comparison."""
 
     def __repr__(self) -> str:
         return "none"
@@ -26,25 +26,12 @@ MISSING = _Missing()
 
 
 def is_sha256(value: Any) -> bool:
-    """Tell whether a value is a digest.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        True for a text of 64 hexadecimal digits in lower case.
-    """
+    """Tell whether a value is a text of 64 hexadecimal digits in lower case."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def canonical_json(value: Any) -> str:
-    """Write a value in the one way that equal values share: sorted keys, no spaces, ASCII.
-
-    Args:
-        value: JSON values only.
-
-    Returns:
-        One line of text.
+    """Write JSON values so that equal ones give equal text: one line, sorted keys, no spaces, ASCII.
 
     Raises:
         TypeError: A value JSON does not have, such as a numpy scalar.
@@ -54,14 +41,7 @@ def canonical_json(value: Any) -> str:
 
 
 def fingerprint(value: Mapping[str, Any]) -> str:
-    """Digest what decides a result: an identity, a provenance, a run. Values are the same where their digests are.
-
-    Args:
-        value: JSON values only.
-
-    Returns:
-        SHA-256 of its canonical JSON, 64 hexadecimal digits.
-    """
+    """Return the SHA-256 of a value's canonical JSON, 64 hexadecimal digits; see `canonical_json` for errors."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
@@ -70,9 +50,9 @@ class Difference:
     """One place in which two JSON values differ.
 
     Attributes:
-        place: The keys and indices that lead there.
-        before: What the first has there; MISSING where it has nothing.
-        after: What the second has there; MISSING where it has nothing.
+        place: The keys and indices that lead to it.
+        before: The first value there, or MISSING.
+        after: The second value there, or MISSING.
     """
 
     place: tuple[str | int, ...]
@@ -87,13 +67,9 @@ class Difference:
 
 
 def compare(before: Any, after: Any) -> list[Difference]:
-    """List every place in which two JSON values differ, of a list only the first.
+    """List the places in which two JSON values differ, in the order of `after`; within a list only the first.
 
-    Nothing is passed over: the list is empty exactly where `canonical_json` writes both alike.
-
-    Args:
-        before: JSON values.
-        after: JSON values; the places come in the order of its keys.
+    The result is empty exactly if `canonical_json` writes both alike.
     """
     return list(_compare(before, after, ()))
 
@@ -113,7 +89,7 @@ def _compare(before: Any, after: Any, place: tuple[str | int, ...]) -> Iterator[
 
 
 def _loose_json(value: Any) -> str:
-    """Write a value as `canonical_json` does, and an infinite number, which a damaged file may hold, too."""
+    """Write a value like `canonical_json`, but also infinite numbers, which a damaged file may hold."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -121,10 +97,10 @@ def require_equal(what: str, given: Mapping[str, Any], expected: Mapping[str, An
     """Refuse an identity or provenance that differs, naming the fields that do.
 
     Args:
-        what: What was read, to open the message with.
+        what: What was read; begins the message.
         given: Its fields.
         expected: The fields that it must have.
-        way_out: What the user can do.
+        way_out: What the user can do; ends the message.
 
     Raises:
         DataError: They differ: field, value and expected value, and the way out, in one line.
@@ -137,7 +113,7 @@ def require_equal(what: str, given: Mapping[str, Any], expected: Mapping[str, An
 
 
 def _refusal(difference: Difference) -> str:
-    """Say what a field is and what it should be."""
+    """Describe a field's value and the expected one."""
     path, given, expected = difference.path, difference.before, difference.after
     if given is MISSING:
         return f"{path} is missing, expected {show(expected)}"

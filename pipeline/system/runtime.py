@@ -61,11 +61,11 @@ def resolve_device(name: str | None = None) -> torch.device:
     """Return the device to run on.
 
     Args:
-        name: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one, else the CPU. Among several ranks a
-            GPU without a number is the rank's own.
+        name: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU if there is one, else the CPU. With several ranks `cuda`
+            means each rank's own GPU.
 
     Raises:
-        UsageError: The device is not known or not there.
+        UsageError: The device is unknown or not available.
     """
     ranks = current_ranks()
     if torch.cuda.is_available() and (name is None or (name == "cuda" and ranks.world_size > 1)):
@@ -86,7 +86,7 @@ def resolve_device(name: str | None = None) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn `auto` into `bf16` where the device has units for it, else into `fp32`.
+    """Turn `auto` into `bf16` if the device has units for it, else into `fp32`.
 
     Args:
         precision: `auto`, `fp32` or `bf16`.
@@ -103,14 +103,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def resident_limit(device: torch.device) -> int:
-    """Return how many bytes of images may be kept in a device's memory; more of them stream to it.
+    """Return how many bytes of images may stay in a device's memory; larger data sets are streamed to it.
 
-    A quarter, because a prepared view needs the images' size again, and model and activations the rest: of a GPU's
-    memory that is free now, else of the machine's (or control group's) RAM, divided by torchrun's processes on this
-    machine. The environment variable in RESIDENT_VARIABLE overrides both; it changes where images lie and no result.
+    For a GPU it is a quarter of the memory that is free now, else a quarter of the RAM of the machine (or control
+    group) divided by torchrun's processes on it. A prepared view needs as much again, model and activations the rest.
+    The environment variable RESIDENT_VARIABLE overrides both; it changes where images are kept, and no result.
 
     Args:
-        device: The device; the CPU also stands for images read into RAM.
+        device: The device; the CPU also for images read into RAM.
 
     Raises:
         UsageError: The variable, or torchrun's LOCAL_WORLD_SIZE, is not a whole number.
@@ -139,8 +139,8 @@ def _ram() -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of giving them back to the system.
 
-    Every training step on the CPU frees and allocates all gradients again. Fresh pages for a VGG's 540 MB cost a
-    third of its backward pass. Elsewhere than on glibc nothing happens.
+    Each training step on the CPU frees and allocates all gradients. Fresh pages for a VGG's 540 MB take a third of its
+    backward pass. Without glibc nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -151,14 +151,14 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the autocast context of a resolved precision; fp32 is no context at all."""
+    """Return the autocast context of a resolved precision; for fp32 one that does nothing."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device's marketing name, as `NVIDIA H200` or the CPU's model with its thread count."""
+    """Return the device's marketing name, such as `NVIDIA H200`, or the CPU's model and thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_model()}, {torch.get_num_threads()} threads"

@@ -1,6 +1,6 @@
-"""SIGINT, SIGTERM and a time limit: end at once where nothing is lost, after the step where something would be.
+"""SIGINT, SIGTERM and a time limit: a run ends at once, or after the current step if it would lose work.
 
-Imports nothing slow, so that the handler stands before torch is loaded.
+Imports nothing slow, so that the handler is installed before torch is loaded.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ TIME_LIMIT_REACHED = 75  # EX_TEMPFAIL of sysexits.h: try again
 class StopSignal:
     """Turns SIGINT and SIGTERM into `Interrupted`, raised at a point where state can be saved.
 
-    Outside `deferred` the exception is raised where the signal arrives. Inside, the signal is only noted, and the
-    work that is going on asks after each of its steps. A second signal is raised at once in any case.
+    Outside `deferred` the exception is raised when the signal arrives. Inside, the signal is only recorded, and the
+    work asks for it after each step. A second signal always raises at once.
 
-    A time limit never interrupts: it only answers those who ask, and only once this process has done a step, so that
-    however short it is, repeating the command comes to an end.
+    A time limit never interrupts. It applies only when the work asks, and after this process has done a step: however
+    short the limit, repeating the command finishes the run.
 
     Attributes:
-        received: The signal that came, or None.
+        received: The signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -43,38 +43,34 @@ class StopSignal:
         """Take over SIGINT and SIGTERM; call in the main thread.
 
         Args:
-            is_rank: Whether torchrun started this process. It passes on what a scheduler may already have sent to all
-                processes, so what comes within SECONDS_OF_ONE_SIGNAL is one signal.
+            is_rank: Whether torchrun started this process. torchrun forwards signals that a scheduler may also send to
+                every process, so all within SECONDS_OF_ONE_SIGNAL count as one.
         """
         self._patience = SECONDS_OF_ONE_SIGNAL if is_rank else 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def limit(self, seconds: float) -> None:
-        """Begin to count a time limit, in place of any before.
-
-        Args:
-            seconds: From now on; infinity for none.
-        """
+        """Start a time limit of `seconds` from now, or infinity for none, in place of any earlier one."""
         self._deadline, self._has_stepped = time.monotonic() + seconds, False
 
     def after_step(self) -> int:
-        """Return the exit code with which the run is to end now that a step is done and can be saved; 0 to go on."""
+        """Return the exit code to end with after a step that can be saved; 0 to go on."""
         self._has_stepped = True
         return self.before_step()
 
     def before_step(self) -> int:
-        """Return the exit code with which the run is to end before it begins what takes long; 0 to begin."""
+        """Return the exit code to end with before a long step; 0 to begin it."""
         if self.received is not None:
             return 128 + self.received
         return TIME_LIMIT_REACHED if self._has_stepped and time.monotonic() > self._deadline else 0
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Note signals instead of raising them, until the outermost such block is left.
+        """Record signals instead of raising them, until the outermost such block ends.
 
         Raises:
-            Interrupted: At the end of the outermost block, where a signal came and the work has ended all the same.
+            Interrupted: At the end of the outermost block, if a signal came and the work ended without error.
         """
         outer, self._deferred = self._deferred, True
         try:
@@ -85,7 +81,7 @@ class StopSignal:
             self.check()
 
     def check(self) -> None:
-        """Raise where a signal came; code that catches every error may have kept it from ending the run.
+        """Raise if a signal came; code that catches all errors may have swallowed the exception.
 
         Raises:
             Interrupted: A signal came.
@@ -94,7 +90,7 @@ class StopSignal:
             raise self.error("stopped; what was finished is saved; run the same command again to go on")
 
     def end(self) -> None:
-        """Leave no signal a chance to disturb the interpreter's end."""
+        """Ignore signals while the interpreter shuts down."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
@@ -116,8 +112,8 @@ def stopped(exit_code: int, where: str) -> Interrupted:
     """Return the exception that ends a run whose work is saved.
 
     Args:
-        exit_code: As `StopSignal.after_step` returns it, not 0.
-        where: How far the run is, as `in epoch 3 of 12`.
+        exit_code: From `StopSignal.after_step`, not 0.
+        where: How far the run is, such as `in epoch 3 of 12`.
     """
     what = "time limit reached" if exit_code == TIME_LIMIT_REACHED else "stopped"
     return Interrupted(f"{what} {where}; run the same command again to go on", exit_code)

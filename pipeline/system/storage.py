@@ -1,8 +1,8 @@
 """Files that are whole or absent: atomic writing, JSON, digests and the lock of a run.
 
 A file is written beside its destination, flushed to the device and renamed over it, so that a kill, a power
-cut or a full disk leaves either the old content or the new, never a mixture. Nothing is ever opened for
-writing in place: a destination may be a link into DVC's cache.
+cut or a full disk leaves either the old content or the new, never a mixture. No file is opened for writing in place: a
+destination may be a link into DVC's cache.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ SECONDS_BETWEEN_ATTEMPTS = 0.05
 
 
 @contextlib.contextmanager
+def storage_errors(action: str, way_out: str = "") -> Iterator[None]:
+    """Turn an OSError of a block into a StorageError, `cannot <action>: <reason><way_out>`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot {action}: {error.strerror or error}{way_out}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[int]:
     """Write a file so that it is seen either whole or not at all, also after a power cut.
 
@@ -36,16 +45,16 @@ def replacing(path: Path) -> Iterator[int]:
         path: Destination.
 
     Yields:
-        The descriptor of an empty file beside it, for reading and writing, which takes its place when the block is
-        left without an error.
+        The descriptor of an empty file beside it, for reading and writing. The file replaces `path` when the block ends
+        without an error.
 
     Raises:
-        StorageError: The disk is full, rights are missing, or the device failed. What stood at `path` is
-            unharmed; only where the last flush, that of the directory, fails is the new content there, though
-            not yet safe from a power cut.
+        StorageError: The disk is full, rights are missing, or the device failed. The old content of `path` is unharmed,
+            unless the last flush fails, that of the directory: then the new content is there, but not yet safe from a
+            power cut.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with storage_errors(f"write {path}", "; free space or rights, then run again"):
         _make_directory(path.parent)
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -60,20 +69,10 @@ def replacing(path: Path) -> Iterator[int]:
                 temporary.unlink(missing_ok=True)
             raise
         _sync_directory(path.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {_reason(error)}; free space or rights, then run again") from error
 
 
 def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write a file whole or not at all, as `replacing` does.
-
-    Args:
-        path: Destination.
-        data: The whole content.
-
-    Raises:
-        StorageError: As of `replacing`.
-    """
+    """Write a whole file as `replacing` does, with its errors."""
     with replacing(path) as descriptor:
         view = memoryview(data).cast("B")
         while view:
@@ -91,25 +90,14 @@ def remove_leftovers(path: Path) -> None:
     Raises:
         StorageError: Listing or removing failed.
     """
-    prefix = f".{path.name}."
-    try:
-        if not path.parent.is_dir():
-            return
+    with storage_errors(f"clean up beside {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in path.parent.iterdir():
-            if entry.name.startswith(prefix) and entry.name.endswith(".tmp"):
+            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
                 entry.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot clean up beside {path}: {_reason(error)}") from error
 
 
 def read_bytes(path: Path) -> bytes:
     """Read a whole file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
 
     Raises:
         StorageError: It is missing or cannot be read.
@@ -125,24 +113,21 @@ def read_if_exists(path: Path, num_bytes: int = -1) -> bytes | None:
 
     Args:
         path: The file.
-        num_bytes: Read no more than its first; -1 reads it whole.
+        num_bytes: Read at most this many from its start; -1 reads all.
 
     Returns:
-        Its content, or None where there is no such file.
+        The content, or None where there is no such file.
 
     Raises:
-        StorageError: It is there and cannot be read.
+        StorageError: The file exists and cannot be read.
     """
-    try:
+    with storage_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):
         # Reading a named pipe would wait for its writer, and reading a device might not end.
         if path.exists() and not path.is_file() and not path.is_dir():
             raise StorageError(f"cannot read {path}: not a regular file")
         with path.open("rb") as file:
             return file.read(num_bytes)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {_reason(error)}") from error
+    return None
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -154,20 +139,14 @@ def write_json(path: Path, obj: Any) -> None:
 
     Raises:
         ValueError: A number is not finite; JSON has no such value.
-        StorageError: Writing failed; what stood at `path` is unharmed.
+        StorageError: Writing failed; the old content of `path` is unharmed.
     """
     text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file strictly: no duplicate keys, no NaN or infinity.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content as dicts, lists and scalars.
+    """Read a JSON file as dicts, lists and scalars, strictly: no duplicate keys, no NaN or infinity.
 
     Raises:
         DataError: The content is not valid JSON.
@@ -182,47 +161,32 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """Digest a file without holding it in memory.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its SHA-256, 64 hexadecimal digits in lower case.
+    """Return a file's SHA-256, 64 hexadecimal digits in lower case, without holding the file in memory.
 
     Raises:
         StorageError: The file is missing or cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {_reason(error)}") from error
+    with storage_errors(f"read {path}"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def lock(path: Path, *, attempts: int = LOCK_ATTEMPTS) -> Iterator[None]:
     """Hold a run's lock, without waiting for it.
 
-    The kernel releases it when the holder dies, however that happens; the file itself stays, because removing
-    it would let two runs hold locks on two files of the same name. Keep it outside of what a fresh start
-    deletes.
+    The kernel releases the lock when its holder dies. The file stays, because removing it would let two runs hold
+    locks on two files of the same name. Keep it outside of what a fresh start deletes.
 
     Args:
         path: The lock file, made where missing. It names its holder while held.
-        attempts: How often it is tried, SECONDS_BETWEEN_ATTEMPTS apart, where others hold it for an instant.
-
-    Yields:
-        Nothing; the lock is held until the block is left.
+        attempts: How often to try, SECONDS_BETWEEN_ATTEMPTS apart, where others hold the lock for an instant.
 
     Raises:
         StorageError: Another run holds it, or the file system refuses.
     """
-    try:
+    with storage_errors(f"lock {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise StorageError(f"cannot lock {path}: {_reason(error)}") from error
     try:
         _acquire(descriptor, path, attempts)
         try:
@@ -237,61 +201,46 @@ def lock(path: Path, *, attempts: int = LOCK_ATTEMPTS) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Tell whether a run holds a lock, leaving it free where none does.
-
-    Args:
-        path: The lock file, as given to `lock`.
-
-    Returns:
-        False also where there is no such file.
+    """Tell whether a run holds the lock of a file given to `lock`; a missing file is not locked.
 
     Raises:
         StorageError: The file system refuses.
     """
-    try:
+    with storage_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {_reason(error)}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        raise StorageError(f"cannot lock {path}: {_reason(error)}") from error
-    finally:
-        os.close(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
     return False
 
 
 def _acquire(descriptor: int, path: Path, attempts: int) -> None:
     """Lock an open file and write its holder into it."""
-    try:
+    with storage_errors(f"lock {path}"):
         for attempt in reversed(range(attempts)):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except BlockingIOError as error:
                 # `is_locked` holds it for an instant.
-                if not attempt:
-                    raise
-                time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+                if attempt:
+                    time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+                    continue
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+                raise StorageError(f"{path} is held by another run ({holder}); wait for it, or stop it") from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-        raise StorageError(f"{path} is held by another run ({holder}); wait for it, or stop it") from error
-    except OSError as error:
-        raise StorageError(f"cannot lock {path}: {_reason(error)}") from error
 
 
 def _make_directory(directory: Path) -> None:
     """Make a directory and its missing parents so that they survive a power cut."""
-    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    for each in reversed(missing):
-        _sync_directory(each.parent)
+    for folder in reversed(missing):
+        _sync_directory(folder.parent)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -305,11 +254,6 @@ def _sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _reason(error: OSError) -> str:
-    """What the operating system says, without the path, which the caller names."""
-    return error.strerror or str(error)
 
 
 def _refuse_constant(name: str) -> Any:

@@ -20,6 +20,6 @@ def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
 
 
 def markdown_text(text: str) -> str:
-    """Return text of one line that Markdown shows as it is; an underscore within a word needs no escape."""
+    """Return one line of text that Markdown shows unchanged; an underscore within a word needs no escape."""
     text = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\|*`\[\]~]|\b_|_\b)", r"\\\1", text)

@@ -1,8 +1,8 @@
 """Independent parts of one job on several CPU threads.
 
-PyTorch's own threads share each operation and meet after it. That wastes much of them where operations are short, and
-nearly everything where another process keeps a core busy. Parts that need nothing of each other do better with a
-thread each.
+PyTorch's own threads share each operation and wait for each other after it. This wastes much of their time if
+operations are short, and nearly all if another process keeps a core busy. Independent parts run faster with a thread
+each.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import TypeVar
 import torch
 
 Read = TypeVar("Read")
-
 Part = TypeVar("Part")
 
 
 def for_each(parts: Iterable[Part], work: Callable[[Part], None]) -> None:
-    """Do some work on every part, on as many threads as PyTorch uses for one operation.
+    """Call `work` on every part, on as many threads as PyTorch uses for one operation.
 
     Args:
-        parts: They may be worked on in any order and at once.
-        work: Called with each; on several threads PyTorch does not divide its operations further.
+        parts: May be processed in any order and at once.
+        work: Called with each part. With several threads PyTorch does not divide its operations further.
     """
     parts, num_threads = list(parts), torch.get_num_threads()
     if num_threads == 1 or len(parts) < 2:
@@ -69,8 +68,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 def prefetch(parts: Iterable[Part], read: Callable[[Part], Read], depth: int = 1) -> Generator[Read, None, None]:
     """Read parts in order, the next ones in a thread while the caller works on the last.
 
-    At most `depth` parts are read beyond the one that the caller holds. The thread ends when the iterator is exhausted
-    or closed; a part being read then is waited for.
+    At most `depth` parts are read ahead of the caller's. The thread ends when the iterator is exhausted or closed,
+    after the part that it is reading.
 
     Args:
         parts: What to read.

@@ -1,7 +1,7 @@
-"""A view recipe's augmentations up to mixing, each in one place: its draws, what they mean, its pixels, its groups.
+"""The augmentations of a view recipe, without mixing. Each class holds its draws, parameters, pixels and groups.
 
 They work on whole uint8 batches, in the order of AUGMENTATIONS. Those that only move pixels are composed into one index
-map, so that crop, flip, rotation and affine are one gather.
+map, so that crop, flip, rotation and affine take one gather.
 
 Source: arXiv:2502.16762 §3.4.
 """
@@ -29,38 +29,38 @@ SUB_POLICY = "sub-policy"
 class Augmentation:
     """One augmentation.
 
-    To add one: a subclass of Moving or Changing, its place in AUGMENTATIONS, and its field in ViewRecipe. Draws have
-    names, so that it shifts no other's; an `absent` value of the field leaves the identities of existing labels alone.
+    To add one, write a subclass of Moving or Changing and add it to AUGMENTATIONS and its field to ViewRecipe. Draws
+    are named, so the others' stay the same. An `absent` value of the field keeps the identities of existing labels.
 
     Attributes:
-        fields: Fields of the view recipe that it reads, each with the number of its draws for each sample.
+        fields: The fields of the view recipe that it reads, each with its number of draws per sample.
     """
 
     fields: ClassVar[Mapping[str, int]]
 
     def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
-        """Return the names of what it draws and their numbers for each sample; none of a field at 0 or false."""
+        """Return the number of draws per sample by name; a field at 0 or false draws nothing."""
         return {name: number for name, number in self.fields.items() if getattr(recipe, name)}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-        """Turn draws into what is done to each image.
+        """Turn draws into the parameters of each image.
 
         Args:
-            uniform: Name of the draws to those of B samples, `(B, num_draws)` float64 in [0, 1).
+            uniform: The draws of B samples by name, `(B, num_draws)` float64 in [0, 1).
             recipe: The view recipe.
             height: H, pixels.
             width: W, pixels.
 
         Returns:
-            By name, arrays of B; of what is drawn only.
+            Arrays of length B by name, only for the draws in `uniform`.
         """
         raise NotImplementedError
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
-        """Group images by what was drawn for them.
+        """Group images by their parameters.
 
         Args:
-            drawn: What `parameters` of all augmentations returned, for N images.
+            drawn: The parameters of all augmentations, for N images.
             recipe: The view recipe.
             image_size: Side of the images, pixels.
         """
@@ -71,15 +71,15 @@ class Moving(Augmentation):
     """An augmentation that only moves pixels."""
 
     def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
-        """Return where each pixel comes from, `(B, H, W)` int64, as of pipeline.views.geometry; arguments as above."""
+        """Return index maps `(B, H, W)` int64, see pipeline.views.geometry; the arguments are those of `parameters`."""
         raise NotImplementedError
 
 
 class Changing(Augmentation):
-    """An augmentation that changes levels, or moves pixels in ways of its own."""
+    """An augmentation that changes levels, or moves pixels without an index map."""
 
     def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
-        """Return the images `(B, 3, H, W)` uint8 with what the draws say done to each."""
+        """Apply the augmentation, with the draws of each image, to images `(B, 3, H, W)` uint8."""
         raise NotImplementedError
 
 
@@ -92,7 +92,7 @@ class CropFlip(Moving):
     fields: ClassVar = {"crop": 2, "flip": 1}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-        """As of Augmentation."""
+        """See Augmentation."""
         given: Parameters = {}
         if "crop" in uniform:
             given["crop"] = draws.integers(uniform["crop"], 2 * recipe.crop + 1) - recipe.crop
@@ -101,7 +101,7 @@ class CropFlip(Moving):
         return given
 
     def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
-        """As of Moving."""
+        """See Moving."""
         given = self.parameters(uniform, recipe, height, width)
         num_samples = _num_samples(given)
         offsets = given.get("crop", np.zeros((num_samples, 2), dtype=np.int64))
@@ -111,7 +111,7 @@ class CropFlip(Moving):
         )
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
-        """As of Augmentation."""
+        """See Augmentation."""
         if "flip" in drawn:
             for name, flipped in (("left-right", True), ("none", False)):
                 yield "flip", name, np.asarray(drawn["flip"] == flipped)
@@ -125,16 +125,16 @@ class Rotation(Moving):
     fields: ClassVar = {"rotation": 1}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-        """As of Augmentation."""
+        """See Augmentation."""
         return _between(uniform, "rotation", 0.0, recipe.rotation)
 
     def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
-        """As of Moving."""
+        """See Moving."""
         angles = self.parameters(uniform, recipe, height, width)["rotation"]
-        return geometry.rotation_maps(angles, height, width, device)
+        return geometry.index_maps(geometry.rotation_matrices(angles, height, width), height, width, device)
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
-        """As of Augmentation."""
+        """See Augmentation."""
         if "rotation" in drawn:
             angle = np.abs(drawn["rotation"])
             yield from by_range("rotation, either way", angle, 0.0, recipe.rotation, "{:.1f}° to {:.1f}°")
@@ -149,7 +149,7 @@ class Affine(Moving):
     fields: ClassVar = {"translate": 2, "scale": 1, "shear": 1}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-        """As of Augmentation."""
+        """See Augmentation."""
         given: Parameters = {}
         if "translate" in uniform:
             shift = draws.between(uniform["translate"], -recipe.translate, recipe.translate)
@@ -157,16 +157,17 @@ class Affine(Moving):
         return given | _between(uniform, "scale", 1.0, recipe.scale) | _between(uniform, "shear", 0.0, recipe.shear)
 
     def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
-        """As of Moving."""
+        """See Moving."""
         given = self.parameters(uniform, recipe, height, width)
         num_samples = _num_samples(given)
         translate = given.get("translate", np.zeros((num_samples, 2), dtype=np.int64))
         shear = np.zeros((num_samples, 2))
         shear[:, 0] = given.get("shear", 0.0)
-        return geometry.affine_maps(translate, given.get("scale", np.ones(num_samples)), shear, height, width, device)
+        scale, center = given.get("scale", np.ones(num_samples)), (width * 0.5, height * 0.5)
+        return geometry.index_maps(geometry.affine_matrices(translate, scale, shear, center), height, width, device)
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
-        """As of Augmentation."""
+        """See Augmentation."""
         if "translate" in drawn:
             yield from by_pixels("translation", drawn["translate"], round(recipe.translate * image_size))
         if "shear" in drawn:
@@ -183,11 +184,11 @@ class Jitter(Changing):
     fields: ClassVar = {"brightness": 1, "contrast": 1}
 
     def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
-        """As of Augmentation."""
+        """See Augmentation."""
         return super().num_draws(recipe) | ({"jitter-order": 1} if recipe.brightness and recipe.contrast else {})
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-        """As of Augmentation."""
+        """See Augmentation."""
         given = _between(uniform, "brightness", 1.0, recipe.brightness)
         given |= _between(uniform, "contrast", 1.0, recipe.contrast)
         if "jitter-order" in uniform:
@@ -195,7 +196,7 @@ class Jitter(Changing):
         return given
 
     def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
-        """As of Changing."""
+        """See Changing."""
         given, device = self.parameters(uniform, recipe, *images.shape[-2:]), images.device
         factors = {name: torch.from_numpy(given[name]).to(device) for name in self.fields if name in given}
         if "contrast" not in factors:
@@ -211,7 +212,7 @@ class Jitter(Changing):
         return jittered
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
-        """As of Augmentation."""
+        """See Augmentation."""
         yield from _by_factor(drawn, "brightness", recipe.brightness)
         yield from _by_factor(drawn, "contrast", recipe.contrast)
 
@@ -227,12 +228,12 @@ class ChosenOperations(Changing):
     fields: ClassVar = {"autoaugment": 0}
 
     def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
-        """As of Augmentation."""
+        """See Augmentation."""
         policy = policies.POLICIES.get(recipe.autoaugment)
         return {policy.name: policy.num_draws} if policy else {}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-        """As of Augmentation."""
+        """See Augmentation."""
         choice = self._choose(uniform, recipe, height, width)
         given: Parameters = {"operations": choice.operations, "magnitudes": choice.magnitudes}
         if recipe.autoaugment == "cifar10":
@@ -240,11 +241,11 @@ class ChosenOperations(Changing):
         return given
 
     def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
-        """As of Changing."""
+        """See Changing."""
         return operations.apply(images, self._choose(uniform, recipe, *images.shape[-2:]))
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
-        """As of Augmentation: by each operation that was applied, and by sub-policy where there are any."""
+        """Group by each operation that was applied, and by sub-policy where there are any."""
         if "operations" not in drawn:
             return
         title = policies.POLICIES[recipe.autoaugment].title
@@ -256,7 +257,7 @@ class ChosenOperations(Changing):
                 name = ", ".join(f"{operation} {probability:g}" for operation, probability, _ in sub_policy)
                 yield SUB_POLICY, f"{number + 1}: {name}", drawn["sub_policy"] == number
 
-    def _choose(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> operations.Choice:
+    def _choose(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> operations.OperationChoice:
         """Return what the recipe's policy does to each image."""
         policy = policies.POLICIES[recipe.autoaugment]
         return policy.choose(uniform[policy.name], height, width)
@@ -267,20 +268,13 @@ AUGMENTATIONS: tuple[Augmentation, ...] = (CropFlip(), Rotation(), Affine(), Jit
 
 
 def num_draws(recipe: ViewRecipe) -> dict[str, int]:
-    """Tell what a recipe draws, mixing included.
-
-    Args:
-        recipe: The view recipe.
-
-    Returns:
-        Name of the draws to their number for each sample; an augmentation left out draws nothing.
-    """
+    """Return a recipe's number of draws per sample by name, mixing included; what is off draws nothing."""
     drawn = {name: number for augmentation in AUGMENTATIONS for name, number in augmentation.num_draws(recipe).items()}
     return drawn | mixing.num_draws(recipe.mixing)
 
 
 def parameters(uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
-    """Turn draws into what each augmentation does to each image; as of Augmentation.parameters."""
+    """Turn draws into the parameters of all augmentations; see Augmentation.parameters."""
     given: Parameters = {}
     for augmentation in AUGMENTATIONS:
         if augmentation.num_draws(recipe):
@@ -293,7 +287,7 @@ def augment(images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
 
     Args:
         images: `(B, 3, H, W)` uint8.
-        uniform: Name of the draws to those of these samples, `(B, num_draws)` float64 in [0, 1).
+        uniform: The draws of these samples by name, `(B, num_draws)` float64 in [0, 1).
         recipe: The view recipe.
 
     Returns:
@@ -320,13 +314,13 @@ def _num_samples(given: Parameters) -> int:
 
 
 def _between(uniform: Draws, name: str, middle: float, reach: float) -> Parameters:
-    """Stretch the draws of a field over [middle - reach, middle + reach), `(B,)`; nothing where it is not drawn."""
+    """Stretch the draws of a field, if any, over [middle - reach, middle + reach), `(B,)`."""
     if name not in uniform:
         return {}
     return {name: draws.between(uniform[name][:, 0], middle - reach, middle + reach)}
 
 
 def _by_factor(drawn: Mapping[str, NDArray[Any]], name: str, reach: float) -> Groups:
-    """Group by a factor in [1 - reach, 1 + reach], where it is drawn."""
+    """Group by a factor in [1 - reach, 1 + reach], if it is drawn."""
     if name in drawn:
         yield from by_range(f"{name}, times", drawn[name], 1 - reach, 1 + reach, "{:.2f} to {:.2f}")

@@ -1,8 +1,11 @@
 """Colour operations on whole uint8 batches, equal bit for bit to Pillow's on each image.
 
-Pillow computes in float32 here and in integers there, and truncates rather than rounds; each function names
-the one it reproduces. Only elementwise arithmetic, integer sums and tables are used, so that every device
-gives the same.
+Pillow computes in float32 in one place and in integers in another, and truncates rather than rounds. Each function
+names the one it reproduces. Only elementwise arithmetic, integer sums and tables are used, so that every device gives
+the same.
+
+Convention: `images` and all results are `(B, 3, H, W)` uint8. `factors` are `(B,)`, at least 0: 0 gives the degenerate
+image, 1 the images, above 1 exaggerates.
 """
 
 from __future__ import annotations
@@ -14,64 +17,26 @@ NUM_LEVELS = 256
 
 
 def blend(degenerate: Tensor, images: Tensor, factors: Tensor) -> Tensor:
-    """Move images away from, or towards, a degenerate version of themselves.
+    """Blend images with a degenerate version of themselves: integer levels, broadcastable to `(B, 3, H, W)`.
 
-    Args:
-        degenerate: Broadcastable to `(B, 3, H, W)`, integer levels in [0, 255].
-        images: `(B, 3, H, W)` uint8.
-        factors: `(B,)` at least 0; 0 gives `degenerate`, 1 gives `images`, above 1 exaggerates.
-
-    Returns:
-        `(B, 3, H, W)` uint8, clipped, truncated.
-
-    Source: Pillow's `ImagingBlend`, in float32, multiplication and addition rounded separately.
+    Source: Pillow's `ImagingBlend`, in float32, multiplication and addition rounded separately, clipped, truncated.
     """
     start = degenerate.float()
     return ((images - start).mul_(_per_sample(factors.float())) + start).clamp_(0, 255).to(torch.uint8)
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with black.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        factors: `(B,)` at least 0; 0 gives black, 1 the images.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
-
-    Source: `PIL.ImageEnhance.Brightness`.
-    """
+    """Blend with black. Source: `PIL.ImageEnhance.Brightness`."""
     return images.float().mul_(_per_sample(factors.float())).clamp_(0, 255).to(torch.uint8)
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with the grey image.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        factors: `(B,)` at least 0; 0 gives grey, 1 the images.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
-
-    Source: `PIL.ImageEnhance.Color` (torchvision's saturation).
-    """
+    """Blend with the grey image. Source: `PIL.ImageEnhance.Color` (torchvision's saturation)."""
     return blend(luminance(images), images, factors)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with the mean grey.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        factors: `(B,)` at least 0; 0 gives the constant mean luminance, 1 the images.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
-
-    Source: `PIL.ImageEnhance.Contrast`, whose mean is rounded half up.
-    """
+    """Blend with the mean luminance, rounded half up. Source: `PIL.ImageEnhance.Contrast`."""
     levels = luminance(images)
     num_pixels = images.shape[2] * images.shape[3]
     total = levels.sum(dim=(1, 2, 3), dtype=torch.int64)
@@ -82,15 +47,7 @@ def contrast(images: Tensor, factors: Tensor) -> Tensor:
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the smoothed image.
 
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        factors: `(B,)` at least 0; 0 gives the smoothed images, 1 the images, above 1 sharpens.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
-
-    Source: `PIL.ImageEnhance.Sharpness`; its 3 x 3 kernel (centre 5, else 1) over 13 leaves the border as it
-        is.
+    Source: `PIL.ImageEnhance.Sharpness`; its 3 x 3 kernel (centre 5, else 1) over 13 leaves the border as it is.
     """
     levels = images.float()
     rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
@@ -102,30 +59,13 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, num_bits: Tensor) -> Tensor:
-    """Keep the highest bits of every level.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        num_bits: `(B,)` integer in [1, 8].
-
-    Returns:
-        `(B, 3, H, W)` uint8.
-
-    Source: `PIL.ImageOps.posterize`.
-    """
+    """Keep the highest `num_bits` of each level, `(B,)` integers in [1, 8]. Source: `PIL.ImageOps.posterize`."""
     masks = 256 - (1 << (8 - num_bits.long()))
     return images & _per_sample(masks.to(torch.uint8))
 
 
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
-    """Invert the levels at or above a threshold.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        thresholds: `(B,)` in [0, 255], may be fractional.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
+    """Invert the levels at or above `thresholds`, `(B,)` in [0, 255], which may be fractional.
 
     Source: `PIL.ImageOps.solarize`.
     """
@@ -134,27 +74,12 @@ def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def invert(images: Tensor) -> Tensor:
-    """Turn every level v into 255 - v.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
-
-    Source: `PIL.ImageOps.invert`.
-    """
+    """Turn each level v into 255 - v. Source: `PIL.ImageOps.invert`."""
     return 255 - images
 
 
 def autocontrast(images: Tensor) -> Tensor:
     """Stretch the levels of each channel of each image over [0, 255]; a channel of one level stays.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
 
     Source: `PIL.ImageOps.autocontrast` with cutoff 0, in float64.
     """
@@ -170,14 +95,9 @@ def autocontrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Flatten the histogram of each channel of each image.
 
-    Args:
-        images: `(B, 3, H, W)` uint8.
+    A channel stays as it is where fewer than 255 of its pixels are below its highest level.
 
-    Returns:
-        `(B, 3, H, W)` uint8.
-
-    Source: `PIL.ImageOps.equalize`, all in integers. A channel stays where its pixels below the highest level
-        are fewer than 255.
+    Source: `PIL.ImageOps.equalize`, all in integers.
     """
     counts = histograms(images)
     highest = images.amax(dim=(2, 3)).long()[..., None]
@@ -193,13 +113,7 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def luminance(images: Tensor) -> Tensor:
-    """Convert to grey.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-
-    Returns:
-        `(B, 1, H, W)` int32 in [0, 255].
+    """Convert to grey, `(B, 1, H, W)` int32 in [0, 255].
 
     Source: Pillow's conversion of RGB to L: ITU-R 601-2 luma in 16 fractional bits, rounded half up.
     """
@@ -208,13 +122,9 @@ def luminance(images: Tensor) -> Tensor:
 
 
 def histograms(images: Tensor) -> Tensor:
-    """Count the levels of each channel of each image.
+    """Count the levels of each channel of each image, `(B, 3, 256)` float32.
 
-    Args:
-        images: `(B, 3, H, W)` uint8.
-
-    Returns:
-        `(B, 3, 256)` float32, whole numbers: exact, in whatever order they are added, below 2^24 pixels.
+    Below 2^24 pixels the counts are exact in any order of addition.
     """
     levels = images.flatten(2).long()
     counts = torch.zeros(*levels.shape[:2], NUM_LEVELS, device=images.device)
@@ -222,15 +132,7 @@ def histograms(images: Tensor) -> Tensor:
 
 
 def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace every level by its entry in a table.
-
-    Args:
-        images: `(B, 3, H, W)` uint8.
-        tables: `(B, 3, 256)` uint8, one for each channel of each image.
-
-    Returns:
-        `(B, 3, H, W)` uint8.
-    """
+    """Replace each level by its entry in `tables`, `(B, 3, 256)` uint8: one table for each channel of each image."""
     return tables.gather(2, images.flatten(2).long()).reshape(images.shape)
 
 

@@ -39,27 +39,10 @@ def uniforms(seed: int, key: str, view: int, operation: str, num_samples: int, n
 
 
 def integers(uniform: NDArray[np.float64], num_values: int) -> NDArray[np.int64]:
-    """Turn uniform numbers into integers.
-
-    Args:
-        uniform: Any shape, float64 in [0, 1).
-        num_values: Number of equally likely values.
-
-    Returns:
-        The shape of `uniform`, int64 in [0, num_values).
-    """
+    """Turn uniform numbers, float64 in [0, 1), into equally likely int64 in [0, num_values), of the same shape."""
     return np.floor(uniform * num_values).astype(np.int64)
 
 
 def between(uniform: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
-    """Stretch uniform numbers over [low, high).
-
-    Args:
-        uniform: Any shape, float64 in [0, 1).
-        low: Lower bound.
-        high: Upper bound.
-
-    Returns:
-        The shape of `uniform`, float64.
-    """
+    """Stretch uniform numbers, float64 in [0, 1), over [low, high), float64 of the same shape."""
     return low + (high - low) * uniform

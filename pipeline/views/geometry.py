@@ -2,13 +2,12 @@
 
 Every operation is an index map, so that several compose into one and pixels are moved once.
 
-Convention: x runs right and y down, in pixels; pixel (x, y) covers [x, x + 1) x [y, y + 1); what lies outside
-of the frame is black. An index map holds, for every pixel of the result, 1 + y * W + x of the pixel it copies,
-or 0 for black. Matrices are Pillow's (a, b, c, d, e, f): the result's (x, y) copies the pixel at
-(ax + by + c, dx + ey + f).
+Convention: x runs right and y down, in pixels; pixel (x, y) covers [x, x + 1) x [y, y + 1); what lies outside of the
+frame is black. An index map holds, for every pixel of the result, 1 + y * W + x of the pixel it copies, or 0 for black.
+Matrices are Pillow's (a, b, c, d, e, f): the result's (x, y) copies the pixel at (ax + by + c, dx + ey + f). `height`
+and `width` are H and W, pixels; `device` is where the maps are made.
 
-Matrices are float64 on the CPU; everything after is integer arithmetic, so that every device gives the same
-pixels.
+Matrices are float64 on the CPU; everything after is integer arithmetic, so that every device gives the same pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ FIXED_POINT_ONE = 65536.0
 
 
 def gather(images: Tensor, index_maps: Tensor) -> Tensor:
-    """Copy every pixel from where an index map says.
+    """Copy each pixel from where an index map says.
 
     Args:
         images: `(B, C, H, W)` uint8.
@@ -38,15 +37,7 @@ def gather(images: Tensor, index_maps: Tensor) -> Tensor:
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """Return the index maps of one operation followed by another.
-
-    Args:
-        first: `(B, H, W)` int64, the maps of the operation that acts on the images.
-        second: `(B, H, W)` int64, the maps of the one that acts on its result.
-
-    Returns:
-        `(B, H, W)` int64.
-    """
+    """Return the index maps of the operation `first` followed by `second`; all are `(B, H, W)` int64."""
     reached = torch.nn.functional.pad(first.flatten(1), (1, 0))
     return reached.gather(1, second.flatten(1)).reshape(second.shape)
 
@@ -55,8 +46,8 @@ def crop_flip_maps(offsets: Tensor, flipped: Tensor, height: int, width: int) ->
     """Shift the frame over the images, then flip left-right where asked: padded crop and flip.
 
     Args:
-        offsets: `(B, 2)` int64, how far the frame moves down and right, pixels; a crop at (top, left) of
-            images padded by p is the offset (top - p, left - p).
+        offsets: `(B, 2)` int64, how far the frame moves down and right, pixels; a crop at (top, left) of images padded
+            by p is the offset (top - p, left - p).
         flipped: `(B,)` bool.
         height: H, pixels.
         width: W, pixels.
@@ -72,60 +63,8 @@ def crop_flip_maps(offsets: Tensor, flipped: Tensor, height: int, width: int) ->
     return _product_maps(rows, columns)
 
 
-def rotation_maps(angles: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
-    """Rotate about the centre, nearest neighbour.
-
-    Args:
-        angles: `(B,)` degrees, counter-clockwise.
-        height: H, pixels.
-        width: W, pixels.
-        device: Where the maps are wanted.
-
-    Returns:
-        Index maps `(B, H, W)` int64.
-
-    Source: torchvision's `rotate` of a PIL image.
-    """
-    return index_maps(rotation_matrices(angles, height, width), height, width, device)
-
-
-def affine_maps(
-    translate: NDArray[np.int64],
-    scale: NDArray[np.float64],
-    shear: NDArray[np.float64],
-    height: int,
-    width: int,
-    device: torch.device,
-) -> Tensor:
-    """Scale and shear about the centre, then translate, nearest neighbour.
-
-    Args:
-        translate: `(B, 2)` pixels, right and down.
-        scale: `(B,)` above 0; 2 doubles the size.
-        shear: `(B, 2)` degrees, along x and along y.
-        height: H, pixels.
-        width: W, pixels.
-        device: Where the maps are wanted.
-
-    Returns:
-        Index maps `(B, H, W)` int64.
-
-    Source: torchvision's `affine` of a PIL image, with angle 0.
-    """
-    matrices = affine_matrices(translate, scale, shear, center=(width * 0.5, height * 0.5))
-    return index_maps(matrices, height, width, device)
-
-
 def rotation_matrices(angles: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
-    """Build the matrices of rotations about the centre.
-
-    Args:
-        angles: `(B,)` degrees, counter-clockwise.
-        height: H, pixels.
-        width: W, pixels.
-
-    Returns:
-        `(B, 6)` float64.
+    """Return the matrices of rotations about the centre, `(B, 6)` float64; `angles` `(B,)` degrees, counter-clockwise.
 
     Source: `PIL.Image.Image.rotate`. Its shortcuts at multiples of 90 degrees give what these matrices give.
     """
@@ -155,7 +94,7 @@ def affine_matrices(
     Returns:
         `(B, 6)` float64, in torchvision's order of operations, so that they round alike.
 
-    Source: `torchvision.transforms.functional._get_inverse_affine_matrix` with angle 0.
+    Source: `torchvision.transforms.functional._get_inverse_affine_matrix` with angle 0, and its `affine`.
     """
     shear_x, shear_y = np.radians(shear).T
     cosine, sine, tangent = np.cos(shear_y), np.sin(shear_y), np.tan(shear_x)
@@ -170,21 +109,11 @@ def affine_matrices(
 
 
 def index_maps(matrices: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
-    """Turn matrices into index maps by Pillow's arithmetic.
-
-    Args:
-        matrices: `(B, 6)` float64.
-        height: H, pixels.
-        width: W, pixels.
-        device: Where the maps are wanted.
-
-    Returns:
-        `(B, H, W)` int64 in [0, H * W].
+    """Turn matrices, `(B, 6)` float64, into index maps, `(B, H, W)` int64 in [0, H * W], by Pillow's arithmetic.
 
     Source: Pillow's `ImagingTransformAffine` (Geometry.c) with nearest-neighbour resampling: axis-aligned
         matrices accumulate doubles, all others 16.16 fixed point.
-    Differs: Pillow leaves fixed point where a corner maps beyond 32,768 pixels; the integers here stay
-        wide enough.
+    Differs: Pillow leaves fixed point where a corner maps beyond 32,768 pixels; the integers here stay wide enough.
     """
     axis_aligned = (matrices[:, 1] == 0) & (matrices[:, 3] == 0)
     if axis_aligned.all():

@@ -1,4 +1,4 @@
-"""Groups of images by what was drawn for them, for whoever counts by augmentation."""
+"""Groups of images by what was drawn for them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_BINS = 4
-# An operation, what is drawn of it, and for which images, `(N,)` bool.
+# Operation, what is drawn for it, and for which images, `(N,)` bool.
 Groups = Iterator[tuple[str, str, NDArray[np.bool_]]]
 
 
 def by_range(
     operation: str, values: NDArray[Any], low: float, high: float, form: str, num_bins: int = NUM_BINS
 ) -> Groups:
-    """Cut [low, high] into equal parts; what lies at their ends belongs to the upper, the highest to the last.
+    """Cut [low, high] into equal parts. A value on an inner edge belongs to the upper part, `high` to the last.
 
     Args:
-        operation: What people call it.
+        operation: Displayed name of the operation.
         values: `(N,)` numbers.
         low: Lower bound.
         high: Upper bound.
-        form: How both ends of a part are written, as `{:.1f} to {:.1f}`.
+        form: Format of the ends of a part, such as `{:.1f} to {:.1f}`.
         num_bins: Number of parts.
     """
     edges = np.linspace(low, high, num_bins + 1)
@@ -33,7 +33,7 @@ def by_range(
 
 
 def by_pixels(operation: str, shifts: NDArray[np.int64], reach: int) -> Groups:
-    """Group `(N, 2)` shifts of at most `reach` pixels by the larger of both, a pixel at a time or several."""
+    """Group `(N, 2)` shifts of at most `reach` pixels by the larger of both, in steps of one or more pixels."""
     distance = np.abs(shifts).max(axis=1)
     step = -(-(reach + 1) // (NUM_BINS + 2))
     for start in range(0, reach + 1, step):

@@ -1,6 +1,6 @@
 """CutMix and MixUp of whole uint8 batches, in integers, and the table MIXINGS in which a recipe finds them.
 
-Convention: lambda is the share of the first image; x runs right and y down, in pixels.
+Convention: lambda is the share of the first image; x runs right and y down, in pixels; `height` is H, `width` W.
 """
 
 from __future__ import annotations
@@ -46,15 +46,7 @@ def cutmix_boxes(
 
 
 def cutmix_lambda(boxes: NDArray[np.int64], height: int, width: int) -> NDArray[np.float32]:
-    """Return the share of each first image's pixels outside of its box.
-
-    Args:
-        boxes: `(B, 4)` int64, inside of the frame.
-        height: H, pixels.
-        width: W, pixels.
-
-    Returns:
-        Lambda, `(B,)` float32 in [0, 1].
+    """Return the share of the pixels outside of the boxes, `(B, 4)` int64: lambda, `(B,)` float32 in [0, 1].
 
     Source: arXiv:2502.16762 Eq. 9; the box after it is clipped.
     """
@@ -86,7 +78,7 @@ def cutmix(images: Tensor, partners: Tensor, boxes: Tensor) -> Tensor:
 
 
 def mixup_shares(lambda_uniform: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Draw the first images' shares from Beta(1/2, 1/2).
+    """Draw the first images' shares from Beta(1/2, 1/2), as `cutmix_boxes` does.
 
     Args:
         lambda_uniform: `(B,)` float64 in [0, 1).
@@ -117,8 +109,7 @@ def mixup(images: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
         The mixed images, `(B, 3, H, W)` uint8, rounded half up.
 
     Source: arXiv:1710.09412 Eq. 1; arXiv:2502.16762 §4.2 ("TITN (MixUp)").
-    Differs: lambda is a multiple of 1/65536 and the mixed image is uint8, so that every device gives the
-        same.
+    Differs: lambda is a multiple of 1/65536 and the mixed image is uint8, so that every device gives the same.
     """
     weight = shares.reshape(-1, 1, 1, 1)
     mixed = (weight * images + (MIXUP_STEPS - weight) * partners + MIXUP_STEPS // 2) >> 16
@@ -129,10 +120,10 @@ class Mixing(NamedTuple):
     """A way to mix each image with a partner.
 
     Attributes:
-        draws: What it draws beside `partner` and `lambda`: names, and numbers for each sample.
-        draw: From the draws of B samples by name, height and width, pixels, to what `mix` takes of each, and lambda,
+        draws: The number of draws per sample by name, beside `partner` and `lambda`.
+        draw: Takes the draws of B samples by name, height and width. Returns the last argument of `mix` and lambda,
             `(B,)` float32 in [0, 1].
-        mix: Of images and partners, `(B, 3, H, W)` uint8, and what `draw` returned, the mixed images.
+        mix: Takes images and partners, `(B, 3, H, W)` uint8, and the result of `draw`. Returns the mixed images.
     """
 
     draws: Mapping[str, int]
@@ -159,5 +150,5 @@ MIXINGS = {"cutmix": Mixing({"box": 2}, _draw_cutmix, cutmix), "mixup": Mixing({
 
 
 def num_draws(name: str) -> dict[str, int]:
-    """Return what a mixing draws, by name, for each sample; nothing for `none`."""
+    """Return a mixing's number of draws per sample by name; `none` draws nothing."""
     return {"partner": 1, "lambda": 1, **MIXINGS[name].draws} if name != "none" else {}

@@ -1,8 +1,8 @@
 """The operations that AutoAugment, RandAugment and TrivialAugment choose from, on whole uint8 batches.
 
-Results equal torchvision's on each image as a PIL image, bit for bit. Samples are sorted by what is done to them, so
-that each operation sees one slice of the batch: magnitudes are per-sample arguments, and the geometric operations that
-can be drawn are index maps made once for an image size.
+Results equal torchvision's on PIL images bit for bit. Samples are sorted by operation, so that each operation sees one
+slice of the batch. Magnitudes are per-sample arguments; the index maps of the geometric operations are made once for an
+image size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.views import colour as imageops
 from pipeline.views import geometry
 
-# What a colour operation does with the magnitude of each sample, `(B,)` float64.
+# Each takes images and the magnitude of each sample, `(B,)` float64.
 COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Brightness": lambda images, magnitudes: imageops.brightness(images, 1.0 + magnitudes),
     "Color": lambda images, magnitudes: imageops.color(images, 1.0 + magnitudes),
@@ -50,7 +50,7 @@ class Space(NamedTuple):
     Attributes:
         num_bins: Magnitudes, evenly apart from none to the largest.
         shear: Largest tangent.
-        translation: From the side of the images along which it is, pixels, to the largest translation, pixels.
+        translation: Maps the side of the images along the translation to the largest translation, both in pixels.
         rotation: Largest angle, degrees.
         factor: Largest change of the factor of Brightness, Color, Contrast and Sharpness.
         bits: Most bits that Posterize takes away.
@@ -106,17 +106,17 @@ def magnitude(space: Space, operation: str, magnitude_bin: int, height: int, wid
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """All that can be done to an image of H x W pixels: I operations with signed magnitudes, geometric ones first.
+class OperationTable:
+    """All operations of a policy on images of H x W pixels: I rows with signed magnitudes, geometric ones first.
 
     Attributes:
         height: H.
         width: W.
-        rows: `(E, 2)` int64: of each entry that it was made from the row in [0, I) with the positive and with the
-            negative magnitude; NO_OPERATION for Identity.
+        rows: `(E, 2)` int64: for each entry of the policy, its rows in [0, I) with the positive and the negative
+            magnitude; NO_OPERATION for Identity.
         operations: `(I,)` int64, ascending, indices into OPERATIONS.
         magnitudes: `(I,)` float64, in the units of `magnitude`.
-        matrices: `(G, 6)` float64, of the geometric operations; they are the first G.
+        matrices: `(G, 6)` float64, of the G geometric operations.
     """
 
     height: int
@@ -127,12 +127,12 @@ class Table:
     matrices: NDArray[np.float64]
 
 
-def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, width: int) -> Table:
-    """Tabulate what a policy can do.
+def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, width: int) -> OperationTable:
+    """Tabulate the operations of a policy.
 
     Args:
         space: The magnitudes.
-        entries: E times operation and magnitude bin, as of `magnitude`.
+        entries: E pairs of operation and magnitude bin; see `magnitude`.
         height: H, pixels.
         width: W, pixels.
     """
@@ -148,7 +148,7 @@ def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, widt
         for number, value in instances
         if OPERATIONS[number] in GEOMETRIC_OPERATIONS
     ]
-    return Table(
+    return OperationTable(
         height,
         width,
         rows=np.array([row_of.get(instance, NO_OPERATION) for instance in signed]).reshape(-1, 2),
@@ -158,15 +158,15 @@ def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, widt
     )
 
 
-class Choice(NamedTuple):
-    """What is done to each of B images.
+class OperationChoice(NamedTuple):
+    """The operations chosen for each of B images.
 
     Attributes:
-        table: What can be done.
-        rows: `(B, P)` int64, rows of the table, in the order in which they are applied; NO_OPERATION where none is.
+        table: The operations of the policy.
+        rows: `(B, P)` int64, rows of the table in the order of application; NO_OPERATION for none.
     """
 
-    table: Table
+    table: OperationTable
     rows: NDArray[np.int64]
 
     @property
@@ -180,15 +180,15 @@ class Choice(NamedTuple):
         return np.where(self.rows == NO_OPERATION, 0.0, self.table.magnitudes[self.rows])
 
 
-def apply(images: Tensor, choice: Choice) -> Tensor:
-    """Do to each image what was chosen for it.
+def apply(images: Tensor, choice: OperationChoice) -> Tensor:
+    """Apply to each image the operations chosen for it.
 
     Args:
         images: `(B, 3, H, W)` uint8.
-        choice: Of B images of H x W pixels.
+        choice: For these B images of H x W pixels.
 
     Returns:
-        `(B, 3, H, W)` uint8; what comes from outside of the frame is black.
+        `(B, 3, H, W)` uint8; pixels from outside of the frame are black.
 
     Source: torchvision's `_apply_op` of PIL images, nearest neighbour, fill None.
     """
@@ -201,7 +201,7 @@ def apply(images: Tensor, choice: Choice) -> Tensor:
     return _take(images, np.argsort(order))
 
 
-def _apply_sorted(images: Tensor, table: Table, rows: NDArray[np.int64]) -> None:
+def _apply_sorted(images: Tensor, table: OperationTable, rows: NDArray[np.int64]) -> None:
     """Apply to each image its own row of the table, in place; `rows` ascends."""
     firsts = np.searchsorted(table.operations, np.arange(len(OPERATIONS) + 1))
     bounds = np.searchsorted(rows, firsts)
@@ -218,25 +218,25 @@ def _apply_sorted(images: Tensor, table: Table, rows: NDArray[np.int64]) -> None
 
 
 def _take(images: Tensor, order: NDArray[np.int64]) -> Tensor:
-    """The images in another order."""
+    """Reorder images."""
     return images.index_select(0, torch.from_numpy(order).to(images.device))
 
 
-def _take_maps(table: Table, rows: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Index maps of some geometric operations, `(B, H, W)` int64."""
+def _take_maps(table: OperationTable, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return index maps of some geometric operations, `(B, H, W)` int64."""
     if len(table.matrices) * table.height * table.width * 8 > MAX_KEPT_BYTES:
         return geometry.index_maps(table.matrices[rows], table.height, table.width, device)
     return _kept_maps(table, device).index_select(0, torch.from_numpy(rows).to(device))
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_maps(table: Table, device: torch.device) -> Tensor:
-    """Index maps of all of a table's geometric operations, `(G, H, W)` int64."""
+def _kept_maps(table: OperationTable, device: torch.device) -> Tensor:
+    """Return index maps of all geometric operations of a table, `(G, H, W)` int64."""
     return geometry.index_maps(table.matrices, table.height, table.width, device)
 
 
 def _matrix(operation: str, signed_magnitude: float, height: int, width: int) -> NDArray[np.float64]:
-    """Matrix `(1, 6)` of one geometric operation; shears keep the corner (0, 0), the others the centre."""
+    """Return the matrix `(1, 6)` of one geometric operation; shears keep the corner (0, 0), the others the centre."""
     if operation == "Rotate":
         return geometry.rotation_matrices(np.array([signed_magnitude]), height, width)
     along_x = operation.endswith("X")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.views import draws
-from pipeline.views.operations import EVENLY_DRAWN, NO_OPERATION, Choice, Space, Table, tabulate
+from pipeline.views.operations import EVENLY_DRAWN, NO_OPERATION, OperationChoice, OperationTable, Space, tabulate
 
 # (operation, probability, magnitude bin or None) twice for each sub-policy. Kept here rather than read from
 # torchvision, so that the views of a recipe are the same whichever version is installed.
@@ -48,11 +48,11 @@ class Policy:
     """A way to choose operations for each image.
 
     Attributes:
-        title: What people call it.
-        name: Of its draws.
-        num_draws: Their number for each sample.
-        space: How strong each operation is at each magnitude bin.
-        entries: What it can do to an image: operations, each with a magnitude bin.
+        title: Displayed name.
+        name: Name of its draws.
+        num_draws: Number of draws per sample.
+        space: The magnitude of each operation at each bin.
+        entries: The operations it can apply, each with a magnitude bin.
     """
 
     title: ClassVar[str]
@@ -61,7 +61,7 @@ class Policy:
     space: ClassVar[Space]
     entries: ClassVar[Sequence[tuple[str, int]]]
 
-    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
         """Turn draws into operations for each image.
 
         Args:
@@ -75,31 +75,24 @@ class Policy:
 class AutoAugment(Policy):
     """AutoAugment for CIFAR-10: one of 25 sub-policies, which are two operations with probabilities.
 
-    Source: arXiv:1805.09501, Table 7; torchvision's `AutoAugment(AutoAugmentPolicy.CIFAR10)`.
-    Differs: an operation is applied below its probability, torchvision's also at it, so that there one of probability 0
-        is applied once in 2^24 times.
+    Source: arXiv:1805.09501, OperationTable 7; torchvision's `AutoAugment(AutoAugmentPolicy.CIFAR10)`.
+    Differs: an operation is applied if its draw is below its probability. torchvision also applies it at equality, so
+        that one of probability 0 is applied once in 2^24 times.
     """
 
     title, name, num_draws = "AutoAugment", "autoaugment", 5
     space = Space(10, shear=0.3, translation=lambda side: 150.0 / 331.0 * side, rotation=30.0, factor=0.9, bits=4)
     entries = tuple((operation, magnitude_bin or 0) for pair in CIFAR10_POLICY for operation, _, magnitude_bin in pair)
 
-    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
-        """As of Policy.
-
-        Args:
-            uniform: The sub-policy, whether its first and second operation are applied, and whether their magnitudes
-                are negative (below 1/2).
-            height: H, pixels.
-            width: W, pixels.
-        """
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
+        """See Policy; the draws: the sub-policy, whether to apply each operation, whether to negate it (below 1/2)."""
         chosen, table = sub_policies(uniform), _table(self, height, width)
         rows = table.rows[2 * chosen[:, None] + [0, 1], (uniform[:, 3:] < 0.5).astype(np.int64)]
-        return Choice(table, np.where(uniform[:, 1:3] < PROBABILITIES[chosen], rows, NO_OPERATION))
+        return OperationChoice(table, np.where(uniform[:, 1:3] < PROBABILITIES[chosen], rows, NO_OPERATION))
 
 
 def sub_policies(uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return AutoAugment's sub-policies, `(B,)` int64, indices into CIFAR10_POLICY; `uniform` as of its `choose`."""
+    """Return AutoAugment's sub-policies, `(B,)` int64, indices into CIFAR10_POLICY, from the draws of its `choose`."""
     return draws.integers(uniform[:, 0], len(CIFAR10_POLICY))
 
 
@@ -113,16 +106,10 @@ class RandAugment(Policy):
     space = AutoAugment.space._replace(num_bins=31)
     entries = tuple((operation, 9) for operation in EVENLY_DRAWN)
 
-    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
-        """As of Policy.
-
-        Args:
-            uniform: The first and the second operation, and whether their magnitudes are negative (below 1/2).
-            height: H, pixels.
-            width: W, pixels.
-        """
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
+        """See Policy; the draws are the two operations, and whether to negate either magnitude (below 1/2)."""
         table, entries = _table(self, height, width), draws.integers(uniform[:, :2], len(EVENLY_DRAWN))
-        return Choice(table, table.rows[entries, (uniform[:, 2:] < 0.5).astype(np.int64)])
+        return OperationChoice(table, table.rows[entries, (uniform[:, 2:] < 0.5).astype(np.int64)])
 
 
 class TrivialAugment(Policy):
@@ -135,17 +122,11 @@ class TrivialAugment(Policy):
     space = Space(31, shear=0.99, translation=lambda _: 32.0, rotation=135.0, factor=0.99, bits=6)
     entries = tuple((operation, magnitude_bin) for operation in EVENLY_DRAWN for magnitude_bin in range(31))
 
-    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> Choice:
-        """As of Policy.
-
-        Args:
-            uniform: The operation, its magnitude, and whether that is negative (below 1/2).
-            height: H, pixels.
-            width: W, pixels.
-        """
+    def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
+        """See Policy; the draws are the operation, its magnitude, and whether to negate that (below 1/2)."""
         table, num_bins = _table(self, height, width), self.space.num_bins
         entries = draws.integers(uniform[:, 0], len(EVENLY_DRAWN)) * num_bins + draws.integers(uniform[:, 1], num_bins)
-        return Choice(table, table.rows[entries, (uniform[:, 2] < 0.5).astype(np.int64)][:, None])
+        return OperationChoice(table, table.rows[entries, (uniform[:, 2] < 0.5).astype(np.int64)][:, None])
 
 
 # By the value of the view recipe's `autoaugment`.
@@ -157,6 +138,6 @@ POLICIES: dict[str, Policy] = {
 
 
 @functools.lru_cache(maxsize=24)
-def _table(policy: Policy, height: int, width: int) -> Table:
-    """Tabulate all that a policy can do to images of one size."""
+def _table(policy: Policy, height: int, width: int) -> OperationTable:
+    """Tabulate a policy for images of one size."""
     return tabulate(policy.space, policy.entries, height, width)

@@ -1,7 +1,7 @@
 """How often a teacher's label of an augmented view is right, by what was drawn for the image.
 
-A label is right where it is the target of the image with the larger share: the image itself without mixing, its partner
-where lambda is below 1/2. It is grouped by the operations that were drawn for that same image.
+A label is right if it is the target of the image with the larger share: the image itself without mixing, its partner
+if lambda is below 1/2. It is grouped by the operations drawn for that image.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Z95 = 1.959964
 
 @dataclass
 class OperationScores:
-    """What a teacher reaches on the images for which something was drawn.
+    """The teacher's scores on the images that share a draw.
 
     Attributes:
-        operation: Which.
-        drawn: What.
-        num_images: How many images, counted once in each view.
-        num_right: Whose label is the target of the larger share.
-        num_either: Whose label is one of their two targets.
+        operation: Name of the operation.
+        drawn: What was drawn for it.
+        num_images: Number of images, counted once per view.
+        num_right: Number whose label is the target of the image with the larger share.
+        num_either: Number whose label is one of the two targets.
     """
 
     operation: str
@@ -41,7 +41,7 @@ class OperationScores:
 
 
 class OperationMeter:
-    """Adds up views.
+    """Adds up the scores of views.
 
     Args:
         recipe: The view recipe.
@@ -58,7 +58,7 @@ class OperationMeter:
         Args:
             labels: `(N,)` integers, the teacher's.
             targets: `(N,)` int64, of the images.
-            drawn: What `Views.drawn` returns for the view.
+            drawn: See `Views.drawn`.
         """
         first = np.arange(len(labels))
         partners = drawn.get("partner", first)
@@ -72,11 +72,11 @@ class OperationMeter:
             scores.num_either += int(either[members].sum())
 
     def scores(self) -> list[OperationScores]:
-        """Return what was drawn at least once, beginning with everything."""
+        """Return the scores of all groups that have an image; the first is of all images."""
         return [scores for scores in self._scores.values() if scores.num_images]
 
     def _groups(self, drawn: Mapping[str, NDArray[Any]], larger: NDArray[np.int64]) -> Groups:
-        """Yield each operation, what is drawn of it, and for which images, `(N,)` bool."""
+        """Yield each operation, what is drawn for it, and for which images, `(N,)` bool."""
         yield EVERYTHING, EVERYTHING, np.ones(len(larger), dtype=np.bool_)
         if "lambda" in drawn:
             share = np.maximum(drawn["lambda"], 1 - drawn["lambda"])

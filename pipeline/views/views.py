@@ -1,18 +1,17 @@
 """The view: a pure function of (images, view recipe, key, view index, sample index).
 
-Nothing else decides a view's pixels: not the batch, its order, the process, the device, or what was drawn
-before. Each operation draws for all samples at once under its own name (`pipeline.views.draws`), so that adding one
-to a recipe shifts no other, and works on whole uint8 batches with results equal bit for bit to torchvision's
-on PIL images.
+Nothing else decides a view's pixels: not the batch, its order, the process, the device, or earlier draws. Each
+operation draws for all samples at once under its own name (`pipeline.views.draws`), so that adding an operation to a
+recipe leaves the others' draws alone. Operations work on whole uint8 batches, with results equal bit for bit to
+torchvision's on PIL images.
 
-A mixing partner is an independent uniform draw over all samples, made for each sample. Were it the next position
-of a permutation that belongs to the view, b samples could be made from b + 1 images, but students would have to
-train in that order whatever their seed, and a sample alone could not be told from its neighbours. Instead a view
-about to be used whole is made once ahead (`Views.prepare`), every image once, and each batch only mixes; the price
-is the memory of one view.
+The mixing partner of each sample is an independent uniform draw over all samples. Before all samples of a view are
+used, `Views.prepare` augments every image once, and batches only mix; this takes the memory of one view. (With partners
+from a permutation, b samples would need b + 1 images, but every student would train in that order whatever its seed,
+and a sample would depend on its neighbours.)
 
-Images that do not fit the device stay on the host (`pipeline.data.streaming.HostImages`): each batch's own and its
-partners' are gathered there, moved, and made into the view on the device, with the same pixels.
+Images that do not fit the device stay on the host (`pipeline.data.streaming.HostImages`). The images of each batch and
+their partners are gathered there, moved, and augmented on the device, with the same pixels.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from pipeline.system.threads import for_each, prefetch
 from pipeline.views import augment as augmentation
 from pipeline.views import draws, mixing
 
-# Samples made at once, of 32 x 32 pixels; fewer of larger ones. On the CPU what an operation touches should fit the
-# cache; a GPU wants few, large launches.
+# Samples of 32 x 32 pixels made at once; of larger ones fewer. On the CPU an operation's data should fit the cache; a
+# GPU needs few, large launches.
 CPU_CHUNK = 2048
 GPU_CHUNK = 16384
 CHUNK_PIXELS = 32 * 32
-# A larger view is not kept: its batches make their images when asked, and partners a second time.
+# A larger view is not kept: its batches augment their images, and the partners' again.
 MAX_PREPARED_BYTES = 2**31
 
 
@@ -49,7 +48,7 @@ class ViewBatch:
     """Some samples of one view.
 
     Attributes:
-        indices: `(B,)` int64, which.
+        indices: `(B,)` int64 in [0, N), the samples.
         images: `(B, 3, H, W)` uint8, mixed.
         labels: `(B,)` int64, y1: the labels of the first images.
         partner_labels: `(B,)` int64, y2: the labels of the partners; equal to `labels` without mixing.
@@ -65,12 +64,12 @@ class ViewBatch:
 
 @dataclass(frozen=True)
 class _Mix:
-    """How the samples of a view mix, on the device of the views.
+    """How the samples of a view mix; all but `rows` is on the device of the views.
 
     Attributes:
         rows: `(N,)` int64, the partners, on the host.
-        partners: `(N,)` int64, the same on the device.
-        amounts: What `mixing.cutmix` or `mixing.mixup` takes: boxes or shares.
+        partners: `(N,)` int64, the partners.
+        amounts: The last argument of `mixing.cutmix` or `mixing.mixup`: boxes or shares.
         lam: `(N,)` float32.
     """
 
@@ -88,7 +87,7 @@ class _View:
         index: View index.
         uniform: The draws of all samples.
         mix: None without mixing.
-        images: `(N, 3, H, W)` uint8 without mixing, once prepared.
+        images: `(N, 3, H, W)` uint8 before mixing, if prepared.
     """
 
     index: int
@@ -99,11 +98,11 @@ class _View:
 
 @dataclass(frozen=True)
 class _Raw:
-    """Images of which a view is to be made.
+    """Images before augmentation.
 
     Attributes:
-        rows: `(B,)` int64, which; on the host.
-        images: `(B, H, W, 3)` uint8, read on the host; None where they are on the device.
+        rows: `(B,)` int64, their indices, on the host.
+        images: `(B, H, W, 3)` uint8, read on the host; None if they are on the device.
     """
 
     rows: NDArray[np.int64]
@@ -114,11 +113,10 @@ class Views:
     """All views of one set of images.
 
     Args:
-        images: `(N, 3, H, W)` uint8, on the device where views are made or on the host for it.
+        images: `(N, 3, H, W)` uint8 on the device, or on the host to be streamed to it.
         labels: `(N,)` int64.
         recipe: The operations; they run in the order of its fields.
-        key: Whose draws: "" for the labelled views that students train on, "teacher" for a teacher's
-            training.
+        key: Whose draws: "" for the labelled views that students train on, "teacher" for a teacher's training.
 
     Source: arXiv:2502.16762 §3.4.
     """
@@ -146,10 +144,10 @@ class Views:
         return len(self.images)
 
     def prepare(self, view: int) -> None:
-        """Make all images of a view ahead, up to mixing; those of another view are dropped.
+        """Augment all images of a view, up to mixing, and drop those of any other view.
 
-        Batches of that view then only mix, and are the same. A view of more than MAX_PREPARED_BYTES is not kept, nor
-        one of images on the host, for which the device had no room.
+        Its batches then only mix; they are the same. Nothing is done for a view of more than MAX_PREPARED_BYTES or with
+        images on the host, for which the device has no room.
 
         Args:
             view: View index, at least 0.
@@ -162,7 +160,7 @@ class Views:
         """Make some samples of one view.
 
         Args:
-            view: View index, at least 0; there is a view at every index, also beyond the labelled ones.
+            view: View index, at least 0. It may exceed those of the labelled views.
             indices: `(B,)` int64 in [0, N), in any order.
 
         Returns:
@@ -173,13 +171,13 @@ class Views:
         return self._make(opened, samples.to(self.device), self._read(opened, samples))
 
     def batches(self, view: int, parts: Sequence[Tensor]) -> Generator[ViewBatch, None, None]:
-        """Make batches of a view that is used whole, or nearly.
+        """Make batches that together use all or nearly all samples of a view.
 
-        Where images are on the host, those of the next batch are read while the caller works on the last; the thread
-        that does ends with the iterator. Nothing waits for a GPU where the view is prepared.
+        If images are on the host, a thread reads the next batch while the caller works on the last; the thread ends
+        with the iterator. With a prepared view nothing waits for a GPU.
 
         Args:
-            view: As of `batch`.
+            view: See `batch`.
             parts: The indices of each batch, `(B,)` int64 in [0, N); best on the CPU.
 
         Yields:
@@ -189,27 +187,23 @@ class Views:
             return
         self.prepare(view)
         opened = self._open(view)
-        # Moved at once, because each move can wait for the device.
-        every, sizes = self._checked(torch.cat(list(parts))), [len(part) for part in parts]
-        on_device = torch.split(every.to(self.device), sizes)
+        # In one move, because each move can wait for the device.
+        indices, sizes = self._checked(torch.cat(list(parts))), [len(part) for part in parts]
+        on_device = torch.split(indices.to(self.device), sizes)
         if isinstance(self.images, Tensor):
             for part, samples in zip(parts, on_device, strict=True):
                 yield self._make(opened, samples, self._read(opened, part))
             return
-        on_host = torch.split(every.cpu(), sizes)
+        on_host = torch.split(indices.cpu(), sizes)
         with contextlib.closing(prefetch(on_host, lambda part: self._read(opened, part))) as read:
             for samples, raw in zip(on_device, read, strict=True):
                 yield self._make(opened, samples, raw)
 
     def drawn(self, view: int) -> dict[str, NDArray[Any]]:
-        """Tell what was drawn for each sample of a view.
+        """Return what was drawn for the N samples of a view, by name.
 
-        Args:
-            view: View index, at least 0.
-
-        Returns:
-            What the `parameters` of each augmentation are, for all N samples; with mixing also `partner` `(N,)` int64
-            and `lambda` `(N,)` float32, the share of the first image.
+        These are the `parameters` of each augmentation; with mixing also `partner` `(N,)` int64 and `lambda` `(N,)`
+        float32, the share of the first image.
         """
         opened = self._open(view)
         height, width = self.images.shape[-2:]
@@ -219,7 +213,7 @@ class Views:
         return drawn
 
     def digest(self, view: int, indices: NDArray[np.int64] | None = None) -> bytes:
-        """Hash the pixels of a view, or of a few of its samples, by which a change is noticed cheaply.
+        """Hash the pixels of a view, or of a few of its samples, to detect changes cheaply.
 
         Args:
             view: View index, at least 0.
@@ -238,7 +232,7 @@ class Views:
         return sha256.digest()
 
     def _checked(self, samples: Tensor) -> Tensor:
-        """Return indices that are known to exist; a GPU is not waited for to ask."""
+        """Check indices on the CPU; checking those on a GPU would wait for it."""
         if samples.device.type == "cpu":
             assert ((samples >= 0) & (samples < self.num_samples)).all(), "unknown sample"
         return samples
@@ -262,16 +256,16 @@ class Views:
         return _Mix(partners, *(torch.from_numpy(values).to(self.device) for values in (partners, amounts, lam)))
 
     def _read(self, opened: _View, samples: Tensor) -> list[_Raw]:
-        """Read what a batch is made of, `(B,)` samples' own images and their partners'; any thread may."""
+        """Read the images of `(B,)` samples, and with mixing their partners'; safe in any thread."""
         if opened.images is not None:
             return []
         first = samples.cpu().numpy()
         read = self.images.read if isinstance(self.images, HostImages) else None
-        wanted = [first] if opened.mix is None else [first, opened.mix.rows[first]]
-        return [_Raw(rows, read and read(rows)) for rows in wanted]
+        row_sets = [first] if opened.mix is None else [first, opened.mix.rows[first]]
+        return [_Raw(rows, read and read(rows)) for rows in row_sets]
 
     def _make(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> ViewBatch:
-        """Make a batch of `(B,)` samples, on the device, from what was read of them."""
+        """Make a batch of `(B,)` samples on the device, from what `_read` returned for them."""
         labels, mix = self.labels.index_select(0, samples), opened.mix
         images = self._unmixed(opened, samples, read[:1])
         if mix is None:
@@ -287,13 +281,13 @@ class Views:
         )
 
     def _unmixed(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> Tensor:
-        """Samples of a view without mixing, `(B, 3, H, W)` uint8: prepared ones, or made now."""
+        """Return samples of a view before mixing, `(B, 3, H, W)` uint8, prepared or augmented now."""
         if opened.images is not None:
             return opened.images.index_select(0, samples)
         return self._render(opened, read[0])
 
     def _render(self, opened: _View, raw: _Raw) -> Tensor:
-        """Make samples of a view without mixing, `(B, 3, H, W)` uint8."""
+        """Augment samples of a view, up to mixing, `(B, 3, H, W)` uint8."""
         rows, device = raw.rows, self.device
         made = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, device=device)
 
@@ -335,5 +329,5 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Shape `(3, 1, 1)` float32; kept, because a copy to a GPU would wait for it in every batch."""
+    """Return `(3, 1, 1)` float32; cached, because copying it to a GPU in every batch would wait for the GPU."""
     return torch.tensor(values, device=device).reshape(3, 1, 1)

@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_listed_is_a_storage_error(tmp_path, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
-    with pytest.raises(StorageError, match="cannot be listed"):
+    with pytest.raises(StorageError, match="cannot list"):
         read_folder(tmp_path, 3, skip_bad=False)
 
 

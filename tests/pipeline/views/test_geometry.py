@@ -29,11 +29,14 @@ def crop_flip(images: torch.Tensor, offsets: torch.Tensor, flipped: torch.Tensor
 
 
 def rotate(images: torch.Tensor, angles: np.ndarray) -> torch.Tensor:
-    return geometry.gather(images, geometry.rotation_maps(angles, *images.shape[-2:], images.device))
+    matrices = geometry.rotation_matrices(angles, *images.shape[-2:])
+    return geometry.gather(images, geometry.index_maps(matrices, *images.shape[-2:], images.device))
 
 
 def affine(images: torch.Tensor, translate: np.ndarray, scale: np.ndarray, shear: np.ndarray) -> torch.Tensor:
-    maps = geometry.affine_maps(translate, scale, shear, *images.shape[-2:], images.device)
+    height, width = images.shape[-2:]
+    matrices = geometry.affine_matrices(translate, scale, shear, (width * 0.5, height * 0.5))
+    maps = geometry.index_maps(matrices, height, width, images.device)
     return geometry.gather(images, maps)
 
 
