@@ -1,4 +1,4 @@
-"""Whether a finished label cache is still true: the pixels that were labelled, and what the teacher says of them."""
+"""Checks of a finished label cache: the pixels that were labelled, and the teacher's answers to them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.labels.teacher import Teacher
 from pipeline.views.views import Views
 
 NUM_CANARY_SAMPLES = 16
-# Largest logit margin by which a replayed label may differ. On the recorded kind of device and precision only the
-# order of additions can differ (batch size, threads); elsewhere whole products are rounded differently. Neither is a
-# proven bound: see pipeline.labels.teacher for what was measured.
+# Largest logit margin by which a replayed label may differ. With the recorded kind of device and precision only the
+# order of additions differs (batch size, threads); otherwise all products are rounded differently. Both are measured,
+# not proven, see pipeline.labels.teacher.
 SAME_MARGIN = 5e-3
 OTHER_MARGIN = 0.25
 
@@ -60,7 +60,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a teacher answers now to what it once answered.
+    """A comparison of a teacher's answers now with those in the cache.
 
     Attributes:
         num_samples: How many labels were replayed.
