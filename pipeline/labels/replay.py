@@ -40,7 +40,7 @@ def check_canaries(cache: LabelCache, views: Views) -> int | None:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ChangedLabel:
     """A label that the teacher would not give again.
 
     Attributes:
@@ -69,7 +69,7 @@ class Replay:
     """
 
     num_samples: int
-    differences: list[Difference]
+    differences: list[ChangedLabel]
     probability_error: float | None
 
 
@@ -78,7 +78,7 @@ def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[t
     by_view: dict[int, list[int]] = {}
     for view, sample in chosen:
         by_view.setdefault(view, []).append(sample)
-    differences: list[Difference] = []
+    differences: list[ChangedLabel] = []
     error = 0.0
     for view, samples in sorted(by_view.items()):
         kept = cache.view(view)
@@ -93,9 +93,9 @@ def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[t
     return Replay(len(chosen), differences, error if cache.topk else None)
 
 
-def _differences(kept: ViewLabels, view: int, samples: Tensor, logits: Tensor) -> Iterator[Difference]:
+def _differences(kept: ViewLabels, view: int, samples: Tensor, logits: Tensor) -> Iterator[ChangedLabel]:
     """Yield the samples, `(B,)`, whose labels by these logits, `(B, C)`, differ from those kept."""
     cached, replayed = torch.from_numpy(kept.labels.astype(np.int64))[samples], logits.argmax(1)
     for row in torch.nonzero(cached != replayed)[:, 0].tolist():
         old, new = int(cached[row]), int(replayed[row])
-        yield Difference(view, int(samples[row]), old, new, float(logits[row, new] - logits[row, old]))
+        yield ChangedLabel(view, int(samples[row]), old, new, float(logits[row, new] - logits[row, old]))
