@@ -49,8 +49,11 @@ class Batch(Targets):
         """Cut the batch into parts of `size` samples, the last perhaps smaller; None does not cut."""
         if size is None or size >= len(self):
             return [self]
-        parts = [slice(start, start + size) for start in range(0, len(self), size)]
-        return [self.map(lambda tensor, part=part: tensor[part] if tensor.ndim else tensor) for part in parts]  # type: ignore[misc]
+
+        def part(start: int) -> Batch:
+            return self.map(lambda tensor: tensor[start:][:size] if tensor.ndim else tensor)
+
+        return [part(start) for start in range(0, len(self), size)]
 
 
 @dataclass(frozen=True)

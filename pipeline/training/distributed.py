@@ -148,8 +148,9 @@ class Group:
             return result
         told: dict[str, Any] = {"result": None}
         try:
-            told["result"] = work()
-            return told["result"]
+            result = work()
+            told["result"] = result
+            return result
         except Exception as error:
             told = {"error": str(error) or type(error).__name__, "code": getattr(error, "exit_code", 1)}
             raise
