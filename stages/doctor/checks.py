@@ -171,10 +171,10 @@ COMPILERS = ("c++", "g++", "clang++")
 def computing(context: Context) -> list[Finding]:
     """Report how the recipe's models are computed on the device, and what fails; torch.compile may take a minute."""
     device, recipe = context.device, context.recipe
-    names = context.params.candidates(recipe)
-    fits: dict[str, FitRecipe] = {f"teachers.{name}": recipe.teachers[name] for name in names}
-    names = [name for name in context.params.students if name in recipe.students]
-    fits |= {f"students.{name}": recipe.students[name] for name in names}
+    teachers = context.params.candidates(recipe)
+    fits: dict[str, FitRecipe] = {f"teachers.{name}": recipe.teachers[name] for name in teachers}
+    students = [name for name in context.params.students if name in recipe.students]
+    fits |= {f"students.{name}": recipe.students[name] for name in students}
     return [
         _device(device),
         *_precision(context, fits, device),
