@@ -23,16 +23,16 @@ Outputs = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Targets:
-    """What the outputs for a batch of views are compared with.
+    """The targets of a batch of views.
 
     Attributes:
         labels: `(B,)` int64, y1, the labels of the images.
         partner_labels: `(B,)` int64, y2, the labels of their CutMix or MixUp partners.
-        lam: `(B,)` float32 in [0, 1], the share of the image that is left.
+        lam: `(B,)` float32 in [0, 1], lambda, the share of the image that mixing leaves.
         teacher_labels: `(B,)` int64, y_t, the teacher's labels of the same views; or `(B, C)` float32, its
-            distributions; None where the model learns without a teacher.
-        confidence: `(B,)` float32, the teacher's probability of its label; None where all samples weigh the same.
-        mean_confidence: Its mean over all samples of the step, a float32 scalar; None is the mean of those here.
+            distributions; None without a teacher.
+        confidence: `(B,)` float32, the teacher's probability of its label; None gives all samples equal weight.
+        mean_confidence: Mean of `confidence` over the step, a float32 scalar; None takes the mean of these samples.
     """
 
     labels: Tensor
@@ -134,8 +134,7 @@ def hybrid_loss(
         terms = functional.cross_entropy(distillation_logits.float(), teacher_labels, reduction="none")
     if confidence is not None:
         terms = confidence / (confidence.mean() if mean is None else mean) * terms
-    distillation = terms.mean()
-    return (1.0 - alpha) * truth + alpha * distillation
+    return (1.0 - alpha) * truth + alpha * terms.mean()
 
 
 def undistilled_loss(
@@ -143,14 +142,8 @@ def undistilled_loss(
 ) -> Tensor:
     """Return the hybrid loss of a two-headed model without a teacher: both heads learn the ground truth.
 
-    This is the control of distillation: network, data and the heads' weights stay the same, and only y_t is replaced
-    by (y1, y2, lambda). The second head has to learn too, because the prediction is the mean of both.
-
-    Args:
-        outputs: Logits of the class head and of the distillation head, `(B, K)` float each.
-        targets: Of the same samples.
-        alpha: Weight of the distillation head.
-        label_smoothing: Of both terms.
+    This is the control of distillation: it differs from `hybrid_loss` only by (y1, y2, lambda) in place of y_t. The
+    distillation head has to learn too, because the prediction is the mean of both. Label smoothing acts on both terms.
     """
     truth, second = (mixed_cross_entropy(logits, targets, label_smoothing=label_smoothing) for logits in outputs)
     return (1.0 - alpha) * truth + alpha * second
@@ -185,9 +178,9 @@ def marginal_smoothing(classes: Tensor, probabilities: Tensor, num_classes: int)
         num_classes: C.
 
     Returns:
-        `(B, C)` float32, each row with the sum 1. The C - K other classes share evenly what the K classes leave, 1
-        minus their sum. With K = C it is the teacher's own distribution, as rounded. In float16 a probability above
-        0.9998 becomes 1: what such a teacher gives to the other classes is lost, also at high temperatures.
+        `(B, C)` float32, rows of sum 1. The C - K other classes share 1 minus the sum of the K probabilities evenly;
+        with K = C the rows are the teacher's rounded distributions. Float16 rounds a probability above 0.9998 to 1 and
+        so loses the other classes, also at high temperatures.
 
     Source: arXiv:2112.01528 §3.2, "marginal smoothing".
     Differs: rows are normalised, because rounded probabilities may sum to a little more than 1.

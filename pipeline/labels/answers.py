@@ -1,7 +1,6 @@
-"""What is kept of a teacher's answers to one view: its labels, and where asked its top-k classes.
+"""A teacher's stored answers to one view: its labels, and where asked its top-k classes.
 
-Here is the one place that knows what such answers can be and in what order their bytes are written; part files
-and the label cache both rely on it.
+Part files and the label cache both take from here which answers are valid and in what order their bytes are written.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MAX_COMPARED = 32
 
 @dataclass(frozen=True, eq=False)
 class ViewLabels:
-    """A teacher's answers to all samples of one view.
+    """A teacher's answers to the N samples of one view, with C classes, of which it may keep the K most probable.
 
     Attributes:
         labels: `(N,)` integers in [0, C), the argmax of its logits.
@@ -36,8 +35,9 @@ class ViewLabels:
 
     @property
     def arrays(self) -> tuple[NDArray[Any], ...]:
-        """What is kept, in the order in which it is written and digested."""
-        return tuple(each for each in (self.labels, self.classes, self.probabilities) if each is not None)
+        """The arrays that are kept, in the order of writing and digesting."""
+        arrays = (self.labels, self.classes, self.probabilities)
+        return tuple(array for array in arrays if array is not None)
 
     @property
     def topk(self) -> int:
@@ -57,16 +57,7 @@ class ViewLabels:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, num_samples: int, num_classes: int, topk: int) -> ViewLabels:
-        """Read what `to_bytes` wrote, without a look at the values.
-
-        Args:
-            data: The bytes.
-            num_samples: N.
-            num_classes: C.
-            topk: K, or 0.
-
-        Returns:
-            Read-only arrays of the stored types.
+        """Read what `to_bytes` wrote into read-only arrays, without checking the values.
 
         Raises:
             ValueError: There are more or fewer bytes than N samples take.
@@ -83,18 +74,10 @@ class ViewLabels:
         return cls(labels, classes, kept)
 
     def stored(self, *, num_samples: int, num_classes: int, topk: int) -> ViewLabels:
-        """Convert to the stored types without ever changing a value.
-
-        Args:
-            num_samples: N.
-            num_classes: C.
-            topk: K that must be kept, or 0.
-
-        Returns:
-            Arrays of the stored types that share nothing with this one's, checked.
+        """Check the answers and copy them to the stored types, without ever changing a value.
 
         Raises:
-            ValueError: A value is not what a teacher can have answered, or N or K is another.
+            ValueError: As for `check`, or an array is of another kind of number.
         """
         labels = to_labels(self.labels, num_classes)
         ViewLabels(labels, self.classes, self.probabilities).check(
@@ -118,12 +101,12 @@ class ViewLabels:
         """Refuse what no teacher can have answered.
 
         Args:
-            num_samples: N.
+            num_samples: N that is expected.
             num_classes: C.
-            topk: K that must be kept, or 0.
+            topk: K that is expected, or 0.
 
         Raises:
-            ValueError: What is wrong, with the first sample for which it is.
+            ValueError: What is wrong, and the first sample with the fault.
         """
         if self.labels.shape != (num_samples,):
             raise ValueError(f"{self.labels.size} labels for {num_samples} samples")
@@ -133,9 +116,9 @@ class ViewLabels:
             raise ValueError(f"topk is {topk}, more than the {num_classes} classes")
         for name, array in (("classes", self.classes), ("probabilities", self.probabilities)):
             shape = (num_samples, topk) if topk else None
-            found = None if array is None else array.shape
-            if found != shape:
-                raise ValueError(f"{name} are of shape {found}, expected {shape} for a topk of {topk}")
+            actual = None if array is None else array.shape
+            if actual != shape:
+                raise ValueError(f"{name} are of shape {actual}, expected {shape} for a topk of {topk}")
         if self.classes is not None and self.probabilities is not None:
             for fault, wrong in _faults(self.labels, self.classes, self.probabilities, num_classes).items():
                 if wrong.any():
@@ -147,9 +130,6 @@ def sum_tolerance(topk: int) -> float:
 
     Rounding to float16 changes a probability by at most 2^-11 of itself, or 2^-25 where it is subnormal; twice that
     leaves room for the float32 softmax that it came from.
-
-    Args:
-        topk: K.
     """
     return 2.0**-10 + topk * 2.0**-24
 
@@ -157,8 +137,8 @@ def sum_tolerance(topk: int) -> float:
 def _faults(
     labels: NDArray[Any], classes: NDArray[Any], probabilities: NDArray[Any], num_classes: int
 ) -> dict[str, NDArray[np.bool_]]:
-    """Tell for each fault which samples have it, `(N,)`."""
-    # One row a rank: numpy is slow along an axis of a few values.
+    """Return for each fault the samples that have it, `(N,)`."""
+    # Transposed, because numpy is slow along an axis of a few values.
     ranked = np.ascontiguousarray(classes.T)
     shares = probabilities.T.astype(np.float32, order="C")
     in_order = (shares[0] > 0) & (shares[0] <= 1) & (shares[-1] >= 0) & (shares[1:] <= shares[:-1]).all(axis=0)
@@ -174,11 +154,11 @@ def _faults(
 
 def _repeats(columns: NDArray[Any]) -> NDArray[np.bool_]:
     """Tell which columns of `(K, N)` hold a value twice, `(N,)`."""
-    found = np.zeros(columns.shape[1], np.bool_)
-    # Comparing each with each is many times as quick as sorting for a few values, and quadratic for many.
+    # For a few values, comparing all pairs is many times as fast as sorting; for many it is quadratic.
     if len(columns) > _MAX_COMPARED:
         columns = np.sort(columns, axis=0)
         return np.asarray((columns[1:] == columns[:-1]).any(axis=0))
+    repeated = np.zeros(columns.shape[1], np.bool_)
     for distance in range(1, len(columns)):
-        found |= (columns[distance:] == columns[:-distance]).any(axis=0)
-    return found
+        repeated |= (columns[distance:] == columns[:-distance]).any(axis=0)
+    return repeated

@@ -1,9 +1,8 @@
 """The label cache: the teacher's label for every view of every training image, in one sealed file.
 
-Where asked it also keeps the teacher's K most probable classes and their probabilities, for soft distillation.
-
-Students train against it without the teacher. The file is made whole by pipeline.labels.parts.seal and never
-opened for writing; its layout is documented in pipeline.labels.file.
+For soft distillation it also keeps the teacher's K most probable classes and their probabilities. Students train
+against it without the teacher. pipeline.labels.parts.seal writes the file as a whole, and nothing changes it later;
+pipeline.labels.file documents its layout.
 
 Source: arXiv:2502.16762 §3.5 (the label y_t of equation 10).
 Differs: the paper asks the teacher in every step; we keep its answers for a fixed number of views.
@@ -42,13 +41,13 @@ __all__ = [
 
 RELABEL = "label again with `pipeline label --fresh`"
 _SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]*")
-# Every student's run begins with rendering them: some dozens, milliseconds.
+# Every student's run first renders them; some dozens take milliseconds.
 MAX_CANARY_SAMPLES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelCache(Contents):
-    """A label cache in memory; whatever constructs one, it is consistent. Its attributes are those of Contents."""
+    """A consistent label cache in memory; its attributes are those of Contents."""
 
     def __post_init__(self) -> None:
         """Refuse what no teacher can have made.
@@ -129,15 +128,12 @@ class LabelCache(Contents):
         expected_identity: Mapping[str, Any] | None = None,
         expected_provenance: Mapping[str, Any] | None = None,
     ) -> LabelCache:
-        """Read a label cache whole, trusting nothing in it, and close it.
+        """Read a label cache into read-only arrays, trusting nothing in the file.
 
         Args:
             path: The sealed file.
-            expected_identity: What the labels must be for, every field; None accepts any.
+            expected_identity: Every field of the identity that it must have; None accepts any.
             expected_provenance: Those fields of the provenance that must agree; None accepts any.
-
-        Returns:
-            The cache; its arrays are read-only.
 
         Raises:
             DataError: The file is missing, damaged, not a label cache, or belongs to something else; the
@@ -165,23 +161,9 @@ class LabelCache(Contents):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LabelCache:
-        """Read a sealed file that is in memory.
-
-        Args:
-            data: The whole file, seal included.
-
-        Returns:
-            The cache; its arrays are read-only.
-
-        Raises:
-            ValueError: What is wrong. HDF5 may raise any other exception on a hostile file.
-        """
+        """Read a whole sealed file from memory; as pipeline.labels.file.decode, and the values are checked too."""
         return cls(**vars(decode(data)))
 
     def to_bytes(self) -> bytes:
-        """Write the sealed file; equal caches give equal bytes.
-
-        Returns:
-            The whole file, seal included.
-        """
+        """Return the whole sealed file; equal caches give equal bytes."""
         return encode(self)

@@ -1,4 +1,4 @@
-"""The bytes of a label cache: a sealed HDF5 file, written in one way and read with suspicion.
+"""The bytes of a label cache: a sealed HDF5 file, written in one way only and fully checked when read.
 
 Layout, open to any HDF5 tool:
 
@@ -50,7 +50,7 @@ _LABEL_DTYPES = (np.dtype("u1"), np.dtype("<u2"))
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
-    """The pixels that the labels were made from, so that a student can tell that its views are the same.
+    """A digest of labelled pixels, by which a student checks that its views are the same.
 
     Attributes:
         view: View index.
@@ -63,15 +63,7 @@ class Canary:
     sha256: str
 
     def check(self, num_views: int, num_samples: int) -> None:
-        """Refuse a canary of pixels that a cache does not label.
-
-        Args:
-            num_views: Of the cache, V.
-            num_samples: Of the cache, N.
-
-        Raises:
-            ValueError: What is wrong.
-        """
+        """Raise ValueError for pixels outside of a cache of V views and N samples, or for no digest."""
         if type(self.view) is not int or not 0 <= self.view < num_views:
             raise ValueError(f"a canary is of view {self.view!a}, there are {num_views}")
         if not all(type(sample) is int and 0 <= sample < num_samples for sample in self.samples):
@@ -82,7 +74,7 @@ class Canary:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contents:
-    """What a label cache file holds.
+    """The contents of a label cache file.
 
     Attributes:
         labels: `(V, N)` uint8 or uint16, the teacher's argmax in [0, C).
@@ -104,28 +96,17 @@ class Contents:
     probabilities: NDArray[Any] | None = None
 
     def view(self, index: int) -> ViewLabels:
-        """Return one view's answers, sharing memory with these arrays.
-
-        Args:
-            index: View index, below V.
-        """
+        """Return the answers to a view, below V, sharing memory with these arrays."""
         if self.classes is None or self.probabilities is None:
             return ViewLabels(self.labels[index])
         return ViewLabels(self.labels[index], self.classes[index], self.probabilities[index])
 
 
 def encode(contents: Contents) -> bytes:
-    """Write a sealed file; equal contents give equal bytes.
-
-    Args:
-        contents: What to write.
-
-    Returns:
-        The whole file, seal included.
-    """
+    """Return contents as a whole sealed file; equal contents give equal bytes."""
     buffer = io.BytesIO()
-    # A fixed format version, so that the bytes do not follow the library's default. The format before 1.8
-    # limits an attribute to 64 KiB, too little for the names of many classes.
+    # A fixed format version, so that the bytes do not depend on the library's default. Before 1.8 an attribute has at
+    # most 64 KiB, too little for the names of many classes.
     with h5py.File(buffer, "w", userblock_size=SEAL_SIZE, libver=("v108", "v108")) as file:
         file.attrs["canaries"] = np.bytes_(canonical_json([asdict(canary) for canary in contents.canaries]))
         for name, fields in (("identity", contents.identity), ("provenance", contents.provenance)):
@@ -148,7 +129,7 @@ def encode(contents: Contents) -> bytes:
 
 
 def _create_group(file: h5py.File, name: str) -> h5py.Group:
-    """Create a group whose attributes all lie in its header; beyond 8 HDF5 would build a heap and a tree for them."""
+    """Create a group with all attributes in its header; beyond 8 HDF5 would use a heap and a tree for them."""
     properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
     properties.set_attr_phase_change(len(PROVENANCE_FIELDS), 0)
     properties.set_obj_track_times(False)
@@ -156,7 +137,7 @@ def _create_group(file: h5py.File, name: str) -> h5py.Group:
 
 
 def _write_views(group: h5py.Group, name: str, array: NDArray[Any]) -> None:
-    """Write a dataset of which each view is a chunk of its own."""
+    """Write a dataset with one chunk for each view."""
     dataset = group.create_dataset(
         name,
         shape=array.shape,
@@ -171,21 +152,15 @@ def _write_views(group: h5py.Group, name: str, array: NDArray[Any]) -> None:
 
 
 def _fill(dtype: np.dtype[Any]) -> Any:
-    """Return what HDF5 gives for a row that nobody wrote: no class, and no probability."""
+    """Return the value of rows that were never written: no class, or no probability."""
     return np.iinfo(dtype).max if dtype.kind == "u" else dtype.type(np.nan)
 
 
 def decode(data: bytes) -> Contents:
-    """Read a sealed file.
+    """Read a whole sealed file into read-only arrays.
 
-    The seal is checked before HDF5 sees a byte. Since anyone can seal anything, each object is then checked
-    to be stored as `encode` stores it before any of its content is read.
-
-    Args:
-        data: The whole file, seal included.
-
-    Returns:
-        Its contents; the arrays are read-only.
+    The seal is checked before HDF5 sees a byte. Since anyone can make a seal, each object must then be stored as
+    `encode` stores it before any of its content is read.
 
     Raises:
         ValueError: What is wrong. HDF5 may raise any other exception on a hostile file.
@@ -236,14 +211,14 @@ def decode(data: bytes) -> Contents:
 
 
 def _require_members(group: Any, links: set[str] | None, attributes: set[str]) -> None:
-    """Refuse a group that holds anything else, or anything by more than one hard link; None is any names."""
+    """Refuse a group with other members, or members with more than one hard link; `links` None allows any names."""
     if not isinstance(group, h5py.Group):
         raise ValueError(f"{group.name} is not a group")
     names = set(group)
     if names != (names if links is None else links) or set(group.attrs) != attributes:
         raise ValueError(f"{group.name} does not hold exactly what a label cache holds")
     for name in names:
-        # Looked at before the object is opened: opening follows soft and external links.
+        # Checked before the object is opened, which would follow soft and external links.
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ValueError(f"{name!a} is a link")
         if h5py.h5o.get_info(group.id, name.encode()).rc != 1:
@@ -278,7 +253,7 @@ def _read_array(
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in dtypes:
         raise ValueError(f"{name!a} is not a dataset of {' or '.join(map(str, dtypes))}")
     shape, dtype, creation = dataset.shape, dataset.dtype, dataset.id.get_create_plist()
-    # An enumeration or a boolean looks like its integer to numpy, a float of other exponents like a plain one.
+    # To numpy an enumeration or a boolean looks like its integer, and a float with another exponent like a plain one.
     if not dataset.id.get_type().equal(h5py.h5t.py_create(np.dtype(dtype.str))):
         raise ValueError(f"{name!a} is not of plain {'floats' if dtype.kind == 'f' else 'integers'}")
     if not shape or dataset.maxshape != shape or len(dataset.attrs):
@@ -308,28 +283,13 @@ def _digests(contents: Contents) -> NDArray[np.uint8]:
 
 
 def make_seal(content: memoryview, version: int = SCHEMA_VERSION) -> bytes:
-    """Make the block that belongs in front of some content.
-
-    Args:
-        content: Everything behind the block.
-        version: Version of the content's schema.
-
-    Returns:
-        SEAL_SIZE bytes.
-    """
+    """Return the SEAL_SIZE bytes that go before a content of a schema version."""
     digest = hashlib.sha256(content).digest()
     return _LAYOUT.pack(MAGIC, version, len(content), digest).ljust(SEAL_SIZE, b"\0")
 
 
 def check_beginning(data: bytes) -> None:
-    """Refuse what cannot be a sealed file, by its first bytes.
-
-    Args:
-        data: The first SEAL_SIZE bytes, or more.
-
-    Raises:
-        ValueError: What is wrong, to follow the name of the file.
-    """
+    """Raise ValueError, to follow the file's name, unless the first SEAL_SIZE bytes begin a sealed file."""
     if len(data) < SEAL_SIZE:
         raise ValueError(f"it has {len(data)} bytes, less than a seal")
     magic, version, *_ = _LAYOUT.unpack_from(data)
@@ -340,14 +300,7 @@ def check_beginning(data: bytes) -> None:
 
 
 def check_seal(data: bytes) -> None:
-    """Refuse a file of which any byte is not as sealed.
-
-    Args:
-        data: The whole file.
-
-    Raises:
-        ValueError: What is wrong, to follow the name of the file.
-    """
+    """Raise ValueError, to follow the file's name, if any byte of a whole file differs from what was sealed."""
     check_beginning(data)
     *_, length, _ = _LAYOUT.unpack_from(data)
     content = memoryview(data)[SEAL_SIZE:]

@@ -1,8 +1,8 @@
-"""What a label cache belongs to: identity, provenance and their comparison.
+"""A label cache's identity and provenance.
 
-The identity says which images the labels are for and must equal what a student is about to use, field by
-field; the provenance says who labelled them and how. Both are plain JSON values, so that equality means equal
-canonical JSON, whatever wrote them.
+The identity says which images the labels are for, and must equal that of a student's data field by field; the
+provenance says which teacher labelled them and how. Both are plain JSON values, and are equal if their canonical JSON
+is.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def make_provenance(
         precision: `fp32` or `bf16`.
         device: Kind of device, such as `cpu` or `cuda`.
         versions: Library name to version.
-        compiled: Whether the teacher was compiled, which rounds its products in another order.
+        compiled: Whether the teacher was compiled, which changes its rounding.
         topk: Classes of each sample that are kept with their probabilities, K; 0 keeps the argmax alone.
 
     Returns:
@@ -114,14 +114,7 @@ def make_provenance(
 
 
 def check_identity(identity: Mapping[str, Any]) -> None:
-    """Refuse what `make_identity` cannot have made.
-
-    Args:
-        identity: Values from a file.
-
-    Raises:
-        ValueError: The field and its value.
-    """
+    """Raise ValueError, with the field and its value, for an identity that `make_identity` cannot have made."""
     _check_keys("identity", identity, IDENTITY_FIELDS)
     names, num_samples = identity["class_names"], identity["num_samples"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -129,23 +122,13 @@ def check_identity(identity: Mapping[str, Any]) -> None:
     label_dtype(len(names))
     if type(num_samples) is not int or num_samples < 1:
         raise ValueError(f"identity.num_samples is {show(num_samples)}, expected a positive number")
-    if not is_sha256(identity["dataset_sha256"]):
-        raise ValueError(f"identity.dataset_sha256 is {show(identity['dataset_sha256'])}, expected a SHA-256")
+    _check_sha256("identity.dataset_sha256", identity["dataset_sha256"])
 
 
 def check_provenance(provenance: Mapping[str, Any]) -> None:
-    """Refuse what `make_provenance` cannot have made.
-
-    Args:
-        provenance: Values from a file.
-
-    Raises:
-        ValueError: The field and its value.
-    """
+    """Raise ValueError, with the field and its value, for a provenance that `make_provenance` cannot have made."""
     _check_keys("provenance", provenance, PROVENANCE_FIELDS)
-    digest = provenance["checkpoint_sha256"]
-    if not is_sha256(digest):
-        raise ValueError(f"provenance.checkpoint_sha256 is {show(digest)}, expected a SHA-256")
+    _check_sha256("provenance.checkpoint_sha256", provenance["checkpoint_sha256"])
     topk, compiled = provenance["topk"], provenance["compiled"]
     if type(topk) is not int or not 0 <= topk <= MAX_CLASSES:
         raise ValueError(f"provenance.topk is {show(topk)}, expected a number in 0..{MAX_CLASSES}")
@@ -153,14 +136,20 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
         raise ValueError(f"provenance.compiled is {show(compiled)}, expected true or false")
 
 
+def _check_keys(what: str, fields: Mapping[str, Any], expected: Sequence[str]) -> None:
+    if set(fields) != set(expected):
+        raise ValueError(f"{what} has the fields {show(sorted(fields))}, expected {show(sorted(expected))}")
+
+
+def _check_sha256(field: str, value: Any) -> None:
+    if not is_sha256(value):
+        raise ValueError(f"{field} is {show(value)}, expected a SHA-256")
+
+
 def label_dtype(num_classes: int) -> np.dtype[Any]:
-    """Choose the type of stored labels; its largest value is the fill value and never a class.
+    """Return the type of stored labels: uint8 up to 255 classes, else little-endian uint16.
 
-    Args:
-        num_classes: K, in 1..65535.
-
-    Returns:
-        Little-endian uint8 up to 255 classes, else uint16.
+    Its largest value is the fill value and never a class.
 
     Raises:
         DataError: There is no class, or too many.
@@ -194,8 +183,3 @@ def to_labels(values: Any, num_classes: int) -> NDArray[Any]:
         raise ValueError(f"label {array[first]} of sample {first} is outside of the {num_classes} classes")
     dtype: DTypeLike = label_dtype(num_classes)
     return np.array(array, dtype=dtype, order="C")
-
-
-def _check_keys(what: str, fields: Mapping[str, Any], expected: Sequence[str]) -> None:
-    if set(fields) != set(expected):
-        raise ValueError(f"{what} has the fields {show(sorted(fields))}, expected {show(sorted(expected))}")

@@ -1,8 +1,8 @@
-"""Labelling under way: one part file for each finished view, and sealing them into the label cache.
+"""Labelling in progress: one part file for each finished view, and sealing them into the label cache.
 
-A part is written once and whole, so that a run can be killed at any moment and resumed, by another number of
-processes too: what is missing is what has no valid part. Nothing is trusted to its name: a part says what it
-belongs to, and one of another teacher, data set or view counts as absent.
+A part is written in one go, so that a run can be killed at any moment and resumed, also by another number of
+processes: they label the views without a valid part. A part is known by its header, not by its name; one of another
+teacher, data set or view is not valid.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pipeline.labels.identity import label_dtype, to_labels
 from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.storage import read_if_exists, remove_leftovers, write_atomic
 
-# SHA-256 of the identity, of the provenance, view index; then SHA-256 of these and of the answers, which follow
-# (ViewLabels.to_bytes). Without these in it a digest and its answers could stand behind another view's index.
+# SHA-256 of identity and provenance, and the view index; then the SHA-256 of these and of the answers that follow
+# (ViewLabels.to_bytes), so that answers and their digest cannot be moved to another view's part.
 _OWNER = struct.Struct("<32s32sQ")
 _HEADER_SIZE = _OWNER.size + 32
 _NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp")
@@ -68,9 +68,6 @@ class LabelParts:
     def adopt(self, cache: LabelCache) -> None:
         """Count the views of a sealed cache as labelled, so that extending it labels only the new ones.
 
-        Args:
-            cache: An opened cache.
-
         Raises:
             DataError: Another teacher, device or data set made it; the message names each differing field.
         """
@@ -91,7 +88,7 @@ class LabelParts:
             labels: The teacher's answers; a plain row of `(N,)` integers in [0, C) where `topk` is 0.
 
         Raises:
-            DataError: They are not what a teacher can have answered, or not N, or not with the K of the provenance.
+            DataError: No teacher can have given them, or N or K differs from the identity's or provenance's.
             StorageError: Writing failed; run again.
         """
         answers = labels if isinstance(labels, ViewLabels) else ViewLabels(np.asarray(labels))
@@ -103,28 +100,12 @@ class LabelParts:
         write_atomic(self._path(view), self._header(view, content) + content)
 
     def read(self, view: int) -> NDArray[Any] | None:
-        """Read the labels of a finished view.
-
-        Args:
-            view: View index.
-
-        Returns:
-            `(N,)` uint8 or uint16, or None where the view has no valid part.
-
-        Raises:
-            StorageError: The part exists and cannot be read.
-        """
+        """Read a view's labels, `(N,)` uint8 or uint16; otherwise as `answers`."""
         answers = self.answers(view)
         return None if answers is None else answers.labels
 
     def answers(self, view: int) -> ViewLabels | None:
-        """Read all that is kept of a finished view.
-
-        Args:
-            view: View index.
-
-        Returns:
-            The teacher's answers, or None where the view has no valid part.
+        """Read the teacher's answers to a view; None where it has no valid part.
 
         Raises:
             StorageError: The part exists and cannot be read.
@@ -141,18 +122,11 @@ class LabelParts:
             answers = ViewLabels.from_bytes(content, **self._sizes)
         except ValueError:
             return None
-        # What `write` checked has not changed, by its digest; sealing checks it all once more.
+        # By the digest it is what `write` checked, and sealing checks it once more.
         return answers if int(answers.labels.max()) < self._num_classes else None
 
     def missing(self, count: int, start: int = 0) -> list[int]:
-        """List the views still to be labelled.
-
-        Args:
-            count: Number of views wanted, V.
-            start: The first view wanted.
-
-        Returns:
-            Ascending view indices from `start` and below `count` without a valid part.
+        """Return the views from `start` and below `count` without a valid part, ascending.
 
         Raises:
             StorageError: A part exists and cannot be read.
@@ -160,17 +134,11 @@ class LabelParts:
         return [view for view in range(start, count) if self.answers(view) is None]
 
     def num_invalid(self, views: Iterable[int]) -> int:
-        """Count the views whose part is there and is not valid: damaged, or of another teacher, data set or K.
-
-        Args:
-            views: View indices.
-        """
+        """Count the views with an invalid part: damaged, or of another teacher, data set or K."""
         return sum(self._path(view).exists() and self.answers(view) is None for view in views)
 
     def delete(self, *, below: int | None = None) -> None:
-        """Delete parts, whoever wrote them, and what killed writers left.
-
-        Only for the holder of the run's lock.
+        """Delete the parts of any run and the temporary files of killed writers; needs the run's lock.
 
         Args:
             below: Keep the valid parts of this view and of later ones.
@@ -211,12 +179,11 @@ def seal(
 ) -> LabelCache:
     """Write the label cache from complete parts, read it back, and delete its parts.
 
-    The bytes depend on the arguments alone: a cache extended later is the same file as one made at once.
-    Views of an adopted cache are never dropped, so that asking for fewer keeps them all. Finished views beyond
-    `count` stay what they are, parts.
+    The bytes depend on the arguments alone: a cache extended later is the same file as one made at once. All views of
+    an adopted cache are kept, also if `count` is smaller; finished views beyond `count` remain parts.
 
     Args:
-        path: The sealed file; one that stands there is replaced, never opened for writing.
+        path: The sealed file; an existing one is replaced, never opened for writing.
         parts: The views; `parts.missing(count)` is empty.
         count: Number of views, V.
         clean: Split name to `(n,)` labels in [0, C) of its unaugmented images.
@@ -237,7 +204,7 @@ def seal(
             labels=labels,
             classes=classes,
             probabilities=probabilities,
-            clean={split: to_labels(each, num_classes) for split, each in clean.items()},
+            clean={split: to_labels(row, num_classes) for split, row in clean.items()},
             canaries=tuple(canaries),
             identity=parts.identity,
             provenance=parts.provenance,
@@ -263,9 +230,9 @@ def _gather(path: Path, parts: LabelParts, count: int) -> tuple[NDArray[Any], ND
         if answers is None:
             num_missing += 1
             continue
-        stacked = stacked or [np.empty((count, *each.shape), each.dtype) for each in answers.arrays]
-        for array, each in zip(stacked, answers.arrays, strict=True):
-            array[view] = each
+        stacked = stacked or [np.empty((count, *array.shape), array.dtype) for array in answers.arrays]
+        for stack, array in zip(stacked, answers.arrays, strict=True):
+            stack[view] = array
     if num_missing:
         raise DataError(f"{path} needs {count} views, {num_missing} have no valid part; run again")
     labels, classes, probabilities = [*stacked, None, None][:3]

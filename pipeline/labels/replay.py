@@ -1,4 +1,4 @@
-"""Whether a finished label cache is still true: the pixels that were labelled, and what the teacher says of them."""
+"""Checks of a finished label cache: the pixels that were labelled, and the teacher's answers to them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.labels.teacher import Teacher
 from pipeline.views.views import Views
 
 NUM_CANARY_SAMPLES = 16
-# Largest logit margin by which a replayed label may differ. On the recorded kind of device and precision only the
-# order of additions can differ (batch size, threads); elsewhere whole products are rounded differently. Neither is a
-# proven bound: see pipeline.labels.teacher for what was measured.
+# Largest logit margin by which a replayed label may differ. With the recorded kind of device and precision only the
+# order of additions differs (batch size, threads); otherwise all products are rounded differently. Both are measured,
+# not proven, see pipeline.labels.teacher.
 SAME_MARGIN = 5e-3
 OTHER_MARGIN = 0.25
 
@@ -40,7 +40,7 @@ def check_canaries(cache: LabelCache, views: Views) -> int | None:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ChangedLabel:
     """A label that the teacher would not give again.
 
     Attributes:
@@ -60,7 +60,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a teacher answers now to what it once answered.
+    """A comparison of a teacher's answers now with those in the cache.
 
     Attributes:
         num_samples: How many labels were replayed.
@@ -69,7 +69,7 @@ class Replay:
     """
 
     num_samples: int
-    differences: list[Difference]
+    differences: list[ChangedLabel]
     probability_error: float | None
 
 
@@ -78,7 +78,7 @@ def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[t
     by_view: dict[int, list[int]] = {}
     for view, sample in chosen:
         by_view.setdefault(view, []).append(sample)
-    differences: list[Difference] = []
+    differences: list[ChangedLabel] = []
     error = 0.0
     for view, samples in sorted(by_view.items()):
         kept = cache.view(view)
@@ -93,9 +93,9 @@ def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[t
     return Replay(len(chosen), differences, error if cache.topk else None)
 
 
-def _differences(kept: ViewLabels, view: int, samples: Tensor, logits: Tensor) -> Iterator[Difference]:
+def _differences(kept: ViewLabels, view: int, samples: Tensor, logits: Tensor) -> Iterator[ChangedLabel]:
     """Yield the samples, `(B,)`, whose labels by these logits, `(B, C)`, differ from those kept."""
     cached, replayed = torch.from_numpy(kept.labels.astype(np.int64))[samples], logits.argmax(1)
     for row in torch.nonzero(cached != replayed)[:, 0].tolist():
         old, new = int(cached[row]), int(replayed[row])
-        yield Difference(view, int(samples[row]), old, new, float(logits[row, new] - logits[row, old]))
+        yield ChangedLabel(view, int(samples[row]), old, new, float(logits[row, new] - logits[row, old]))

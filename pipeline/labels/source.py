@@ -1,4 +1,4 @@
-"""Where a student's batches get their teacher labels from: the label cache, or the teacher at every step."""
+"""Sources of a student's teacher labels: the label cache, or the teacher in every step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.losses import marginal_smoothing
 
 
 class TeacherAnswer(NamedTuple):
-    """What a teacher says of a batch.
+    """A teacher's answer to a batch.
 
     Attributes:
         labels: `(B,)` int64, or `(B, C)` float32, its distributions over the classes.
@@ -32,9 +32,9 @@ TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
 
 
 def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = False) -> TeacherLabels:
-    """Return what asks the teacher for its labels in every step, for pipeline.training.batches.TrainingData.
+    """Return a source that runs the teacher in every step, for pipeline.training.batches.TrainingData.
 
-    The images come normalised by the data set's mean and std, which are also the teacher's.
+    The images are normalised by the data set's mean and std, which are also the teacher's.
 
     Args:
         teacher: The teacher.
@@ -54,7 +54,7 @@ def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = Fa
 def cached_labels(
     cache: LabelCache, device: torch.device, *, soft: bool = False, confidence: bool = False
 ) -> TeacherLabels:
-    """Return what reads the teacher's labels from the cache, for pipeline.training.batches.TrainingData.
+    """Return a source that reads the label cache, for pipeline.training.batches.TrainingData.
 
     Args:
         cache: The cache; `soft` and `confidence` need the top-k that it keeps.

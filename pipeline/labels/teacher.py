@@ -11,7 +11,7 @@ layout and folding only where two logits nearly tie. Measured on CIFAR-100's tra
 - bf16 throughout, as torchvision builds the model, tied its two largest logits exactly on 1 to 4 % of the views, since
   they have 8 significant bits; so `pipeline.models.folding` leaves the last layer in fp32, after which none tied.
 
-Batches never cross views, so that no label can hang on where a run was stopped or which rank made it.
+A batch holds one view only, so that no label depends on where a run was stopped or which rank made it.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class Teacher(Network):
         return self.answers(in_batches(images, self.batch_size)).labels
 
     def answers(self, batches: Iterable[Tensor], topk: int = 0) -> ViewLabels:
-        """Answer to batches of images.
-
-        Answers and the verdict on the logits leave the device once, after the last batch.
+        """Answer to batches of images; there is one transfer from the device, after the last batch.
 
         Args:
             batches: uint8 images `(B, 3, H, W)` each, N in all.
@@ -107,11 +105,10 @@ class Teacher(Network):
 
 
 def compile_teacher(teacher: Teacher, image_size: int) -> Teacher:
-    """Return a teacher whose module torch.compile has fused, and which therefore rounds differently.
+    """Return a teacher whose module is compiled by torch.compile, which changes its rounding.
 
-    Batches are of symbolic size from the start, so that the program a batch runs through depends on its size alone.
-    By default PyTorch would compile for the first size and again, for all sizes, when a second one comes: the rounding
-    would depend on what was labelled before.
+    The batch size is symbolic from the start, so that a batch's program depends on its size alone. By default PyTorch
+    compiles for the first size, then again for all sizes: the rounding would depend on what was labelled before.
 
     Args:
         teacher: A teacher that is not compiled.
@@ -136,14 +133,8 @@ def compile_teacher(teacher: Teacher, image_size: int) -> Teacher:
 def label_view(teacher: Teacher, views: Views, view: int, topk: int = 0) -> ViewLabels:
     """Return the teacher's answers to a whole view.
 
-    Batches start anew with each view, so that their composition depends on the batch size alone and not on which view
-    a run was stopped at or which rank labels it.
-
-    Args:
-        teacher: The teacher.
-        views: The views.
-        view: View index.
-        topk: As `Teacher.answers` takes it.
+    Each view begins a new batch, so that batches depend on the batch size alone, not on where a run was stopped or
+    which rank labels the view.
 
     Raises:
         NumericalError: A logit is not finite.
@@ -179,7 +170,7 @@ def _require_finite(finite: Tensor) -> None:
 
 
 def _pack(logits: Tensor, topk: int) -> Tensor:
-    """All that is kept of `(B, C)` logits as one int32 tensor, because each transfer waits for the device."""
+    """Return the answers to `(B, C)` logits as one int32 tensor, because each transfer waits for the device."""
     if topk == 0:
         return logits.argmax(1, keepdim=True).int()
     classes, probabilities = top_classes(logits, topk)
@@ -187,7 +178,7 @@ def _pack(logits: Tensor, topk: int) -> Tensor:
 
 
 def _unpack(packed: NDArray[np.int32], topk: int) -> ViewLabels:
-    """Take apart what `_pack` made."""
+    """Undo `_pack`."""
     labels = packed[:, 0].astype(np.int64)
     if topk == 0:
         return ViewLabels(labels)

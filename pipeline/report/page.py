@@ -15,12 +15,12 @@ from pipeline.system.text import markdown_text
 
 @dataclass(frozen=True)
 class Missing:
-    """What a report would show here.
+    """A table or figure that the report cannot show.
 
     Attributes:
         title: Of the table or figure.
-        why: In a few words, as `not run`.
-        command: What makes it; empty where nothing does.
+        why: In a few words, such as `not run`.
+        command: The command that makes it, if any.
     """
 
     title: str
@@ -37,8 +37,8 @@ class Section:
 
     Attributes:
         title: One line.
-        items: What it shows, in order.
-        text: One paragraph above them.
+        items: Tables and figures, in order.
+        text: A paragraph above them.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Section:
 def file_names(items: Iterable[Item]) -> list[str]:
     """Return a name without suffix for each item, usable in files and links: `table-3` of `Table 3. ...`.
 
-    They are distinct; a figure is called by its name.
+    Names are distinct; a figure has its own.
     """
     names: list[str] = []
     for item in items:
@@ -65,7 +65,7 @@ def file_names(items: Iterable[Item]) -> list[str]:
 
 
 def to_html(title: str, lead: str, sections: Sequence[Section]) -> bytes:
-    """Return the page: pictures inline, no script, no reference to anything outside, readable on paper.
+    """Return a self-contained, printable page: pictures inline, no scripts, no external references.
 
     Args:
         title: Of the page.
@@ -105,10 +105,7 @@ def to_markdown(title: str, lead: str, sections: Sequence[Section], *, pictures:
     names = iter(file_names(item for section in sections for item in section.items))
     parts = [f"# {markdown_text(title)}\n", f"{markdown_text(lead)}\n"]
     for section in sections:
-        parts += [
-            f"## {markdown_text(section.title)}\n",
-            *([f"{markdown_text(section.text)}\n"] if section.text else []),
-        ]
+        parts += [f"{text}\n" for text in (f"## {markdown_text(section.title)}", markdown_text(section.text)) if text]
         for item in section.items:
             name, heading = next(names), f"### {markdown_text(item.title)}\n"
             if isinstance(item, Table):
@@ -138,12 +135,12 @@ def _item(name: str, item: Item) -> str:
 
 
 def _is_tall(png: bytes) -> bool:
-    """Whether a picture is higher than wide, by the PNG's header."""
+    """Tell from the PNG's header whether a picture is higher than wide."""
     return int.from_bytes(png[20:24], "big") > int.from_bytes(png[16:20], "big")
 
 
 def _table(table: Table) -> str:
-    """Return the table; one that is wider than the page is scrolled within its frame."""
+    """Return the table; one wider than the page scrolls within its frame."""
     classes = [_column_class([row[index] for row in table.rows]) for index in range(len(table.columns))]
     rows = "".join(_row(row, classes) for row in table.rows)
     return (
@@ -153,7 +150,7 @@ def _table(table: Table) -> str:
 
 
 def _head(columns: Sequence[str], classes: Sequence[str]) -> str:
-    """Return the headings; `x`, `paper: x` and `x: difference` get one heading above the three."""
+    """Return the headings; `x`, `paper: x` and `x: difference` share one heading above them."""
     upper, lower = "", ""
     index = 0
     while index < len(columns):
@@ -170,7 +167,7 @@ def _head(columns: Sequence[str], classes: Sequence[str]) -> str:
 
 
 def _heading(text: str) -> str:
-    """Return a heading that is broken between words alone: `top-1` stays whole."""
+    """Return a heading that breaks between words only: `top-1` stays in one piece."""
     return re.sub(r"(\S*-\S*)", r'<span class="kept">\1</span>', _text(text))
 
 
@@ -185,7 +182,7 @@ def _row(cells: Sequence[str], classes: Sequence[str]) -> str:
 
 
 def _column_class(cells: Iterable[str]) -> str:
-    """Return the attribute of a column of words, which is aligned left and may break; figures do neither."""
+    """Return the class attribute of a column of words (aligned left, may break); none for a column of numbers."""
     known = [cell for cell in cells if cell not in EMPTY]
     return "" if all(FIGURE.fullmatch(cell) for cell in known) else ' class="words"'
 

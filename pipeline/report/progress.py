@@ -22,10 +22,10 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Position:
-    """Which of a command's runs is under way.
+    """A run's place among those of its command.
 
     Attributes:
-        label: What the runs are, in the singular, as `teacher`.
+        label: Kind of the runs, in the singular, such as `teacher`.
         index: The run's number, from 1.
         count: Number of runs.
         epochs_after: Epochs of the runs that follow.
@@ -40,17 +40,17 @@ class Position:
 class RunWatcher:
     """Shows a run: a progress bar with rate and ETA on a terminal, one plain line per epoch in a log.
 
-    Once a whole epoch has been timed, the line also says how long the rest of the command takes, as if every epoch to
-    come took as long, those of other models too. Labelling and the like is not in it.
+    Once a whole epoch has been timed, the line also shows the time left for the command. It assumes that every epoch to
+    come takes as long, those of other models too, and does not count other work such as labelling.
 
     Args:
         console: Where to print.
-        name: What is being trained.
+        name: Of the model.
         num_samples: Images of an epoch, for the rate.
-        position: Which of the command's runs it is; None where it is the only one.
+        position: Its place among the command's runs; None where it is the only one.
 
     Attributes:
-        name: What is being trained, with its position.
+        name: Of the model, with its position.
     """
 
     def __init__(self, console: Console, name: str, num_samples: int, position: Position | None = None) -> None:
@@ -101,7 +101,7 @@ class RunWatcher:
         )
 
     def _left(self, epochs: int, seconds: float) -> str:
-        """Say how long the rest takes, after an epoch of `seconds`, with `epochs` of this run to go."""
+        """Return the time left in words, for `epochs` more of this run and epochs of `seconds`."""
         runs = ""
         if self._position is not None:
             epochs += self._position.epochs_after

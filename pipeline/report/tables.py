@@ -22,8 +22,8 @@ class Table:
         title: One line above it.
         columns: Headings; the first column is aligned left, the others right.
         rows: Cells.
-        note: One line below it: under what conditions the figures were reached.
-        optional: Columns to leave out of a terminal that is too narrow, in this order; Markdown has them all.
+        note: One line below it: the conditions of the numbers.
+        optional: Columns to leave out on a narrow terminal, in this order; Markdown has them all.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Table:
         assert all(len(row) == len(self.columns) for row in self.rows), "a row has a cell for every column"
 
     def to_rich(self, width: int) -> RichTable:
-        """Return the table for a console of `width` columns, without the `optional` columns it has no room for."""
+        """Return the table for a console of `width` characters, without the `optional` columns that do not fit."""
         shown = self._fitting(width)
         widths = self._widths(shown, width)
         table = RichTable(
@@ -65,7 +65,7 @@ class Table:
         return shown
 
     def _widths(self, shown: Sequence[int], width: int) -> dict[int, int]:
-        """Return the columns' widths: that of the heading where there is room, else the heading is broken."""
+        """Return the columns' widths; headings break where there is no room for them in one line."""
         widths = {index: max(self._width(index), len(self.columns[index])) for index in shown}
         while _total(widths.values()) > width:
             widest = max(shown, key=lambda index: widths[index] - self._width(index))
@@ -106,9 +106,9 @@ class Figure:
         name: File name without suffix, as figure-6.
         title: One line above it.
         png: The picture.
-        alt: What it shows, for those who cannot see it.
-        note: One line below it: under what conditions its figures were reached.
-        data: The figures behind it, for a CSV file; None where there are none.
+        alt: A description for those who cannot see it.
+        note: One line below it: the conditions of its numbers.
+        data: Its numbers, for a CSV file; None where there are none.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Figure:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Return a figure with fixed digits, or a dash where there is none."""
+    """Return a number with fixed digits, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 

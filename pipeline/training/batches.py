@@ -1,4 +1,4 @@
-"""What the fit loop is fed with: batches of views, the split it is scored on, and the order of samples."""
+"""The inputs of the fit loop: batches of views, the evaluation split, and the order of samples."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pipeline.views.views import ViewBatch, Views, normalize
 
 @dataclass(frozen=True)
 class Batch(Targets):
-    """What one training step sees: views, and the targets of pipeline.losses.Targets.
+    """A training step's views and targets.
 
     Attributes:
         images: `(B, 3, H, W)` float32, normalised.
-        weight: Size of this rank's share of the step over the mean size of all ranks' shares.
+        weight: This rank's number of samples, divided by the mean over all ranks.
     """
 
     images: Tensor = field(kw_only=True)
@@ -46,7 +46,7 @@ class Batch(Targets):
         return dataclasses.replace(self, **changed)
 
     def split(self, size: int | None) -> list[Batch]:
-        """Cut the batch into parts of `size` samples, the last of what is left; None leaves it whole."""
+        """Cut the batch into parts of `size` samples, the last perhaps smaller; None does not cut."""
         if size is None or size >= len(self):
             return [self]
 
@@ -75,21 +75,21 @@ class TrainingData:
     teacher_labels: TeacherLabels | None = None
 
     def batches(self, epoch: int, parts: Sequence[Tensor]) -> Generator[Batch, None, None]:
-        """Render batches of the epoch's view; where images stream, the next ones are read meanwhile.
+        """Render batches of the epoch's view; images that stream are read ahead.
 
         Args:
             epoch: From 0.
             parts: The samples of each batch, `(B,)` int64; best on the CPU.
 
         Yields:
-            The batches in order. Closing the iterator ends the thread that reads.
+            The batches in order. Closing the iterator ends the reading thread.
         """
         view = epoch if self.num_views is None else epoch % self.num_views
         with contextlib.closing(self.views.batches(view, parts)) as batches:
             for rendered in batches:
-                yield self._answered(view, rendered)
+                yield self._with_answers(view, rendered)
 
-    def _answered(self, view: int, rendered: ViewBatch) -> Batch:
+    def _with_answers(self, view: int, rendered: ViewBatch) -> Batch:
         """Normalise a batch and add the teacher's answer."""
         images = normalize(rendered.images, self.mean, self.std)
         batch = Batch(rendered.labels, rendered.partner_labels, rendered.lam, images=images)
@@ -105,7 +105,7 @@ class EvaluationData:
     """A split of clean images.
 
     Attributes:
-        images: `(N, 3, H, W)` uint8, on the device or on the host for it.
+        images: `(N, 3, H, W)` uint8, on the device, or on the host and streamed to it.
         labels: `(N,)` int64, on the device.
         mean: Of each channel, pixels in [0, 1].
         std: Of each channel.

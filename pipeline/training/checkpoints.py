@@ -32,7 +32,7 @@ class Checkpoint:
 
     Attributes:
         path: The .safetensors file.
-        meta: The JSON beside it: what the model is, how it was trained, what it reached.
+        meta: The JSON beside it: the model, its training and its scores.
         tensors: Name to tensor, on the CPU.
     """
 
@@ -59,7 +59,7 @@ def save_checkpoint(directory: Path, stem: str, tensors: Mapping[str, Tensor], m
         The SHA-256 of the .safetensors file.
 
     Raises:
-        StorageError: A file cannot be written; the former ones are then unharmed or fail their SHA-256.
+        StorageError: A file cannot be written; the earlier ones are then intact or fail their SHA-256.
     """
     directory.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -139,14 +139,14 @@ class RunState:
       - best-<12 digits>.safetensors, the best epoch's weights, named after their SHA-256: never changed, written before
         a state that names them, deleted once neither state does;
       - last-good.safetensors and its JSON, once numbers that are not finite have ended the run.
-    A state is whole where its tensors and the best that it names have their SHA-256. It does not tell the machine:
-    copied to the same place elsewhere, the directory is resumed there; so are a state's two files with their best.
+    A state is valid if its tensors and the best that it names have their SHA-256. It is tied to no machine: a directory
+    copied to the same place elsewhere, or a state's two files with their best, is resumed there.
 
-    Digesting, writing and flushing a state takes longer than a copy of it, so a thread does it while the run goes on.
+    A thread digests, writes and flushes a copy of the state while the run goes on, because copying is faster.
 
     Args:
-        directory: Of this run alone.
-        fingerprint: Of everything that decides the run's result; a state with another one is never resumed.
+        directory: Used by this run alone.
+        fingerprint: Digest of everything that decides the run's result; a state with another one is never resumed.
 
     Attributes:
         seconds: How long the last write took; None before the first.
@@ -165,7 +165,7 @@ class RunState:
         self.seconds: float | None = None
 
     def load(self) -> SavedState | None:
-        """Return the newest state that is whole and of this run; None where there is none."""
+        """Return this run's newest valid state; None where there is none."""
         for slot, meta in self._newest_first():
             with contextlib.suppress(DataError, StorageError, UsageError):
                 state = load_checkpoint(self._directory / f"{slot}.safetensors")
@@ -204,7 +204,7 @@ class RunState:
         self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta, best)
 
     def wait(self) -> None:
-        """Return when the state saved last is safe.
+        """Wait until the last saved state is on disk.
 
         Raises:
             StorageError: It cannot be written; the one before is unharmed.
@@ -217,8 +217,7 @@ class RunState:
         self, slot: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], best: Mapping[str, Tensor]
     ) -> None:
         began = time.monotonic()
-        digest = self._write_best(best)
-        save_checkpoint(self._directory, slot, tensors, {**meta, "best": digest})
+        save_checkpoint(self._directory, slot, tensors, {**meta, "best": self._write_best(best)})
         self._remove_unnamed()
         self.seconds = time.monotonic() - began
 
@@ -234,12 +233,7 @@ class RunState:
         return self._best[1]
 
     def _load_best(self, digest: str | None) -> Mapping[str, Tensor]:
-        """Load the best epoch's weights that a state names.
-
-        Raises:
-            DataError: They are not what it names.
-            StorageError: They are missing.
-        """
+        """Load the best epoch's weights that a state names; DataError or StorageError if they are wrong or missing."""
         if digest is None:
             return {}
         file = self._best_file(digest)
@@ -253,12 +247,12 @@ class RunState:
         return self._directory / f"best-{digest[:12]}.safetensors"
 
     def _newest_first(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return the slots that by their JSON hold a state of this run, and that JSON."""
+        """Return the slots with a state of this run, as their JSON says, and that JSON."""
         states = [(slot, meta) for slot, meta in self._states() if meta["fingerprint"] == self._fingerprint]
         return sorted(states, key=lambda state: int(state[1]["serial"]), reverse=True)
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the slots that by their JSON hold a state, of whatever run, and that JSON."""
+        """Yield the slots with a state of any run, as their JSON says, and that JSON."""
         for slot in self._SLOTS:
             with contextlib.suppress(DataError, StorageError):
                 meta = read_meta(self._directory, stem=slot)
@@ -266,7 +260,7 @@ class RunState:
                     yield slot, meta
 
     def _remove_unnamed(self) -> None:
-        """Remove what neither state needs: former bests, and what killed writers left."""
+        """Remove earlier bests that no state names, and temporary files of killed writers."""
         named = {self._best_file(meta["best"]) for _, meta in self._states() if meta["best"] is not None}
         for file in {*self._directory.glob("best-*.safetensors"), *self._directory.glob(".*.tmp")} - named:
             with contextlib.suppress(OSError):

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-# All ranks must arrive at the same operation within this time. It is for a rank that hangs: one that died is noticed
-# at once, by its connection or by torchrun.
+# All ranks must reach the same operation within this time, a limit for ranks that hang. One that died is noticed at
+# once, by its connection or by torchrun.
 TIMEOUT = datetime.timedelta(minutes=10)
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -43,8 +43,8 @@ class Group:
 
     Attributes:
         ranks: This process's place.
-        device: Where its tensors are; None stands for wherever they are, in a group of one.
-        store: What the ranks tell each other by keys; None in a group of one.
+        device: Of its tensors; None in a group of one, whose tensors may be anywhere.
+        store: The ranks' shared key-value store; None in a group of one.
     """
 
     ranks: Ranks = field(default_factory=Ranks)
@@ -111,7 +111,7 @@ class Group:
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
         for tensor in () if self.is_alone else tensors:
-            sent = tensor.contiguous()  # both backends send memory as it lies
+            sent = tensor.contiguous()  # both backends send the memory as stored
             torch.distributed.broadcast(sent, 0)
             tensor.copy_(sent)
 
@@ -134,25 +134,29 @@ class Group:
         return received
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do some work, while the others wait however long it takes.
+        """Let rank 0 do some work while the others wait, and return its result on every rank.
 
         Args:
-            work: Returns what JSON can carry.
-
-        Returns:
-            Its result, on every rank.
+            work: Returns a JSON value; it may take any time.
 
         Raises:
             PipelineError: On the other ranks, with rank 0's error, where that has failed.
         """
-        key = self._next_turn()
+        key = f"turn-{next(self._turn)}"  # every rank takes the same turns
         if not self.is_main:
             result: T = self._await(key)
             return result
-        with self._telling(key) as told:
+        told: dict[str, Any] = {"result": None}
+        try:
             result = work()
-            told["result"] = None if self.is_alone else result
-        return result
+            told["result"] = result
+            return result
+        except Exception as error:
+            told = {"error": str(error) or type(error).__name__, "code": getattr(error, "exit_code", 1)}
+            raise
+        finally:
+            if self.store is not None:
+                self.store.set(key, json.dumps(told))
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do some work on every rank, first on rank 0: what it downloads is there for the others.
@@ -160,29 +164,9 @@ class Group:
         Raises:
             PipelineError: On the other ranks, with rank 0's error, where that has failed.
         """
-        key = self._next_turn()
-        if not self.is_main:
-            self._await(key)
-            return work()
-        with self._telling(key):
-            return work()
-
-    def _next_turn(self) -> str:
-        """Return a key for the store; every rank takes the same turns."""
-        return f"turn-{next(self._turn)}"
-
-    @contextlib.contextmanager
-    def _telling(self, key: str) -> Iterator[dict[str, Any]]:
-        """Tell the others how rank 0's work ended."""
-        told: dict[str, Any] = {"result": None}
-        try:
-            yield told
-        except Exception as error:
-            told = {"error": str(error) or type(error).__name__, "code": getattr(error, "exit_code", 1)}
-            raise
-        finally:
-            if self.store is not None:
-                self.store.set(key, json.dumps(told))
+        results: list[T] = []
+        self.on_main(lambda: results.append(work()))
+        return results[0] if self.is_main else work()
 
     def _await(self, key: str) -> Any:
         """Wait until rank 0 has told how its work ended, and return its result."""
@@ -238,7 +222,7 @@ def join(device: torch.device) -> Iterator[Group]:
 
 @contextlib.contextmanager
 def _naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
-    """Say in one line that another rank has ended, whatever operation noticed it."""
+    """Turn a lost connection to another rank, whatever operation noticed it, into one clear line."""
     try:
         yield
     except RuntimeError as error:
@@ -293,5 +277,5 @@ def parallel(model: nn.Module, group: Group) -> nn.Module:
 
 
 def accumulating(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Keep a backward pass's gradients to this rank; the next one outside averages all that has come together."""
+    """Sum gradients on this rank alone; the next backward pass outside the block averages the sums over the ranks."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()

@@ -17,12 +17,12 @@ from pipeline.training.distributed import ALONE, Group
 from pipeline.training.metrics import Meter, Scores
 from pipeline.views.views import normalize
 
-# What an evaluation's batch touches should fit a CPU's cache; a GPU wants few, large launches.
+# On a CPU a batch's activations should fit the cache; a GPU is fastest with few, large launches.
 CPU_BATCH = 256
 GPU_BATCH = 4096
 PREDICTION_COLUMNS = ("sample", "target", "prediction", "probability", "class_head", "distillation_head", "teacher")
-"""Of predictions.csv: `sample` counts from 0, `probability` is the prediction's, the heads' columns are what one head
-alone predicts, and `teacher` is its label of the same image."""
+"""Columns of predictions.csv: `sample` counts from 0, `probability` is that of the prediction, the heads' columns are
+what one head alone predicts, and `teacher` is the teacher's label of the same image."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Predictions:
 
     @classmethod
     def of(cls, data: EvaluationData) -> Predictions:
-        """Return an empty one for a split."""
+        """Return zeros for every image of a split."""
         classes = torch.zeros_like(data.labels)
         return cls(classes, torch.zeros(len(classes), device=classes.device), torch.zeros_like(classes))
 
@@ -57,9 +57,8 @@ class Predictions:
                 self.distillation_head = torch.zeros_like(self.classes)
             self.distillation_head[part] = distillation_logits.argmax(dim=1)
 
-    @torch.inference_mode()
     def reduce(self, group: Group) -> None:
-        """Put all ranks' shares of the split together."""
+        """Combine all ranks' shares of the split."""
         has_two_heads = torch.tensor(
             [self.distillation_head is not None], dtype=torch.int64, device=self.classes.device
         )
@@ -88,6 +87,7 @@ class Predictions:
         return to_csv(PREDICTION_COLUMNS, rows)
 
 
+@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     data: EvaluationData,
@@ -102,45 +102,15 @@ def evaluate(
         model: On the device of the data, with the same weights on every rank.
         data: The whole split.
         precision: `fp32` or `bf16`.
-        group: The ranks that share the images; all return the scores of the whole.
+        group: The ranks that share the images; all return the scores of the whole split.
         predictions: Filled in for every image, where given; the same on all ranks.
-
-    Raises:
-        NumericalError: A logit is not finite.
-    """
-    meter = Meter(data.num_classes, data.images.device)
-    tally(model, data, meter, precision=precision, group=group, predictions=predictions)
-    meter.reduce(group)
-    if predictions is not None:
-        predictions.reduce(group)
-    return meter.scores()
-
-
-@torch.inference_mode()
-def tally(
-    model: nn.Module,
-    data: EvaluationData,
-    meter: Meter,
-    *,
-    precision: str = "fp32",
-    group: Group = ALONE,
-    predictions: Predictions | None = None,
-) -> None:
-    """Add a model's answers on clean images to a meter; the model is left in evaluation mode.
-
-    Args:
-        model: On the device of the data, with the same weights on every rank.
-        data: Images and targets.
-        meter: Gains this rank's share.
-        precision: `fp32` or `bf16`.
-        group: The ranks that share the images.
-        predictions: Filled in with this rank's share, where given.
 
     Raises:
         NumericalError: A logit is not finite.
     """
     model.eval()
     device = data.images.device
+    meter = Meter(data.num_classes, device)
     broken = torch.zeros((), dtype=torch.int64, device=device)
     batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     for part, images in data.batches(batch_size, group.share(len(data.labels))):
@@ -153,3 +123,7 @@ def tally(
         meter.add(outputs, data.labels[part], None if data.teacher_labels is None else data.teacher_labels[part])
     if group.max_(broken):
         raise NumericalError("evaluation: a logit is not finite; lower lr, or set clip to 1.0")
+    meter.reduce(group)
+    if predictions is not None:
+        predictions.reduce(group)
+    return meter.scores()

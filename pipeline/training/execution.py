@@ -1,4 +1,4 @@
-"""How a run is computed here: what changes its results by rounding only. The run's first line says it."""
+"""How a run is computed here, which affects its results by rounding only. The run's first line shows it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Execution:
         precision: `fp32` or `bf16`.
         step: `eager`; or `graph`, replayed from a CUDA graph, for one process on a CUDA device.
         compiled: Whether torch.compile prepares the model.
-        micro_batch: Samples of a rank that go through the model at once; None is all of its share of a batch.
-        inner_block: What pipeline.models.students.use_inner_block returned.
+        micro_batch: Most samples in a forward pass; None is a rank's whole share of a batch.
+        inner_block: The result of pipeline.models.students.use_inner_block.
         group: The ranks that train the model together. Each has all of the data, and the same seed.
     """
 
@@ -65,7 +65,7 @@ class Execution:
         )
 
     def describe(self, device: torch.device, batch_size: int, ema: float = 0.0) -> str:
-        """Say it in one line, with what the recipe says of batches and of the weights' moving average."""
+        """Describe it in one line, with the batch size and the decay of the weights' moving average."""
         parts = [device_name(device), self.precision]
         if self.inner_block != "none":
             parts.append(f"inner block {self.inner_block}")
@@ -88,10 +88,10 @@ class Execution:
 
     @contextlib.contextmanager
     def compiling(self, model: nn.Module) -> Iterator[None]:
-        """Let torch.compile prepare a model, if it is to; the first step within the block finds out whether it can.
+        """Compile a model if the recipe asks for it; the first step within the block shows whether that works.
 
         Raises:
-            UsageError: In place of what torch.compile raises, in one line.
+            UsageError: torch.compile fails.
         """
         if not self.compiled:
             yield

@@ -35,9 +35,8 @@ from pipeline.training.resuming import FitResult, Progress, averages, keep_best,
 from pipeline.training.step import CapturedStep, Objective, Step, train_step
 
 SECONDS_BETWEEN_SAVES = 60.0
-# Writing states takes at most a thirtieth of the time; the thread that does it needs a core. A VGG with its best epoch
-# and Adam's moments is 2 GB: at the rate assumed before the first save is timed, a run of less than five minutes writes
-# none.
+# The writing thread needs a core, so states take at most a thirtieth of the time. A VGG's state with its best epoch and
+# Adam's moments is 2 GB: at the assumed rate, used until a save is timed, a run of under five minutes writes none.
 SAVING_SHARE = 1 / 30
 ASSUMED_BYTES_PER_SECOND = 2e8
 STEPS_BETWEEN_CHECKS = 50
@@ -45,7 +44,7 @@ ADVICE = "lower lr or set clip to 1.0"
 
 
 class Watcher(Protocol):
-    """Is told how a run goes on; shows it, or does nothing."""
+    """Follows a run's progress, for example to show it."""
 
     def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
         """Begin at `step` of `epoch`, both counted from 0."""
@@ -66,12 +65,12 @@ class Silent(Watcher):
 
 @dataclass(frozen=True)
 class Session:
-    """What connects a run with the process that it runs in; by default nothing does.
+    """A run's ties to its process: saving, display and stopping; by default none.
 
     Attributes:
-        state: Where the resumable state is kept; None keeps none.
-        watcher: Is told of every step and epoch.
-        stop: Is asked after every step.
+        state: The resumable state; None keeps none.
+        watcher: Told of every step and epoch.
+        stop: Asked after every step.
     """
 
     state: RunState | None = None
@@ -84,8 +83,8 @@ class _Share:
     """A rank's part of a step.
 
     Attributes:
-        indices: `(B,)` int64, the samples that go through its model.
-        count: How many of them count, B or none.
+        indices: `(B,)` int64, the samples that its model sees.
+        count: B, or 0 where they have no weight.
         size: Samples of all ranks together.
     """
 
@@ -96,7 +95,7 @@ class _Share:
 
 @dataclass(kw_only=True)
 class Fit:
-    """One training run; `run` starts it, or goes on with it after a stop.
+    """A training run; `run` starts it, or resumes it after a stop.
 
     Attributes:
         model: On the device of the data; holds the last epoch's weights, or their average, afterwards.
@@ -106,10 +105,10 @@ class Fit:
         recipe: Epochs, batch size, optimiser, schedule, clipping.
         seed: Of the order of samples; initialisation is the caller's.
         metric: The score that decides the best epoch, higher is better.
-        ema: Share of the old value that a moving average of the weights keeps in each step; 0 keeps none. The average
-            is what is evaluated and what becomes the best and the last weights; the resumable state holds both.
-        execution: How it is computed: precision, parts of a batch, CUDA graph, ranks.
-        session: Where its state is kept, who is told of it, what stops it.
+        ema: Decay of a moving average of the weights; 0 keeps none. The average is evaluated and becomes the best and
+            the last weights; the resumable state holds weights and average.
+        execution: How it is computed: precision, micro-batches, CUDA graph, ranks.
+        session: Saving, display and stopping.
     """
 
     model: nn.Module
@@ -158,7 +157,7 @@ class Fit:
             Interrupted: A signal came, or the time limit has been reached; the state has been saved.
         """
         if not self.group.is_main:
-            # Else all ranks would drop the same units out.
+            # Otherwise dropout would drop the same units on all ranks.
             torch.manual_seed(self.seed + (self.group.rank << 32))
         state, progress = self.session.state, self.progress
         with self.session.stop.deferred():
@@ -205,7 +204,7 @@ class Fit:
         """Evaluate, extend the curve, keep the best weights."""
         progress = self.progress
         self.group.broadcast_(self.model.buffers())
-        # A running variance of infinity gives finite logits, so that scores alone would not tell.
+        # An infinite running variance gives finite logits, so the scores alone would not show it.
         self._require_finite({**self.model.state_dict(), **averages(self.average)})
         with contextlib.nullcontext() if self.average is None else self.average.applied():
             row = self._score()
@@ -215,7 +214,7 @@ class Fit:
         progress.loss_sum.zero_()
 
     def _score(self) -> dict[str, Any]:
-        """Evaluate the model as it is, and return the curve's new row; the best weights so far are kept."""
+        """Evaluate the model, keep its weights if they are the best so far, and return the curve's new row."""
         progress, result = self.progress, self.progress.result
         scores = evaluate(self.model, self.evaluation, precision=self.execution.precision, group=self.group)
         self.group.sum_(progress.loss_sum)
@@ -234,7 +233,7 @@ class Fit:
         return row
 
     def save(self) -> None:
-        """Write the resumable state, if there is to be one."""
+        """Write the resumable state, if the session keeps one."""
         if self.session.state is not None:
             save_progress(self.session.state, self.progress, self.model, self.optimizer, self.group, self.average)
         self.saved_at = time.monotonic()
@@ -246,12 +245,12 @@ class Fit:
             batch = order[part]
             share = self.group.share(len(batch), least=self.least)
             count = share.stop - share.start
-            # A rank without a share takes part in the reduction all the same: the first samples again, without weight.
+            # A rank without samples still takes part in the reduction, with the first samples and no weight.
             shares.append(_Share(batch[share if count else slice(self.least)], count, len(batch)))
         return shares
 
     def _weighed(self, batch: Batch, share: _Share) -> Batch:
-        """Return a batch with its weight among all ranks' and the mean confidence of all their samples."""
+        """Add a batch's weight among the ranks, and the mean confidence over all their samples."""
         if self.group.is_alone:
             return batch
         mean = None
@@ -272,7 +271,7 @@ class Fit:
         return self.group.is_main and time.monotonic() - self.saved_at > pause
 
     def _check(self, finite: list[Tensor], lr: float, stop: int, save: int) -> None:
-        """Agree with the other ranks on the last steps' losses, on stopping and on saving, and act on it."""
+        """Agree with the other ranks whether losses are finite and whether to stop or save, and do so."""
         wishes = torch.tensor([stop, save], device=self.device)
         stop, save, *broken = self.group.max_(torch.cat([wishes, (~torch.stack(finite)).long()])).tolist()
         if any(broken):
@@ -288,7 +287,7 @@ class Fit:
             raise stopped(stop, f"in {epoch} after step {self.progress.step}")
 
     def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stop where one of a rank's tensors is not finite, before it is kept or saved."""
+        """Raise NumericalError if a tensor of any rank is not finite."""
         names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
         broken = torch.stack([~torch.isfinite(tensors[name]).all().to(self.device) for name in names]).long()
         flags = self.group.max_(broken).tolist()

@@ -18,7 +18,7 @@ from pipeline.training.distributed import Group
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model reaches on one split.
+    """A model's scores on one split.
 
     Attributes:
         top1: Percentage of images whose most probable class is the target.
@@ -90,7 +90,7 @@ class Meter:
             self._agreed += (predicted == teacher_labels).sum()
 
     def reduce(self, group: Group) -> None:
-        """Add up what all ranks have counted, each its share of the split."""
+        """Add up the counts of all ranks."""
         known = torch.tensor([self._has_teacher, self._has_two_heads], dtype=torch.int64, device=self.device)
         self._has_teacher, self._has_two_heads = (value > 0 for value in group.max_(known).tolist())
         group.sum_(self.confusion, self._top5, self._agreed, self._class_hits, self._distillation_hits, self._loss)
@@ -139,17 +139,16 @@ def confusion_scores(confusion: Tensor) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class.
+    """The scores of one class.
 
     Attributes:
         name: Of the class.
-        support: Its images.
-        recall: Share of them that are predicted as it, in [0, 1], which is the class's accuracy; None without images.
-        precision: Share of the images predicted as it that are its own, in [0, 1]; None where it is never predicted.
+        support: Number of its images.
+        recall: Share of its images that are predicted correctly, in [0, 1], the class's accuracy; None without images.
+        precision: Share of its predictions that are correct, in [0, 1]; None where it is never predicted.
         f1: Harmonic mean of both, in [0, 1], 0 where one is 0; None without images and predictions.
-        confused_with: The class that most of its other images are predicted as, of equal ones the first; None where
-            there are none.
-        num_confused: How many those are.
+        confused_with: The most frequent wrong prediction for its images, the first of equals; None without one.
+        num_confused: How often it occurs.
     """
 
     name: str

@@ -97,10 +97,10 @@ class MovingAverage:
         self.tensors = {name: parameter.clone() for name, parameter in self._parameters.items()}
 
     def update(self, step: int) -> None:
-        """Take in the weights after a step, without waiting for the device.
+        """Update the average after a step, without waiting for the device.
 
-        After t steps the share of the old value that is kept is min(decay, (1 + t) / (10 + t)), less at the beginning:
-        else the average of a short run would be mostly its random start.
+        The decay after t steps is min(decay, (1 + t) / (10 + t)); a constant one would leave the average of a short run
+        close to its random start.
 
         Args:
             step: Steps done before this one, t, 0 for the first.
@@ -113,7 +113,7 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the average within a block, and its weights back at the end."""
+        """Use the average as the model's weights within a block."""
         weights = {name: parameter.clone() for name, parameter in self._parameters.items()}
         self.give()
         try:
@@ -122,16 +122,16 @@ class MovingAverage:
             _copy(weights, self._parameters)
 
     def give(self) -> None:
-        """Replace the model's weights by the average."""
+        """Copy the average into the model."""
         _copy(self.tensors, self._parameters)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from a saved average of the same model."""
+        """Load a saved average of the same model."""
         _copy(tensors, self.tensors)
 
 
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    """Copy values into memory that stays where it is, since captured steps read it there."""
+    """Copy values in place, since captured steps read the target's memory."""
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])

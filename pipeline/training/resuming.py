@@ -1,4 +1,4 @@
-"""How far a run is, written as tensors and JSON and read back, so that a stopped run goes on as if it had not stopped.
+"""A run's progress, saved as tensors and JSON and loaded again, so that a stopped run goes on as if never stopped.
 
 pipeline.training.checkpoints knows files and nothing of training; pipeline.training.fit knows training and nothing of
 files.
@@ -21,7 +21,7 @@ from pipeline.training.optimization import MovingAverage
 
 @dataclass
 class FitResult:
-    """What `pipeline.training.fit.Fit.run` returns.
+    """The result of `pipeline.training.fit.Fit.run`.
 
     Attributes:
         curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
@@ -46,9 +46,9 @@ class Progress:
         loss_sum: This rank's part of the epoch's sum of losses, a float64 scalar on the device.
         epoch: Epochs done.
         step: Steps done of the epoch under way.
-        result: What the epochs done have given.
-        began: When this process took the run up, by the monotonic clock, seconds.
-        earlier_seconds: How long earlier processes had worked on it.
+        result: Of the epochs done.
+        began: Start of this process's work on the run, monotonic clock, seconds.
+        earlier_seconds: Work of earlier processes on it, seconds.
     """
 
     loss_sum: Tensor
@@ -60,7 +60,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """How long the run has been at work, in this process and the ones before."""
+        """Work on the run so far, in this process and earlier ones, seconds."""
         return self.earlier_seconds + time.monotonic() - self.began
 
 
@@ -81,12 +81,16 @@ def save_progress(
     group.sum_(progress.loss_sum)
     if not group.is_main:
         progress.loss_sum.zero_()
-    seconds = progress.seconds
-    tensors = _of_ranks("rng.cpu", group.gather(torch.get_rng_state()))
+    generators = {"rng.cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        tensors |= _of_ranks("rng.cuda", group.gather(torch.cuda.get_rng_state(device)))
+        generators["rng.cuda"] = torch.cuda.get_rng_state(device)
+    tensors = {
+        _of_rank(name, rank): tensor
+        for name, generator in generators.items()
+        for rank, tensor in enumerate(group.gather(generator))
+    }
     meta = {"epoch": progress.epoch, "step": progress.step, "curve": result.curve, "best_epoch": result.best_epoch}
-    meta |= {"warnings": result.warnings, "at_chance": result.at_chance, "seconds": seconds}
+    meta |= {"warnings": result.warnings, "at_chance": result.at_chance, "seconds": progress.seconds}
 
     def write() -> None:
         tensors["loss_sum"] = progress.loss_sum
@@ -141,11 +145,8 @@ def load_progress(
     loaded: list[SavedState] = []
 
     def load() -> dict[str, Any] | None:
-        saved = state.load()
-        if saved is None:
-            return None
-        loaded.append(saved)
-        return dict(saved.meta)
+        loaded.extend(saved for saved in [state.load()] if saved is not None)
+        return dict(loaded[0].meta) if loaded else None
 
     meta = group.on_main(load)
     if meta is None:
@@ -189,10 +190,6 @@ def _load_optimizer(
 def _of_rank(name: str, rank: int) -> str:
     """Return the name under which a rank's tensor is kept."""
     return f"{name}.{rank}" if rank else name
-
-
-def _of_ranks(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-    return {_of_rank(name, rank): tensor for rank, tensor in enumerate(tensors)}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

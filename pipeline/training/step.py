@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ Objective = Callable[[Outputs, Batch], Tensor]
 """Maps a model's outputs and the batch to the mean loss of its samples, a float32 scalar."""
 
 Step = Callable[[Batch], tuple[Tensor, Tensor]]
-"""Does a training step on a batch, and returns what `train_step` does."""
+"""Does a training step on a batch, and returns what `train_step` returns."""
 
 # Libraries set themselves up in the first steps, and the optimiser makes its moments: neither may be captured.
 WARM_UP_STEPS = 3
@@ -69,23 +68,8 @@ def train_step(
     return total, torch.isfinite(total) & torch.isfinite(norm)
 
 
-@dataclass(frozen=True)
-class _Capture:
-    """A captured step.
-
-    Attributes:
-        graph: What is replayed.
-        batch: The memory that it reads.
-        results: The memory that it writes.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    batch: Batch
-    results: tuple[Tensor, Tensor]
-
-
 class CapturedStep:
-    """A training step that is done a few times, then captured in a CUDA graph, and replayed from then on.
+    """A training step that runs eagerly a few times, then is captured in a CUDA graph and replayed.
 
     Args:
         step: Must not wait for the GPU, and must do the same to every batch of a size. Its optimiser's learning rates
@@ -97,7 +81,8 @@ class CapturedStep:
         self._step = step
         self._device = device
         self._done: Counter[int] = Counter()
-        self._captures: dict[int, _Capture] = {}
+        # By batch size: the graph, the batch whose memory it reads, and the results that it writes.
+        self._captures: dict[int, tuple[torch.cuda.CUDAGraph, Batch, tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Do a step on a batch on the device."""
@@ -108,26 +93,20 @@ class CapturedStep:
                 with _another_stream():  # captured steps run on one too
                     return self._step(batch)
             if size not in self._captures:
-                self._captures[size] = self._capture(batch)
-            capture = self._captures[size]
-            for memory, values in zip(capture.batch.tensors().values(), batch.tensors().values(), strict=True):
-                memory.copy_(values)
-            capture.graph.replay()
-            loss, finite = capture.results
+                memory, graph = batch.map(torch.clone), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # records the step, computes nothing
+                    results = self._step(memory)
+                self._captures[size] = graph, memory, results
+            graph, memory, (loss, finite) = self._captures[size]
+            for target, values in zip(memory.tensors().values(), batch.tensors().values(), strict=True):
+                target.copy_(values)
+            graph.replay()
             return loss.clone(), finite.clone()
-
-    def _capture(self, batch: Batch) -> _Capture:
-        """Record the step; nothing is computed yet."""
-        memory = batch.map(torch.clone)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = self._step(memory)
-        return _Capture(graph, memory, results)
 
 
 @contextlib.contextmanager
 def _another_stream() -> Iterator[None]:
-    """Work on another stream, after what this one does, and before what it will do."""
+    """Run the block on another stream, ordered between the current stream's work before it and after it."""
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

@@ -1,9 +1,8 @@
-"""The project and the recipe: DVC, data, initial weights, and how the models would be computed here."""
+"""The doctor's checks of project and recipe: DVC, data, initial weights, and how models are computed here."""
 
 from __future__ import annotations
 
 import configparser
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -21,7 +20,7 @@ from pipeline.models.teachers import weights_url
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.training.execution import Execution
 from stages.distill import student_recipe
-from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text
+from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, version_of
 from stages.jobs import LabelJob, StudentJob, TeacherJob, survey, whole_run
 from stages.shared.context import Context
 from stages.shared.runs import student_arguments
@@ -30,30 +29,24 @@ DVC = Path(".dvc")
 
 
 def dvc() -> list[Finding]:
-    """Say whether `dvc repro` works here, and where `dvc push` would go."""
-    try:
-        version = importlib.metadata.version("dvc")
-    except importlib.metadata.PackageNotFoundError:
+    """Report whether `dvc repro` works here, and the remotes for `dvc push`."""
+    version = version_of("dvc")
+    if version is None:
         return []  # named among the extras
     if shutil.which("dvc", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") is None:
         return [Finding("project", WARNING, f"DVC {version} is installed, but there is no command `dvc`", "mend PATH")]
     if not (DVC.is_dir() and Path("dvc.yaml").is_file()):
         what = f"DVC {version}, but this folder has no .dvc and dvc.yaml: `dvc repro` does not work here"
         return [Finding("project", WARNING, what, "run it in a clone of the project, or use the commands alone")]
-    remotes = _remotes()
+    sections = (section.strip("'\" ") for section in _configuration().sections())
+    remotes = [section.split()[-1].strip('"') for section in sections if section.startswith("remote ")]
     where = f"remotes {', '.join(remotes)}" if remotes else "no remote: `dvc push` and `dvc pull` have no place to go"
     return [Finding("project", OK, f"DVC {version} in a checkout, {where}")]
 
 
 def dvc_setting(section: str, key: str) -> str | None:
     """Return a setting of DVC's own configuration in this folder; None where there is none."""
-    parser = _configuration()
-    return parser.get(section, key, fallback=None)
-
-
-def _remotes() -> list[str]:
-    sections = (section.strip("'\" ") for section in _configuration().sections())
-    return [section.split()[-1].strip('"') for section in sections if section.startswith("remote ")]
+    return _configuration().get(section, key, fallback=None)
 
 
 def _configuration() -> configparser.ConfigParser:
@@ -66,7 +59,7 @@ def _configuration() -> configparser.ConfigParser:
 
 
 def data(context: Context) -> tuple[list[Finding], bool]:
-    """Say whether there are data, or what to make them from, and return whether the prepared ones can be used."""
+    """Report on the data or their source, and return whether prepared data can be used."""
     paths, recipe = context.paths, context.recipe
     if paths.is_prepared:
         try:
@@ -86,7 +79,7 @@ def data(context: Context) -> tuple[list[Finding], bool]:
 
 
 def has_source(recipe: Recipe, raw: Path) -> bool:
-    """Tell whether the recipe's source lies in `raw`, as far as names tell."""
+    """Tell whether `raw` holds the recipe's source, judged by file names."""
     try:
         check_source(recipe, raw)
     except FAULTS:
@@ -96,14 +89,14 @@ def has_source(recipe: Recipe, raw: Path) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A job of a full run that trains or labels, see stages.jobs.
+    """A stage of `dvc repro` that trains or labels, see stages.jobs.
 
     Attributes:
         kind: `teacher`, `label` or `student`.
         name: The teacher, view recipe or student.
         why: What is left to do; None where it is up to date.
-        recipe: How the model is trained; None for labelling.
-        model: Its architecture; None for labelling.
+        recipe: Of the training; None for labelling.
+        model: Architecture; None for labelling.
     """
 
     kind: str
@@ -114,14 +107,15 @@ class Task:
 
     @property
     def stage(self) -> str:
-        """What DVC calls it."""
+        """Its name in DVC."""
         return f"{self.kind}@{self.name}"
 
 
 def work(context: Context) -> tuple[list[Task], list[Finding]]:
-    """Return what a full run trains and labels, in order, and what is wrong with what it starts from.
+    """Return what a full run trains and labels, in order, and findings about its data.
 
-    A student counts as to be trained where its labels or teachers are, although it is not if the same teacher wins.
+    A student whose labels or teachers are to be made counts as to be trained too, although it stays up to date if the
+    same teacher wins.
     """
     recipe, tasks, findings = context.recipe, [], []
     for job, state in survey(whole_run(context), {recipe.name: context}):
@@ -152,80 +146,66 @@ def weights_file(teacher: str) -> Path:
 
 
 def weights(context: Context, tasks: list[Task]) -> list[Finding]:
-    """Say whether the initial weights of the teachers that are to be trained are there."""
-    found, missing = [], []
-    wanted = [
-        (task.name, context.recipe.teachers[task.name].weights) for task in tasks if task.kind == "teacher" and task.why
-    ]
-    for name, source in wanted:
+    """Report on the initial weights of the teachers that are to be trained."""
+    findings, missing = [], []
+    names = [task.name for task in tasks if task.kind == "teacher" and task.why]
+    sources = {name: context.recipe.teachers[name].weights for name in names}
+    for name, source in sources.items():
         if source == "imagenet" and not weights_file(name).is_file():
             missing.append(name)
         elif source not in ("imagenet", "none") and not Path(source).is_file():
             text = f"teachers.{name}: weights {source!r} does not exist"
-            found.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
+            findings.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
     if missing:
         folder = weights_file(missing[0]).parent
         text = f"ImageNet weights of {', '.join(missing)} are not in {folder}: torchvision downloads them"
-        found.append(Finding("data", WARNING, text, "without a network put them there, or write weights: none"))
-    elif any(source == "imagenet" for _, source in wanted):
-        found.append(Finding("data", OK, f"ImageNet weights are in {torch.hub.get_dir()}"))
-    return found
+        findings.append(Finding("data", WARNING, text, "without a network put them there, or write weights: none"))
+    elif "imagenet" in sources.values():
+        findings.append(Finding("data", OK, f"ImageNet weights are in {torch.hub.get_dir()}"))
+    return findings
 
 
 COMPILERS = ("c++", "g++", "clang++")
 
 
 def computing(context: Context) -> list[Finding]:
-    """Say how the recipe's models are computed on the device at hand, and what of it does not work.
-
-    Args:
-        context: The command's setting; where its recipe uses torch.compile, that is tried, up to a minute.
-    """
-    device = context.device
-    wanted = _fits(context)
+    """Report how the recipe's models are computed on the device, and what fails; torch.compile may take a minute."""
+    device, recipe = context.device, context.recipe
+    teachers = context.params.candidates(recipe)
+    fits: dict[str, FitRecipe] = {f"teachers.{name}": recipe.teachers[name] for name in teachers}
+    students = [name for name in context.params.students if name in recipe.students]
+    fits |= {f"students.{name}": recipe.students[name] for name in students}
     return [
         _device(device),
-        *_precision(context, wanted, device),
-        *_graphs(wanted, device),
+        *_precision(context, fits, device),
+        *_graphs(fits, device),
         *_inner_blocks(context, device),
-        *_compile(context, wanted, device),
+        *_compile(context, fits, device),
     ]
 
 
-def _fits(context: Context) -> dict[str, FitRecipe]:
-    """Return the recipes of the models that a full run trains, by what params.yaml calls them."""
-    recipe = context.recipe
-    found: dict[str, FitRecipe] = {
-        f"teachers.{name}": recipe.teachers[name] for name in context.params.candidates(recipe)
-    }
-    names = [name for name in context.params.students if name in recipe.students]
-    return found | {f"students.{name}": recipe.students[name] for name in names}
-
-
 def _device(device: torch.device) -> Finding:
+    size = f"{os.cpu_count()} cores"
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return Finding(
-            "device", OK, f"runs on {device}: {device_name(device)}, {size_text(free)} of {size_text(total)} free"
-        )
-    return Finding("device", OK, f"runs on {device}: {device_name(device)}, {os.cpu_count()} cores")
+        size = "{} of {} free".format(*map(size_text, torch.cuda.mem_get_info(device)))
+    return Finding("device", OK, f"runs on {device}: {device_name(device)}, {size}")
 
 
-def _precision(context: Context, wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
+def _precision(context: Context, fits: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
     automatic = resolve_precision("auto", device)
     units = "has units for bf16" if automatic == "bf16" else "has no units for bf16"
     text = f"precision: auto is {automatic} (the device {units}); fp32 products are {_fp32(device)}"
-    found = [Finding("device", OK, text)]
-    slow = [name for name, recipe in wanted.items() if recipe.precision == "bf16"]
+    findings = [Finding("device", OK, text)]
+    slow = [name for name, recipe in fits.items() if recipe.precision == "bf16"]
     slow += ["label"] if context.recipe.label.precision == "bf16" else []
     if slow and automatic != "bf16":
-        what = f"precision: bf16 of {', '.join(slow)} is emulated here, and slow"
-        found.append(Finding("device", WARNING, what, "write auto"))
-    return found
+        text = f"precision: bf16 of {', '.join(slow)} is emulated here, and slow"
+        findings.append(Finding("device", WARNING, text, "write auto"))
+    return findings
 
 
 def _fp32(device: torch.device) -> str:
-    """Say whether products of fp32 are rounded to tf32, which students' fused inner blocks decide for themselves."""
+    """Tell whether fp32 products are rounded to tf32; students' fused inner blocks decide that for themselves."""
     if device.type != "cuda":
         return "not rounded"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -233,18 +213,19 @@ def _fp32(device: torch.device) -> str:
     return "not rounded" if torch.get_float32_matmul_precision() == "highest" else "rounded to tf32"
 
 
-def _graphs(wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
-    found = []
-    for name, recipe in wanted.items():
+def _graphs(fits: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
+    findings = []
+    for name, recipe in fits.items():
         try:
             Execution.of(recipe, device)
         except UsageError as error:
-            found.append(Finding("device", PROBLEM, f"{name}: {error}"))
-    graphs = [name for name, recipe in wanted.items() if device.type == "cuda" and recipe.step != "eager"]
-    text = (
-        f"steps are replayed from CUDA graphs ({len(graphs)} of {len(wanted)} models)" if graphs else "steps are eager"
-    )
-    return [*found, Finding("device", OK, text + ("" if device.type == "cuda" else "; CUDA graphs are for GPUs"))]
+            findings.append(Finding("device", PROBLEM, f"{name}: {error}"))
+    text = "steps are eager"
+    if device.type != "cuda":
+        text += "; CUDA graphs are for GPUs"
+    elif num_graphs := sum(recipe.step != "eager" for recipe in fits.values()):
+        text = f"steps are replayed from CUDA graphs ({num_graphs} of {len(fits)} models)"
+    return [*findings, Finding("device", OK, text)]
 
 
 def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
@@ -252,13 +233,14 @@ def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
     by_answer: dict[tuple[str, str], list[str]] = {}
     for name in context.params.students:
         try:
-            own = student_recipe(context.recipe, name, {})
+            recipe = student_recipe(context.recipe, name, {})
+            image_size = context.recipe.dataset.image_size
             with torch.device("meta"):
                 student = build_student(
-                    own.model, **student_arguments(own, num_classes=10, image_size=context.recipe.dataset.image_size)
+                    recipe.model, **student_arguments(recipe, num_classes=10, image_size=image_size)
                 )
             assert isinstance(student, Student)
-            answer = use_inner_block(student, own.inner_block, device)
+            answer = use_inner_block(student, recipe.inner_block, device)
             mark = WARNING if answer.startswith("plain (") else OK
         except UsageError as error:
             answer, mark = str(error), PROBLEM if name in context.recipe.students else WARNING
@@ -270,29 +252,19 @@ def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
     ]
 
 
-def _compile(context: Context, wanted: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
-    users = [name for name, recipe in wanted.items() if recipe.compile] + (
-        ["label"] if context.recipe.label.compile else []
-    )
+def _compile(context: Context, fits: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
+    users = [name for name, recipe in fits.items() if recipe.compile]
+    users += ["label"] if context.recipe.label.compile else []
     if not users:
-        compiler = _compiler()
+        candidates = [*os.environ.get("CXX", "").split()[:1], *COMPILERS]
+        compiler = next(filter(None, map(shutil.which, candidates)), None)
         text = "torch.compile is not used by this recipe; "
         text += f"it would find the C++ compiler {compiler}" if compiler else "it would find no C++ compiler"
         return [Finding("device", OK, text)]
     try:
         torch.compile(lambda x: torch.sin(x) + x)(torch.ones(64, device=device))
-    except Exception as error:  # what a compiler does not do, torch reports in many ways
+    except Exception as error:  # torch reports a compiler's failures in many ways
         reason = " ".join(str(error).split("\n\n")[0].split())
-        remedy = "install a C++ compiler, or write compile: false"
-        return [
-            Finding(
-                "device", PROBLEM, f"compile: true of {', '.join(users)}: torch.compile fails here ({reason})", remedy
-            )
-        ]
+        text = f"compile: true of {', '.join(users)}: torch.compile fails here ({reason})"
+        return [Finding("device", PROBLEM, text, "install a C++ compiler, or write compile: false")]
     return [Finding("device", OK, f"torch.compile works ({', '.join(users)})")]
-
-
-def _compiler() -> str | None:
-    """Return the C++ compiler that torch.compile would take."""
-    own = os.environ.get("CXX", "").split()
-    return next((path for name in (*own[:1], *COMPILERS) if (path := shutil.which(name))), None)

@@ -1,6 +1,6 @@
-"""`pipeline doctor`: whether a full run of a recipe can work here, and what disk and memory it needs.
+"""`pipeline doctor`: whether a full run of a recipe can work here, and how much disk and memory it needs.
 
-Looks at software, device, project, data and space. Nothing is written, except a compiled inner block.
+It checks software, device, project, data and space, and writes nothing but a compiled inner block.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stages.shared import options
 from stages.shared.paths import PARAMS
 
 if TYPE_CHECKING:
+    from stages.doctor.checks import Task
     from stages.doctor.space import Artefact
     from stages.shared.context import Context
 
@@ -35,7 +36,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 def command(recipe: str | None, device: str | None, as_json: bool) -> None:
     """Check whether a full run can work here, and estimate its disk and memory.
 
-    The exit code is 1 if it cannot. How long a run takes is said by the run itself, after its first epoch.
+    The exit code is 1 if it cannot. A run itself shows how long it takes, after its first epoch.
     """
     console, topic = options.open_console(), ""
 
@@ -58,34 +59,21 @@ def command(recipe: str | None, device: str | None, as_json: bool) -> None:
         raise PipelineError(f"{diagnosis.num_problems} {word}: a full run cannot work here as things are; see above")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage of `dvc repro` that trains or labels.
-
-    Attributes:
-        stage: What DVC calls it.
-        why: What is left to do; None where it is up to date.
-    """
-
-    stage: str
-    why: str | None
-
-
 @dataclass
 class Diagnosis:
-    """Everything that the doctor found.
+    """The doctor's results.
 
     Attributes:
         recipe: The recipe's name; None where params.yaml cannot be read.
-        findings: Every line.
+        findings: Every line, in order.
         artefacts: What a full run writes.
-        stages: What a full run trains and labels.
+        tasks: What a full run trains and labels.
     """
 
     recipe: str | None = None
     findings: list[Finding] = field(default_factory=list)
     artefacts: list[Artefact] = field(default_factory=list)
-    stages: list[Stage] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
 
     @property
     def num_problems(self) -> int:
@@ -99,7 +87,7 @@ class Diagnosis:
             "ok": self.num_problems == 0,
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "artefacts": [{**dataclasses.asdict(part), "path": str(part.path)} for part in self.artefacts],
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "stages": [{"stage": task.stage, "why": task.why} for task in self.tasks],
         }
 
     def tables(self) -> list[Table]:
@@ -113,17 +101,17 @@ class Diagnosis:
         work = Table(
             f"What `dvc repro` of {self.recipe} trains and labels",
             ("stage", "state"),
-            [(stage.stage, shorten(stage.why or "up to date", WIDTH, placeholder=" ...")) for stage in self.stages],
+            [(task.stage, shorten(task.why or "up to date", WIDTH, placeholder=" ...")) for task in self.tasks],
         )
         return [table for table in (space, work) if table.rows]
 
 
 def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None]) -> Diagnosis:
-    """Look at everything that a full run depends on.
+    """Check everything that a full run depends on.
 
     Args:
         open_context: Loads params.yaml and chooses recipe and device.
-        tell: Is given each finding as soon as it is made.
+        tell: Called with each finding at once.
 
     Raises:
         UsageError: There is no such recipe or device.
@@ -150,19 +138,17 @@ def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None
 
     diagnosis.recipe = context.recipe.name
     text = f"params.yaml is valid: {len(params.recipes)} recipes; this is {diagnosis.recipe}"
-    note([Finding("project", OK, text)])
-    note([*checks.dvc(), *gpus()])
+    note([Finding("project", OK, text), *checks.dvc(), *gpus()])
     note(checks.computing(context))
     findings, prepared = checks.data(context)
     note(findings)
-    tasks, findings = checks.work(context)
-    note([*findings, *checks.weights(context, tasks)])
-    diagnosis.stages = [Stage(task.stage, task.why) for task in tasks]
+    diagnosis.tasks, findings = checks.work(context)
+    note([*findings, *checks.weights(context, diagnosis.tasks)])
     sizes = space.sizes(context, prepared=prepared)
     if sizes is None:
         text = f"space: nothing is known of {context.recipe.dataset.source}'s images before they are prepared"
         note([Finding("space", WARNING, text)])
         return diagnosis
-    diagnosis.artefacts = space.artefacts(context, tasks, sizes)
-    note([space.disk(diagnosis.artefacts), *space.memory(context, tasks, sizes)])
+    diagnosis.artefacts = space.artefacts(context, diagnosis.tasks, sizes)
+    note([space.disk(diagnosis.artefacts), *space.memory(context, diagnosis.tasks, sizes)])
     return diagnosis

@@ -1,6 +1,6 @@
-"""What the doctor finds, one line each; and Python, torch, torchvision, GPUs and the optional extras.
+"""Findings of the doctor, and its checks of Python, torch, torchvision, GPUs and the optional extras.
 
-Imports nothing heavy: torch may be what is broken.
+Nothing heavy is imported at the top, because torch may be broken.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 from pipeline.errors import DataError, NumericalError, StorageError, UsageError
 
-# What becomes a finding; a signal ends the doctor like any command.
+# Errors that become findings; a signal ends the doctor like any command.
 FAULTS = (UsageError, DataError, StorageError, NumericalError)
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """A line of the diagnosis.
 
     Attributes:
-        topic: What it is about: `software`, `device`, `project`, `data` or `space`.
-        mark: OK; WARNING: a run works, though perhaps not as it might; PROBLEM: a full run cannot work.
-        text: What was found.
+        topic: `software`, `device`, `project`, `data` or `space`.
+        mark: OK; WARNING, a full run works but not as well as it could; PROBLEM, it cannot work.
+        text: The fact.
         remedy: The way out.
     """
 
@@ -39,7 +39,7 @@ class Finding:
 
     @property
     def line(self) -> str:
-        """Text and way out."""
+        """Text and remedy."""
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
@@ -54,7 +54,7 @@ def size_text(num_bytes: float) -> str:
 
 DISTRIBUTION = "titn-pipeline"
 PYTHON = (3, 11)
-# Of those who change the project.
+# Extras for developers of the project.
 DEVELOPMENT = ("test", "dev", "bench", "docs")
 PURPOSES = {
     "dvc": "`dvc repro`",
@@ -66,35 +66,28 @@ _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([A-Za
 
 
 def software() -> list[Finding]:
-    """Look at Python and what is installed for it; without a problem, torch and torchvision can be imported."""
-    found = [_python()]
-    for name in ("torch", "torchvision"):
-        finding = _import(name)
-        found.append(finding)
-        if finding.mark == PROBLEM:
-            return found
-    return [*found, *extras()]
-
-
-def _python() -> Finding:
+    """Check Python and its packages; without a problem, torch and torchvision can be imported."""
     text = f"Python {platform.python_version()} ({sys.prefix})"
     if sys.version_info < PYTHON:
-        return Finding("software", PROBLEM, text, f"install Python {'.'.join(map(str, PYTHON))} or newer")
-    return Finding("software", OK, text)
+        findings = [Finding("software", PROBLEM, text, f"install Python {'.'.join(map(str, PYTHON))} or newer")]
+    else:
+        findings = [Finding("software", OK, text)]
+    for name in ("torch", "torchvision"):
+        findings.append(_import(name))
+        if findings[-1].mark == PROBLEM:
+            return findings
+    return [*findings, *extras()]
 
 
 def _import(name: str) -> Finding:
-    """Import a package that everything needs; torch and torchvision of different releases fail here."""
+    """Import a required package; torch and torchvision of different releases fail here."""
     try:
         module = importlib.import_module(name)
     except Exception as error:  # broken binaries fail in many ways
         reason = " ".join(str(error).split())
-        return Finding(
-            "software",
-            PROBLEM,
-            f"{name} cannot be imported ({type(error).__name__}: {reason})",
-            "install torch and torchvision together, as https://pytorch.org says for this machine",
-        )
+        text = f"{name} cannot be imported ({type(error).__name__}: {reason})"
+        remedy = "install torch and torchvision together, as https://pytorch.org says for this machine"
+        return Finding("software", PROBLEM, text, remedy)
     text = f"{name} {module.__version__}"
     if name == "torch":
         text += f", built for {_build(module.version)}"
@@ -117,15 +110,13 @@ def gpus() -> list[Finding]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
         count = torch.cuda.device_count() if available else 0
-    found = []
+    findings = []
     for index in range(count):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        memory = f"{properties.total_memory / 1e9:.3g} GB"
-        text = f"cuda:{index}: {properties.name}, {memory}, compute capability {capability}"
-        found.append(Finding("device", OK, text))
-    if found:
-        return found
+        gpu = torch.cuda.get_device_properties(index)
+        text = f"cuda:{index}: {gpu.name}, {gpu.total_memory / 1e9:.3g} GB, compute capability {gpu.major}.{gpu.minor}"
+        findings.append(Finding("device", OK, text))
+    if findings:
+        return findings
     driver = Path("/proc/driver/nvidia/version")
     reason = " ".join(str(caught[0].message).split()) if caught else ""
     if driver.is_file() or reason:
@@ -141,35 +132,32 @@ def extras() -> list[Finding]:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return [Finding("software", WARNING, f"{DISTRIBUTION} is not installed", "pip install -e .")]
-    wanted: dict[str, list[str]] = {}
+    packages: dict[str, list[str]] = {}
     for requirement in requirements:
         if (match := _REQUIREMENT.match(requirement)) is not None and match[1].lower() != DISTRIBUTION:
-            wanted.setdefault(match[2], []).append(match[1])
-    found, absent = [], []
-    for extra, names in wanted.items():
-        missing = [name for name in names if not _is_installed(name)]
-        if extra in DEVELOPMENT:
-            absent += [extra] if missing else []
-        else:
-            found.append(_extra(extra, names, missing))
+            packages.setdefault(match[2], []).append(match[1])
+    findings, absent = [], []
+    for extra, names in packages.items():
+        versions = {name: version_of(name) for name in names}
+        missing = [name for name, version in versions.items() if version is None]
+        if not missing and extra not in DEVELOPMENT:
+            installed = ", ".join(f"{name} {version}" for name, version in versions.items())
+            findings.append(Finding("software", OK, f"extra {extra}: {installed}"))
+        elif missing and extra in DEVELOPMENT:
+            absent.append(extra)
+        elif missing:
+            purpose = f", for {PURPOSES[extra]}" if extra in PURPOSES else ""
+            text = f"extra {extra}{purpose}: {', '.join(missing)} not installed"
+            mark = OK if extra == "fast" else WARNING
+            findings.append(Finding("software", mark, text, f"pip install -e '.[{extra}]'"))
     if absent:
-        found.append(Finding("software", OK, f"extras of those who change the project, not here: {', '.join(absent)}"))
-    return found
+        findings.append(Finding("software", OK, f"extras for developers, not here: {', '.join(absent)}"))
+    return findings
 
 
-def _extra(extra: str, names: list[str], missing: list[str]) -> Finding:
-    purpose = f", for {PURPOSES[extra]}" if extra in PURPOSES else ""
-    if not missing:
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-        return Finding("software", OK, f"extra {extra}: {versions}")
-    mark = OK if extra == "fast" else WARNING
-    what = f"extra {extra}{purpose}: {', '.join(missing)} not installed"
-    return Finding("software", mark, what, f"pip install -e '.[{extra}]'")
-
-
-def _is_installed(name: str) -> bool:
+def version_of(name: str) -> str | None:
+    """Return the version of an installed distribution; None where it is not installed."""
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

@@ -1,4 +1,4 @@
-"""Disk and memory that a full run of the recipe needs, artefact by artefact."""
+"""The doctor's estimate of the disk and memory that a full run needs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.data.sources import KNOWN_SIZES
 from pipeline.inference.loading import build_model
+from pipeline.labels.answers import PROBABILITY_DTYPE
 from pipeline.labels.identity import label_dtype
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.doctor.checks import DVC, Task, dvc_setting, has_source, weights_file
@@ -22,14 +23,13 @@ from stages.shared.context import Context
 from stages.shared.paths import DATA
 from stages.shared.runs import student_arguments
 
-# Tensors as large as the model that an optimiser keeps.
+# Number of model-sized tensors that an optimiser keeps.
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "rmsprop": 2}
-# Two states are kept, and a third is written beside the one that it replaces.
+# Two states are kept; a third is written before it replaces the older one.
 STATES = 3
-PROBABILITY_BYTES = 2
-# Archives, and what is unpacked of them.
+# Bytes of the archives and of what is unpacked from them.
 DOWNLOADS = {"mnist": 67_000_000, "cifar10": 357_000_000, "cifar100": 355_000_000}
-# Where less than this share of what is free would be left, it is worth a warning.
+# A warning is given if less than this share of the free space would be left.
 MARGIN = 0.1
 
 
@@ -38,11 +38,11 @@ class Artefact:
     """Something that a full run writes.
 
     Attributes:
-        name: What it is.
-        path: Where it lies.
+        name: Of the artefact.
+        path: Its file or folder.
         size: Bytes, estimated.
-        needed: Bytes of it that are not there yet.
-        stage: The DVC stage that it is an output of, if any.
+        needed: Bytes that are still to be written.
+        stage: The DVC stage whose output it is, if any.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a data set is.
+    """The size of a data set.
 
     Attributes:
         train: Training images.
-        evaluation: Images that every epoch is scored on.
+        evaluation: Images that each epoch is scored on.
         test: Test images.
-        total: Of all splits.
+        total: Images of all splits.
         num_classes: K.
         image_size: Side, pixels.
     """
@@ -79,7 +79,7 @@ class Sizes:
 
 
 def sizes(context: Context, *, prepared: bool) -> Sizes | None:
-    """Return the size of the prepared data, or of the source where that is known."""
+    """Return the size of the prepared data, or of their source; None where it is unknown."""
     recipe = context.recipe
     if prepared:
         dataset = context.dataset()
@@ -96,95 +96,89 @@ def sizes(context: Context, *, prepared: bool) -> Sizes | None:
     return Sizes(train - val, val or test, test, total, num_classes, recipe.dataset.image_size)
 
 
-def artefacts(context: Context, jobs: list[Task], sizes: Sizes) -> list[Artefact]:
+def artefacts(context: Context, tasks: list[Task], sizes: Sizes) -> list[Artefact]:
     """Estimate everything that a full run writes; reports and curves, some megabytes, are not counted."""
     paths, recipe = context.paths, context.recipe
-    models = {job.stage: model_bytes(context, job, sizes) for job in jobs if job.recipe is not None}
-    teachers = [job for job in jobs if job.kind == "teacher"]
-    found = _downloads(context, {job.name: models[job.stage] for job in teachers if job.why})
-    found.append(_artefact("prepared data", paths.dataset, sizes.total * (sizes.image_bytes + 2), "prepare"))
-    for job in teachers:
-        found.append(
-            _artefact(f"teacher {job.name}", paths.teacher(job.name) / "best.safetensors", models[job.stage], job.stage)
-        )
-    largest = max(models[job.stage] for job in teachers)
-    found.append(_artefact("the selected teacher, at most", paths.winner / "best.safetensors", largest, "select"))
-    for job in jobs:
-        if job.kind == "label":
-            size = recipe.views[job.name].count * view_bytes(context, sizes)
-            labels = _artefact(f"labels {job.name}", paths.labels(job.name), size, job.stage)
-            parts = Artefact(
-                f"labels {job.name} under way", paths.work("labels", job.name), size, size if job.why else 0
-            )
-            found += [labels, parts]
-        elif job.kind == "student":
-            file, size = paths.student(job.name) / "last.safetensors", 2 * models[job.stage]
-            found.append(_artefact(f"student {job.name}, best and last", file, size, job.stage))
-    states = [STATES * _state_bytes(job.recipe, models[job.stage]) for job in jobs if job.recipe and job.why]
+    models = {task.stage: model_bytes(context, task, sizes) for task in tasks if task.recipe is not None}
+    teachers = [task for task in tasks if task.kind == "teacher"]
+    artefacts = _downloads(context, {task.name: models[task.stage] for task in teachers if task.why})
+
+    def add(name: str, path: Path, size: int, stage: str) -> None:
+        artefacts.append(Artefact(name, path, size, 0 if path.exists() else size, stage))
+
+    add("prepared data", paths.dataset, sizes.total * (sizes.image_bytes + 2), "prepare")
+    for task in teachers:
+        add(f"teacher {task.name}", paths.teacher(task.name) / "best.safetensors", models[task.stage], task.stage)
+    largest = max(models[task.stage] for task in teachers)
+    add("the selected teacher, at most", paths.winner / "best.safetensors", largest, "select")
+    for task in tasks:
+        if task.kind == "label":
+            size = recipe.views[task.name].count * view_bytes(context, sizes)
+            add(f"labels {task.name}", paths.labels(task.name), size, task.stage)
+            folder, needed = paths.work("labels", task.name), size if task.why else 0
+            artefacts.append(Artefact(f"labels {task.name} under way", folder, size, needed))
+        elif task.kind == "student":
+            file, size = paths.student(task.name) / "last.safetensors", 2 * models[task.stage]
+            add(f"student {task.name}, best and last", file, size, task.stage)
+    states = [STATES * _state_bytes(task.recipe, models[task.stage]) for task in tasks if task.recipe and task.why]
     if states:
-        found.append(Artefact("saved states of one run, at most", paths.work(), max(states), max(states)))
-    return [*found, *_dvc_copies(jobs, found)]
+        artefacts.append(Artefact("saved states of one run, at most", paths.work(), max(states), max(states)))
+    return [*artefacts, *_dvc_copies(tasks, artefacts)]
 
 
 def _downloads(context: Context, teachers: Mapping[str, int]) -> list[Artefact]:
-    """Return what is downloaded for the data, and for teachers to be trained, given with their sizes."""
-    recipe, raw, found = context.recipe, context.paths.raw, []
+    """Return the downloads for the data and for the teachers to be trained, given by name with their bytes."""
+    recipe, raw, downloads = context.recipe, context.paths.raw, []
     if recipe.dataset.source in DOWNLOADS:
         size = DOWNLOADS[recipe.dataset.source]
         is_there = context.paths.dataset.exists() or has_source(recipe, raw)
-        found.append(Artefact(f"{recipe.dataset.source} as downloaded", raw, size, 0 if is_there else size))
-    wanted = {name: size for name, size in teachers.items() if recipe.teachers[name].weights == "imagenet"}
-    if wanted:
-        missing = sum(size for name, size in wanted.items() if not weights_file(name).is_file())
-        found.append(
-            Artefact("ImageNet weights", weights_file(next(iter(wanted))).parent, sum(wanted.values()), missing)
-        )
-    return found
+        downloads.append(Artefact(f"{recipe.dataset.source} as downloaded", raw, size, 0 if is_there else size))
+    weights = {
+        weights_file(name): size for name, size in teachers.items() if recipe.teachers[name].weights == "imagenet"
+    }
+    if weights:
+        missing = sum(size for file, size in weights.items() if not file.is_file())
+        downloads.append(Artefact("ImageNet weights", next(iter(weights)).parent, sum(weights.values()), missing))
+    return downloads
 
 
-def _dvc_copies(jobs: list[Task], found: list[Artefact]) -> list[Artefact]:
-    """Return DVC's copies of what it tracks, unless its cache lies elsewhere."""
-    if DVC.is_dir() and dvc_setting("cache", "dir") is None:
-        current = {job.stage: job.why is None for job in jobs}
-        tracked = [each for each in found if each.stage is not None]
-        size = sum(each.size for each in tracked)
-        new = sum(each.size for each in tracked if not current.get(each.stage or "", not each.needed))
-        return [Artefact("DVC's copies, where it cannot link", DVC / "cache", size, new)]
-    return []
+def _dvc_copies(tasks: list[Task], artefacts: list[Artefact]) -> list[Artefact]:
+    """Return DVC's copies of its outputs, unless its cache is elsewhere."""
+    if not DVC.is_dir() or dvc_setting("cache", "dir") is not None:
+        return []
+    current = {task.stage: task.why is None for task in tasks}
+    tracked = [artefact for artefact in artefacts if artefact.stage is not None]
+    new = sum(part.size for part in tracked if not current.get(part.stage or "", not part.needed))
+    return [Artefact("DVC's copies, where it cannot link", DVC / "cache", sum(part.size for part in tracked), new)]
 
 
-def _artefact(name: str, path: Path, size: int, stage: str) -> Artefact:
-    return Artefact(name, path, size, 0 if path.exists() else size, stage)
-
-
-def model_bytes(context: Context, job: Task, sizes: Sizes) -> int:
+def model_bytes(context: Context, task: Task, sizes: Sizes) -> int:
     """Return the bytes of a model's weights and buffers."""
-    assert job.model is not None
+    assert task.model is not None
     arguments: dict[str, object] = {"num_classes": sizes.num_classes}
-    if job.kind == "student":
-        own = context.recipe.students[job.name]
-        arguments = student_arguments(own, num_classes=sizes.num_classes, image_size=sizes.image_size)
+    if task.kind == "student":
+        student = context.recipe.students[task.name]
+        arguments = student_arguments(student, num_classes=sizes.num_classes, image_size=sizes.image_size)
     with torch.device("meta"):
-        model = build_model(job.kind, job.model, arguments)
+        model = build_model(task.kind, task.model, arguments)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def view_bytes(context: Context, sizes: Sizes) -> int:
-    """Return the bytes of one view's labels, and of the classes and probabilities kept with them."""
+    """Return the bytes of one view's labels, with their top-k classes and probabilities."""
     label = label_dtype(sizes.num_classes).itemsize
-    kept = context.recipe.label.topk * (label + PROBABILITY_BYTES)
-    return sizes.train * (label + kept)
+    return sizes.train * (label + context.recipe.label.topk * (label + PROBABILITY_DTYPE.itemsize))
 
 
 def _state_bytes(recipe: FitRecipe, model: int) -> int:
-    """Weights, the best epoch's or gradients, the optimiser's moments, and the average of the weights."""
+    """Return the bytes of weights, best epoch or gradients, the optimiser's moments and the moving average."""
     average = isinstance(recipe, StudentRecipe) and recipe.ema > 0
     return (2 + MOMENTS[recipe.optimizer] + average) * model
 
 
-def disk(found: Iterable[Artefact]) -> Finding:
-    """Compare what is not there yet with what is free."""
-    needed = sum(each.needed for each in found)
+def disk(artefacts: Iterable[Artefact]) -> Finding:
+    """Compare what is still to be written with the free space."""
+    needed = sum(artefact.needed for artefact in artefacts)
     folder = DATA if DATA.is_dir() else Path()
     free = shutil.disk_usage(folder).free
     text = f"disk: the recipe needs at most {size_text(needed)} more, {size_text(free)} are free"
@@ -197,8 +191,8 @@ def disk(found: Iterable[Artefact]) -> Finding:
     return Finding("space", OK, text)
 
 
-def memory(context: Context, jobs: list[Task], sizes: Sizes) -> list[Finding]:
-    """Say whether the training images stay in memory, and compare the largest model with what there is."""
+def memory(context: Context, tasks: list[Task], sizes: Sizes) -> list[Finding]:
+    """Report whether the training images stay in memory, and whether the largest model fits."""
     device = context.device
     size, limit = sizes.train * sizes.image_bytes, resident_limit(device)
     where = "GPU memory" if device.type == "cuda" else "RAM"
@@ -207,21 +201,22 @@ def memory(context: Context, jobs: list[Task], sizes: Sizes) -> list[Finding]:
         text += f"kept in {where} (up to {size_text(limit)} are)"
     else:
         text += f"more than the {size_text(limit)} kept in {where}: they stream ({RESIDENT_VARIABLE} sets the limit)"
-    found = [Finding("space", OK, text)]
-    models = [(model_bytes(context, job, sizes), job) for job in jobs if job.why and job.recipe is not None]
-    if not models:
-        return found
-    needs = [(_state_bytes(job.recipe, size), job) for size, job in models if job.recipe is not None]
-    need, job = max(needs, key=lambda pair: pair[0])
-    need += 2 * size if size <= limit else 0
+    findings = [Finding("space", OK, text)]
+    needs = {
+        task.name: _state_bytes(task.recipe, model_bytes(context, task, sizes))
+        for task in tasks
+        if task.why and task.recipe is not None
+    }
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_ram()
-    if free is None:
-        return found
-    text = f"{where}: {job.name}'s weights, gradients and moments, with the images, take {size_text(need)} of "
+    if not needs or free is None:
+        return findings
+    largest = max(needs, key=lambda name: needs[name])
+    need = needs[largest] + (2 * size if size <= limit else 0)
+    text = f"{where}: {largest}'s weights, gradients and moments, with the images, take {size_text(need)} of "
     text += f"{size_text(free)} available, its activations not counted"
     enough = need <= (1 - MARGIN) * free
-    found.append(Finding("space", OK if enough else WARNING, text, "" if enough else "stop what else runs here"))
-    return found
+    findings.append(Finding("space", OK if enough else WARNING, text, "" if enough else "stop other programs"))
+    return findings
 
 
 def available_ram() -> int | None:

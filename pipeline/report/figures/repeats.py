@@ -16,7 +16,7 @@ HEIGHT = 4.2  # inches
 MOST_TICKS = 8
 TITLE_LENGTH, NAME_LENGTH = 20, 24
 LEGEND_LENGTH = 44  # of all names, in one line
-# Runs stand a little beside their mean, and a series beside the one before: this share of the width.
+# Distance of runs from their mean, and of a series from the one before, as a share of the width.
 APART = 0.02
 
 
@@ -72,18 +72,12 @@ def over_counts(panels: Sequence[Panel], *, x_label: str, y_label: str) -> bytes
         every[0].set_ylabel(y_label)
         handles, names = every[0].get_legend_handles_labels()
         columns = len(names) if sum(map(len, names)) <= LEGEND_LENGTH else 1
-        figure.legend(
-            handles,
-            names,
-            loc="outside upper center",
-            ncols=columns,
-            handlelength=3.0,
-        )
+        figure.legend(handles, names, loc="outside upper center", ncols=columns, handlelength=3.0)
         return to_png(figure)
 
 
 def _draw(axes: Axes, series: Repeats, index: int, apart: float) -> None:
-    """Draw a series: its means, filled; its runs, small and hollow, beside them, a factor `apart` further."""
+    """Draw a series: filled means, and small hollow runs beside them, further right by the factor `apart`."""
     colour, marker = COLOURS[index], MARKERS[index]
     places = [count * apart ** (2 * index) for count in series.values]
     means = [estimate(values) for values in series.values.values()]

@@ -60,8 +60,6 @@ def sheet(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str]) -> byte
         figure = new_figure(HEADING + sum(heights), constrained=False)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.set_xlim(0, WIDTH)
-        axes.set_ylim(HEADING + sum(heights), 0)
         for index, heading in enumerate(columns):
             left = GAP + index * pitch
             axes.text(left, HEADING - 0.1, heading, va="bottom", fontweight="bold", fontsize=9.5)
