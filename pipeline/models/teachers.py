@@ -68,7 +68,7 @@ def build_teacher(name: str, *, num_classes: int, weights: str = "none", bn_mome
         a single value, a fresh head is half dead.
     """
     _check_name(name)
-    model = models.get_model(name, weights=None, num_classes=num_classes)
+    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
     if name == "squeezenet1_1":
         assert isinstance(model, models.SqueezeNet)
         model.classifier[2] = nn.Identity()
@@ -99,7 +99,7 @@ def imagenet_weights(name: str) -> models.WeightsEnum:
 
 def weights_file(name: str) -> Path:
     """Return where torch.hub keeps a teacher's ImageNet weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / imagenet_weights(name).url.rsplit("/", 1)[1]
+    return Path(torch.hub.get_dir(), "checkpoints", imagenet_weights(name).url.rsplit("/", 1)[1])
 
 
 def _check_name(name: str) -> None:
