@@ -1,7 +1,7 @@
 """A two-stage knowledge-distillation pipeline: CNN teachers, cached labels, small transformer students.
 
-The stages of the command line are in the package `stages`; everything here can be used without it. docs/notebook.md
-goes through it: `pipeline.data.datasets.Dataset`, `pipeline.views.views.Views`, `pipeline.labels.cache.LabelCache`,
+The command line is the package `stages`; everything here can be used without it. docs/notebook.md shows how, with
+`pipeline.data.datasets.Dataset`, `pipeline.views.views.Views`, `pipeline.labels.cache.LabelCache`,
 `pipeline.models.students.build_student`, `pipeline.training.fit.Fit`, `pipeline.training.evaluation.evaluate`.
 
 Source: arXiv:2502.16762.
@@ -25,14 +25,13 @@ def load(path: Path | str, *, format: str | None = None, device: str | None = "c
         model, transform = pipeline.load("exported")
         probabilities = model(transform("cat.jpg")[None])  # (1, K); model.class_names names the columns
 
-    The file's SHA-256 is checked against the JSON beside it, which finds damage, not malice. Nothing is unpickled, and
-    no code of a file runs, but for TorchScript: such an archive is a program, so it is loaded only if asked for.
+    The file's SHA-256 is checked against the JSON beside it, which finds damage, not malice. Nothing is unpickled. No
+    file's code runs, except TorchScript: such an archive is a program, so it is loaded only if `format` asks for it.
 
     Args:
-        path: What `pipeline export` wrote, or a file in it; or a directory that a stage wrote, or a .safetensors file
-            in it.
+        path: A directory that `pipeline export` or a stage wrote, or a file in it.
         format: Of an export: `safetensors`, `safetensors-bf16`, `onnx`, `onnx-int8` or `torchscript`; None takes the
-            first that is there, never the last.
+            first that exists, but never `torchscript`.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one. ONNX files run on the CPU.
 
     Returns:
@@ -41,7 +40,7 @@ def load(path: Path | str, *, format: str | None = None, device: str | None = "c
 
     Raises:
         UsageError: The path or the format does not exist, or the device can't be used.
-        DataError: What is there is damaged, or no model.
+        DataError: The file is damaged, or no model.
     """
     from pipeline.inference.loading import load
 

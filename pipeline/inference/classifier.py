@@ -1,4 +1,4 @@
-"""A trained model as its users want it: uint8 images in, class probabilities out, class names beside."""
+"""A trained model: uint8 images in, class probabilities out, with class names."""
 
 from __future__ import annotations
 
@@ -21,38 +21,34 @@ from pipeline.models.network import Network
 CPU = torch.device("cpu")
 INPUT = "images"
 OUTPUTS = ("probabilities", "class_logits", "distillation_logits")
-"""What a model returns, in this order; the last only with two heads."""
+"""Names of a model's outputs, in order; the last exists only with two heads."""
 HEADS = ("class", "distillation")
 PIXELS_AT_ONCE = {"cpu": 256 * 32**2, "cuda": 4096 * 32**2}
-"""Kind of device to pixels of a batch: on a CPU it should fit the cache, a GPU wants few, large launches."""
+"""Kind of device to pixels of a batch: it should fit a CPU's cache, while a GPU is best with few, large launches."""
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]
-"""Maps images `(B, 3, H, W)` uint8 to the OUTPUTS there are, `(B, K)` each."""
+"""Maps images `(B, 3, H, W)` uint8 to the model's OUTPUTS, `(B, K)` each."""
 
 AnyImage = Path | str | bytes | Image.Image | NDArray[Any]
 """A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or `(H, W, 3)` RGB."""
 
 
 class PixelsToOutputs(nn.Module):
-    """A network and the softmax behind it in one module: what ONNX and TorchScript files hold.
-
-    Args:
-        network: The network.
-    """
+    """A network and the softmax behind it: what ONNX and TorchScript files hold."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the probabilities of images `(B, 3, H, W)` uint8, of two heads their mean, then each head's logits."""
+        """Return the probabilities of images `(B, 3, H, W)` uint8 (the mean of two heads), then each head's logits."""
         outputs = self.network(images)
         return (probabilities(outputs), *(outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Turns an image of any size and mode into what a Classifier takes, the way `pipeline prepare` does.
+    """Turns an image of any size and mode into a Classifier's input, as `pipeline prepare` does.
 
     Attributes:
         image_size: Side of the result, pixels.
@@ -61,13 +57,10 @@ class Transform:
     image_size: int
 
     def __call__(self, image: AnyImage) -> Tensor:
-        """Turn it upright by its EXIF orientation, convert it to RGB and resize it.
-
-        Args:
-            image: A PIL image, the path or the content of a file, or an array; see AnyImage.
+        """Turn an image upright by its EXIF orientation, convert it to RGB and resize it.
 
         Returns:
-            `(3, image_size, image_size)` uint8; not normalised, which the model does.
+            `(3, image_size, image_size)` uint8; the model normalises it.
 
         Raises:
             DataError: It is no image, or a damaged one.
@@ -89,17 +82,17 @@ class Transform:
             image = Image.fromarray(image)
         try:
             return to_rgb(upright(image), self.image_size)
-        except (OSError, ValueError) as error:  # a file that PIL opened is decoded only now
+        except (OSError, ValueError) as error:  # PIL decodes an opened file only now
             raise DataError(f"an image of mode {image.mode}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a model says of B images.
+    """A model's answer to B images.
 
     Attributes:
         probabilities: `(B, K)` float32 on the CPU, the prediction: that of the one head, or the mean of both.
-        heads: What each head alone says, `class` and, where there are two, `distillation`; as `probabilities`.
+        heads: Probabilities of each head alone, `class` and, with two heads, `distillation`.
         class_names: K names.
     """
 
@@ -111,11 +104,11 @@ class Answer:
         """Return each image's most probable classes with their probabilities, the most probable first.
 
         Args:
-            count: How many; at most K.
+            count: Classes for each image, at most K.
             head: One of `heads`; None for the prediction.
         """
         likely = self.probabilities if head is None else self.heads[head]
-        # A stable sort: of equal classes the first comes first, as by argmax.
+        # The sort is stable: of equal classes the first comes first, as with argmax.
         values, classes = likely.sort(dim=1, descending=True, stable=True)
         rows = zip(classes[:, :count].tolist(), values[:, :count].tolist(), strict=True)
         return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
@@ -132,8 +125,8 @@ class Classifier:
         device: Where it computes.
         precision: `fp32` or `bf16`; `int8` of a quantised export.
         format: `checkpoint`, or one of pipeline.inference.exporting.FILES.
-        file: Its weights; None of a model that comes from no file.
-        config: What is known of it: the checkpoint's JSON, or the export's config.json.
+        file: The file of its weights; None for a model without a file.
+        config: The checkpoint's JSON, or the export's config.json.
     """
 
     runner: Runner
@@ -150,7 +143,7 @@ class Classifier:
         """The student or teacher itself: normalised images `(B, 3, image_size, image_size)` float32 to logits.
 
         Raises:
-            UsageError: An ONNX or TorchScript file is a whole program, without such a module.
+            UsageError: The model is an ONNX or TorchScript file, a program without such a module.
         """
         if not isinstance(self.runner, PixelsToOutputs):
             raise UsageError(
@@ -160,12 +153,12 @@ class Classifier:
 
     @property
     def transform(self) -> Transform:
-        """What makes images fit it."""
+        """The transform that makes images fit the model."""
         return Transform(self.image_size)
 
     @property
     def batch_size(self) -> int:
-        """Images that are best answered at once."""
+        """Best number of images for one call."""
         return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -186,7 +179,7 @@ class Classifier:
 
     @torch.inference_mode()
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the OUTPUTS there are by name; arguments, shapes and errors are those of a call."""
+        """Return the outputs by name, see OUTPUTS; arguments, shapes and errors are those of a call."""
         sides = (3, self.image_size, self.image_size)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != sides or not len(images):
             raise UsageError(
@@ -201,19 +194,12 @@ class Classifier:
         return {name: output.float() for name, output in zip(OUTPUTS, outputs, strict=False)}
 
     def logits(self, images: Tensor) -> Outputs:
-        """Return the logits of one head or of two, float32; else as a call."""
+        """Return the logits of one head or of two, float32; arguments and errors are those of a call."""
         heads = tuple(self.outputs(images).values())[1:]
         return heads[0] if len(heads) == 1 else (heads[0], heads[1])
 
     def answer(self, pixels: NDArray[np.uint8]) -> Answer:
-        """Answer to one batch.
-
-        Args:
-            pixels: `(B, image_size, image_size, 3)` uint8 RGB.
-
-        Raises:
-            NumericalError: An output is not finite.
-        """
+        """Answer to pixels `(B, image_size, image_size, 3)` uint8 RGB; errors are those of a call."""
         outputs = self.logits(self.place(pixels))
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
         likely = torch.stack([probabilities(outputs), *map(probabilities, heads)]).cpu()

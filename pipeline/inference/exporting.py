@@ -1,11 +1,11 @@
 """Exported models: ONNX, TorchScript and safetensors files, made, run, and compared with PyTorch.
 
-An ONNX or TorchScript file holds the whole of pipeline.inference.classifier.PixelsToOutputs: uint8 images
-`(B, 3, H, W)` in, probabilities `(B, K)` float32 out, any B. A safetensors file holds the weights of the model alone,
-in float32, or rounded to bfloat16 for carrying away: half the size, and computed with in float32 again.
+An ONNX or TorchScript file holds a whole pipeline.inference.classifier.PixelsToOutputs: uint8 images `(B, 3, H, W)` in,
+probabilities `(B, K)` float32 out, any B. A safetensors file holds the model's weights alone, in float32, or rounded to
+bfloat16 at half the size; the model computes in float32 with both.
 
-A TorchScript archive is a program: loading one from a stranger can read and write files here. ONNX and safetensors
-files hold no code.
+A TorchScript archive is a program: one from a stranger can read and write files here. ONNX and safetensors files hold
+no code.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ FILES = {
 }
 """Format to its file."""
 ROUNDED = ("safetensors-bf16", "onnx-int8")
-"""Formats with fewer bits than the checkpoint, whose scores are not theirs."""
+"""Formats with fewer bits than the checkpoint, whose scores do not hold for them."""
 CARD, CONFIG = "README.md", "config.json"
 SCHEMA = "titn-pipeline/export/1"
 
 OPSET = 18
 BATCH_AT_EXPORT = 2
 CHECK_BATCHES = (1, BATCH_AT_EXPORT, 5, 64)
-"""The sizes of the batches that an export is checked on; the last is repeated."""
+"""Sizes of the batches that an export is checked on; the last size is repeated."""
 NamedOutputs = Callable[[Tensor], Mapping[str, Tensor]]
 """Maps images `(B, 3, H, W)` uint8 to the outputs by name, `(B, K)` float32 each."""
 TOLERANCE = 1e-4
-BF16_TOLERANCE = 0.1  # of weights with 8 significant bits; what the rounding costs, top-1 tells
+BF16_TOLERANCE = 0.1  # for weights with 8 significant bits; top-1 says what the rounding costs
 QUANTIZED_OPERATORS = ("MatMul", "Gemm")
 
 
@@ -56,10 +56,11 @@ class Agreement:
     """How an exported model compares with PyTorch's.
 
     Attributes:
-        max_difference: Of any probability.
-        max_difference_of_all: Of any output; of logits as a share of the batch's largest or of 1, whichever is more.
+        max_difference: Largest difference of a probability.
+        max_difference_of_all: Largest difference of any output; of logits as a share of the batch's largest, or of 1 if
+            that is more.
         num_images: Images compared.
-        batch_sizes: In batches of these sizes.
+        batch_sizes: Sizes of their batches.
     """
 
     max_difference: float
@@ -69,7 +70,7 @@ class Agreement:
 
 
 def to_safetensors(classifier: Classifier, dtype: torch.dtype = torch.float32) -> bytes:
-    """Return the weights, named as in the module's `state_dict`, rounded to `dtype` but for integers."""
+    """Return the module's `state_dict` as a safetensors file, rounded to `dtype` but for integers."""
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in classifier.module.state_dict().items()
@@ -78,11 +79,11 @@ def to_safetensors(classifier: Classifier, dtype: torch.dtype = torch.float32) -
 
 
 def to_onnx(classifier: Classifier, metadata: Mapping[str, str]) -> bytes:
-    """Export a classifier as one ONNX file, whose batch is dynamic.
+    """Export a classifier as an ONNX file for batches of any size.
 
     Args:
-        classifier: On the CPU, in fp32, its module computed by PyTorch's own operations.
-        metadata: Kept in the file.
+        classifier: On the CPU, in fp32, with plain inner blocks.
+        metadata: Written to the file.
 
     Raises:
         UsageError: The extra `onnx` is not installed.
@@ -102,7 +103,7 @@ def to_onnx(classifier: Classifier, metadata: Mapping[str, str]) -> bytes:
     )
     assert program is not None
     model = program.model_proto
-    # The exporter notes Python's stack at every node, with this machine's paths, and shapes that are told again anyway.
+    # The exporter notes Python's stack at every node, with this machine's paths, and shapes that can be inferred.
     for node in model.graph.node:
         del node.metadata_props[:]
     del model.graph.value_info[:]
@@ -114,10 +115,10 @@ def to_onnx(classifier: Classifier, metadata: Mapping[str, str]) -> bytes:
 
 
 def to_onnx_int8(content: bytes) -> bytes:
-    """Quantise the matrix products of an ONNX file: weights to 8 bits a column, activations as they come.
+    """Quantise the matrix products of an ONNX file to 8 bits: weights by column, activations at run time.
 
     Weights are unsigned, because products of unsigned with signed bytes overflow on processors without VNNI.
-    Convolutions stay as they are: onnxruntime advises against dynamic quantisation there.
+    Convolutions are left out: onnxruntime advises against quantising them dynamically.
 
     Args:
         content: What `to_onnx` returned.
@@ -142,14 +143,14 @@ def to_onnx_int8(content: bytes) -> bytes:
             per_channel=True,
             weight_type=QuantType.QUInt8,
         )
-        smaller = quantized.read_bytes()
-    if not any(node.op_type == "MatMulInteger" for node in onnx.load_from_string(smaller).graph.node):
+        quantized_content = quantized.read_bytes()
+    if not any(node.op_type == "MatMulInteger" for node in onnx.load_from_string(quantized_content).graph.node):
         raise UsageError("--int8: this model has no matrix product to quantise, only convolutions; leave it out")
-    return smaller
+    return quantized_content
 
 
 def to_torchscript(classifier: Classifier) -> bytes:
-    """Export a classifier, such as `to_onnx` takes, as a TorchScript archive whose batch is dynamic."""
+    """Export a classifier, as `to_onnx` takes it, as a TorchScript archive for batches of any size."""
     module, images = _whole(classifier)
     buffer = io.BytesIO()
     with _torchscript(), torch.no_grad():
@@ -163,7 +164,7 @@ def run_onnx(content: bytes) -> Runner:
 
     Raises:
         UsageError: onnxruntime is not installed.
-        DataError: It is no ONNX file, or not one of ours.
+        DataError: The content is no ONNX file, or not one that `to_onnx` made.
     """
     _require("onnxruntime")
     import onnxruntime
@@ -178,21 +179,17 @@ def run_onnx(content: bytes) -> Runner:
     if [entry.name for entry in session.get_inputs()] != [INPUT] or tuple(names) != OUTPUTS[: len(names)]:
         raise DataError("the ONNX file's inputs and outputs are not an export's; export it again")
 
-    def run(images: Tensor) -> tuple[Tensor, ...]:
-        try:
-            values = session.run(names, {INPUT: images.contiguous().numpy()})
-        except Exception as error:
-            raise DataError(f"the ONNX file cannot be computed: {_reason(error)}; export it again") from error
-        return tuple(map(torch.from_numpy, values))
+    def run(images: Tensor) -> Iterable[Tensor]:
+        return map(torch.from_numpy, session.run(names, {INPUT: images.contiguous().numpy()}))
 
-    return run
+    return _runner("ONNX file", run)
 
 
 def run_torchscript(content: bytes, device: torch.device) -> Runner:
     """Load a TorchScript archive, which is a program: only from someone you trust.
 
     Raises:
-        DataError: It is no such archive.
+        DataError: The content is no such archive.
     """
     try:
         with _torchscript():
@@ -200,11 +197,17 @@ def run_torchscript(content: bytes, device: torch.device) -> Runner:
     except Exception as error:  # its unpickler and its parser fail in many ways
         raise DataError(f"not a valid TorchScript archive: {_reason(error)}; export it again") from error
 
+    return _runner("TorchScript archive", module)
+
+
+def _runner(what: str, compute: Callable[[Tensor], Iterable[Tensor]]) -> Runner:
+    """Return a Runner whose errors name the file."""
+
     def run(images: Tensor) -> tuple[Tensor, ...]:
         try:
-            return tuple(module(images))
+            return tuple(compute(images))
         except Exception as error:
-            raise DataError(f"the TorchScript archive cannot be computed: {_reason(error)}; export it again") from error
+            raise DataError(f"the {what} cannot be computed: {_reason(error)}; export it again") from error
 
     return run
 
@@ -220,10 +223,10 @@ def compare(
 
     Args:
         reference: The original's `Classifier.outputs`.
-        exported: The other's.
-        images: `(N, 3, H, W)` uint8; where they are fewer than the batches' sum, they are taken again.
-        batch_sizes: Of the batches; all are used, the last until there are no more images.
-        tolerance: What a probability may differ by; a logit by that share of the batch's largest logit, or of 1.
+        exported: The exported model's.
+        images: `(N, 3, H, W)` uint8; reused where the batches need more.
+        batch_sizes: Each is used, the last for all remaining images.
+        tolerance: Allowed difference of a probability; of a logit as a share of the batch's largest logit, or of 1.
 
     Raises:
         NumericalError: An output differs by more, or is not finite.
@@ -251,18 +254,9 @@ def compare(
 
 
 def top1(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return a model's top-1 accuracy, percent.
-
-    Args:
-        classifier: The model.
-        batches: Images `(B, 3, H, W)` uint8 and labels `(B,)` int64, at least one batch.
-    """
-    num_right = num_images = 0
-    for images, labels in batches:
-        predicted = classifier(images).argmax(dim=1).cpu()
-        num_right += int((predicted == labels).sum())
-        num_images += len(labels)
-    return 100 * num_right / num_images
+    """Return a model's top-1 accuracy, percent, on images `(B, 3, H, W)` uint8 and labels `(B,)` int64."""
+    correct = torch.cat([classifier(images).argmax(dim=1).cpu() == labels for images, labels in batches])
+    return 100 * int(correct.sum()) / len(correct)
 
 
 def _reason(error: Exception) -> str:
@@ -270,14 +264,14 @@ def _reason(error: Exception) -> str:
 
 
 def _require(*names: str) -> None:
-    """Refuse to go on without packages of the extra `onnx`."""
+    """Raise a UsageError without packages of the extra `onnx`."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"{name} is not installed, which ONNX files need; run `pip install -e '.[onnx]'`")
+            raise UsageError(f"{name} is not installed, and ONNX files need it; run `pip install -e '.[onnx]'`")
 
 
 def _whole(classifier: Classifier) -> tuple[nn.Module, Tensor]:
-    """Return the module from pixels to outputs, and images to trace it with."""
+    """Return the module that maps pixels to outputs, and images to trace it with."""
     assert isinstance(classifier.runner, PixelsToOutputs), "a model is exported from its checkpoint"
     images = torch.zeros(BATCH_AT_EXPORT, 3, classifier.image_size, classifier.image_size, dtype=torch.uint8)
     return classifier.runner, images
@@ -285,25 +279,26 @@ def _whole(classifier: Classifier) -> tuple[nn.Module, Tensor]:
 
 @contextlib.contextmanager
 def _torchscript() -> Iterator[None]:
-    """Leave out what PyTorch says of TorchScript each time.
+    """Hide PyTorch's warnings about TorchScript.
 
-    That torch.export replaces it; and that the students compare an image's height and width in Python: these are the
-    same for all images, and whether the batch is dynamic is what `compare` finds out.
+    They say that torch.export replaces it, and that students compare an image's height and width in Python. Those are
+    the same for all images, and `compare` checks that batches of any size work.
     """
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", category)
-        fixed = "Converting a tensor to a Python boolean"
         tracing = torch.jit.TracerWarning  # type: ignore[attr-defined]
-        warnings.filterwarnings("ignore", fixed, tracing, r"pipeline\.models\.students\.")
+        warnings.filterwarnings(
+            "ignore", "Converting a tensor to a Python boolean", tracing, r"pipeline\.models\.students\."
+        )
         yield
 
 
 def _without_sources(content: bytes) -> bytes:
-    """Leave out of an archive what names this machine's source files; it serves error messages alone."""
-    kept = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(kept, "w", zipfile.ZIP_STORED) as smaller:
+    """Drop the entries that name this machine's source files; they only serve error messages."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as smaller:
         for entry in archive.infolist():
             if not entry.filename.endswith(".debug_pkl"):
                 smaller.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))
-    return kept.getvalue()
+    return buffer.getvalue()

@@ -1,10 +1,13 @@
-"""Models ready for use, built from what is known of them: from checkpoints and from exported directories."""
+"""Trained models, loaded from checkpoints and from exported directories."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,20 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pipeline.config.recipes import PRECISIONS
+from pipeline.config.recipes import PRECISIONS, StudentRecipe
+from pipeline.data.datasets import Channels
 from pipeline.errors import DataError, UsageError
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
-from pipeline.inference.descriptions import Description
 from pipeline.inference.exporting import CONFIG, FILES, SCHEMA, run_onnx, run_torchscript
 from pipeline.models.network import Network
 from pipeline.system.runtime import resolve_device, resolve_precision
 from pipeline.system.storage import read_bytes, read_json
 from pipeline.training.checkpoints import Checkpoint, load_checkpoint, load_weights
+
+KINDS = ("student", "teacher")
+CLASSES = (int, 2, 65535)
+IMAGE_SIZES = (int, 4, 1024)
+"""Type, least and largest value."""
 
 
 def load(
@@ -52,16 +60,16 @@ def load(
     if not path.exists():
         raise UsageError(f"{path}: no such model; name what `pipeline export` wrote, or a stage's checkpoint")
     if format not in (None, "checkpoint"):
-        raise UsageError(f"format {format!r}: {path} is no export, which a {CONFIG} belongs to; leave it out")
+        raise UsageError(f"format {format!r}: {path} is no export, it has no {CONFIG}; leave it out")
     return from_checkpoint(load_checkpoint(path), resolve_device(device), precision=precision)
 
 
 def load_checkpoint_of(path: Path, kind: str) -> Checkpoint:
-    """Load a checkpoint where only one kind will do.
+    """Load a checkpoint of a `teacher` or a `student`.
 
     Args:
         path: A directory that a stage wrote, or a .safetensors file in it.
-        kind: `teacher` or `student`.
+        kind: Which of the two is needed.
 
     Raises:
         UsageError: The path does not exist.
@@ -80,12 +88,12 @@ def from_checkpoint(
 
     Args:
         checkpoint: Its JSON describes the model.
-        device: Where to put it.
-        precision: As `load` takes it.
-        inner_block: As pipeline.models.students.use_inner_block takes it.
+        device: Where the model computes.
+        precision: See `load`.
+        inner_block: See pipeline.models.students.use_inner_block.
 
     Raises:
-        DataError: The JSON describes no model or no precision, or the weights are another's.
+        DataError: The JSON describes no model or no precision, or the weights are another model's.
     """
     from pipeline.models.students import Student, use_inner_block
 
@@ -121,15 +129,15 @@ def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path
     """Build the model of one file of an export.
 
     Args:
-        format: One of pipeline.inference.exporting.FILES.
-        content: The file's.
-        config: What the model and its inputs are: the export's config.json, or the JSON of the checkpoint behind it.
-        file: Where it lies, for messages.
-        device: Where to put it; the CPU for ONNX files.
+        format: A key of pipeline.inference.exporting.FILES.
+        content: The file's bytes.
+        config: The export's config.json, or the JSON of the exported checkpoint.
+        file: The file's path, for messages.
+        device: Where the model computes; the CPU for ONNX files.
 
     Raises:
         UsageError: onnxruntime is not installed.
-        DataError: It is no such file, or not of that model.
+        DataError: The content is of another format or another model.
     """
     described = Description.read(config, file.with_name(CONFIG))
     if format.startswith("safetensors"):
@@ -137,9 +145,9 @@ def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path
             tensors = safetensors.torch.load(content)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise DataError(f"{file}: not a safetensors file ({error}); export it again") from None
-        # Weights rounded for carrying away are computed with in float32.
-        exact = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in tensors.items()}
-        return dataclasses.replace(from_checkpoint(Checkpoint(file, config, exact), device), format=format)
+        # The model computes in float32, also with weights rounded to bfloat16.
+        weights = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in tensors.items()}
+        return dataclasses.replace(from_checkpoint(Checkpoint(file, config, weights), device), format=format)
     try:
         runner = run_torchscript(content, device) if format == "torchscript" else run_onnx(content)
     except DataError as error:
@@ -157,15 +165,10 @@ def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path
 
 
 def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Build an untrained model.
-
-    Args:
-        kind: `student` or `teacher`.
-        model: Its name in pipeline.models.students.STUDENTS or pipeline.models.teachers.TEACHERS.
-        arguments: Of its constructor.
+    """Build an untrained model from its Description's kind, name and arguments.
 
     Raises:
-        UsageError: The model's name is unknown, or its geometry does not divide evenly.
+        UsageError: The name is unknown, or the geometry does not divide evenly.
     """
     if kind == "student":
         from pipeline.models.students import build_student
@@ -177,11 +180,22 @@ def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Modul
 
 
 def _load_export(directory: Path, format: str | None, device: str | None) -> Classifier:
-    """Load one of the files of a directory that `pipeline export` wrote."""
+    """Load a file of a directory that `pipeline export` wrote: that of the format, or the first without a program."""
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict) or config.get("schema") != SCHEMA or not isinstance(config.get("files"), dict):
-        raise DataError(f"{directory / CONFIG}: not of an export ({SCHEMA}); run `pipeline export` again")
-    format = _choose(directory, [name for name in FILES if name in config["files"]], format)
+        raise DataError(f"{directory / CONFIG}: not that of an export ({SCHEMA}); run `pipeline export` again")
+    available = [name for name in FILES if name in config["files"]]
+    if not available:
+        raise DataError(f"{directory}: its export did not end; run `pipeline export` again")
+    if format is None:
+        format = available[0]  # TorchScript is the last of FILES
+        if format == "torchscript":
+            raise UsageError(
+                f"{directory} holds a TorchScript archive, which is a program that could read and write files here; "
+                "if you trust its source, load it with format='torchscript'"
+            )
+    elif format not in available:
+        raise UsageError(f"format {format!r}: {directory} has {', '.join(available)}")
     is_onnx, file = format.startswith("onnx"), directory / FILES[format]
     target = resolve_device("cpu" if is_onnx and device is None else device)
     if is_onnx and target.type != "cpu":
@@ -193,18 +207,86 @@ def _load_export(directory: Path, format: str | None, device: str | None) -> Cla
     return from_file(format, content, config, file, target)
 
 
-def _choose(directory: Path, available: list[str], format: str | None) -> str:
-    """Return which of an export's formats to load."""
-    if not available:
-        raise DataError(f"{directory}: its export did not end; run `pipeline export` again")
-    if format is not None:
-        if format not in available:
-            raise UsageError(f"format {format!r}: {directory} has {', '.join(available)}")
-        return format
-    safe = [name for name in available if name != "torchscript"]
-    if not safe:
-        raise UsageError(
-            f"{directory} holds a TorchScript archive, which is a program that could read and write files here; if you "
-            "trust where it comes from, load it with format='torchscript'"
-        )
-    return safe[0]
+@dataclass(frozen=True)
+class Description:
+    """A model and its inputs, as the JSON of a checkpoint or an export describes them.
+
+    Attributes:
+        kind: `student` or `teacher`.
+        model: Its name in pipeline.models.students.STUDENTS or pipeline.models.teachers.TEACHERS.
+        arguments: Of its constructor. Never a teacher's `weights`: a file must not make us read or download more.
+        class_names: K names.
+        image_size: Side of the images, pixels.
+        mean: Of each channel, pixels in [0, 1].
+        std: Of each channel, above 0.
+    """
+
+    kind: str
+    model: str
+    arguments: Mapping[str, Any]
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: Channels
+    std: Channels
+
+    @classmethod
+    def read(cls, meta: Mapping[str, Any], file: Path) -> Description:
+        """Check the JSON of a file before anything is built from it.
+
+        Raises:
+            DataError: Fields are missing or out of range; the message names them.
+        """
+        arguments, names = meta.get("arguments"), meta.get("class_names")
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        limits = _limits(meta.get("kind"))
+        checks = {
+            "kind": meta.get("kind") in KINDS,
+            "model": isinstance(meta.get("model"), str),
+            "arguments": isinstance(arguments, dict) and _takes(meta, arguments.keys() - limits.keys()),
+            "class_names": is_list and len(set(names or ())) == len(names or ()),
+            "image_size": _is_within(meta.get("image_size"), *IMAGE_SIZES),
+            "mean": _is_channels(meta.get("mean"), 0.0),
+            "std": _is_channels(meta.get("std"), sys.float_info.min),
+        }
+        if isinstance(arguments, dict):
+            known = sorted(limits.keys() & arguments.keys())
+            checks |= {f"arguments.{key}": _is_within(arguments[key], *limits[key]) for key in known}
+            checks["arguments.num_classes"] = is_list and arguments.get("num_classes") == len(names or ())
+            size = meta.get("image_size")
+            checks["arguments.image_size"] = arguments.get("image_size", size) == size
+        if wrong := [key for key, is_right in checks.items() if not is_right]:
+            raise DataError(f"{file}: {', '.join(wrong)} missing or impossible; name a checkpoint that a stage wrote")
+        channels = {key: tuple(meta[key]) for key in ("mean", "std")}
+        return cls(meta["kind"], meta["model"], meta["arguments"], tuple(names or ()), meta["image_size"], **channels)
+
+
+def _limits(kind: Any) -> dict[str, tuple[type, float, float]]:
+    """Return type, least and largest value of the arguments that every model of a kind may have."""
+    if kind == "teacher":
+        return {"num_classes": CLASSES, "bn_momentum": (float, 0.0, 1.0)}
+    from pipeline.models.students import GEOMETRY
+
+    ranges = {field.name: field.metadata.get("range", ()) for field in dataclasses.fields(StudentRecipe)}
+    return {"num_classes": CLASSES, "image_size": IMAGE_SIZES, **{name: (int, *ranges[name]) for name in GEOMETRY}}
+
+
+def _takes(meta: Mapping[str, Any], names: AbstractSet[str]) -> bool:
+    """Return whether the model's constructor takes these arguments of its own."""
+    from pipeline.models.students import STUDENTS, check_arguments
+
+    model = meta.get("model")
+    if meta.get("kind") != "student" or not isinstance(model, str) or model not in STUDENTS:
+        return not names
+    try:
+        check_arguments(model, {name: meta["arguments"][name] for name in names}, "arguments")
+    except UsageError:
+        return False
+    return True
+
+
+def _is_within(value: Any, kind: type, low: float, high: float) -> bool:
+    return type(value) is kind and isinstance(value, int | float) and low <= value <= high
+
+
+def _is_channels(value: Any, low: float) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_within(number, float, low, 1.0) for number in value)

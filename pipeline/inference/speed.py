@@ -1,7 +1,7 @@
 """How fast trained models answer, by batch size.
 
-What is timed is `Classifier.answer`: from uint8 pixels in RAM to probabilities in RAM, with the copy to the device and
-back, normalisation and both heads; reading and resizing image files is not in it.
+Timed is `Classifier.answer`: from uint8 pixels in RAM to probabilities in RAM, with the copy to the device and back,
+normalisation and both heads, but without reading and resizing image files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pipeline.inference.classifier import Classifier
 
 Name = TypeVar("Name", bound=Hashable)
 Seconds = NDArray[np.float64]
-"""`(rounds,)` float64: how long a contender took in each round."""
+"""`(rounds * repeats,)` float64, seconds of each timed call."""
 
-WARM_UPS = 3  # kernels are chosen and compiled in the first, memory grows until the second
+WARM_UPS = 3  # the first call chooses and compiles kernels, memory grows until the second
 SECONDS_OF_A_TURN = 0.1
 MAX_REPEATS = 20
 MIN_FOR_P95 = 20
@@ -35,21 +35,21 @@ class Speed:
     """How fast a model answers to batches of one size.
 
     Attributes:
-        name: The model's.
-        batch_size: Images a batch.
-        num_timed: Batches that were timed.
+        name: Of the model.
+        batch_size: Images in a batch.
+        num_timed: Timed batches.
         median_ms: Median time of a batch, milliseconds.
-        quartiles_ms: First and third quartile of it.
-        p95_ms: 95th percentile of it; None where fewer than MIN_FOR_P95 were timed.
+        quartiles_ms: First and third quartile of that time.
+        p95_ms: 95th percentile of that time; None where fewer than MIN_FOR_P95 batches were timed.
         images_per_second: Batch size over the median.
-        peak_bytes: Memory of a GPU at its peak above what was held before the batch; None elsewhere.
+        peak_bytes: Peak memory of a GPU above what was held before the batch; None elsewhere.
     """
 
     name: str
     batch_size: int
     num_timed: int
     median_ms: float
-    quartiles_ms: tuple[float, float]
+    quartiles_ms: tuple[float, ...]
     p95_ms: float | None
     images_per_second: float
     peak_bytes: int | None
@@ -58,13 +58,13 @@ class Speed:
 def measure_speed(models: Mapping[str, Classifier], batch_sizes: Sequence[int], *, rounds: int = 10) -> list[Speed]:
     """Time models in turns.
 
-    In a round each model has a turn at each batch size: one batch, or as many as take about SECONDS_OF_A_TURN, each of
-    them timed. Of single images enough are timed for a 95th percentile.
+    In a round each model has a turn at each batch size: one batch, or as many as take about SECONDS_OF_A_TURN. Each
+    batch is timed. Single images are timed often enough for a 95th percentile.
 
     Args:
         models: Name to model, on the CPU and at most one other device.
         batch_sizes: At least 1 each.
-        rounds: Turns of each.
+        rounds: Turns of each model at each batch size.
 
     Returns:
         The speeds, by batch size and then in the order of the models.
@@ -89,17 +89,29 @@ def measure_speed(models: Mapping[str, Classifier], batch_sizes: Sequence[int], 
             repeats[name, size] = max(least, min(MAX_REPEATS, math.ceil(SECONDS_OF_A_TURN / seconds)))
     device = shared_device(models.values())
     timed = interleave(contenders, rounds=rounds, device=device, repeats=repeats)
-    return [_speed(name, size, values, peaks[name, size]) for (name, size), values in timed.items()]
+    return [
+        Speed(
+            name=name,
+            batch_size=size,
+            num_timed=len(seconds),
+            median_ms=1000 * float(np.median(seconds)),
+            quartiles_ms=tuple(quartiles(1000 * seconds)),
+            p95_ms=1000 * float(np.quantile(seconds, 0.95)) if len(seconds) >= MIN_FOR_P95 else None,
+            images_per_second=size / float(np.median(seconds)),
+            peak_bytes=peaks[name, size],
+        )
+        for (name, size), seconds in timed.items()
+    ]
 
 
 def shared_device(models: Iterable[Classifier]) -> torch.device:
-    """Return the one device beside the CPU that any of the models is on; the CPU where there is none."""
+    """Return the device other than the CPU that a model is on; the CPU if all are there."""
     devices = [model.device for model in models]
     return next((device for device in devices if device.type != "cpu"), devices[0])
 
 
 def _warm_up(run: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
-    """Return the seconds and the peak memory of the last of some calls."""
+    """Call WARM_UPS times; return the seconds and the peak memory, bytes, of the last call."""
     held = 0
     for _ in range(WARM_UPS):
         wait_for(device)
@@ -113,23 +125,6 @@ def _warm_up(run: Callable[[], object], device: torch.device) -> tuple[float, in
     return seconds, torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
 
 
-def _speed(name: str, batch_size: int, seconds: Seconds, peak: int | None) -> Speed:
-    """Sum up the times of a model at a batch size."""
-    milliseconds = 1000 * seconds
-    median = float(np.median(milliseconds))
-    lower, upper = quartiles(milliseconds)
-    return Speed(
-        name=name,
-        batch_size=batch_size,
-        num_timed=len(seconds),
-        median_ms=median,
-        quartiles_ms=(lower, upper),
-        p95_ms=float(np.quantile(milliseconds, 0.95)) if len(seconds) >= MIN_FOR_P95 else None,
-        images_per_second=1000 * batch_size / median,
-        peak_bytes=peak,
-    )
-
-
 def interleave(
     contenders: Mapping[Name, Callable[[], object]],
     *,
@@ -137,16 +132,16 @@ def interleave(
     device: torch.device,
     repeats: Mapping[Name, int] | None = None,
 ) -> dict[Name, Seconds]:
-    """Time contenders in turns, after one untimed turn of each.
+    """Time functions in turns, after one untimed call of each.
 
     Args:
-        contenders: Name to what is timed.
+        contenders: Name to function.
         rounds: Timed turns of each, at least 1.
         device: Waited for before the clock is started and before it is stopped.
         repeats: Name to calls in one turn, each of them timed; None for one.
 
     Returns:
-        Seconds by name, `(rounds * repeats,)` each.
+        Seconds by name.
     """
     for run in contenders.values():
         run()
@@ -168,7 +163,7 @@ def quartiles(values: NDArray[np.float64]) -> list[float]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when a device has done all it was asked to."""
+    """Wait until a device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,1 +1,1 @@
-"""Teachers and students, their costs, and the folding of a teacher. A leaf: nothing here knows data or recipes."""
+"""Teachers and students, their costs, and the folding of a teacher. Nothing here knows data or recipes."""

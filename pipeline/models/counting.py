@@ -1,9 +1,9 @@
 """Parameters, the paper's GMACs and true FLOPs of a model.
 
-MACs and FLOPs come from one evaluation-mode forward of a single image of zeros on the model's own device; a
-model built under `torch.device("meta")` is counted without any arithmetic. What is counted is the plain formulation: a
-model that leaves out or fuses anything has an attribute `plain`, which is set meanwhile. Don't count compiled models,
-which may bypass the modules that are counted.
+MACs and FLOPs come from one forward pass of an image of zeros in evaluation mode on the model's device; a model built
+under `torch.device("meta")` is counted without any arithmetic. The plain formulation is counted: a model that leaves
+out or fuses anything has an attribute `plain`, which is set meanwhile. Compiled models may bypass the modules that are
+counted, so don't count them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ NORM_MACS_PER_ELEMENT = 4
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model, frozen ones included, buffers not.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Number of parameters.
-    """
+    """Count the parameters of a model, with frozen ones, without buffers."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -37,18 +30,15 @@ def paper_macs(model: nn.Module, image_size: int) -> int:
 
     Linear and convolution layers count their multiply-accumulates, LayerNorm and evaluation-mode batch norm 4
     for each element, average pooling 1 for each element of its output and, where adaptive, of its input;
-    attention products, softmax, activations and sums count nothing. The model's training mode and hooks are
-    left as they were.
+    attention products, softmax, activations and sums count nothing. The model's training mode and hooks stay as
+    they are.
 
     Args:
         model: Model of `(B, 3, image_size, image_size)` images.
         image_size: Side of the square image, pixels.
 
-    Returns:
-        Multiply-accumulates of one image.
-
-    Source: arXiv:2502.16762 Tables 3 and 6, whose columns come out to the last digit by the rules of thop
-        (github.com/Lyken17/pytorch-OpCounter, vision/basic_hooks.py), which sees modules and not functions.
+    Source: arXiv:2502.16762 Tables 3 and 6, whose columns follow to the last digit from the rules of thop
+        (github.com/Lyken17/pytorch-OpCounter, vision/basic_hooks.py), which counts modules and not functions.
     """
     macs = 0
 
@@ -66,14 +56,7 @@ def paper_macs(model: nn.Module, image_size: int) -> int:
 
 
 def paper_gmacs_1024(model: nn.Module, image_size: int) -> float:
-    """Count what the paper's column "GFLOPs" holds: 10^9 multiply-accumulates of a batch of 1024.
-
-    Args:
-        model: Model of `(B, 3, image_size, image_size)` images.
-        image_size: Side of the square image, pixels.
-
-    Returns:
-        10^9 multiply-accumulates by the convention of `paper_macs`.
+    """Return `paper_macs` of a batch of 1024, in 10^9: the paper's column "GFLOPs".
 
     Source: arXiv:2502.16762 Table 3.
     """
@@ -81,7 +64,7 @@ def paper_gmacs_1024(model: nn.Module, image_size: int) -> float:
 
 
 def flops_per_image(model: nn.Module, image_size: int) -> int:
-    """Count the floating-point operations of one image by PyTorch's own counter.
+    """Count the floating-point operations of one image by PyTorch's counter.
 
     A multiply-accumulate is 2 operations. Matrix products and convolutions count, attention as its two products;
     norms, softmax, activations and sums do not.
@@ -90,19 +73,16 @@ def flops_per_image(model: nn.Module, image_size: int) -> int:
         model: Model of `(B, 3, image_size, image_size)` images.
         image_size: Side of the square image, pixels.
 
-    Returns:
-        Floating-point operations of one image.
-
     Source: torch.utils.flop_counter.FlopCounterMode.
     """
-    # Which fused attention the counter knows changes from release to release; it knows matrix products in all of them.
+    # Which fused attention the counter knows differs between releases; all of them know matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _forward_one_image(model, image_size)
     return int(counter.get_total_flops())
 
 
 def _module_macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
-    """Count what one module itself does; containers and everything else count nothing."""
+    """Count the MACs of one module; containers and other modules count nothing."""
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
     if isinstance(module, nn.Conv2d):
@@ -126,7 +106,7 @@ def _forward_one_image(model: nn.Module, image_size: int) -> None:
 
 @contextmanager
 def _plainly_evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode and its plain formulation, and every module of it back afterwards."""
+    """Put a model into evaluation mode and its plain formulation, and restore every module afterwards."""
     former = [
         (module, name, getattr(module, name))
         for module in model.modules()

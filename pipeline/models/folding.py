@@ -1,4 +1,4 @@
-"""An equivalent, cheaper model for inference: batch norms and repeated inputs folded into the weights beside them.
+"""An equivalent, cheaper model for inference: batch norms and repeated inputs folded into neighbouring weights.
 
 Two foldings, both exact but for rounding:
 
@@ -10,12 +10,8 @@ Two foldings, both exact but for rounding:
 Under autocast the last layer keeps the precision of its weights: rounded to the 8 significant bits of bf16, the two
 largest logits are equal on 1 to 4 % of the views (see `pipeline.labels.teacher`).
 
-Models are folded for inference alone. A batch norm that trains normalises by the statistics of its batch. The
-VGG's sum S of 49 columns W_j could be trained in their place by SGD: each W_j gets the gradient G of S, so that
-S <- S - lr (49 G + wd S), which is SGD on S at 49 times the rate and a 49th of the weight decay. AdamW needs the same
-two factors; Adam and RMSprop with an L2 penalty, whose steps are not linear in G + wd W_j, have no such factors, and
-clipping counts the squared norm of G 49 times. All this would hold for one weight only, against nothing but its cost,
-and checkpoints would no longer have torchvision's shapes.
+Folded models cannot be trained: a batch norm in training uses the statistics of its batch, and the sum of 49 columns
+would need a learning rate and a weight decay of its own. Checkpoints keep torchvision's shapes.
 """
 
 from __future__ import annotations
@@ -32,12 +28,12 @@ def fold(model: nn.Module, image_size: int) -> nn.Module:
     """Return an equivalent model for inference on square images of one size.
 
     Args:
-        model: A traceable model (torch.fx) of `(B, 3, H, W)` images, such as every teacher; it is left as it was.
+        model: A traceable model (torch.fx) of `(B, 3, H, W)` images, such as any teacher; not changed.
         image_size: Side of the images, pixels. A folded VGG refuses images of another size.
 
     Returns:
-        A copy in evaluation mode, of the model's dtype and on its device, that shares no memory with it. A batch norm
-        before its convolution stays, as in DenseNet. Under autocast its logits are of the weights' dtype.
+        A copy in evaluation mode, of the model's dtype and on its device, that shares no memory with the model. A batch
+        norm before its convolution stays, as in DenseNet. Under autocast its logits are of the weights' dtype.
     """
     weight = next(model.parameters())
     # On the CPU in double precision, so that the folded weights are the same on every device.
@@ -64,7 +60,7 @@ class _WithoutAutocast(nn.Module):
 
 
 def _fold_pooling(model: VGG, image_size: int) -> None:
-    """Drop a VGG's pooling where it only repeats a 1x1 feature map, and add up the columns that see the same value."""
+    """Drop a VGG's pooling where it only repeats a 1x1 feature map, and add up the columns that read the same value."""
     first = model.classifier[0]
     assert isinstance(first, nn.Linear)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A model with what comes before it: pixels are normalised, and the precision is chosen."""
+"""A model that normalises pixels itself and computes in a chosen precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.system.runtime import autocast
 
 
 class Network(nn.Module):
-    """A model that takes uint8 pixels. The labelling teacher and every loaded model build on it.
+    """A model of uint8 pixels. The labelling teacher and every loaded model build on it.
 
     Args:
         module: Maps normalised images `(B, 3, H, W)` float32 to the logits of one head or of two, `(B, K)` each.
@@ -20,7 +20,7 @@ class Network(nn.Module):
         precision: `fp32` or `bf16`.
 
     Attributes:
-        module: The same module; its mode and its device stay as they are.
+        module: The same module, in its mode and on its device.
         mean: `(3, 1, 1)` float32, on the module's device.
         std: As mean.
     """
@@ -46,8 +46,8 @@ class Network(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """Turn pixels `(B, 3, H, W)` uint8 into the module's input, float32.
 
-        The result is that of pipeline.views.views.normalize, bit for bit. That function keeps its constants in a cache,
-        where a tracer of torch.export would leave fake ones; here they are buffers.
+        The result equals that of pipeline.views.views.normalize, bit for bit. That function caches its constants, and
+        torch.export would leave fake ones in the cache; here they are buffers.
         """
         return (images.float() / 255 - self.mean) / self.std
 

@@ -16,7 +16,7 @@ from pipeline.data.sources import check_source
 from pipeline.errors import DataError, UsageError
 from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.layers import Student
-from pipeline.models.teachers import weights_url
+from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.training.execution import Execution
 from stages.distill import student_recipe
@@ -138,11 +138,6 @@ def work(context: Context) -> tuple[list[Task], list[Finding]]:
     done = sum(task.why is None for task in tasks)
     findings.append(Finding("data", OK, f"{done} of {len(tasks)} stages that train or label are up to date"))
     return tasks, findings
-
-
-def weights_file(teacher: str) -> Path:
-    """Return where torch.hub keeps a teacher's ImageNet weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / weights_url(teacher).rsplit("/", 1)[1]
 
 
 def weights(context: Context, tasks: list[Task]) -> list[Finding]:

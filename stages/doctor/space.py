@@ -16,8 +16,9 @@ from pipeline.data.sources import KNOWN_SIZES
 from pipeline.inference.loading import build_model
 from pipeline.labels.answers import PROBABILITY_DTYPE
 from pipeline.labels.identity import label_dtype
+from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
-from stages.doctor.checks import DVC, Task, dvc_setting, has_source, weights_file
+from stages.doctor.checks import DVC, Task, dvc_setting, has_source
 from stages.doctor.software import OK, PROBLEM, WARNING, Finding, size_text
 from stages.shared.context import Context
 from stages.shared.paths import DATA

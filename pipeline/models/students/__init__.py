@@ -1,6 +1,6 @@
-"""The students: small transformers, built by name from one geometry and what else their constructors take.
+"""The students: small transformers, built by name from a shared geometry and arguments of their own.
 
-A student of one's own is one file here, one line of STUDENTS, and one recipe in params.yaml.
+To add a student, write one file here, one line in STUDENTS and one recipe in params.yaml.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ STUDENTS: dict[str, type[Student]] = {"vit": ViT, "deit": DeiT, "tnt": TNT, "tit
 GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_width", "pixel_heads")
 """The arguments that are fields of every student's recipe."""
 SHARED_ARGUMENTS = ("num_classes", "image_size", *GEOMETRY)
-"""The arguments that any student is offered; it takes those that its constructor has."""
+"""The arguments offered to every student; it gets those that its constructor takes."""
 RECORDED_WHOLE = ("vit", "deit", "tnt", "titn")
-"""The students whose checkpoints name all of the geometry, whether they take it or not; so they always did."""
+"""The students whose checkpoints have always named the whole geometry, with what the constructor does not take."""
 MAX_ARGUMENT = 1_000_000
-"""Largest number that an argument of a student's own may be, either way."""
+"""Largest absolute value of a student's own argument."""
 FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
-"""Kind of device to its fused inner block: the name, and the module."""
+"""Kind of device to the name and the module of its fused inner block."""
 TENSOR_CORES = (8, 0)
-"""Least compute capability with the tf32 products that Triton's takes."""
+"""Least compute capability of a GPU with the tf32 products that the Triton kernels use."""
 
 __all__ = [
     "STUDENTS",
@@ -54,18 +54,18 @@ __all__ = [
 
 
 def build_student(name: str, **arguments: Any) -> Student:
-    """Build a student from shared arguments, of which it takes what its constructor has, and from its own.
+    """Build a student from shared arguments, of which it gets those that its constructor takes, and from its own.
 
     Args:
         name: A key of STUDENTS.
-        arguments: `num_classes`, any other of SHARED_ARGUMENTS, and any that the constructor alone has.
+        arguments: `num_classes`, any other of SHARED_ARGUMENTS, and the student's own.
 
     Returns:
         The student, randomly initialised from PyTorch's global generator.
 
     Raises:
         UsageError: The name is unknown, the geometry does not divide evenly, or the constructor fails.
-        TypeError: The constructor has no such argument, and it is none of SHARED_ARGUMENTS.
+        TypeError: An argument is neither the constructor's nor in SHARED_ARGUMENTS.
     """
     takes = _constructor(name)
     arguments = {key: value for key, value in arguments.items() if key in takes or key not in SHARED_ARGUMENTS}
@@ -77,7 +77,7 @@ def build_student(name: str, **arguments: Any) -> Student:
 
 
 def recorded_arguments(name: str) -> tuple[str, ...]:
-    """Return which of SHARED_ARGUMENTS a checkpoint of a student names.
+    """Return which of SHARED_ARGUMENTS a student's checkpoint names.
 
     Raises:
         UsageError: The name is unknown.
@@ -87,16 +87,16 @@ def recorded_arguments(name: str) -> tuple[str, ...]:
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
-    """Check the arguments of a student's own: those that its constructor has beside SHARED_ARGUMENTS.
+    """Check a student's own arguments: those that its constructor takes beside SHARED_ARGUMENTS.
 
     Args:
         name: A key of STUDENTS.
-        arguments: As a recipe or a checkpoint has them.
-        path: What they are called in messages.
+        arguments: From a recipe or a checkpoint.
+        path: Their key, for messages.
 
     Raises:
-        UsageError: One is unknown or of another type, or one without a default is missing; the message names the key,
-            the value and what is allowed.
+        UsageError: An argument is unknown or of another type, or one without a default is missing; the message names
+            the key, the value and what is allowed.
     """
     takes = {key: parameter for key, parameter in _constructor(name).items() if key not in SHARED_ARGUMENTS}
     types = typing.get_type_hints(STUDENTS[name].__init__)
@@ -129,21 +129,18 @@ def use_inner_block(student: Student, request: str, device: torch.device) -> str
     """Choose how a student's inner blocks are computed.
 
     Args:
-        student: Changed in place; its parameters stay, its results but for rounding.
-        request: `plain`, by PyTorch's own operations; `fused`; or `auto`, fused where that is
-            available.
+        student: Changed in place. Its parameters stay; its results change by rounding alone.
+        request: `plain`, by PyTorch's own operations; `fused`; or `auto`, fused where that is available.
         device: Where the student runs.
 
     Returns:
-        What runs: `c++`, `triton`, `plain`, `plain (why nothing else)`, or `none` where there are no inner blocks.
+        What runs: `c++`, `triton`, `plain`, `plain (why not fused)`, or `none` without inner blocks.
 
     Raises:
         UsageError: `fused` is asked for and not available.
     """
     blocks = [module for module in student.modules() if isinstance(module, NestedBlock)]
-    why_not, fused = None, None
-    if request != "plain":
-        why_not, fused = _find_fused(blocks, device)
+    why_not, fused = (None, None) if request == "plain" else _find_fused(blocks, device)
     if request == "fused" and why_not is not None:
         raise UsageError(f"inner_block: fused is not available here: {why_not}; use auto or plain")
     for block in blocks:
@@ -154,7 +151,7 @@ def use_inner_block(student: Student, request: str, device: torch.device) -> str
 
 
 def _find_fused(blocks: Sequence[NestedBlock], device: torch.device) -> tuple[str | None, InnerBlock | None]:
-    """Return why there is no fused inner block, or None and the block."""
+    """Return why there is no fused inner block, or None, and the block."""
     if not blocks:
         return "the student has no inner blocks", None
     if device.type not in FUSED:

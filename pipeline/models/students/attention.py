@@ -1,4 +1,4 @@
-"""Where a student looks: the weights of its attention, by the plain formulation, whatever computes the student."""
+"""The weights of a student's attention, by the plain formulation, however the student is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.models.students.tnt import NestedBlock
 
 @torch.no_grad()
 def attention_maps(student: Student, images: Tensor) -> Tensor:
-    """Return how much each token attends to each other, in every block; of nested blocks in the outer one.
+    """Return how much each token attends to every token, in every block; of nested blocks, in the outer block.
 
     Args:
         student: In evaluation mode.
@@ -29,7 +29,7 @@ def attention_maps(student: Student, images: Tensor) -> Tensor:
     maps: list[Tensor] = []
 
     def keep(attention: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        # All tokens come in as keys, also where the last block computes those alone that a head reads.
+        # The input has all tokens, also where the last block returns only those that a head reads.
         maps.append(attention_weights(cast(Attention, attention), arguments[0]))
 
     hooks = [attention.register_forward_pre_hook(keep) for attention in outer_attentions(student)]
@@ -56,16 +56,16 @@ def attention_weights(attention: Attention, tokens: Tensor) -> Tensor:
 
 
 def attention_rollout(maps: Tensor) -> Tensor:
-    """Return how much of each token of the image's first block reaches each token of the last.
+    """Return how much of each token before the first block reaches each token behind the last.
 
-    Each block passes on half of a token as it was, for its residual connection, and half of what it attends to, the
-    mean over heads. What MLPs do, and pixel tokens add to the patches, is left out.
+    Each block passes on half of a token unchanged, for its residual connection, and half of what it attends to, the
+    mean over heads. MLPs and what pixel tokens add to the patches are left out.
 
     Args:
         maps: `(B, L, heads, T, T)` float, of `attention_maps`.
 
     Returns:
-        `(B, T, T)` float, row: a token behind the last block, column: a token in front of the first; rows add up to 1.
+        `(B, T, T)` float, row: a token behind the last block, column: a token before the first; rows add up to 1.
 
     Source: arXiv:2005.00928 §3, attention rollout.
     """

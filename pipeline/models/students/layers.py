@@ -1,6 +1,6 @@
-"""The layers the four students are composed of.
+"""The layers of the four students.
 
-Letters: B batch, P patches, D width, K classes; N counts sequences of T tokens, whatever they are made of.
+Letters: B batch, P patches, D width, K classes, N sequences of T tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ ALL = slice(None)
 
 
 class Student(nn.Module):
-    """What every student tells about itself.
+    """The base of every student.
 
-    Its constructor takes by keyword `num_classes`, what it needs of pipeline.models.students.SHARED_ARGUMENTS, and any
-    arguments of its own, annotated with int, float, str or bool, each best with a default.
+    A constructor takes by keyword `num_classes`, what it needs of pipeline.models.students.SHARED_ARGUMENTS, and
+    arguments of its own. These are annotated with int, float, str or bool and should have defaults.
 
     Attributes:
-        has_distillation_head: Whether `forward` returns (class logits, distillation logits) or class logits.
+        has_distillation_head: True where `forward` returns (class logits, distillation logits), False where it returns
+            class logits.
         has_pixels: Whether the constructor takes `pixel_size`, `pixel_width` and `pixel_heads`.
-        plain: Whether `forward` calls every module on every token, as the paper's formulas do and as costs are counted.
+        plain: Whether `forward` calls every module on every token, as the paper's formulas do; costs are counted so.
             Otherwise the last block leaves out the tokens that no head reads, which changes no logit, and the inner
             blocks are computed as `pipeline.models.students.use_inner_block` has set.
     """
@@ -36,30 +37,21 @@ class Student(nn.Module):
     plain: bool = False
 
     def head_tokens(self, num_tokens: int) -> slice:
-        """Say which tokens of the last block are wanted: all, or the class token and the last, if there are two heads.
+        """Return which of T tokens the last block returns: the class token and, with two heads, the last; plain, all.
 
         Args:
             num_tokens: T, special tokens included.
         """
         if self.plain:
-            return slice(None)
+            return ALL
         return slice(None, None, num_tokens - 1) if self.has_distillation_head else slice(1)
 
 
 def divide(whole_name: str, whole: int, part_name: str, part: int) -> int:
-    """Divide one number of a student's geometry by another.
-
-    Args:
-        whole_name: Name of the dividend, for the message.
-        whole: Dividend, at least 1.
-        part_name: Name of the divisor, for the message.
-        part: Divisor.
-
-    Returns:
-        The quotient, at least 1.
+    """Return `whole` / `part`, at least 1, of two numbers of a student's geometry with these names.
 
     Raises:
-        UsageError: Where `part` does not divide `whole` evenly.
+        UsageError: `part` does not divide `whole` evenly.
     """
     if part < 1 or whole % part:
         divisors = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
@@ -68,31 +60,21 @@ def divide(whole_name: str, whole: int, part_name: str, part: int) -> int:
 
 
 def learned(num_tokens: int, width: int) -> nn.Parameter:
-    """Make learned tokens or positions, drawn from a normal of standard deviation 1.
+    """Return learned tokens or positions, a `(num_tokens, width)` parameter drawn from a standard normal.
 
-    That is the scale of the embedded pixels and patches that positions are added to, see `initialise`.
-
-    Args:
-        num_tokens: Rows T.
-        width: Columns D.
-
-    Returns:
-        `(T, D)` parameter.
+    The embedded pixels and patches that positions are added to have the same scale, see `initialise`.
     """
     return nn.Parameter(torch.randn(num_tokens, width))
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw each Linear's weights from a normal of standard deviation 1 / sqrt(inputs), and zero its bias.
+    """Draw each Linear's weights from a normal of standard deviation 1 / sqrt(inputs), and zero its bias, in place.
 
-    So everything keeps the variance of the normalised image, 1. LayerNorms keep PyTorch's own 1 and 0. The paper is
-    silent; DeiT and TNT draw weights, tokens and positions with 0.02 whatever the width. That leaves TITN's 12-wide
-    inner path, the only way the image comes in, nearly silent. Training loss of TITN after 5 epochs on the digits:
-    2.12 with 0.02 throughout, 1.29 with these weights and tokens of 0.02, 0.39 with both as here (one seed, no teacher;
-    on larger data it has not been compared).
-
-    Args:
-        model: Model whose Linear layers are changed in place.
+    So everything keeps the variance of the normalised image, 1. LayerNorms keep PyTorch's 1 and 0. The paper does not
+    say. DeiT and TNT draw weights, tokens and positions with 0.02 for any width. That leaves TITN's 12-wide inner
+    path, the image's only way in, nearly silent. TITN's training loss after 5 epochs on the digits is 2.12 with 0.02
+    throughout, 1.29 with these weights and tokens of 0.02, 0.39 with both as here (one seed, no teacher; not compared
+    on larger data).
 
     Source: LeCun et al., Efficient BackProp (1998), §4.6.
     """
@@ -104,20 +86,12 @@ def initialise(model: nn.Module) -> None:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Mix values by scaled dot-product attention, softmax(Q K^T / sqrt(d)) V.
-
-    Args:
-        queries: `(N, heads, T, d)` float.
-        keys: `(N, heads, T, d)` float.
-        values: `(N, heads, T, d)` float.
-
-    Returns:
-        `(N, heads, T, d)` float.
+    """Return scaled dot-product attention, softmax(Q K^T / sqrt(d)) V; all are `(N, heads, T, d)` float.
 
     Source: arXiv:1706.03762 Eq. 1.
     """
     if queries.device.type == "cpu":
-        # PyTorch's fused attention is slower on a CPU where sequences are short, above all in bfloat16.
+        # On a CPU PyTorch's fused attention is slower for short sequences, above all in bfloat16.
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
         mixed: Tensor = scores.softmax(dim=-1) @ values
         return mixed
@@ -127,15 +101,15 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention.
 
-    The fused projection to queries, keys and values has no bias, the output projection has one: only so do
-    the paper's parameter counts come out.
+    The joint projection to queries, keys and values has no bias, the output projection has one. These are the paper's
+    parameter counts.
 
     Args:
         width: Token width D.
         num_heads: Heads; each is D / num_heads wide.
 
     Raises:
-        UsageError: Where `num_heads` does not divide `width`.
+        UsageError: `num_heads` does not divide `width`.
 
     Source: arXiv:2502.16762 §3.2, Table 3.
     """
@@ -147,24 +121,26 @@ class Attention(nn.Module):
         self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
         self.projection = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, wanted: slice = ALL) -> Tensor:
-        """Let tokens of a sequence attend to all of that sequence.
+    def forward(self, tokens: Tensor, selection: slice = ALL) -> Tensor:
+        """Let tokens of a sequence attend to all tokens of the sequence.
 
         Args:
             tokens: `(N, T, D)` float.
-            wanted: Which tokens attend, W of them.
+            selection: Which tokens attend, W of them.
 
         Returns:
             `(N, W, D)` float.
         """
-        if wanted == ALL:
+        if selection == ALL:
             queries, keys, values = rearrange(
                 self.queries_keys_values(tokens), "n t (three h d) -> three n h t d", three=3, h=self.num_heads
             ).unbind(0)
         else:
             weight = self.queries_keys_values.weight
             width = weight.shape[1]
-            queries = rearrange(F.linear(tokens[:, wanted], weight[:width]), "n t (h d) -> n h t d", h=self.num_heads)
+            queries = rearrange(
+                F.linear(tokens[:, selection], weight[:width]), "n t (h d) -> n h t d", h=self.num_heads
+            )
             keys, values = rearrange(
                 F.linear(tokens, weight[width:]), "n t (two h d) -> two n h t d", two=2, h=self.num_heads
             ).unbind(0)
@@ -182,7 +158,7 @@ class EncoderBlock(nn.Module):
         mlp_ratio: Hidden width of the MLP as a multiple of D.
 
     Raises:
-        UsageError: Where `num_heads` does not divide `width`, or `mlp_ratio` is below 1.
+        UsageError: `num_heads` does not divide `width`, or `mlp_ratio` is below 1.
 
     Source: arXiv:2502.16762 §3.2; arXiv:2010.11929 Eq. 2 and 3.
     """
@@ -196,17 +172,17 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, tokens: Tensor, wanted: slice = ALL) -> Tensor:
+    def forward(self, tokens: Tensor, selection: slice = ALL) -> Tensor:
         """Apply the block.
 
         Args:
             tokens: `(N, T, D)` float.
-            wanted: Which tokens are returned, W of them; all of them are attended to.
+            selection: Which tokens are returned, W of them; all tokens are attended to.
 
         Returns:
             `(N, W, D)` float.
         """
-        tokens = tokens[:, wanted] + self.attention(self.attention_norm(tokens), wanted)
+        tokens = tokens[:, selection] + self.attention(self.attention_norm(tokens), selection)
         tokens = tokens + self.mlp(self.mlp_norm(tokens))
         return tokens
 
@@ -225,7 +201,7 @@ class PatchEmbedding(nn.Module):
         num_patches: P = (image_size / p)^2.
 
     Raises:
-        UsageError: Where `patch_size` does not divide `image_size`.
+        UsageError: `patch_size` does not divide `image_size`.
 
     Source: arXiv:2010.11929 Eq. 1.
     """

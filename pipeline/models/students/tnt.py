@@ -1,7 +1,8 @@
 """TNT: the transformer in transformer, whose patches read the image only through their pixel tokens.
 
-Its layers are TITN's as well. Letters: B batch, P patches, M pixel tokens per patch, c pixel width, D width,
-K classes.
+TITN is this class with `has_distillation_head`.
+
+Letters: B batch, P patches, M pixel tokens per patch, c pixel width, D width, K classes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class PixelEmbedding(nn.Module):
         num_pixels: M = (p / m)^2, pixel tokens of one patch.
 
     Raises:
-        UsageError: Where `patch_size` does not divide `image_size`, or `pixel_size` not `patch_size`.
+        UsageError: `patch_size` does not divide `image_size`, or `pixel_size` does not divide `patch_size`.
 
     Source: arXiv:2502.16762 §3.2; arXiv:2103.00112 §2.
     """
@@ -76,8 +77,8 @@ class NestedBlock(nn.Module):
     """Inner and outer block: pixels refine themselves, are added to the patches, and these refine themselves.
 
     pixels += Attention(LN(pixels)); pixels += MLP(LN(pixels)); patches += Linear(flatten(LN(pixels)));
-    patches += Attention(LN(patches)); patches += MLP(LN(patches)). Tokens that stand for no patch receive
-    zeros from the pixels.
+    patches += Attention(LN(patches)); patches += MLP(LN(patches)). Class and distillation token receive zeros from the
+    pixels.
 
     Args:
         num_pixels: Pixel tokens M of one patch.
@@ -86,14 +87,14 @@ class NestedBlock(nn.Module):
         width: Width D of a patch token.
         num_heads: Heads of the outer attention.
         mlp_ratio: Hidden width of both MLPs as a multiple of their tokens' width.
-        num_behind: Tokens after the patches that stand for none: 1 with a distillation token, 0 without. The
-            class token in front is always there.
+        num_behind: Tokens behind the patches: 1 with a distillation token, 0 without. The class token is always in
+            front.
 
     Attributes:
-        fused: What computes the inner block and the LayerNorm behind it in their modules' place; None for nothing.
+        fused: Computes the inner block and the LayerNorm behind it in place of their modules; None where they do.
 
     Raises:
-        UsageError: Where a number of heads does not divide its width.
+        UsageError: A number of heads does not divide its width.
 
     Source: arXiv:2502.16762 §3.2; arXiv:2103.00112 §2.
     """
@@ -121,15 +122,15 @@ class NestedBlock(nn.Module):
         self.num_behind = num_behind
 
     def forward(
-        self, pixels: Tensor, patches: Tensor, wanted: slice = ALL, *, plain: bool = False
+        self, pixels: Tensor, patches: Tensor, selection: slice = ALL, *, plain: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Apply the block.
 
         Args:
             pixels: `(B * P, M, c)` float.
             patches: `(B, 1 + P + num_behind, D)` float, class token first.
-            wanted: Which patch tokens are returned, W of them.
-            plain: Whether the modules compute the inner block even where it is fused.
+            selection: Which patch tokens are returned, W of them.
+            plain: Whether the modules compute the inner block although `fused` could.
 
         Returns:
             Pixels `(B * P, M, c)` and patches `(B, W, D)`.
@@ -137,7 +138,7 @@ class NestedBlock(nn.Module):
         pixels, normed = self._refine(pixels, plain)
         flat = rearrange(normed, "(b p) m c -> b p (m c)", b=patches.shape[0])
         residual = F.pad(self.pixels_to_patch(flat), (0, 0, 1, self.num_behind))
-        patches = self.outer(patches + residual, wanted)
+        patches = self.outer(patches + residual, selection)
         return pixels, patches
 
     @property
@@ -151,7 +152,7 @@ class NestedBlock(nn.Module):
         """Return the refined pixels and their LayerNorm, `(B * P, M, c)` each."""
         if self.fused is not None and not plain:
             return self.fused(pixels, inner_weights(self.inner, self.pixel_norm), self.inner.attention.num_heads)
-        # On a CPU bfloat16 gains nothing here: the tokens are too narrow for its matrix units.
+        # On a CPU bfloat16 is no faster here: the tokens are too narrow for its matrix units.
         with torch.autocast(pixels.device.type, enabled=False) if pixels.device.type == "cpu" else nullcontext():
             pixels = self.inner(pixels)
             return pixels, self.pixel_norm(pixels)
@@ -181,8 +182,8 @@ def inner_weights(block: EncoderBlock, norm: nn.LayerNorm) -> InnerWeights:
 class TNT(Student):
     """Transformer in transformer with a class token.
 
-    The patch tokens are learned, not projected from the image: only so do the paper's parameter count and
-    MACs come out. The image enters by the pixel tokens, which every block adds to the patches.
+    The patch tokens are learned, not projected from the image; otherwise parameters and MACs would not be the paper's.
+    The image enters by the pixel tokens, which every block adds to the patches.
 
     Args:
         num_classes: Classes K.
@@ -197,7 +198,7 @@ class TNT(Student):
         mlp_ratio: Hidden width of the MLPs as a multiple of their tokens' width.
 
     Raises:
-        UsageError: Where a size, or a number of heads, does not divide what it cuts.
+        UsageError: A size or a number of heads does not divide what it cuts.
 
     Source: arXiv:2502.16762 Table 3; arXiv:2103.00112 §2.
     Differs: from arXiv:2103.00112 in learned patch tokens, and in slicing the class token before the last
@@ -225,8 +226,9 @@ class TNT(Student):
         self.embedding = PixelEmbedding(
             image_size=image_size, patch_size=patch_size, pixel_size=pixel_size, pixel_width=pixel_width
         )
-        self.patch_tokens = learned(1 + self.embedding.num_patches, width)
-        self.patch_positions = learned(1 + self.embedding.num_patches, width)
+        num_tokens = 1 + self.embedding.num_patches + self.has_distillation_head
+        self.patch_tokens = learned(num_tokens, width)
+        self.patch_positions = learned(num_tokens, width)
         self.blocks = nn.ModuleList(
             NestedBlock(
                 num_pixels=self.embedding.num_pixels,
@@ -235,14 +237,26 @@ class TNT(Student):
                 width=width,
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,
-                num_behind=0,
+                num_behind=int(self.has_distillation_head),
             )
             for _ in range(depth)
         )
         self.class_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+        if self.has_distillation_head:
+            self.distillation_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
         initialise(self)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the tokens that the heads read, `(B, W, D)`: class token first, distillation token, if any, last."""
+        pixels = self.embedding(images)
+        patches = (self.patch_tokens + self.patch_positions).expand(images.shape[0], -1, -1)
+        *blocks, last = self.blocks
+        for block in blocks:
+            pixels, patches = block(pixels, patches, plain=self.plain)
+        encoded: Tensor = last(pixels, patches, self.head_tokens(patches.shape[1]), plain=self.plain)[1]
+        return encoded
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images.
 
         Args:
@@ -251,11 +265,5 @@ class TNT(Student):
         Returns:
             `(B, K)` class logits.
         """
-        pixels = self.embedding(images)
-        patches = (self.patch_tokens + self.patch_positions).expand(images.shape[0], -1, -1)
-        *blocks, last = self.blocks
-        for block in blocks:
-            pixels, patches = block(pixels, patches, plain=self.plain)
-        _, patches = last(pixels, patches, self.head_tokens(patches.shape[1]), plain=self.plain)
-        class_logits: Tensor = self.class_head(patches[:, 0])
+        class_logits: Tensor = self.class_head(self.encode(images)[:, 0])
         return class_logits

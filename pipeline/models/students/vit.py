@@ -1,4 +1,7 @@
-"""ViT: the plain vision transformer, the baseline without an inner path and without distillation."""
+"""ViT: the plain vision transformer, the baseline without an inner path and without distillation.
+
+DeiT is this class with `has_distillation_head`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class ViT(Student):
         mlp_ratio: Hidden width of the MLPs as a multiple of D.
 
     Raises:
-        UsageError: Where `patch_size` does not divide `image_size`, or `num_heads` not `width`.
+        UsageError: `patch_size` does not divide `image_size`, or `num_heads` does not divide `width`.
 
     Source: arXiv:2502.16762 Table 3; arXiv:2010.11929 Eq. 1 to 4.
     Differs: from arXiv:2010.11929 in queries, keys and values without bias (the paper's parameter count).
@@ -45,15 +48,32 @@ class ViT(Student):
         super().__init__()
         self.embedding = PatchEmbedding(image_size=image_size, patch_size=patch_size, width=width)
         self.class_token = learned(1, width)
-        self.positions = learned(1 + self.embedding.num_patches, width)
+        if self.has_distillation_head:
+            self.distillation_token = learned(1, width)
+        self.positions = learned(1 + self.embedding.num_patches + self.has_distillation_head, width)
         self.blocks = nn.ModuleList(
             EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.class_head = nn.Linear(width, num_classes)
+        if self.has_distillation_head:
+            self.distillation_head = nn.Linear(width, num_classes)
         initialise(self)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the tokens that the heads read, `(B, W, D)`: class token first, distillation token, if any, last."""
+        class_token = self.class_token.expand(images.shape[0], -1, -1)
+        tokens = [class_token, self.embedding(images)]
+        if self.has_distillation_head:
+            tokens.append(self.distillation_token.expand_as(class_token))
+        encoded = torch.cat(tokens, dim=1) + self.positions
+        *blocks, last = self.blocks
+        for block in blocks:
+            encoded = block(encoded)
+        normed: Tensor = self.norm(last(encoded, self.head_tokens(encoded.shape[1])))
+        return normed
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images.
 
         Args:
@@ -62,11 +82,5 @@ class ViT(Student):
         Returns:
             `(B, K)` class logits.
         """
-        class_token = self.class_token.expand(images.shape[0], -1, -1)
-        tokens = torch.cat([class_token, self.embedding(images)], dim=1) + self.positions
-        *blocks, last = self.blocks
-        for block in blocks:
-            tokens = block(tokens)
-        tokens = self.norm(last(tokens, self.head_tokens(tokens.shape[1])))
-        class_logits: Tensor = self.class_head(tokens[:, 0])
+        class_logits: Tensor = self.class_head(self.encode(images)[:, 0])
         return class_logits

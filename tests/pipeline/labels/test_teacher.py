@@ -143,7 +143,7 @@ def real_size(request: pytest.FixtureRequest) -> RealSize:
         for part in images.split(50):
             model(part)
     std, mean = torch.std_mean(find_logits(model.eval(), images), dim=0)
-    head = model.get_submodule(TEACHERS[request.param].head)
+    head = model.get_submodule(TEACHERS[request.param])
     assert isinstance(head, nn.Linear)
     with torch.no_grad():
         head.weight.mul_((SPREAD / std)[:, None])

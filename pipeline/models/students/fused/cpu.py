@@ -1,7 +1,7 @@
 """The fused inner block on the CPU: cpu.cpp, compiled for this processor on first use.
 
-A compiled library is kept in the user's cache directory under a name made of everything that decides it, so that a
-geometry is compiled once, in about two seconds, and never mistaken for another processor's.
+A compiled library is kept in the user's cache directory. Its name is a digest of all that decides its content, so a
+geometry is compiled once, in about two seconds, and another processor's library is never loaded.
 """
 
 from __future__ import annotations
@@ -22,31 +22,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.models.students.fused.interface import InnerWeights
+from pipeline.models.students.fused.interface import InnerWeights, register
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-# A whole compiler as a package of PyPI, in the extra `fast`.
+# A compiler in a package of PyPI, which the extra `fast` installs.
 ZIG = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-# What PyTorch may bring as its OpenMP runtime, beside its own libraries.
+# The OpenMP runtimes that PyTorch may bring.
 OPENMP = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
 SECONDS_TO_COMPILE = 300
 
 
 class NotAvailable(Exception):
-    """The library cannot be made here; the message says why in one phrase."""
+    """The library cannot be compiled or loaded here; the message says why in a phrase."""
 
 
 def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | None:
-    """Say why the fused inner block is not available; None where it is.
-
-    Args:
-        num_pixels: Pixel tokens M of a patch.
-        width: c.
-        num_heads: Heads.
-        hidden: Width of the MLP, rc.
-    """
+    """Say in a phrase why `inner_block` cannot compute M, c, heads and hidden width of the MLP; None if it can."""
     try:
         _library(num_pixels, width, num_heads, hidden)
     except NotAvailable as error:
@@ -55,12 +48,12 @@ def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | N
 
 
 def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Compute an inner block and the LayerNorm behind it, differentiable once.
+    """Refine the pixels of every patch, and normalise them; differentiable once.
 
     Args:
         pixels: `(N, M, c)` float32 on the CPU.
         weights: float32.
-        num_heads: Heads.
+        num_heads: Heads of the attention; the number divides c.
 
     Returns:
         The refined pixels and their LayerNorm, `(N, M, c)` float32 each. Autocast does not change them.
@@ -93,15 +86,14 @@ def _forward(pixels: Tensor, weights: list[Tensor], num_heads: int) -> tuple[Ten
     "titn::inner_block_cpp_backward",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor pixels, Tensor[] weights, int num_heads, Tensor refined_gradient, Tensor normed_gradient)"
+    schema="(Tensor pixels, Tensor[] weights, Tensor refined_gradient, Tensor normed_gradient, int num_heads)"
     " -> (Tensor, Tensor)",
 )
 def _backward(
-    pixels: Tensor, weights: list[Tensor], num_heads: int, refined_gradient: Tensor, normed_gradient: Tensor
+    pixels: Tensor, weights: list[Tensor], refined_gradient: Tensor, normed_gradient: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the pixels and of all weights, one after another."""
     pixels, weights = _contiguous(pixels), [_contiguous(weight) for weight in weights]
-    refined_gradient, normed_gradient = _contiguous(refined_gradient), _contiguous(normed_gradient)
     gradient = torch.empty_like(pixels)
     sums = torch.zeros(torch.get_num_threads(), sum(weight.numel() for weight in weights))
     _geometry_library(pixels, weights, num_heads).inner_block_backward(
@@ -117,33 +109,7 @@ def _backward(
     return gradient, sums.sum(0)
 
 
-@_forward.register_fake
-def _(pixels: Tensor, weights: list[Tensor], num_heads: int) -> tuple[Tensor, Tensor]:
-    return pixels.new_empty(pixels.shape), pixels.new_empty(pixels.shape)
-
-
-@_backward.register_fake
-def _(
-    pixels: Tensor, weights: list[Tensor], num_heads: int, refined_gradient: Tensor, normed_gradient: Tensor
-) -> tuple[Tensor, Tensor]:
-    return pixels.new_empty(pixels.shape), pixels.new_empty(sum(weight.numel() for weight in weights))
-
-
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, list[Tensor], int], output: object) -> None:
-    pixels, weights, ctx.num_heads = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(pixels, *weights)
-
-
-def _differentiate(
-    ctx: torch.autograd.function.FunctionCtx, refined_gradient: Tensor, normed_gradient: Tensor
-) -> tuple[Tensor, list[Tensor], None]:
-    pixels, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
-    gradient, flat = _backward(pixels, weights, ctx.num_heads, refined_gradient, normed_gradient)  # type: ignore[attr-defined]
-    parts = flat.split([weight.numel() for weight in weights])
-    return gradient, [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)], None
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
+register(_forward, _backward)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -162,7 +128,7 @@ def _geometry_library(pixels: Tensor, weights: list[Tensor], num_heads: int) -> 
 
 @functools.cache
 def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes.CDLL:
-    """Load the library of a geometry, compiling it where it is not in the cache.
+    """Load the library of a geometry; compile it first if it is not in the cache.
 
     Raises:
         NotAvailable: There is no compiler, no OpenMP runtime, or the compiler fails.
@@ -172,7 +138,8 @@ def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes
     command = [*compiler, *FLAGS, *(f"-D{name}={size}" for name, size in sizes.items()), str(SOURCE), _openmp()]
     parts = [SOURCE.read_text(), " ".join(command), _version(compiler), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    path = _cache() / f"inner_block-{digest}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "titn-pipeline" / f"inner_block-{digest}.so"
     try:
         if not path.exists():
             _compile(command, path)
@@ -188,46 +155,41 @@ def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compile beside `path` and rename, so that processes that start together never load half a library."""
+    """Compile beside `path` and rename, so that another process never loads half a library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        made = Path(directory) / path.name
+        library = Path(directory) / path.name
         try:
             subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, text=True, check=True, timeout=SECONDS_TO_COMPILE
+                [*command, "-o", str(library)], capture_output=True, text=True, check=True, timeout=SECONDS_TO_COMPILE
             )
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or ["no message"]
-            raise NotAvailable(f"{command[0]} fails: {_error_of(lines)}") from error
+            reason = next((line for line in lines if "error" in line), lines[0])
+            raise NotAvailable(f"{command[0]} fails: {reason}") from error
         except subprocess.TimeoutExpired as error:
             raise NotAvailable(f"{command[0]} takes more than {SECONDS_TO_COMPILE} s") from error
-        made.replace(path)
-
-
-def _error_of(lines: list[str]) -> str:
-    """Return the line of a compiler's output that tells most."""
-    return next((line for line in lines if "error" in line), lines[0])
+        library.replace(path)
 
 
 def _compiler() -> tuple[str, ...]:
-    """Return the compiler's command: $CXX, or the first of COMPILERS that is there, or ZIG."""
+    """Return the compiler's command: $CXX, or the first of COMPILERS on the PATH, or ZIG."""
     if chosen := os.environ.get("CXX", "").split():
         return tuple(chosen)
-    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if found is not None:
-        return (found,)
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return (path,)
     if importlib.util.find_spec("ziglang") is not None:
         return ZIG
     raise NotAvailable("no C++ compiler; install one, or the extra `fast`, or set CXX")
 
 
 def _version(compiler: Sequence[str]) -> str:
-    """Return what a compiler says of itself."""
+    """Return what a compiler prints as its version."""
     try:
-        found = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NotAvailable(f"{' '.join(compiler)} does not run") from error
-    return found.stdout
 
 
 def _openmp() -> str:
@@ -240,14 +202,9 @@ def _openmp() -> str:
 
 
 def _processor() -> str:
-    """Return what tells processors apart that -march=native compiles differently for."""
+    """Return the model and features of the processor, which decide what -march=native compiles."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-
-
-def _cache() -> Path:
-    """Return the directory of compiled libraries."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titn-pipeline"

@@ -1,9 +1,9 @@
-"""How the inner blocks of TNT and TITN are computed: by PyTorch's own operations, or fused into one.
+"""What a fused inner block of TNT and TITN is given, what it returns, and how PyTorch differentiates it.
 
-256 pixel tokens of width 12 for every image make matrices so small that time goes into passes over memory: PyTorch's
-operations make dozens of them, forward and backward. A fused inner block keeps one patch's tokens in registers
-or shared memory from the first LayerNorm to the last, and computes them a second time in the backward pass instead of
-keeping them.
+256 pixel tokens of width 12 per image make matrices so small that passes over memory take most of the time, and
+PyTorch's operations make dozens of passes, forward and backward. A fused inner block keeps a patch's tokens in
+registers or shared memory from the first LayerNorm to the last. The backward pass computes them again instead of
+storing them.
 
 Letters: N patches of all images, M pixel tokens of a patch, c their width, r the MLP's ratio.
 """
@@ -11,9 +11,11 @@ Letters: N patches of all images, M pixel tokens of a patch, c their width, r th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 
 class InnerWeights(NamedTuple):
@@ -52,3 +54,36 @@ class InnerWeights(NamedTuple):
 
 InnerBlock = Callable[[Tensor, InnerWeights, int], tuple[Tensor, Tensor]]
 """Maps (pixels `(N, M, c)` float32, weights, heads) to the refined pixels and their LayerNorm, both `(N, M, c)`."""
+
+
+def register(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Tell PyTorch how to differentiate an inner block, and what shapes its two operators return.
+
+    Args:
+        forward: (pixels, weights, *options) to the refined pixels and their LayerNorm.
+        backward: (pixels, weights, refined_gradient, normed_gradient, *options), both gradients contiguous, to the
+            pixels' gradient and those of all weights, flat, one after another.
+    """
+
+    @forward.register_fake
+    def _(pixels: Tensor, weights: list[Tensor], *options: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(pixels), torch.empty_like(pixels)
+
+    @backward.register_fake
+    def _(pixels: Tensor, weights: list[Tensor], *rest: object) -> tuple[Tensor, Tensor]:
+        num_parameters = sum(weight.numel() for weight in weights)
+        return torch.empty_like(pixels), pixels.new_empty(num_parameters, dtype=torch.float32)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        pixels, weights, *ctx.options = inputs
+        ctx.save_for_backward(pixels, *weights)
+
+    def differentiate(ctx: Any, refined_gradient: Tensor, normed_gradient: Tensor) -> tuple[Any, ...]:
+        pixels, *weights = ctx.saved_tensors
+        directions = refined_gradient.contiguous(), normed_gradient.contiguous()
+        pixels_gradient, flat = backward(pixels, weights, *directions, *ctx.options)
+        parts = flat.split([weight.numel() for weight in weights])
+        gradients = [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+        return pixels_gradient, gradients, *[None for _ in ctx.options]
+
+    forward.register_autograd(differentiate, setup_context=keep)

@@ -1,4 +1,4 @@
-"""How the Triton kernels divide a problem into tiles."""
+"""How the Triton kernels divide patches into tiles."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Geometry(NamedTuple):
     Attributes:
         num_pixels: M.
         width: c.
-        num_heads: Heads; they divide c.
+        num_heads: Heads; the number divides c.
         hidden: Width of the MLP's hidden layer.
-        spacing: Rows from one patch of a tile to the next, a power of two not below M.
-        rows: T, rows of a tile, a power of two not below `spacing` nor 16, the least that matrix units take.
-        columns: C, columns of a tile, a power of two above c and not below 16.
+        spacing: Rows from one patch of a tile to the next, a power of two, at least M.
+        rows: T, rows of a tile, a power of two, at least `spacing` and at least 16, which matrix units need.
+        columns: C, columns of a tile, a power of two above c, at least 16.
         chunk: H, columns of the hidden layer that are computed at a time.
-        num_chunks: How often that is.
-        precision: What products make of float32: "tf32", or "tf32x3".
+        num_chunks: Chunks of the hidden layer.
+        precision: Of float32 products: "tf32", or "tf32x3".
     """
 
     num_pixels: int
@@ -35,7 +35,7 @@ class Geometry(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        """Warps of a program: one for every 16 rows, that it may compute without waiting for others."""
+        """Warps of a program: one for every 16 rows, so that none waits for another."""
         return self.rows // 16
 
     @property
@@ -46,7 +46,7 @@ class Geometry(NamedTuple):
 
 @functools.cache
 def geometry(num_pixels: int, width: int, num_heads: int, hidden: int, precision: str) -> Geometry:
-    """Choose how a geometry that `why_not` has nothing against is laid out in tiles."""
+    """Lay out in tiles a geometry that `pipeline.models.students.fused.cuda.why_not` accepts."""
     spacing = _power_of_two(num_pixels)
     return Geometry(
         num_pixels=num_pixels,
