@@ -66,7 +66,7 @@ def test_a_file_that_keeps_less_than_is_asked_is_refused_with_the_way_out(projec
     out = run(project, "label", code=3)
     assert "recipes.smoke.label.topk asks for topk=4" in out and "`pipeline label --fresh`" in out
     dry = run(project, "teacher-select", "--teachers", "squeezenet1_1", "--dry-run")
-    assert "label default: refused: " in dry and "keeps argmax" in dry and "asks for topk=4" in dry
+    assert "labels of the views default: refused: " in dry and "keeps argmax" in dry and "asks for topk=4" in dry
     assert (project.path / FILE).read_bytes() == before
     run(project, "label", "--fresh")
     assert kept(project).topk == 4
