@@ -146,15 +146,18 @@ def bytes_per_view(directory: Path) -> Row:
         path = directory / f"{num_views}.h5"
         training.seal_random_labels(path, num_views=num_views, num_samples=EPOCH_IMAGES)
         sizes[num_views] = path.stat().st_size
-    each = (sizes[9] - sizes[1]) / 8
+    view_bytes = (sizes[9] - sizes[1]) / 8
     return Row(
         what=f"label cache of {EPOCH_IMAGES:,} samples",
-        ours=each,
+        ours=view_bytes,
         peer=float(EPOCH_IMAGES),
         peer_name="one byte a label, nothing else",
         unit="bytes/view",
-        ratio=EPOCH_IMAGES / each,
-        details={"bytes_of_views": sizes, f"extrapolated_bytes_of_{VIEWS}_views": sizes[9] + (VIEWS - 9) * each},
+        ratio=EPOCH_IMAGES / view_bytes,
+        details={
+            "bytes_of_views": sizes,
+            f"extrapolated_bytes_of_{VIEWS}_views": sizes[9] + (VIEWS - 9) * view_bytes,
+        },
     )
 
 
@@ -163,22 +166,22 @@ def add_break_even(
 ) -> None:
     """Work out from how many students, or up to how many views, the cache costs less than asking in every step."""
     label_seconds = label.ours * 1e-6 * EPOCH_IMAGES
-    found = []
+    entries = []
     for name, seconds in epochs.items():
         for online in (ONLINE_STOCK, ONLINE_FOLDED):
             saved = seconds[online] - seconds[CACHED]
             figures = break_even(label_seconds, float(np.median(saved)))
             spread = {"saved_seconds_per_epoch": quartiles(saved)}
-            found.append({"student": name, "online": f"{online} {teacher}", **figures, "spread": spread})
+            entries.append({"student": name, "online": f"{online} {teacher}", **figures, "spread": spread})
     report.extra["break_even"] = {
         "epochs": EPOCHS,
         "samples": EPOCH_IMAGES,
         "label_seconds_per_view": label_seconds,
-        "found": found,
+        "found": entries,
         "note": NOTE,
     }
     keys = ("saved_seconds_per_epoch", "students_at_as_many_views_as_epochs", "views_for_one_student")
-    cells = [(each["student"], each["online"], *(figure(each[key]) for key in keys)) for each in found]
+    cells = [(entry["student"], entry["online"], *(figure(entry[key]) for key in keys)) for entry in entries]
     columns = ("student", "cached instead of", "s saved an epoch", "S at V = E", "V at S = 1")
     title = f"Break-even: E = {EPOCHS}, N = {EPOCH_IMAGES:,}, {figure(label_seconds)} s to label a view"
     report.tables.append(text_table(title, columns, cells, NOTE))

@@ -261,10 +261,10 @@ def _best_seconds(target: torch.Tensor, source: torch.Tensor, *, product: bool, 
     return best
 
 
-def _merged(found: Iterable[Operation]) -> list[Operation]:
+def _merged(unmerged: Iterable[Operation]) -> list[Operation]:
     """Add up the operations of the same name, in the order in which they first occur."""
     by_name: dict[tuple[str, str, str], list[Operation]] = {}
-    for operation in found:
+    for operation in unmerged:
         by_name.setdefault((operation.path, operation.fused_pass, operation.name), []).append(operation)
     return [
         Operation(

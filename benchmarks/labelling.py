@@ -126,9 +126,9 @@ def normalized_batches(views: Views, batch_size: int) -> list[Tensor]:
 
 def _channels_last(model: nn.Module, device: torch.device, batch_size: int, precision: str) -> Teacher:
     """Return the teacher unfolded, channels last."""
-    own = copy.deepcopy(model).to(device)
-    own.to(memory_format=torch.channels_last)
-    return Teacher(own, MEAN, STD, precision, batch_size)
+    copied = copy.deepcopy(model).to(device)
+    copied.to(memory_format=torch.channels_last)
+    return Teacher(copied, MEAN, STD, precision, batch_size)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Contender:
 
 def recipe(student: str, depth: int | None = None) -> StudentRecipe:
     """Return a student's recipe of cifar100, with `depth` blocks where given."""
-    own = training.recipe().students[student]
-    return own if depth is None else dataclasses.replace(own, depth=depth)
+    student_recipe = training.recipe().students[student]
+    return student_recipe if depth is None else dataclasses.replace(student_recipe, depth=depth)
 
 
 def contenders(
@@ -112,10 +112,10 @@ def build(contender: Contender, device: torch.device, *, student: str, depth: in
     """
     torch.manual_seed(0)
     if contender.is_ours:
-        own = _student(contender.model, depth).to(device)
+        network = _student(contender.model, depth).to(device)
         if contender.inner_block is not None:
-            use_inner_block(own, contender.inner_block, device)
-        model: nn.Module = own
+            use_inner_block(network, contender.inner_block, device)
+        model: nn.Module = network
     else:
         model = PEERS[contender.model].build(recipe(student, depth)).to(device)
     if contender.run_as in (COMPILED, GRAPHS):
@@ -138,19 +138,19 @@ def turn(
     model, precision = build(contender, batch.images.device, student=student, depth=depth), contender.precision
     if operation == FORWARD:
         return steps.forward_pass(model.eval(), batch, precision=precision)
-    own = recipe(student, depth)
+    student_recipe = recipe(student, depth)
     captured = contender.run_as == CAPTURED
-    optimizer = steps.at_rest(build_optimizer(model.train().parameters(), own, captured=captured))
+    optimizer = steps.at_rest(build_optimizer(model.train().parameters(), student_recipe, captured=captured))
     if not contender.is_ours:
         return steps.plain_step(model, batch, optimizer=optimizer, precision=precision)
     return steps.our_step(
         model,
         batch,
-        recipe=own,
-        objective=objective(own),
+        recipe=student_recipe,
+        objective=objective(student_recipe),
         optimizer=optimizer,
         precision=precision,
-        micro_batch=Execution.of(own, batch.images.device).micro_batch,
+        micro_batch=Execution.of(student_recipe, batch.images.device).micro_batch,
         captured=captured,
     )
 

@@ -29,7 +29,7 @@ class Peer:
     build: Callable[[StudentRecipe], nn.Module]
 
 
-def timm_tnt(own: StudentRecipe) -> nn.Module:
+def timm_tnt(recipe: StudentRecipe) -> nn.Module:
     """Build timm's TNT.
 
     Differs from ours: pixels are embedded by a 7x7 convolution of stride 2 inside each patch instead of a linear map of
@@ -39,20 +39,20 @@ def timm_tnt(own: StudentRecipe) -> nn.Module:
 
     model: nn.Module = TNT(
         img_size=SIZE,
-        patch_size=own.patch_size,
+        patch_size=recipe.patch_size,
         num_classes=NUM_CLASSES,
-        embed_dim=own.width,
-        inner_dim=own.pixel_width,
-        depth=own.depth,
-        num_heads_inner=own.pixel_heads,
-        num_heads_outer=own.num_heads,
+        embed_dim=recipe.width,
+        inner_dim=recipe.pixel_width,
+        depth=recipe.depth,
+        num_heads_inner=recipe.pixel_heads,
+        num_heads_outer=recipe.num_heads,
         mlp_ratio=4.0,
-        first_stride=own.pixel_size,
+        first_stride=recipe.pixel_size,
     )
     return model
 
 
-def lucidrains_tnt(own: StudentRecipe) -> nn.Module:
+def lucidrains_tnt(recipe: StudentRecipe) -> nn.Module:
     """Build the TNT of `transformer-in-transformer`.
 
     Differs from ours: heads and their width are the same on both paths, so that the inner attention, 12 wide with us,
@@ -67,44 +67,44 @@ def lucidrains_tnt(own: StudentRecipe) -> nn.Module:
     tnt.repeat = lambda *arguments, **sizes: einops.repeat(*arguments, **sizes).clone()
     model: nn.Module = tnt.TNT(
         image_size=SIZE,
-        patch_dim=own.width,
-        pixel_dim=own.pixel_width,
-        patch_size=own.patch_size,
-        pixel_size=own.pixel_size,
-        depth=own.depth,
+        patch_dim=recipe.width,
+        pixel_dim=recipe.pixel_width,
+        patch_size=recipe.patch_size,
+        pixel_size=recipe.pixel_size,
+        depth=recipe.depth,
         num_classes=NUM_CLASSES,
-        heads=own.num_heads,
-        dim_head=own.width // own.num_heads,
+        heads=recipe.num_heads,
+        dim_head=recipe.width // recipe.num_heads,
     )
     return model
 
 
-def timm_vit(own: StudentRecipe) -> nn.Module:
+def timm_vit(recipe: StudentRecipe) -> nn.Module:
     """Build timm's ViT; differs from ours in queries, keys and values with bias."""
     from timm.models.vision_transformer import VisionTransformer
 
     model: nn.Module = VisionTransformer(
         img_size=SIZE,
-        patch_size=own.patch_size,
+        patch_size=recipe.patch_size,
         num_classes=NUM_CLASSES,
-        embed_dim=own.width,
-        depth=own.depth,
-        num_heads=own.num_heads,
+        embed_dim=recipe.width,
+        depth=recipe.depth,
+        num_heads=recipe.num_heads,
     )
     return model
 
 
-def timm_deit(own: StudentRecipe) -> nn.Module:
+def timm_deit(recipe: StudentRecipe) -> nn.Module:
     """Build timm's distilled DeiT, which trains with both heads; differs from ours as its ViT does."""
     from timm.models.deit import VisionTransformerDistilled
 
     model = VisionTransformerDistilled(
         img_size=SIZE,
-        patch_size=own.patch_size,
+        patch_size=recipe.patch_size,
         num_classes=NUM_CLASSES,
-        embed_dim=own.width,
-        depth=own.depth,
-        num_heads=own.num_heads,
+        embed_dim=recipe.width,
+        depth=recipe.depth,
+        num_heads=recipe.num_heads,
     )
     model.set_distilled_training(True)
     built: nn.Module = model

@@ -84,12 +84,12 @@ def compare_family(students: Sequence[str], report: Report, peaks: floor.Peaks, 
     def wanted(who: Contender) -> bool:
         return options.only is None or any(part in who.name for part in options.only.split(","))
 
-    found = [
+    families = [
         list(filter(wanted, contenders(name, report, device, depth=depth, compiled=options.compiled)))
         for name in students
     ]
-    everyone = {who: students[0] for who in found[0]} | {
-        who: name for name, own in zip(students, found, strict=True) for who in own if who.is_ours
+    everyone = {who: students[0] for who in families[0]} | {
+        who: name for name, family in zip(students, families, strict=True) for who in family if who.is_ours
     }
     for who, student in everyone.items():
         if who.model not in report.extra["parameters"]:
@@ -178,8 +178,10 @@ def least_seconds(
     """Return everyone's floor, seconds: of the student whose geometry it has, in its own precision."""
     floors = {}
     for who, student in everyone.items():
-        own = recipe(student, options.depth)
-        counted = floor.operations(own, batch_size=batch_size, precision=who.precision, training=operation == TRAINING)
+        student_recipe = recipe(student, options.depth)
+        counted = floor.operations(
+            student_recipe, batch_size=batch_size, precision=who.precision, training=operation == TRAINING
+        )
         floors[who] = floor.floor(counted, peaks, who.precision).fused
     return floors
 
@@ -210,24 +212,24 @@ def rows(
     """
     peers = {who: values for who, values in figures.items() if not who.is_ours}
     best_peer = min(peers, key=lambda who: float(np.median(peers[who])), default=None)
-    found = []
+    compared = []
 
-    def add(what: str, own: Contender, peer: Contender | None, goal: float | None = None) -> None:
-        details: dict[str, Any] = {"ours_name": own.name}
-        for prefix, who in (("", own), ("peer_", peer)):
+    def add(what: str, ours: Contender, peer: Contender | None, goal: float | None = None) -> None:
+        details: dict[str, Any] = {"ours_name": ours.name}
+        for prefix, who in (("", ours), ("peer_", peer)):
             if who is not None and who in floors:
                 details[f"{prefix}floor"] = scale * floors[who]
                 details[f"{prefix}floor_ratio"] = float(np.median(figures[who])) / floors[who]
         if peer is None:
-            found.append(_alone(what, scale * figures[own], unit, details))
+            compared.append(_alone(what, scale * figures[ours], unit, details))
             return
-        pair = (scale * figures[own], scale * figures[peer])
-        found.append(compare(what, *pair, peer.name, unit=unit, higher_is_better=False, goal=goal, **details))
+        pair = (scale * figures[ours], scale * figures[peer])
+        compared.append(compare(what, *pair, peer.name, unit=unit, higher_is_better=False, goal=goal, **details))
 
     at = f"{operation} at batch {batch_size}"
     for student in students:
-        own = [who for who in figures if who.model == student]
-        trained_so = [who for who in own if who.run_as != GRAPHS]
+        settings = [who for who in figures if who.model == student]
+        trained_so = [who for who in settings if who.run_as != GRAPHS]
         if not trained_so:
             continue  # left out, and told so
         best = min(trained_so, key=lambda who: float(np.median(figures[who])))
@@ -236,12 +238,12 @@ def rows(
             add(f"titn {TRAINING} b{GOAL_BATCH}", best, best_peer, GOAL if full_size else None)
         else:
             add(f"{student}, {at}", best, best_peer)
-        for who in own:
+        for who in settings:
             add(f"{who.name}, {at}", who, best_peer)
         if student == students[0]:
             for who in peers:
                 add(f"{who.name}, {at}", best, who)
-    return found
+    return compared
 
 
 def _alone(what: str, values: NDArray[np.float64], unit: str, details: Mapping[str, Any]) -> Row:

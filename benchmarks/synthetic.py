@@ -43,8 +43,8 @@ def _images(num_images: int, size: int, generator: torch.Generator) -> Tensor:
     cells, amplitude = 2, 1.0
     while cells <= size:
         shared = torch.randn(num_images, 1, cells, cells, generator=generator)
-        own = torch.randn(num_images, 3, cells, cells, generator=generator)
-        noise = 0.75**0.5 * shared + 0.25**0.5 * own
+        independent = torch.randn(num_images, 3, cells, cells, generator=generator)
+        noise = 0.75**0.5 * shared + 0.25**0.5 * independent
         total += amplitude * functional.interpolate(noise, size=(size, size), mode="bilinear", align_corners=False)
         cells, amplitude = 2 * cells, amplitude / 2
     total = (total - total.mean(dim=(0, 2, 3), keepdim=True)) / total.std(dim=(0, 2, 3), keepdim=True)

@@ -77,14 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def teacher_rows(name: str, batch: Batch, settings: Sequence[Setting], options: argparse.Namespace) -> list[Row]:
     """Compare training step and forward pass of one teacher with every setting."""
     model, precision = built_teachers.build(name), resolve_precision("auto", options.device)
-    found = []
+    compared = []
     for operation in ("training step", "forward"):
         turns = {"ours": our_turn(name, model, batch, operation, precision)}
         turns |= {setting.name: plain_turn(name, model, batch, operation, setting) for setting in settings}
         repeated = {who: steps.repeated(run, options.steps) for who, run in turns.items()}
         seconds = interleave(repeated, rounds=options.rounds, device=options.device)
         torch._dynamo.reset()
-        found += [
+        compared += [
             compare(
                 f"{name}, {operation} at batch {options.batch_size}",
                 1e3 * seconds["ours"] / options.steps,
@@ -96,36 +96,36 @@ def teacher_rows(name: str, batch: Batch, settings: Sequence[Setting], options: 
             )
             for setting in settings
         ]
-    return found
+    return compared
 
 
 def our_turn(name: str, model: nn.Module, batch: Batch, operation: str, precision: str) -> Callable[[], object]:
     """Return a training step or forward pass as `pipeline teacher` does it."""
-    own = _copy(model, batch, channels_last=True)
+    copied = _copy(model, batch, channels_last=True)
     if operation == "forward":
-        return steps.forward_pass(own.eval(), batch, precision=precision)
+        return steps.forward_pass(copied.eval(), batch, precision=precision)
     recipe = _recipe(name)
-    optimizer = steps.at_rest(build_optimizer(own.train().parameters(), recipe))
+    optimizer = steps.at_rest(build_optimizer(copied.train().parameters(), recipe))
     loss = objective(recipe)
-    return steps.our_step(own, batch, recipe=recipe, objective=loss, optimizer=optimizer, precision=precision)
+    return steps.our_step(copied, batch, recipe=recipe, objective=loss, optimizer=optimizer, precision=precision)
 
 
 def plain_turn(name: str, model: nn.Module, batch: Batch, operation: str, setting: Setting) -> Callable[[], object]:
     """Return the same in a setting of torchvision's users, with torch.optim.SGD as it is by default."""
-    own, recipe = _copy(model, batch, channels_last=setting.channels_last), _recipe(name)
+    copied, recipe = _copy(model, batch, channels_last=setting.channels_last), _recipe(name)
     if setting.compiled:
-        own.compile(dynamic=False)
+        copied.compile(dynamic=False)
     if operation == "forward":
-        return steps.forward_pass(own.eval(), batch, precision=setting.precision)
+        return steps.forward_pass(copied.eval(), batch, precision=setting.precision)
     optimizer = torch.optim.SGD(
-        own.train().parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        copied.train().parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    return steps.plain_step(own, batch, optimizer=steps.at_rest(optimizer), precision=setting.precision)
+    return steps.plain_step(copied, batch, optimizer=steps.at_rest(optimizer), precision=setting.precision)
 
 
 def _copy(model: nn.Module, batch: Batch, *, channels_last: bool) -> nn.Module:
-    own = copy.deepcopy(model).to(batch.images.device)
-    return own.to(memory_format=torch.channels_last) if channels_last else own
+    copied = copy.deepcopy(model).to(batch.images.device)
+    return copied.to(memory_format=torch.channels_last) if channels_last else copied
 
 
 def _recipe(name: str) -> TeacherRecipe:

@@ -70,19 +70,23 @@ def make_fit(
         batch_size: Samples a step.
         depth: Blocks L; None takes the recipe's.
     """
-    own = recipe().students[name]
-    own = dataclasses.replace(own, batch_size=batch_size, depth=own.depth if depth is None else depth)
+    student_recipe = recipe().students[name]
+    student_recipe = dataclasses.replace(
+        student_recipe, batch_size=batch_size, depth=student_recipe.depth if depth is None else depth
+    )
     device = views.images.device
-    model = build_student(own.model, **student_arguments(own, num_classes=NUM_CLASSES, image_size=SIZE)).to(device)
-    inner_block = use_inner_block(model, own.inner_block, device)
+    model = build_student(
+        student_recipe.model, **student_arguments(student_recipe, num_classes=NUM_CLASSES, image_size=SIZE)
+    ).to(device)
+    inner_block = use_inner_block(model, student_recipe.inner_block, device)
     return Fit(
         model=model,
         data=TrainingData(views, MEAN, STD, num_views, teacher_labels),
         evaluation=EvaluationData(next(in_batches(views.images, 1)), views.labels[:1], MEAN, STD, NUM_CLASSES),
-        objective=objective(own),
-        recipe=own,
-        ema=own.ema,
-        execution=Execution.of(own, device, inner_block=inner_block),
+        objective=objective(student_recipe),
+        recipe=student_recipe,
+        ema=student_recipe.ema,
+        execution=Execution.of(student_recipe, device, inner_block=inner_block),
         session=Session(RunState(Path("unused"), ""), Silence()),
     )
 

@@ -147,12 +147,12 @@ class Single(NamedTuple):
 
 def policy_operations() -> dict[str, Single]:
     """Return every operation of the policy, where it occurs first with a probability."""
-    found: dict[str, Single] = {}
+    first_uses: dict[str, Single] = {}
     for row, sub_policy in enumerate(CIFAR10_POLICY):
         for place, (name, probability, magnitude_bin) in enumerate(sub_policy):
             if probability > 0:
-                found.setdefault(name, Single(row, place, magnitude_bin))
-    return found
+                first_uses.setdefault(name, Single(row, place, magnitude_bin))
+    return first_uses
 
 
 def single_operations(report: Report, images: Tensor, labels: Tensor, options: argparse.Namespace) -> list[Row]:

@@ -166,7 +166,7 @@ def test_cached_labels_are_compared_with_online_ones_and_the_break_even_is_told(
     assert 50_000 < file["ours"] < 51_000
     assert 30.0e6 < file["extrapolated_bytes_of_600_views"] < 30.6e6
     assert sum("label by" in row["what"] for row in report["rows"]) == 2
-    assert [each["online"] for each in report["break_even"]["found"]] == [
+    assert [entry["online"] for entry in report["break_even"]["found"]] == [
         "online, stock fp32 squeezenet1_1",
         "online, folded squeezenet1_1",
     ]
@@ -190,9 +190,9 @@ def test_images_in_a_file_are_read_streamed_digested_and_decoded(
 def test_the_break_even_solves_the_inequality() -> None:
     from benchmarks.distill import EPOCHS, break_even
 
-    found = break_even(label_seconds=3.0, saved_seconds=2.0)
-    assert found["students_at_as_many_views_as_epochs"] == 1.5
-    assert found["views_for_one_student"] == EPOCHS * 2 / 3
+    solution = break_even(label_seconds=3.0, saved_seconds=2.0)
+    assert solution["students_at_as_many_views_as_epochs"] == 1.5
+    assert solution["views_for_one_student"] == EPOCHS * 2 / 3
     nothing = break_even(label_seconds=3.0, saved_seconds=-0.1)
     assert nothing["students_at_as_many_views_as_epochs"] is nothing["views_for_one_student"] is None
 

@@ -61,8 +61,8 @@ def test_the_floor_is_the_longer_of_flops_and_bytes_of_each_pass() -> None:
         Operation(INNER, "a", "sum", flops=0.0, bytes_apart=20.0, bytes_fused=10.0),
         Operation(OUTER, "a", "sum", flops=0.0, bytes_apart=20.0, bytes_fused=15.0),
     ]
-    found = floor.floor(counted, peaks, "fp32")
-    assert (found.compute, found.apart, found.fused) == (10.0, 10.0 + 4.0 + 4.0, 10.0 + 3.0)
+    shortest = floor.floor(counted, peaks, "fp32")
+    assert (shortest.compute, shortest.apart, shortest.fused) == (10.0, 10.0 + 4.0 + 4.0, 10.0 + 3.0)
 
 
 def test_peaks_are_measured_where_no_data_sheet_is_known() -> None:

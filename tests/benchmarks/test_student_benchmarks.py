@@ -38,8 +38,8 @@ def test_only_who_is_asked_for_takes_part(tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("timm", reason="a peer, in the extra `bench`")
     sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4", "--only", "vit bf16,ViT bf16")
     report = run(students, monkeypatch, tmp_path / "students.json", *sizes)
-    found = {row["what"].split(", ")[0] for row in report["rows"]}
-    assert found == {"vit", "vit bf16 eager", "timm ViT bf16 eager"}
+    names = {row["what"].split(", ")[0] for row in report["rows"]}
+    assert names == {"vit", "vit bf16 eager", "timm ViT bf16 eager"}
 
 
 @pytest.mark.usefixtures("quick_surroundings")
@@ -79,21 +79,21 @@ def test_the_goal_is_for_the_best_setting_that_a_recipe_has_beside_the_fastest_p
     }
     options = argparse.Namespace(depth=None)
     floors = {who: 0.5 for who in figures}
-    found = {row.what: row for row in students.rows(["titn"], figures, TRAINING, 128, "ms", 1e3, floors, options)}
-    judged = found.pop(JUDGED)
+    rows = {row.what: row for row in students.rows(["titn"], figures, TRAINING, 128, "ms", 1e3, floors, options)}
+    judged = rows.pop(JUDGED)
     assert (judged.ours, judged.peer, judged.ratio, judged.goal) == (1000.0, 6000.0, 6.0, 1.5)
     assert judged.peer_name == "timm TNT bf16 compiled"
     assert judged.details["ours_name"] == "titn plain bf16 compiled"
     assert (judged.details["floor_ratio"], judged.details["peer_floor_ratio"]) == (2.0, 12.0)
-    assert not any(JUDGED in what for what in found)
-    assert found["titn c++ bf16 eager, training step at batch 128"].ratio == 3.0
-    assert found["timm TNT fp32 eager, training step at batch 128"].ratio == 8.0
+    assert not any(JUDGED in what for what in rows)
+    assert rows["titn c++ bf16 eager, training step at batch 128"].ratio == 3.0
+    assert rows["timm TNT fp32 eager, training step at batch 128"].ratio == 8.0
 
 
 def test_students_stand_alone_where_no_peer_is_installed() -> None:
     options = argparse.Namespace(depth=None)
-    found = students.rows(["titn"], {TITN: np.array([4.0])}, TRAINING, 128, "ms", 1.0, {}, options)
-    assert [(row.what, row.ours, row.peer, row.ratio) for row in found] == [
+    rows = students.rows(["titn"], {TITN: np.array([4.0])}, TRAINING, 128, "ms", 1.0, {}, options)
+    assert [(row.what, row.ours, row.peer, row.ratio) for row in rows] == [
         ("titn, training step at batch 128", 4.0, None, None),
         ("titn plain fp32 eager, training step at batch 128", 4.0, None, None),
     ]

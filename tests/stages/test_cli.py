@@ -93,15 +93,15 @@ def test_the_predictions_of_the_test_images_give_the_scores(finished: Project, m
 
 
 def test_every_models_metrics_have_the_same_keys_and_no_times(finished: Project) -> None:
-    found = [metrics(path.parent) for path in sorted(finished.data.rglob("metrics.json"))]
-    assert len(found) == 4
+    all_metrics = [metrics(path.parent) for path in sorted(finished.data.rglob("metrics.json"))]
+    assert len(all_metrics) == 4
 
     def keys(tree: object) -> object:
         return {key: keys(value) for key, value in tree.items() if key != "teacher"} if isinstance(tree, dict) else None
 
-    assert all(keys(each) == keys(found[0]) for each in found)
-    assert "seconds" not in json.dumps(found)
-    assert "date" not in json.dumps(found)
+    assert all(keys(model_metrics) == keys(all_metrics[0]) for model_metrics in all_metrics)
+    assert "seconds" not in json.dumps(all_metrics)
+    assert "date" not in json.dumps(all_metrics)
 
 
 def test_the_curve_has_a_row_for_every_epoch(finished: Project) -> None:
@@ -115,16 +115,16 @@ def test_the_curve_has_a_row_for_every_epoch(finished: Project) -> None:
 
 
 def test_the_validation_split_decides_and_test_is_scored_once_at_the_end(finished: Project) -> None:
-    found = metrics(finished.data / "students/titn")
-    assert found["evaluated_on"] == "val"
+    student_metrics = metrics(finished.data / "students/titn")
+    assert student_metrics["evaluated_on"] == "val"
     scored = json.loads(finished.run("evaluate", "data/smoke/students/titn", "--json"))
     assert scored["split"] == "test"
-    assert isinstance(found["test"], dict)
+    assert isinstance(student_metrics["test"], dict)
     for key in ("top1", "top5", "precision", "recall", "f1", "class_top1", "distillation_top1"):
-        assert scored[key] == pytest.approx(found["test"][key])
+        assert scored[key] == pytest.approx(student_metrics["test"][key])
     on_val = json.loads(finished.run("evaluate", "data/smoke/students/titn", "--split", "val", "--json"))
-    assert isinstance(found["best"], dict)
-    assert on_val["top1"] == pytest.approx(found["best"]["top1"])
+    assert isinstance(student_metrics["best"], dict)
+    assert on_val["top1"] == pytest.approx(student_metrics["best"]["top1"])
 
 
 def test_running_again_changes_nothing(project: Project) -> None:
@@ -184,9 +184,9 @@ def test_the_report_names_every_model_and_its_conditions(project: Project) -> No
 
 def test_labels_can_be_inspected_and_verified(finished: Project) -> None:
     file = "data/smoke/labels/default.h5"
-    found = json.loads(finished.run("labels", "inspect", file, "--json"))
-    assert (found["num_views"], found["num_classes"]) == (2, 10)
-    assert found["provenance"]["teacher"] in TEACHERS
+    inspected = json.loads(finished.run("labels", "inspect", file, "--json"))
+    assert (inspected["num_views"], inspected["num_classes"]) == (2, 10)
+    assert inspected["provenance"]["teacher"] in TEACHERS
     assert "0 differ" in finished.run("labels", "verify", file, "--sample", "300")
 
 
@@ -274,19 +274,23 @@ def test_controls_are_kept_apart_from_the_recipes_own_run(project: Project) -> N
     assert {path.name for path in runs.iterdir()} == {"titn-labels-none", "titn-labels-online", "titn-epochs-1-seed-1"}
     cached, online = metrics(project.data / "students/titn"), metrics(runs / "titn-labels-online")
     assert cached["best"] == online["best"]
-    assert [each["distilled"] for each in (cached, online, metrics(runs / "titn-labels-none"))] == [True, True, False]
+    assert [trained["distilled"] for trained in (cached, online, metrics(runs / "titn-labels-none"))] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_student_without_a_distillation_head_trains_without_a_cache(project: Project) -> None:
-    found = metrics(project.data / "students/vit")["best"]
-    assert isinstance(found, dict)
-    assert found["agreement"] is not None
+    best = metrics(project.data / "students/vit")["best"]
+    assert isinstance(best, dict)
+    assert best["agreement"] is not None
     shutil.rmtree(project.data / "labels")
     project.run("distill", "--student", "vit", "--fresh")
     without = metrics(project.data / "students/vit")["best"]
     assert isinstance(without, dict)
     assert without["agreement"] is None
-    assert without["top1"] == found["top1"]
+    assert without["top1"] == best["top1"]
 
 
 def test_mixup_and_large_patches_train_on_demand(project: Project) -> None:

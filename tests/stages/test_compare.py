@@ -69,8 +69,8 @@ def labelled(folder: Path, none: Sequence[float], cached: Sequence[float], onlin
 
 
 def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> None:
-    found = find(*labelled(tmp_path, [40.0, 42.0, 44.0], [41.0, 43.1, 45.2], [40.5]))
-    table = tables(found)[f"{LABELS}titn"]
+    comparison = find(*labelled(tmp_path, [40.0, 42.0, 44.0], [41.0, 43.1, 45.2], [40.5]))
+    table = tables(comparison)[f"{LABELS}titn"]
     assert [row[:2] for row in table.rows] == [
         [labels, score]
         for score in ("top-1 %, last epoch", "top-1 %, best epoch", "agreement on test %")
@@ -177,9 +177,9 @@ def test_views_are_compared_with_the_loss_that_shows_overfitting(tmp_path: Path)
 
 
 def test_views_without_a_teacher_are_compared_by_themselves(tmp_path: Path) -> None:
-    alone = [run(tmp_path, 40.0, differs={"labels": "none", **each}) for each in ({}, {"num_views": "1"})]
+    alone = [run(tmp_path, 40.0, differs={"labels": "none", **views}) for views in ({}, {"num_views": "1"})]
     assert list(tables(find(*alone))) == [f"{VIEWS}titn, labels none"]
-    taught = [run(tmp_path, 50.0, differs=each) for each in ({}, {"num_views": "1"})]
+    taught = [run(tmp_path, 50.0, differs=differs) for differs in ({}, {"num_views": "1"})]
     shown = tables(find(*alone, *taught))
     assert [title for title in shown if title.startswith(VIEWS)] == [f"{VIEWS}titn"]
     assert [row[0] for row in shown[f"{VIEWS}titn"].rows][2:4] == ["1, no teacher", "12 (the recipe's), no teacher"]
@@ -187,7 +187,7 @@ def test_views_without_a_teacher_are_compared_by_themselves(tmp_path: Path) -> N
 
 def test_where_test_decides_no_epoch_its_scores_stand_apart(tmp_path: Path) -> None:
     test = {"test": {**scores(33.0), "agreement": 80.0}, "evaluated_on": "val"}
-    runs = [run(tmp_path, 40.0, differs=each, **test) for each in ({}, {"labels": "none"}, {"num_views": "2"})]
+    runs = [run(tmp_path, 40.0, differs=differs, **test) for differs in ({}, {"labels": "none"}, {"num_views": "2"})]
     shown = tables(find(*runs))
     top1 = ["top-1 %, last epoch", "top-1 %, best epoch", "top-1 %, best epoch, on test"]
     assert [row[1] for row in shown[f"{LABELS}titn"].rows][::2] == [*top1, "agreement on test %"]

@@ -54,13 +54,15 @@ def examine(project: Project, *arguments: str, code: int = 0) -> dict[str, Any]:
     out = invoke(project, "doctor", "--json", *arguments, code=code)
     assert state() == before
     start, end = out.index("\n{\n") + 1, out.rindex("\n}") + 2
-    found: dict[str, Any] = json.loads(out[start:end])
-    assert found["ok"] == (code == 0)
-    return found
+    diagnosis: dict[str, Any] = json.loads(out[start:end])
+    assert diagnosis["ok"] == (code == 0)
+    return diagnosis
 
 
-def lines(found: dict[str, Any], mark: str) -> str:
-    return "\n".join(f"{each['text']}; {each['remedy']}" for each in found["findings"] if each["mark"] == mark)
+def lines(diagnosis: dict[str, Any], mark: str) -> str:
+    return "\n".join(
+        f"{finding['text']}; {finding['remedy']}" for finding in diagnosis["findings"] if finding["mark"] == mark
+    )
 
 
 def test_a_new_project_is_examined_in_words(empty: Project) -> None:
@@ -93,7 +95,7 @@ def test_what_is_left_to_do_is_said_stage_by_stage(labelled: Project) -> None:
 
 
 def test_sizes_are_those_of_the_files(labelled: Project) -> None:
-    sizes = {each["name"]: each["size"] for each in examine(labelled)["artefacts"]}
+    sizes = {artefact["name"]: artefact["size"] for artefact in examine(labelled)["artefacts"]}
     real = {
         "prepared data": labelled.data / "prepared/dataset.h5",
         "teacher squeezenet1_1": labelled.data / "teachers/squeezenet1_1/best.safetensors",
@@ -122,8 +124,8 @@ def test_a_changed_field_is_why_a_stage_runs_again(labelled: Project, tmp_path: 
     project = Project(tmp_path / "copy")
     project.edit("vit: {}", "vit: {lr: 0.05}")
     project.edit("count: 2", "count: 3")
-    found = invoke(project, "doctor")
-    assert "1 of 4 stages" in found
+    output = invoke(project, "doctor")
+    assert "1 of 4 stages" in output
     project.edit("count: 3", "count: 2")
     assert "2 of 4 stages" in invoke(project, "doctor")
 
@@ -143,9 +145,9 @@ def test_what_cannot_work_is_a_problem_with_its_way_out(empty: Project, edit: tu
 
 def test_data_that_are_not_there_are_a_problem(empty: Project, tmp_path: Path) -> None:
     for recipe, words in (("cifar100", "prepare --recipe cifar100 --download"), ("folder", "--from FOLDER")):
-        found = examine(empty, "--recipe", recipe, code=1)
-        assert words in lines(found, PROBLEM)
-    assert "nothing is known of folder's images" in lines(found, WARNING)
+        diagnosis = examine(empty, "--recipe", recipe, code=1)
+        assert words in lines(diagnosis, PROBLEM)
+    assert "nothing is known of folder's images" in lines(diagnosis, WARNING)
     (empty.path / "params.yaml").unlink()
     assert "params.yaml" in lines(examine(empty, code=1), PROBLEM)
     assert "params.yaml" in invoke(Project.create(tmp_path / "other"), "doctor", "--recipe", "imagenet", code=2)
@@ -154,8 +156,8 @@ def test_data_that_are_not_there_are_a_problem(empty: Project, tmp_path: Path) -
 def test_a_full_disk_is_a_problem(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(empty.path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_000_000))
-    found = lines(examine(empty, code=1), PROBLEM)
-    assert "10 MB are free" in found and "larger disk" in found
+    problems = lines(examine(empty, code=1), PROBLEM)
+    assert "10 MB are free" in problems and "larger disk" in problems
 
 
 @pytest.mark.slow
@@ -204,6 +206,6 @@ def test_dvc_needs_its_folder_and_names_its_remotes(tmp_path: Path) -> None:
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [size_text(each) for each in (0, 999, 4_414_464, 6.7e9, 2e12)] == [
+    assert [size_text(size) for size in (0, 999, 4_414_464, 6.7e9, 2e12)] == [
         "0 bytes", "999 bytes", "4.41 MB", "6.7 GB", "2 TB",
     ]  # fmt: skip

@@ -178,7 +178,7 @@ def test_a_folder_is_counted_and_prepared_data_of_other_settings_are_named(proje
 
 
 def test_differences_are_named_by_their_last_key_and_once() -> None:
-    found = {
+    recorded = {
         "training": {"lr": 0.1, "width": 48, "old": 1},
         "arguments": {"width": 48},
         "seed": 0,
@@ -191,7 +191,7 @@ def test_differences_are_named_by_their_last_key_and_once() -> None:
         "inputs": {"teacher": "new"},
     }
     named = ["width 48 -> 64", "lr 0.1 -> 0.05", "clip none -> 1", "old 1 -> none", "inputs not recorded"]
-    assert differences(found, expected) == named
+    assert differences(recorded, expected) == named
     assert differences({}, {"seed": 0, "inputs": {"teacher": "new"}}) == ["seed none -> 0", "inputs not recorded"]
     other = {"dataset_sha256": "b", "mean": [0.5], "inputs": {"teacher": "b"}, "compile": True}
     assert differences({"dataset_sha256": "a", "mean": [0.1], "inputs": {"teacher": "a"}, "compile": False}, other) == [
@@ -226,5 +226,5 @@ def test_a_state_can_be_looked_at_without_loading_it(tmp_path: Path) -> None:
     assert RunState(tmp_path, "f").peek() is None
     state.save({"step": torch.tensor(9)}, {"step": 9}, {})
     state.wait()
-    found = RunState(tmp_path, "f").peek()
-    assert found is not None and found["step"] == 9
+    peeked = RunState(tmp_path, "f").peek()
+    assert peeked is not None and peeked["step"] == 9

@@ -66,8 +66,8 @@ def images(exported: Project) -> torch.Tensor:
 
 
 def config(project: Project) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((project.path / "exported/config.json").read_text())
-    return found
+    exported_config: dict[str, Any] = json.loads((project.path / "exported/config.json").read_text())
+    return exported_config
 
 
 def rewrite(project: Project, **changes: Any) -> None:
@@ -115,15 +115,15 @@ def test_whatever_is_loaded_answers_as_the_training_did(
     trained, _ = pipeline.load(exported.path / STUDENT)
     with torch.inference_mode():
         outputs = trained.module(normalize(images[:7], trained.config["mean"], trained.config["std"]))
-    found = load(exported, format)
-    assert found.format == (format or "safetensors") and found.class_names == tuple("0123456789")
+    classifier = load(exported, format)
+    assert classifier.format == (format or "safetensors") and classifier.class_names == tuple("0123456789")
     tolerance = 0.05 if format == "onnx-int8" else 1e-4
-    torch.testing.assert_close(found(images[:7]), probabilities(outputs), atol=tolerance, rtol=0)
+    torch.testing.assert_close(classifier(images[:7]), probabilities(outputs), atol=tolerance, rtol=0)
     if format != "onnx-int8":
-        named = found.outputs(images[:7])
+        named = classifier.outputs(images[:7])
         torch.testing.assert_close(named["class_logits"], outputs[0], atol=1e-3, rtol=0)
         torch.testing.assert_close(named["distillation_logits"], outputs[1], atol=1e-3, rtol=0)
-        torch.testing.assert_close(found(images[:1]), found(images[:3])[:1], atol=1e-6, rtol=0)
+        torch.testing.assert_close(classifier(images[:1]), classifier(images[:3])[:1], atol=1e-6, rtol=0)
 
 
 def test_a_checkpoint_is_loaded_from_where_a_stage_left_it(exported: Project, images: torch.Tensor) -> None:
@@ -174,15 +174,15 @@ def test_weights_in_bf16_are_half_the_size_and_measured(project: Project, images
     assert entry["dtype"] == "bfloat16"
     assert entry["bytes"] < 0.6 * (project.path / "exported/model.safetensors").stat().st_size
     exact = load_checkpoint(project.path / STUDENT).tensors
-    found = safetensors.torch.load_file(folder / "model.bf16.safetensors")
-    assert found.keys() == exact.keys()
-    assert all(tensor.equal(exact[name].bfloat16()) for name, tensor in found.items())
+    stored = safetensors.torch.load_file(folder / "model.bf16.safetensors")
+    assert stored.keys() == exact.keys()
+    assert all(tensor.equal(exact[name].bfloat16()) for name, tensor in stored.items())
     model, _ = pipeline.load(folder)
     assert model.format == "safetensors-bf16"
     torch.testing.assert_close(model(images[:9]), load(project)(images[:9]), atol=0.02, rtol=0)
     labels = torch.from_numpy(Dataset.load(project.data / "prepared/dataset.h5").test.labels)
-    for key, each in (("top1", model), ("top1_of_checkpoint", load(project))):
-        top1 = 100 * float((each(images).argmax(dim=1) == labels).double().mean())
+    for key, classifier in (("top1", model), ("top1_of_checkpoint", load(project))):
+        top1 = 100 * float((classifier(images).argmax(dim=1) == labels).double().mean())
         assert entry[key] == pytest.approx(top1) and f"{top1:.2f} %" in out
     card = (folder / "README.md").read_text()
     assert "bfloat16" in card and f"reach {entry['top1_of_checkpoint']:.2f} %" in card
@@ -248,13 +248,13 @@ def test_the_cards_examples_run(exported: Project, tmp_path: Path) -> None:
     Image.new("RGB", (50, 20), "teal").save(tmp_path / "exported/image.png")
     examples = re.findall(r"```python\n(.*?)```", (tmp_path / "exported/README.md").read_text(), re.DOTALL)
     assert len(examples) == 2
-    found = []
+    answers = []
     with contextlib.chdir(tmp_path / "exported"):
         for example in examples:
             names: dict[str, Any] = {}
             exec(example, names)
-            found.append(np.asarray(names["probabilities"]).ravel())
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+            answers.append(np.asarray(names["probabilities"]).ravel())
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-4)
 
 
 def test_a_transform_prepares_images_as_prepare_does(exported: Project, tmp_path: Path) -> None:
@@ -359,9 +359,9 @@ def test_what_is_no_model_is_refused(exported: Project, tmp_path: Path) -> None:
 def test_a_model_answers_alike_on_a_gpu(exported: Project, images: torch.Tensor) -> None:
     for path, format in ((exported.path / STUDENT, None), (exported.path / "exported", "torchscript")):
         model, _ = pipeline.load(path, format=format, device="cuda")
-        found = model(images[:7])
-        assert found.device.type == "cuda"
-        torch.testing.assert_close(found.cpu(), load(exported)(images[:7]), atol=1e-3, rtol=0)
+        on_gpu = model(images[:7])
+        assert on_gpu.device.type == "cuda"
+        torch.testing.assert_close(on_gpu.cpu(), load(exported)(images[:7]), atol=1e-3, rtol=0)
     with pytest.raises(UsageError, match="ONNX files run on the CPU"):
         pipeline.load(exported.path / "exported", format="onnx", device="cuda")
 
@@ -382,8 +382,8 @@ def test_a_former_export_is_replaced_whole(project: Project) -> None:
     arguments = ("--format", "safetensors", "--out", "exported", "--license", "mit", "--json")
     shown = json.loads(run(project, "export", STUDENT, *arguments).partition("\n{")[2].join(("{", "")))
     assert shown == config(project) and shown["license"] == "mit"
-    found = {path.name for path in (project.path / "exported").iterdir()}
-    assert found == {"README.md", "config.json", "model.safetensors"}
+    names = {path.name for path in (project.path / "exported").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
     assert load(project).format == "safetensors"
 
 

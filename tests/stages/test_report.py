@@ -110,9 +110,9 @@ def test_report_json_has_every_run(written: Project) -> None:
     assert figures["models"]["titn"]["run"]["device"] == "a processor, 2 threads"
     assert "titn-seed-2" in figures["other_runs"]
     folder = written.path / REPORTS
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert found == {*figures["files"], "report.json"}
-    assert {"figures/figure-4.png", "figures/figure-6.png", "tables/figure-6.csv"} <= found
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {*figures["files"], "report.json"}
+    assert {"figures/figure-4.png", "figures/figure-6.png", "tables/figure-6.csv"} <= files
 
 
 def test_what_is_not_tracked_can_be_left_out(project: Project) -> None:
@@ -127,11 +127,11 @@ def test_what_is_not_tracked_can_be_left_out(project: Project) -> None:
 def test_only_what_a_former_report_lists_as_its_own_is_deleted(project: Project) -> None:
     folder = project.path / "out"
     invoke(project, *REPORT, "--out", "out", "--no-figures")
-    own = json.loads((folder / "report.json").read_text())
+    listed = json.loads((folder / "report.json").read_text())
     for name in ("tables/mine.csv", "precious.csv", "tables/old.csv"):
         (folder / name).write_text("")
-    own["files"] += ["tables/old.csv", "precious.csv", "tables/../precious.csv", 7]
-    (folder / "report.json").write_text(json.dumps(own))
+    listed["files"] += ["tables/old.csv", "precious.csv", "tables/../precious.csv", 7]
+    (folder / "report.json").write_text(json.dumps(listed))
     invoke(project, *REPORT, "--out", "out", "--no-figures")
     assert (folder / "tables/mine.csv").exists() and (folder / "precious.csv").exists()
     assert not (folder / "tables/old.csv").exists()
@@ -208,16 +208,16 @@ def test_data_that_the_paper_has_not_get_the_form_without_its_columns(tmp_path: 
 @pytest.mark.browser
 def test_a_browser_shows_every_figure_and_every_row(written: Project, tmp_path: Path) -> None:
     folder = written.path / REPORTS
-    found = in_a_browser(folder / "report.html", tmp_path)
+    page = in_a_browser(folder / "report.html", tmp_path)
     pictures = sorted((folder / "figures").glob("*.png"))
-    assert len(found["pictures"]) == len(pictures) >= 3
-    assert all(width > 0 for width in found["pictures"])
+    assert len(page["pictures"]) == len(pictures) >= 3
+    assert all(width > 0 for width in page["pictures"])
     tables = {path.stem: path for path in (folder / "tables").glob("*.csv") if not path.with_suffix(".png").exists()}
-    for name, rows in found["rows"].items():
+    for name, rows in page["rows"].items():
         assert rows == len(tables[name].read_text(encoding="utf-8").splitlines()) - 1 > 0, name
-    assert len(found["rows"]) >= 7 and min(found["cells"]) >= 3
-    assert found["fetched"] == []
-    assert found["wider"] <= 0, "wide tables scroll within their frames"
+    assert len(page["rows"]) >= 7 and min(page["cells"]) >= 3
+    assert page["fetched"] == []
+    assert page["wider"] <= 0, "wide tables scroll within their frames"
 
 
 def test_tables_say_what_teachers_began_from(project: Project) -> None:

@@ -66,7 +66,7 @@ def test_several_seeds_are_a_mean_with_a_band(tmp_path: Path) -> None:
 
 
 def test_the_winners_optimisers_are_figure_5(tmp_path: Path) -> None:
-    own = finished(tmp_path, "vgg16_bn", [30.0, 70.0], kind="teacher")
+    winner = finished(tmp_path, "vgg16_bn", [30.0, 70.0], kind="teacher")
     loser = finished(tmp_path, "vgg19", [30.0, 60.0], kind="teacher")
     sweep = [
         finished(
@@ -76,12 +76,12 @@ def test_the_winners_optimisers_are_figure_5(tmp_path: Path) -> None:
         for optimizer, lr, top1 in (("rmsprop", 0.0001, 55.0), ("adam", 0.001, 58.0))
     ]  # fmt: skip
     longer = finished(tmp_path, "vgg16_bn", [1.0] * 3, kind="teacher", differs={"epochs": "3"})
-    figure = draw(own, loser, *sweep, longer, winner="vgg16_bn")["figure-5"]
+    figure = draw(winner, loser, *sweep, longer, winner="vgg16_bn")["figure-5"]
     assert rows(figure) == (
         ["epoch", "sgd, lr 0.1", "adam, lr 0.001", "rmsprop, lr 0.0001"],
         [["1", "30.0000", "20.0000", "20.0000"], ["2", "70.0000", "58.0000", "55.0000"]],
     )
-    assert "figure-5" not in draw(own, loser, longer, winner="vgg16_bn"), "the sweep was not run"
+    assert "figure-5" not in draw(winner, loser, longer, winner="vgg16_bn"), "the sweep was not run"
 
 
 def test_accuracy_is_said_to_be_of_the_split_that_it_is_of(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def records(project: Project) -> list[dict[str, Any]]:
 
 
 def test_a_record_says_what_was_reached_and_how(reproduced: Project) -> None:
-    found = {each["name"]: each for each in records(reproduced)}
-    assert list(found) == ["squeezenet1_1", "mobilenet_v3_large", "deit"]
-    deit, teacher = found["deit"], found["squeezenet1_1"]
+    by_name = {record["name"]: record for record in records(reproduced)}
+    assert list(by_name) == ["squeezenet1_1", "mobilenet_v3_large", "deit"]
+    deit, teacher = by_name["deit"], by_name["squeezenet1_1"]
     metrics = json.loads((reproduced.data / "students/deit/metrics.json").read_text())
     run = json.loads((reproduced.data / "students/deit/run.json").read_text())
     for epoch in ("best", "last", "test"):
@@ -63,9 +63,9 @@ def test_a_record_says_what_was_reached_and_how(reproduced: Project) -> None:
         None,
         "none",
     )
-    for name, each in found.items():
+    for name, record in by_name.items():
         folder = reproduced.data / ("students" if name == "deit" else "teachers") / name
-        assert (reproduced.path / f"results/curves/{each['id']}.csv").read_bytes() == (
+        assert (reproduced.path / f"results/curves/{record['id']}.csv").read_bytes() == (
             folder / "curve.csv"
         ).read_bytes()
 
@@ -93,25 +93,25 @@ def test_slices_of_time_end_as_an_unbroken_run(
         assert slices < 100
     assert slices > 2
     assert files(project.path) == files(reproduced.path)
-    ids = [{each["id"] for each in records(one)} for one in (project, reproduced)]
+    ids = [{record["id"] for record in records(one)} for one in (project, reproduced)]
     assert ids[0] == ids[1]
-    assert max(each["seconds"] for each in records(project)) >= 200, "the sessions' seconds add up"
+    assert max(record["seconds"] for record in records(project)) >= 200, "the sessions' seconds add up"
 
 
 def test_ablations_leave_their_runs_beside_the_recipes_own(project: Project) -> None:
     for ablation in ("labels", "views"):
         invoke(project, "reproduce", "--recipe", "smoke", "--ablation", ablation, "--student", "deit")
-    found = {json.dumps(each["overrides"]) for each in records(project) if each["name"] == "deit"}
+    trained_with = {json.dumps(record["overrides"]) for record in records(project) if record["name"] == "deit"}
     expected: list[dict[str, str]] = [{}, {"labels": "none"}, {"labels": "online"}, {"num_views": "1"}]
-    assert found == {json.dumps(each) for each in [*expected, {"num_views": "2"}]}
-    own = next(each for each in records(project) if each["overrides"] == {"labels": "online"})
-    assert own["teacher"] == records(project)[2]["teacher"]
+    assert trained_with == {json.dumps(overrides) for overrides in [*expected, {"num_views": "2"}]}
+    online = next(record for record in records(project) if record["overrides"] == {"labels": "online"})
+    assert online["teacher"] == records(project)[2]["teacher"]
 
 
 def test_labels_hold_on_to_their_teacher(project: Project) -> None:
     selection = json.loads((project.data / "selection.json").read_text())
     chosen = selection["winner"]
-    other = next(each["name"] for each in selection["candidates"] if each["name"] != chosen)
+    other = next(candidate["name"] for candidate in selection["candidates"] if candidate["name"] != chosen)
     better = project.data / "teachers" / other / "metrics.json"
     metrics = json.loads(better.read_text())
     metrics["best"]["top1"], metrics["at_chance"] = 100.0, False

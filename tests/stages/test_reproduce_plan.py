@@ -71,9 +71,9 @@ def test_the_jobs_of_each_table_and_figure(choice: dict[str, Any], expected: lis
 
 
 def test_another_recipe_compares_all_its_teachers_before_it_labels() -> None:
-    found = titles(recipe="cifar100-small", table=3)
-    assert found[:3] == of("cifar100-small", *(f"teacher {name}" for name in TEACHERS[:2]), "teacher squeezenet1_1")
-    assert found[3:] == of(
+    planned = titles(recipe="cifar100-small", table=3)
+    assert planned[:3] == of("cifar100-small", *(f"teacher {name}" for name in TEACHERS[:2]), "teacher squeezenet1_1")
+    assert planned[3:] == of(
         "cifar100-small", "selection from 3 teachers", LABELS, *students(*("titn", "tnt", "deit", "vit")),
         *students("titn-large-patch"),
     )  # fmt: skip

@@ -25,14 +25,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def test_seeds_run_one_after_another_and_end_with_their_mean(project: Project) -> None:
     out = invoke(project, *COMMAND, "--seeds", "0,2")
     runs = project.path / "data/runs/smoke"
-    found = [
+    seed_runs = [
         json.loads((runs / f"deit-labels-none-epochs-1{suffix}" / "metrics.json").read_text())
         for suffix in ("", "-seed-2")
     ]
-    assert [one["seed"] for one in found] == [0, 2] and found[0]["best"] != found[1]["best"]
+    assert [one["seed"] for one in seed_runs] == [0, 2] and seed_runs[0]["best"] != seed_runs[1]["best"]
     assert "deit (seed 1 of 2): epoch 1/1" in out and "deit (seed 2 of 2): epoch 1/1" in out
     assert out.count("left for all seeds") == 1, "after the only epoch of the first run"
-    top1 = [one["best"]["top1"] for one in found]
+    top1 = [one["best"]["top1"] for one in seed_runs]
     said = f"top-1 % of the best epochs {statistics.fmean(top1):.2f} ± {statistics.stdev(top1):.2f} (2), of the last "
     assert said in out.strip().splitlines()[-1]
     again = invoke(project, *COMMAND, "--seeds", "2,0")

@@ -47,9 +47,14 @@ def test_from_kept_classes_to_a_soft_student(project: Project) -> None:
     out = project.run("labels", "verify", FILE, "--sample", "300")
     assert "0 differ" in out and "probabilities differ by at most" in out
     project.run("distill", "--student", "deit", "--soft", "2", "--confidence", "--views", "1")
-    found = metrics(project.path / "data/runs/smoke/deit-soft-2-confidence-on-num_views-1")
-    assert (found["soft"], found["confidence"], found["views"], found["distilled"]) == (2.0, True, 1, True)
-    assert found["best"]["top1"] > 10
+    student = metrics(project.path / "data/runs/smoke/deit-soft-2-confidence-on-num_views-1")
+    assert (
+        student["soft"],
+        student["confidence"],
+        student["views"],
+        student["distilled"],
+    ) == (2.0, True, 1, True)
+    assert student["best"]["top1"] > 10
     assert not (project.data / "students").exists()
 
 
@@ -187,13 +192,13 @@ def test_students_learn_from_what_is_kept_and_say_so(project: Project) -> None:
     assert {path.name for path in runs.iterdir()} == {
         "deit-soft-1", "deit-soft-0.5", "deit-confidence-on", "deit-soft-1-confidence-on", "deit-labels-online-soft-1",
     }  # fmt: skip
-    found = {path.name: metrics(path) for path in (*runs.iterdir(), project.data / "students/deit")}
-    said = {name: (each["soft"], each["confidence"]) for name, each in found.items()}
+    by_run = {path.name: metrics(path) for path in (*runs.iterdir(), project.data / "students/deit")}
+    said = {name: (run_metrics["soft"], run_metrics["confidence"]) for name, run_metrics in by_run.items()}
     assert said["deit"] == (None, False) and said["deit-soft-1-confidence-on"] == (1.0, True)
     assert said["deit-soft-0.5"] == (0.5, False) and said["deit-confidence-on"] == (None, True)
-    scores = [json.dumps(each["last"]) for name, each in found.items() if "online" not in name]
+    scores = [json.dumps(run_metrics["last"]) for name, run_metrics in by_run.items() if "online" not in name]
     assert len(set(scores)) == len(scores), "each learns something else"
-    cached, online_run = found["deit-soft-1"]["last"], found["deit-labels-online-soft-1"]["last"]
+    cached, online_run = by_run["deit-soft-1"]["last"], by_run["deit-labels-online-soft-1"]["last"]
     assert cached["top1"] == pytest.approx(online_run["top1"], abs=3.0), "all classes are kept: only rounding differs"
     described = json.loads((runs / "deit-soft-0.5/best.json").read_text())
     assert (described["soft"], described["confidence"], described["views"]) == (0.5, False, 2)
@@ -263,9 +268,9 @@ def test_a_soft_recipe_needs_no_option_and_the_command_goes_before_it(project: P
     before = (hard / "best.json").read_bytes()
     project.edit("      deit: {}", "      deit: {soft: 2}")
     assert "deit: trains again (soft none -> 2, topk none -> 5)" in run(project, *deit)
-    own = project.data / "students/deit"
-    meta = json.loads((own / "best.json").read_text())
-    assert (metrics(own)["soft"], metrics(own)["differs"]) == (2.0, {})
+    directory = project.data / "students/deit"
+    meta = json.loads((directory / "best.json").read_text())
+    assert (metrics(directory)["soft"], metrics(directory)["differs"]) == (2.0, {})
     assert (meta["training"]["soft"], meta["inputs"]["topk"], meta["soft"]) == (2.0, 5, 2.0)
     for same in (["--soft", "2"], ["--set", "soft=2.0"]):
         assert "up to date (data/smoke/students/deit)" in run(project, *deit, *same), "it is what the recipe says"
@@ -273,8 +278,8 @@ def test_a_soft_recipe_needs_no_option_and_the_command_goes_before_it(project: P
     run(project, *deit, "--set", "soft=4")
     run(project, *deit, "--labels", "none")
     runs = project.path / "data/runs/smoke"
-    found = {path.name: metrics(path)["soft"] for path in runs.iterdir()}
-    assert found == {"deit-soft-0": None, "deit-soft-4": 4.0, "deit-labels-none": None}
+    temperatures = {path.name: metrics(path)["soft"] for path in runs.iterdir()}
+    assert temperatures == {"deit-soft-0": None, "deit-soft-4": 4.0, "deit-labels-none": None}
     off = json.loads((runs / "deit-soft-0/best.json").read_text())
     assert off["fingerprint"] == json.loads(before)["fingerprint"], "as if the recipe had never been soft"
     assert off["sha256"] == json.loads(before)["sha256"]

@@ -46,20 +46,20 @@ class Ended(NamedTuple):
 
 def run(folder: Path, *arguments: str, code: int = 0, stdin: bytes = b"") -> Ended:
     """Run a command in this process and check its exit code."""
-    out, err, found = io.StringIO(), io.StringIO(), 0
+    out, err, exit_code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 cli.main(list(arguments), standalone_mode=False)
             except PipelineError as error:
-                found = error.exit_code
+                exit_code = error.exit_code
                 err.write(f"{error}\n")
             except click.ClickException as error:
-                found = 2
+                exit_code = 2
                 err.write(f"{error.format_message()}\n")
-    assert found == code, f"exit {found}, expected {code}\n{out.getvalue()}\n{err.getvalue()}"
-    return Ended(out.getvalue(), err.getvalue(), found)
+    assert exit_code == code, f"exit {exit_code}, expected {code}\n{out.getvalue()}\n{err.getvalue()}"
+    return Ended(out.getvalue(), err.getvalue(), exit_code)
 
 
 def describe(model: str, kind: str, class_names: tuple[str, ...] = CLASSES, **extra: Any) -> dict[str, Any]:
@@ -116,12 +116,12 @@ def test_json_has_a_line_for_each_image_with_what_the_model_says(place: Path, mo
     assert [line["path"] for line in lines] == names
     expected = answer(place / model, [place / name for name in names])
     for line, top in zip(lines, expected.top(2), strict=True):
-        assert [(each["class"], each["probability"]) for each in line["top"]] == [
+        assert [(top_class["class"], top_class["probability"]) for top_class in line["top"]] == [
             (name, pytest.approx(value, abs=1e-5)) for name, value in top
         ]
     assert all(list(line["heads"]) == heads for line in lines)
     for head in heads:
-        named = [[each["class"] for each in line["heads"][head]] for line in lines]
+        named = [[top_class["class"] for top_class in line["heads"][head]] for line in lines]
         assert named == [[name for name, _ in row] for row in expected.top(2, head)]
 
 
@@ -242,17 +242,17 @@ def test_an_export_is_used_as_its_checkpoint_is(place: Path, tmp_path: Path) -> 
 
 
 def test_a_folder_is_scored_by_the_names_of_its_classes(place: Path) -> None:
-    found = json.loads(run(place, "evaluate", "titn", "--data", "images", "--per-class", "--json").out)
+    scores = json.loads(run(place, "evaluate", "titn", "--data", "images", "--per-class", "--json").out)
     paths = sorted((place / "images").glob("*/*.png"))
     top = answer(place / "titn", paths).top(1)
     hits = [path.parent.name == row[0][0] for path, row in zip(paths, top, strict=True)]
-    assert found["num_images"] == 9
-    assert found["top1"] == pytest.approx(100 * sum(hits) / 9)
-    assert (found["absent_classes"], found["skipped"]) == (["ant"], [])
-    by_name = {each["name"]: each for each in found["classes"]}
-    assert {name: each["support"] for name, each in by_name.items()} == {"ant": 0, "bee": 5, "cat": 4}
+    assert scores["num_images"] == 9
+    assert scores["top1"] == pytest.approx(100 * sum(hits) / 9)
+    assert (scores["absent_classes"], scores["skipped"]) == (["ant"], [])
+    by_name = {class_scores["name"]: class_scores for class_scores in scores["classes"]}
+    assert {name: class_scores["support"] for name, class_scores in by_name.items()} == {"ant": 0, "bee": 5, "cat": 4}
     assert by_name["bee"]["recall"] == pytest.approx(sum(hits[:5]) / 5)
-    assert found["classes"][-1]["name"] == "ant", "a class without images is not the worst"
+    assert scores["classes"][-1]["name"] == "ant", "a class without images is not the worst"
 
 
 def test_bad_files_refuse_a_folder_or_are_left_out_and_counted(place: Path, tmp_path: Path) -> None:
@@ -263,9 +263,9 @@ def test_bad_files_refuse_a_folder_or_are_left_out_and_counted(place: Path, tmp_
     ended = run(tmp_path, *arguments, code=3)
     for word in ("images: 2 bad", "test/stray.png (not in a class folder)", "test/cat/torn.png (", "--skip-bad"):
         assert word in ended.err
-    found = json.loads(run(tmp_path, *arguments, "--skip-bad", "--json").out)
-    assert found["num_images"] == 9
-    assert [each["path"] for each in found["skipped"]] == ["test/stray.png", "test/cat/torn.png"]
+    scores = json.loads(run(tmp_path, *arguments, "--skip-bad", "--json").out)
+    assert scores["num_images"] == 9
+    assert [file["path"] for file in scores["skipped"]] == ["test/stray.png", "test/cat/torn.png"]
     out = run(tmp_path, *arguments, "--skip-bad", "--per-class").out
     for word in ("2 bad files left out", "no images of 1 classes (ant)", "most often taken for"):
         assert word in " ".join(out.split())
@@ -296,14 +296,14 @@ def test_a_recipes_split_is_scored_by_class(tmp_path: Path) -> None:
     meta = describe("vit", "student", tuple(summary["class_names"]))
     meta |= {"image_size": 32, "arguments": {**meta["arguments"], "image_size": 32}}
     checkpoint(tmp_path / "vit", meta)
-    found = json.loads(run(tmp_path, "evaluate", "vit", "--split", "val", "--per-class", "--json").out)
-    assert (found["recipe"], found["split"]) == ("smoke", "val")
+    scores = json.loads(run(tmp_path, "evaluate", "vit", "--split", "val", "--per-class", "--json").out)
+    assert (scores["recipe"], scores["split"]) == ("smoke", "val")
     counts = dict(zip(summary["class_names"], summary["class_counts"]["val"], strict=True))
-    assert {each["name"]: each["support"] for each in found["classes"]} == counts
-    assert sum(each["support"] * each["recall"] for each in found["classes"]) == pytest.approx(
-        found["top1"] / 100 * found["num_images"]
+    assert {row["name"]: row["support"] for row in scores["classes"]} == counts
+    assert sum(row["support"] * row["recall"] for row in scores["classes"]) == pytest.approx(
+        scores["top1"] / 100 * scores["num_images"]
     )
-    recalls = [each["recall"] for each in found["classes"]]
+    recalls = [row["recall"] for row in scores["classes"]]
     assert recalls == sorted(recalls)
     assert "classes" not in json.loads(run(tmp_path, "evaluate", "vit", "--json").out)
 
@@ -314,24 +314,30 @@ def test_a_recipes_split_is_scored_by_class(tmp_path: Path) -> None:
 def test_bench_says_what_models_cost_and_how_fast_they_answer(place: Path) -> None:
     threads = torch.get_num_threads()
     command = ("bench", "titn", "vit", "--batch-sizes", "1,3", "--rounds", "2", "--threads", "1", "--device", "cpu")
-    found = json.loads(run(place, *command, "--precision", "fp32", "--json").out)
+    measured = json.loads(run(place, *command, "--precision", "fp32", "--json").out)
     assert torch.get_num_threads() == threads
-    titn, vit = found["models"]
+    titn, vit = measured["models"]
     assert (titn["model"], vit["model"], vit["inner_block"], vit["image_size"]) == ("titn", "vit", "none", 16)
     weights = (place / "vit/best.safetensors").stat().st_size
     assert vit["file_bytes"] == weights > 4 * vit["parameters"] > 0
     assert titn["paper_macs"] > vit["paper_macs"] > 0
     assert titn["flops_per_image"] > vit["flops_per_image"] > 0
-    assert [(each["name"], each["batch_size"]) for each in found["speeds"]] == [
+    assert [(model_speed["name"], model_speed["batch_size"]) for model_speed in measured["speeds"]] == [
         ("titn", 1), ("vit", 1), ("titn", 3), ("vit", 3),
     ]  # fmt: skip
-    for each in found["speeds"]:
-        low, high = each["quartiles_ms"]
-        assert 0 < low <= each["median_ms"] <= high
-        assert each["images_per_second"] == pytest.approx(1000 * each["batch_size"] / each["median_ms"])
-        assert each["peak_bytes"] is None
-    assert all(each["p95_ms"] >= each["median_ms"] for each in found["speeds"] if each["batch_size"] == 1)
-    where = found["environment"]
+    for model_speed in measured["speeds"]:
+        low, high = model_speed["quartiles_ms"]
+        assert 0 < low <= model_speed["median_ms"] <= high
+        assert model_speed["images_per_second"] == pytest.approx(
+            1000 * model_speed["batch_size"] / model_speed["median_ms"]
+        )
+        assert model_speed["peak_bytes"] is None
+    assert all(
+        model_speed["p95_ms"] >= model_speed["median_ms"]
+        for model_speed in measured["speeds"]
+        if model_speed["batch_size"] == 1
+    )
+    where = measured["environment"]
     assert (where["rounds"], where["threads"]) == (2, 1)
     assert [(row["precision"], row["device"], row["format"]) for row in (titn, vit)] == [
         ("fp32", "cpu", "checkpoint")

@@ -39,6 +39,6 @@ def in_a_browser(page: Path, folder: Path) -> dict[str, Any]:
     done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120, check=True)
     dumped = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert dumped, done.stderr
-    found: dict[str, Any] = json.loads(dumped[1])
-    found["fetched"] = [name for name in found["fetched"] if not name.startswith("data:")]
-    return found
+    shown: dict[str, Any] = json.loads(dumped[1])
+    shown["fetched"] = [name for name in shown["fetched"] if not name.startswith("data:")]
+    return shown

@@ -119,7 +119,7 @@ class Disk:
         elif not event.startswith(("os.", "shutil.", "tempfile.")) or event in _READING:
             return
         target = self._descriptors.get(args[0]) if event == "os.truncate" else None
-        path = target or next((below for each in args if (below := self._below(each)) is not None), None)
+        path = target or next((below for argument in args if (below := self._below(argument)) is not None), None)
         if path is not None:
             self.audited.append((_AUDITED.get(event, event.removeprefix("os.")), path))
 

@@ -68,12 +68,12 @@ def finished(
 
 def finished_runs(of: Recipe, *runs: FinishedRun, winner: str | None = None) -> FinishedRuns:
     """Sort runs as `FinishedRuns.read` does: those of seed 0 that differ in nothing are the recipe's own."""
-    own = [run for run in runs if not run.seed and not run.differs]
+    recipe_runs = [run for run in runs if not run.seed and not run.differs]
     return FinishedRuns(
         recipe=of,
         paths=Paths(of.name),
-        teachers={run.name: run for run in own if run.kind == "teacher"},
-        students={run.name: run for run in own if run.kind == "student"},
-        others={run.directory.name: run for run in runs if run not in own},
+        teachers={run.name: run for run in recipe_runs if run.kind == "teacher"},
+        students={run.name: run for run in recipe_runs if run.kind == "student"},
+        others={run.directory.name: run for run in runs if run not in recipe_runs},
         winner=winner,
     )

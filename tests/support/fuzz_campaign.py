@@ -122,14 +122,14 @@ def main() -> None:
     warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
     where, wrong = environment(torch.device("cpu")), 0
     keeps = options.only != list(PARTS) and options.json.exists()
-    found = json.loads(options.json.read_text())["campaigns"] if keeps else {}
+    campaigns = json.loads(options.json.read_text())["campaigns"] if keeps else {}
     with tempfile.TemporaryDirectory() as name:
         for part in options.only:
             folder = Path(name) / part
             folder.mkdir()
-            found[part] = {**note(part, PARTS[part], folder), "run": where}
-            wrong = sum(sum(each["wrong"].values()) for each in found.values())
-            options.json.write_text(json.dumps({"wrong": wrong, "campaigns": found}, indent=2) + "\n")
+            campaigns[part] = {**note(part, PARTS[part], folder), "run": where}
+            wrong = sum(sum(campaign["wrong"].values()) for campaign in campaigns.values())
+            options.json.write_text(json.dumps({"wrong": wrong, "campaigns": campaigns}, indent=2) + "\n")
     sys.exit(wrong > 0)
 
 

@@ -234,8 +234,8 @@ def _is_harmless(changed: Files, files: Files) -> bool:
     """Whether the tensors are the same, or differ in nothing but the header's spelling,
     and the JSON builds the same model."""
     if changed.tensors != files.tensors:
-        found, expected = (safetensors.torch.load(each.tensors) for each in (changed, files))
-        if found.keys() != expected.keys() or any(not torch.equal(found[key], expected[key]) for key in expected):
+        loaded, expected = (safetensors.torch.load(checkpoint.tensors) for checkpoint in (changed, files))
+        if loaded.keys() != expected.keys() or any(not torch.equal(loaded[key], expected[key]) for key in expected):
             return False
     meta = json.loads(changed.meta) if isinstance(changed.meta, bytes) else changed.meta
     assert isinstance(files.meta, dict)

@@ -95,26 +95,29 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
 
 def cases() -> list[Case]:
     """List every bad value of every parameter of every command."""
-    found = [
-        Case(each, WRONG_USAGE) for each in [("no-such",), ("no\nsuch",), ("--no-such",), ("--x\ny",), ("\udcff",)]
+    generated = [
+        Case(arguments, WRONG_USAGE)
+        for arguments in [("no-such",), ("no\nsuch",), ("--no-such",), ("--x\ny",), ("\udcff",)]
     ]
-    found += [
+    generated += [
         Case(("--debug=1", "models"), WRONG_USAGE),
         Case(("",), WRONG_USAGE),
         Case(("labels", "no\nsuch"), WRONG_USAGE),
     ]
     for words, command in commands():
         for parameter in command.params:
-            found += [_at_the_doctors(each) for each in _cases_of(words, command, parameter)]
+            generated += [_at_the_doctors(case) for case in _cases_of(words, command, parameter)]
         usual = _usual(command)
-        found += [Case((*words, *usual, extra), WRONG_USAGE) for extra in ("--no-such", "--x\ny=1", "--recipe", "-x")]
+        generated += [
+            Case((*words, *usual, extra), WRONG_USAGE) for extra in ("--no-such", "--x\ny=1", "--recipe", "-x")
+        ]
         if not any(parameter.nargs == -1 for parameter in command.params):
-            found.append(Case((*words, *usual, "one", "too\nmany", "arguments"), WRONG_USAGE))
+            generated.append(Case((*words, *usual, "one", "too\nmany", "arguments"), WRONG_USAGE))
         if any(parameter.required for parameter in command.params):
-            found.append(Case(words, WRONG_USAGE))
+            generated.append(Case(words, WRONG_USAGE))
         if any(parameter.name == "recipe" for parameter in command.params):
-            found += [_at_the_doctors(Case((*words, *usual), WRONG_USAGE, variables)) for variables in VARIABLES]
-    return found
+            generated += [_at_the_doctors(Case((*words, *usual), WRONG_USAGE, variables)) for variables in VARIABLES]
+    return generated
 
 
 def _at_the_doctors(case: Case) -> Case:
@@ -144,10 +147,10 @@ def _cases_of(words: tuple[str, ...], command: click.Command, parameter: click.P
     values, codes = _bad_values(parameter)
     if isinstance(parameter, click.Argument):
         return [Case((*words, *usual, "--", value), codes) for value in values]
-    found = [Case((*words, *usual, name, value), codes) for value in values]
+    generated = [Case((*words, *usual, name, value), codes) for value in values]
     if values and not parameter.multiple:
-        found.append(Case((*words, *usual, name, "1", name, values[0]), codes))
-    return [*found, Case((*words, *usual, name), WRONG_USAGE)]
+        generated.append(Case((*words, *usual, name, "1", name, values[0]), codes))
+    return [*generated, Case((*words, *usual, name), WRONG_USAGE)]
 
 
 def _bad_values(parameter: click.Parameter) -> tuple[list[str], frozenset[int]]:
@@ -192,7 +195,7 @@ def fuzz_cli(project: Project, chosen: list[Case]) -> Tally:
             before = after
         tally.counts["cases"] += 1
         tally.counts[f"exit {code}"] += 1
-        tally.note(f"{[each[:60] for each in case.arguments]} {dict(case.variables)}"[:300], wrong)
+        tally.note(f"{[argument[:60] for argument in case.arguments]} {dict(case.variables)}"[:300], wrong)
     return tally
 
 
@@ -239,9 +242,9 @@ def sample(count: int, rng: random.Random) -> list[Case]:
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    found = {}
+    files = {}
     for path in folder.rglob("*"):
         stat = path.lstat()
         if path.suffix != ".lock" and not path.is_dir():  # locks stay where they once were held
-            found[str(path)] = (stat.st_size, stat.st_mtime_ns)
-    return found
+            files[str(path)] = (stat.st_size, stat.st_mtime_ns)
+    return files

@@ -186,13 +186,15 @@ def _check(prepared: Path, made: Made) -> list[str]:
     """Compare what was prepared with what was made, in any order."""
     wrong = []
     summary = json.loads((prepared / "summary.json").read_text())
-    if summary["num_skipped"] != len(made.bad) or not all(each["reason"].isprintable() for each in summary["skipped"]):
+    if summary["num_skipped"] != len(made.bad) or not all(
+        skipped["reason"].isprintable() for skipped in summary["skipped"]
+    ):
         wrong.append(f"counted: {summary['num_skipped']} bad files of {len(made.bad)}")
     dataset = Dataset.load(prepared / "dataset.h5")
-    found = sorted(image.tobytes() for split in dataset.splits.values() for image in split.images[:])
+    images = sorted(image.tobytes() for split in dataset.splits.values() for image in split.images[:])
     expected = sorted(read_image(path, dataset.image_size).tobytes() for path in made.good)
-    if found != expected:
-        wrong.append(f"pixels: {len(found)} images, expected {len(expected)}, or others")
+    if images != expected:
+        wrong.append(f"pixels: {len(images)} images, expected {len(expected)}, or others")
     if sum(len(np.asarray(split.labels)) for split in dataset.splits.values()) != len(made.good):
         wrong.append("labels: of another number")
     return wrong

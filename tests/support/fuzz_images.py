@@ -88,13 +88,13 @@ def originals() -> list[Whole]:
         ("palette.bmp", palette, {}), ("rgb.ppm", colour, {}), ("grey.pgm", Image.fromarray(grey), {}),
         ("deep.pgm", Image.fromarray(deep.astype(np.int32)), {}),  # which every Pillow writes
     ]  # fmt: skip
-    found = []
+    wholes = []
     for name, image, options in written:
         stream = io.BytesIO()
         form = {"jpg": "JPEG", "pgm": "PPM"}.get(name.rpartition(".")[2], name.rpartition(".")[2].upper())
         image.save(stream, form, **options)
-        found.append(Whole(name, stream.getvalue(), expected(name, rgb, grey, deep, stream.getvalue())))
-    return found
+        wholes.append(Whole(name, stream.getvalue(), expected(name, rgb, grey, deep, stream.getvalue())))
+    return wholes
 
 
 def expected(name: str, rgb: Any, grey: Any, deep: Any, data: bytes) -> np.ndarray[Any, Any]:
@@ -213,7 +213,7 @@ def mended(data: bytes, rng: random.Random) -> bytes:
     chunks[index] = (kind, body[:where] + rng.randbytes(rng.choice((0, 1, 4))) + body[where + rng.choice((0, 1, 4)) :])
     if rng.random() < 0.2:
         chunks.insert(rng.randrange(len(chunks)), chunks[rng.randrange(len(chunks))])
-    return data[:8] + b"".join(chunk(*each) for each in chunks)
+    return data[:8] + b"".join(chunk(*parts) for parts in chunks)
 
 
 class Case(NamedTuple):
@@ -228,7 +228,7 @@ class Case(NamedTuple):
 def cases(count: int, rng: random.Random) -> Iterator[Case]:
     """Yield whole images and disguises, then damaged images."""
     wholes, hidden = originals(), disguises()
-    yield from (Case(*each, is_whole=True) for each in wholes)
+    yield from (Case(*original, is_whole=True) for original in wholes)
     yield from (Case(f"{kind}.{suffix}", data, None) for kind, data in hidden.items() for suffix in ("png", "jpg"))
     for _ in range(count - len(wholes) - 2 * len(hidden)):
         whole = rng.choice(wholes)
@@ -252,7 +252,7 @@ def judge(path: Path, case: Case) -> tuple[str, list[str]]:
     path.write_bytes(case.data)
     try:
         with STARTED as started, time_limit(SECONDS_UNTIL_HUNG), little_memory():
-            found = read_image(path, SIDE)
+            image = read_image(path, SIDE)
     except DataError as error:
         message = str(error)
         wrong = [f"refused: {error}"] if case.is_whole else []
@@ -266,11 +266,11 @@ def judge(path: Path, case: Case) -> tuple[str, list[str]]:
     finally:
         path.unlink()
     wrong = [f"executed: {event}" for event in started.events]
-    if found.shape != (SIDE, SIDE, 3) or found.dtype != np.uint8:
-        wrong.append(f"shape: {found.shape} {found.dtype}")
+    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
+        wrong.append(f"shape: {image.shape} {image.dtype}")
     if case.pixels is None:
         wrong.append("accepted: what is no image")
-    elif case.is_whole and not np.array_equal(found, case.pixels):
+    elif case.is_whole and not np.array_equal(image, case.pixels):
         wrong.append("pixels: of a whole image are wrong")
     return "read", wrong
 

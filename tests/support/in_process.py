@@ -18,11 +18,11 @@ def invoke(project: Project, *arguments: str, code: int | None = 0) -> str:
         result = CliRunner().invoke(cli, arguments, standalone_mode=False)
     error, text = result.exception, ""
     if error is None:
-        found = 0
+        exit_code = 0
     elif isinstance(error, PipelineError | click.ClickException):
-        found, text = 2 if isinstance(error, click.ClickException) else error.exit_code, str(error)
+        exit_code, text = 2 if isinstance(error, click.ClickException) else error.exit_code, str(error)
         assert "\n" not in text
     else:
         raise error
-    assert code in (found, None), f"exit {found}, expected {code}\n{result.output}\n{text}"
+    assert code in (exit_code, None), f"exit {exit_code}, expected {code}\n{result.output}\n{text}"
     return result.output + text

@@ -51,7 +51,9 @@ def case(num_patches: int, num_pixels: int, width: int, num_heads: int, *, ratio
     for parameter in (*block.parameters(), *norm.parameters()):
         parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
     pixels, *gradients = (torch.randn(num_patches, num_pixels, width, generator=generator) for _ in range(3))
-    return Case(block.to(device), norm.to(device), pixels.to(device), tuple(each.to(device) for each in gradients))
+    return Case(
+        block.to(device), norm.to(device), pixels.to(device), tuple(gradient.to(device) for gradient in gradients)
+    )
 
 
 def outcome(case: Case, inner_block: InnerBlock) -> dict[str, Tensor]:

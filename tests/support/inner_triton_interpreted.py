@@ -74,7 +74,9 @@ def test_only_one_of_both_outputs_may_be_used() -> None:
 def test_strides_do_not_matter() -> None:
     drawn = case(2, 16, 12, 2)
     turned = drawn.pixels.transpose(0, 1).contiguous().transpose(0, 1)
-    strided = drawn._replace(pixels=turned, gradients=tuple(each[:1].expand_as(each) for each in drawn.gradients))
+    strided = drawn._replace(
+        pixels=turned, gradients=tuple(gradient[:1].expand_as(gradient) for gradient in drawn.gradients)
+    )
     assert not turned.is_contiguous()
     assert max(errors(strided, inner_block).values()) < TOLERANCE
 

@@ -62,8 +62,8 @@ def over_a_former_result(folder: Path) -> Interruptions:
 
 
 CAMPAIGNS: dict[str, Callable[[Path], Tally]] = {
-    each.__name__: each
-    for each in (teacher_select, distill, distill_over_a_former_result, kills_at_every_call_of_distill)
+    campaign.__name__: campaign
+    for campaign in (teacher_select, distill, distill_over_a_former_result, kills_at_every_call_of_distill)
 }
 
 
@@ -74,15 +74,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    where, found, began = environment(torch.device("cpu")), {}, time.monotonic()
+    where, summaries, began = environment(torch.device("cpu")), {}, time.monotonic()
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = CAMPAIGNS[name](Path(folder)).summary()
-        print(name, json.dumps(found[name]), flush=True)
-        failures = sum(sum(each["wrong"].values()) for each in found.values())
-        trials = sum(each.get("trials", 0) for each in found.values())
+            summaries[name] = CAMPAIGNS[name](Path(folder)).summary()
+        print(name, json.dumps(summaries[name]), flush=True)
+        failures = sum(sum(summary["wrong"].values()) for summary in summaries.values())
+        trials = sum(summary.get("trials", 0) for summary in summaries.values())
         run = {**where, "seconds": round(time.monotonic() - began)}
-        report = {"trials": trials, "failures": failures, "campaigns": found, "run": run}
+        report = {"trials": trials, "failures": failures, "campaigns": summaries, "run": run}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     sys.exit(failures > 0)
 

@@ -71,7 +71,7 @@ class Interruptions:
             ended = self._interrupt(number, moment)
             outs.append(ended.out)
             trial.signals.append((number, ended.code != 0))
-            trial.wrong += [f"{each} at {moment:.3f} s" for each in self._check_stopped(number, ended)]
+            trial.wrong += [f"{problem} at {moment:.3f} s" for problem in self._check_stopped(number, ended)]
         ended = run(self.scratch, *self.arguments, before=save_often)
         trial.wrong += self.check_end(ended)
         trial.resumed = any("going on from epoch" in out for out in (*outs, ended.out))
@@ -150,14 +150,14 @@ class Interruptions:
             yield f"code: exit {ended.code} after {number.name}, {ended.err}"
         elif len(ended.err.splitlines()) != (ended.code > 0):
             yield f"message: {ended.err!r} after {number.name}"
-        found = {path: digest for path, digest in files(self.scratch).items() if not path.endswith(".tmp")}
-        for path, digest in found.items():
+        present = {path: digest for path, digest in files(self.scratch).items() if not path.endswith(".tmp")}
+        for path, digest in present.items():
             if not path.startswith("work/") and digest not in (self.former.get(path), self.whole.get(path)):
                 yield f"torn: {path}"
-        for path in (path for path in found if path.endswith("/metrics.json")):
+        for path in (path for path in present if path.endswith("/metrics.json")):
             folder = path.removesuffix("metrics.json")
             if not any(
-                all(found.get(path) == digest for path, digest in all_of.items() if path.startswith(folder))
+                all(present.get(path) == digest for path, digest in all_of.items() if path.startswith(folder))
                 for all_of in (self.former, self.whole)
                 if path in all_of
             ):
@@ -167,9 +167,9 @@ class Interruptions:
         """Say what is wrong after the last run."""
         if ended.code or ended.err:
             yield f"failed: exit {ended.code}, {ended.err}"
-        found = files(self.scratch)
-        for path in sorted(found.keys() | self.whole.keys()):
-            if found.get(path) != self.whole.get(path):
+        present = files(self.scratch)
+        for path in sorted(present.keys() | self.whole.keys()):
+            if present.get(path) != self.whole.get(path):
                 yield f"differs: {path}" if path in self.whole else f"leftovers: {path}"
 
 

@@ -90,8 +90,8 @@ def extending(project: Project) -> tuple[Labelling, bytes]:
 
 
 LABELLING: dict[str, Callable[[Project], Tally]] = {
-    each.__name__: each
-    for each in (
+    campaign.__name__: campaign
+    for campaign in (
         random_kills,
         kills_at_every_call,
         kills_at_every_call_of_extending,
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*LABELLING, *DAMAGE], default=[*LABELLING, *DAMAGE])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    where, found, began = environment(torch.device("cpu")), {}, time.monotonic()
+    where, summaries, began = environment(torch.device("cpu")), {}, time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data, other = sealed_pair(folder)
@@ -125,10 +125,10 @@ def main() -> None:
             "forged_files": lambda: read_forged(data, other, NUM_FORGED, random.Random(6)),
         }
         for part in options.only:
-            found[part] = note(part, damage[part]) if part in damage else note(part, LABELLING[part], project)
-            wrong = sum(len(each["wrong"]) for each in found.values())
+            summaries[part] = note(part, damage[part]) if part in damage else note(part, LABELLING[part], project)
+            wrong = sum(len(summary["wrong"]) for summary in summaries.values())
             run = {**where, "seconds": round(time.monotonic() - began)}
-            options.json.write_text(json.dumps({"wrong": wrong, "campaigns": found, "run": run}, indent=2) + "\n")
+            options.json.write_text(json.dumps({"wrong": wrong, "campaigns": summaries, "run": run}, indent=2) + "\n")
     sys.exit(wrong > 0)
 
 

@@ -76,11 +76,11 @@ class Labelling:
 
     def parts(self) -> dict[int, tuple[int, int]]:
         """Finished views, each with what changes when its part is written again."""
-        found = {}
+        status_of = {}
         for file in self.work.glob("default/*.part"):
             status = file.stat()
-            found[int(file.stem)] = (status.st_ino, status.st_mtime_ns)
-        return found
+            status_of[int(file.stem)] = (status.st_ino, status.st_mtime_ns)
+        return status_of
 
     def finished(self) -> set[int]:
         """Views that are finished, in a part or in the sealed file."""
@@ -102,12 +102,12 @@ class Labelling:
 
     def check(self, finished: Iterable[int], *ended: Ended) -> Iterator[str]:
         """Say what is wrong after the last of some runs that began with some finished views."""
-        for each in ended:
-            if each.code == HUNG:
+        for rank in ended:
+            if rank.code == HUNG:
                 yield "hung"
-            elif each.code or each.err:
-                yield f"failed: exit {each.code}, {each.err}"
-            if again := each.views & set(finished):
+            elif rank.code or rank.err:
+                yield f"failed: exit {rank.code}, {rank.err}"
+            if again := rank.views & set(finished):
                 yield f"lost: views {sorted(again)} were labelled again"
         if not self.file.exists() or self.file.read_bytes() != self.whole:
             yield "differs"
@@ -207,14 +207,14 @@ def limit_files(labelling: Labelling, limits: Sequence[int]) -> Tally:
 
 
 def _check_failure(labelling: Labelling, former: bytes | None, ended: Ended, *, harmless: bool) -> Iterator[str]:
-    found = labelling.file.read_bytes() if labelling.file.exists() else None
-    if ended.code == 0 and harmless and found == labelling.whole:
+    written = labelling.file.read_bytes() if labelling.file.exists() else None
+    if ended.code == 0 and harmless and written == labelling.whole:
         return
     if ended.code != 4:
         yield f"code: exit {ended.code}, {ended.err or ended.out}"
     if len(ended.err.splitlines()) != 1 or not ended.err.startswith("Error: "):
         yield f"message: {ended.err}"
-    if found not in (former, labelling.whole):
+    if written not in (former, labelling.whole):
         yield "torn"
 
 
@@ -240,10 +240,12 @@ def kill_ranks(labelling: Labelling, resume_with: Sequence[int], rng: random.Ran
         if overlap:
             # The survivor keeps its lock: who comes in its place is refused, and the others do the work.
             tally.counts["overlaps"] += 1
-            tally.counts["refused"] += sum(each.code == 4 for each in resumed)
+            tally.counts["refused"] += sum(rank_end.code == 4 for rank_end in resumed)
             # Some of what it wrote was there before.
             resumed.append(dataclasses.replace(group[survivor].finish(), calls=()))
-            resumed = [each for each in resumed if each.code != 4 or "held by another run" not in each.err]
+            resumed = [
+                rank_end for rank_end in resumed if rank_end.code != 4 or "held by another run" not in rank_end.err
+            ]
             resumed.append(labelling.run())
         tally.note(what, labelling.check(finished, *resumed))
         tally.counts["files"] += 1

@@ -17,7 +17,7 @@ def page(name: str) -> str:
 
 def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return [content for found, content in _BLOCK.findall(text) if found == language]
+    return [content for tag, content in _BLOCK.findall(text) if tag == language]
 
 
 def commands(text: str) -> list[str]:

@@ -40,11 +40,11 @@ def gradient(value: float, model: nn.Module, batch: Any, objective: Any, optimiz
     """Put a number into the gradient of one weight."""
     parameter = next(model.parameters())
 
-    def replace(found: Tensor) -> Tensor:
+    def replace(tensor: Tensor) -> Tensor:
         handle.remove()
-        found = found.clone()
-        found[(0,) * found.dim()] = value
-        return found
+        tensor = tensor.clone()
+        tensor[(0,) * tensor.dim()] = value
+        return tensor
 
     handle = parameter.register_hook(replace)
     return batch, objective
@@ -59,9 +59,9 @@ def pixel(value: float, model: nn.Module, batch: Any, objective: Any, optimizer:
 
 def moment(value: float, model: nn.Module, batch: Any, objective: Any, optimizer: Any) -> tuple[Any, Any]:
     """Fill the optimiser's state of one weight, as far as it has any."""
-    for each in optimizer.state[next(model.parameters())].values():
-        if each.dim():
-            each.fill_(value)
+    for moment_tensor in optimizer.state[next(model.parameters())].values():
+        if moment_tensor.dim():
+            moment_tensor.fill_(value)
     return batch, objective
 
 

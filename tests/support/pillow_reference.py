@@ -52,5 +52,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def on_pil(operation: Callable[..., Image.Image], images: Tensor, *arguments: Sequence[Any]) -> Tensor:
     """Apply an operation on PIL images to each image, with that image's element of each argument."""
-    results = [operation(to_pil(image), *own) for image, *own in zip(images, *arguments, strict=True)]
+    results = [
+        operation(to_pil(image), *image_arguments) for image, *image_arguments in zip(images, *arguments, strict=True)
+    ]
     return torch.from_numpy(np.stack([np.asarray(result) for result in results])).permute(0, 3, 1, 2)

@@ -77,9 +77,9 @@ class Project:
         return checked(process.returncode, out, err, code)
 
 
-def checked(found: int, out: str, err: str, code: int) -> str:
+def checked(exit_code: int, out: str, err: str, code: int) -> str:
     """Check that a command ended with a code, and an error with one line; return what it printed."""
-    assert found == code, f"exit {found}, expected {code}\n{out}\n{err}"
+    assert exit_code == code, f"exit {exit_code}, expected {code}\n{out}\n{err}"
     assert "Traceback" not in err, err
     if code not in (0, 128 + signal.SIGTERM):
         lines = [line for line in err.splitlines() if not line.startswith(("Usage:", "Try ", "Downloading:"))]

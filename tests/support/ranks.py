@@ -47,12 +47,12 @@ def on_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, seconds
         process.start()
         theirs.close()
         ranks.append((process, ours))
-    found = []
+    results = []
     for process, connection in ranks:
         assert connection.poll(SECONDS_UNTIL_HUNG), "a rank hangs"
-        found.append(pickle.loads(connection.recv_bytes()))
+        results.append(pickle.loads(connection.recv_bytes()))
         process.join()
-    return found
+    return results
 
 
 def _run(

@@ -56,8 +56,8 @@ def add(
         **{"views": None if kind == "teacher" else EPOCHS, **costs, **metrics},
     )  # fmt: skip
     paths = Paths(RECIPE)
-    own = paths.teacher(name) if kind == "teacher" else paths.student(name)
-    out = project.path / (paths.run(run.directory.name) if seed or differs else own)
+    recipe_run = paths.teacher(name) if kind == "teacher" else paths.student(name)
+    out = project.path / (paths.run(run.directory.name) if seed or differs else recipe_run)
     out.parent.mkdir(parents=True, exist_ok=True)
     run.directory.rename(out)
 
@@ -67,7 +67,7 @@ def predictions(top1: float, seed: int) -> list[tuple[object, ...]]:
     draws = np.random.default_rng(seed)
     target = np.arange(1000) % 100
     guesses = [np.where(draws.random(1000) * 100 < top1, target, draws.integers(0, 100, 1000)) for _ in range(4)]
-    columns = [[CLASS_NAMES[index] for index in each] for each in (target, *guesses)]
+    columns = [[CLASS_NAMES[index] for index in indices] for indices in (target, *guesses)]
     prediction, class_head, distillation_head, teacher = columns[1:]
     rows = zip(range(1000), columns[0], prediction, ["0.9"] * 1000, class_head, distillation_head, teacher, strict=True)
     return list(rows)

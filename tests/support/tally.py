@@ -21,9 +21,9 @@ class Tally:
     wrong: list[str] = dataclasses.field(default_factory=list)
 
     def note(self, what: str, wrong: Iterable[str]) -> None:
-        self.wrong += [f"{each} ({what})" for each in wrong]
+        self.wrong += [f"{problem} ({what})" for problem in wrong]
 
     def summary(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        kinds = Counter(each.partition(":")[0].split(" ")[0] for each in self.wrong)
+        kinds = Counter(problem.partition(":")[0].split(" ")[0] for problem in self.wrong)
         return {**self.counts, "wrong": dict(kinds), "examples": self.wrong[:5]}

@@ -74,15 +74,15 @@ def test_its_variants_change_one_ingredient_each() -> None:
 def test_it_runs_through_all_stages_in_small(project: Project) -> None:
     for name in ("titn", "titn-hard"):
         run(project, "distill", "--student", name)
-    found = {}
+    all_metrics = {}
     for name in ("titn", "titn-hard"):
         directory = project.path / "data" / NAME / "students" / name
-        found[name] = json.loads((directory / "metrics.json").read_text())
+        all_metrics[name] = json.loads((directory / "metrics.json").read_text())
         assert (directory / "best.safetensors").is_file()
-    whole = found["titn"]
+    whole = all_metrics["titn"]
     assert (whole["soft"], whole["optimizer"], whole["evaluated_on"], whole["distilled"]) == (2.0, "adamw", "val", True)
-    assert found["titn-hard"]["soft"] is None
-    assert whole["last"] != found["titn-hard"]["last"]
+    assert all_metrics["titn-hard"]["soft"] is None
+    assert whole["last"] != all_metrics["titn-hard"]["last"]
     meta = json.loads((project.path / "data" / NAME / "students/titn/best.json").read_text())
     assert meta["training"]["ema"] == 0.9995 and meta["inputs"]["topk"] == 10
     out = run(project, "report", "--no-figures", "--out", "report")

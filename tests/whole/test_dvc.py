@@ -133,18 +133,18 @@ def test_changing_one_students_recipe_reruns_that_student_alone(checkout: Checko
 
 def test_changing_a_teacher_that_does_not_win_does_not_relabel(checkout: Checkout) -> None:
     selection = json.loads((checkout.data / "selection.json").read_text())
-    loser = next(each["name"] for each in selection["candidates"] if each["name"] != selection["winner"])
-    own = {
+    loser = next(candidate["name"] for candidate in selection["candidates"] if candidate["name"] != selection["winner"])
+    sections = {
         "squeezenet1_1": "squeezenet1_1: {epochs: 6",
         "mobilenet_v3_large": "mobilenet_v3_large: {epochs: 2, bn_momentum: 0.1",
     }
-    checkout.edit(own[loser], f"{own[loser]}, lr: 0.00001")
+    checkout.edit(sections[loser], f"{sections[loser]}, lr: 0.00001")
     assert checkout.repro() == {f"teacher@{loser}", "select", "report"}
 
 
 def test_another_winner_relabels_and_retrains(checkout: Checkout) -> None:
     selection = json.loads((checkout.data / "selection.json").read_text())
-    loser = next(each["name"] for each in selection["candidates"] if each["name"] != selection["winner"])
+    loser = next(candidate["name"] for candidate in selection["candidates"] if candidate["name"] != selection["winner"])
     file = checkout.path / "params.yaml"
     file.write_text(file.read_text().replace("teachers: [squeezenet1_1, mobilenet_v3_large]", f"teachers: [{loser}]"))
     assert checkout.repro() == {"select", "label@default", "student@titn", "student@vit", "report"}
@@ -252,11 +252,11 @@ def start_labelling(checkout: Checkout) -> subprocess.Popen[bytes]:
 
 def parts_of(checkout: Checkout) -> dict[str, tuple[int, int]]:
     """The finished parts, each with what changes when it is written again."""
-    found = {}
+    parts = {}
     for file in (checkout.path / "data/work/smoke/labels/default").glob("*.part"):
         status = file.stat()
-        found[file.name] = (status.st_ino, status.st_mtime_ns)
-    return found
+        parts[file.name] = (status.st_ino, status.st_mtime_ns)
+    return parts
 
 
 def test_a_killed_repro_keeps_its_parts_and_the_next_one_goes_on(checkout: Checkout) -> None:

@@ -73,14 +73,14 @@ def labels_of(file: Path) -> np.ndarray:
 def everything_in(file: Path) -> dict[str, Any]:
     """Return all datasets and attributes of a sealed file, by name."""
     with h5py.File(file) as opened:
-        found: dict[str, Any] = dict(opened.attrs)
+        contents: dict[str, Any] = dict(opened.attrs)
         names: list[str] = []
         opened.visit(names.append)
         for name in names:
-            found |= {f"{name}@{key}": value for key, value in opened[name].attrs.items()}
+            contents |= {f"{name}@{key}": value for key, value in opened[name].attrs.items()}
             if isinstance(opened[name], h5py.Dataset):
-                found[name] = (str(opened[name].dtype), opened[name][()].tolist())
-    return found
+                contents[name] = (str(opened[name].dtype), opened[name][()].tolist())
+    return contents
 
 
 def test_the_fixtures_are_small_and_hold_no_path_of_a_machine() -> None:
@@ -97,12 +97,12 @@ def test_the_same_data_are_prepared(prepared: Project) -> None:
 def test_the_sealed_labels_open_and_have_their_fingerprint(project: Project) -> None:
     lay(project, "finished")
     assert sha256(project.path / LABELS) == FACTS["label_file_sha256"]
-    found = json.loads(invoke(project, "labels", "inspect", str(LABELS), "--json"))
-    assert found["fingerprint"] == FACTS["label_fingerprint"]
-    assert found["identity"]["dataset_sha256"] == FACTS["dataset_sha256"]
-    assert found["provenance"]["checkpoint_sha256"] == FACTS["teacher_weights_sha256"]
-    assert found["provenance"]["versions"] == FACTS["versions"]
-    assert (found["num_views"], found["num_classes"]) == (4, 10)
+    inspected = json.loads(invoke(project, "labels", "inspect", str(LABELS), "--json"))
+    assert inspected["fingerprint"] == FACTS["label_fingerprint"]
+    assert inspected["identity"]["dataset_sha256"] == FACTS["dataset_sha256"]
+    assert inspected["provenance"]["checkpoint_sha256"] == FACTS["teacher_weights_sha256"]
+    assert inspected["provenance"]["versions"] == FACTS["versions"]
+    assert (inspected["num_views"], inspected["num_classes"]) == (4, 10)
     assert set(labels_of(project.path / LABELS).ravel()) == set(range(10)), "labels of one class could hide a mistake"
 
 
@@ -152,8 +152,8 @@ def test_parts_of_another_version_are_not_gone_on_from(project: Project) -> None
     with at_versions({**FACTS["versions"], "torch": "2.0.0"}):
         out = invoke(project, "label", *CPU)
     assert "labelled 4/4 views" in out and "2 finished views are damaged, or of another" in out
-    found = json.loads(invoke(project, "labels", "inspect", str(LABELS), "--json"))
-    assert found["provenance"]["versions"]["torch"] == "2.0.0"
+    inspected = json.loads(invoke(project, "labels", "inspect", str(LABELS), "--json"))
+    assert inspected["provenance"]["versions"]["torch"] == "2.0.0"
 
 
 def test_the_sealed_labels_are_extended(project: Project) -> None:
@@ -166,8 +166,8 @@ def test_the_sealed_labels_are_extended(project: Project) -> None:
     assert "labelled 1/1 views" in out and "again" not in out
     extended = labels_of(project.path / LABELS)
     assert len(extended) == 5 and np.array_equal(extended[:4], former)
-    found = json.loads(invoke(project, "labels", "inspect", str(LABELS), "--json"))
-    assert found["fingerprint"] == FACTS["label_fingerprint"]
+    inspected = json.loads(invoke(project, "labels", "inspect", str(LABELS), "--json"))
+    assert inspected["fingerprint"] == FACTS["label_fingerprint"]
 
 
 def test_distill_goes_on_from_the_saved_state_to_the_same_student(project: Project) -> None:
@@ -178,10 +178,10 @@ def test_distill_goes_on_from_the_saved_state_to_the_same_student(project: Proje
     assert f"{STUDENT}: going on from epoch 9, step 10" in out
     assert "epoch 8/10" not in out and "epoch 9/10" in out and "epoch 10/10" in out
     assert not (project.path / "data/work/tiny/students" / STUDENT).exists()
-    found, expected = (json.loads((folder / "best.json").read_text()) for folder in (student, former))
-    assert found["fingerprint"] == expected["fingerprint"] == FACTS["run_fingerprints"][STUDENT]
+    meta, expected = (json.loads((folder / "best.json").read_text()) for folder in (student, former))
+    assert meta["fingerprint"] == expected["fingerprint"] == FACTS["run_fingerprints"][STUDENT]
     if machine() == FACTS["machine"]:
-        assert found["sha256"] == FACTS["student_weights_sha256"]
+        assert meta["sha256"] == FACTS["student_weights_sha256"]
         assert without_times(contents(student)) == without_times(contents(former))
         return
     ours, theirs = (load_file(folder / "last.safetensors") for folder in (student, former))

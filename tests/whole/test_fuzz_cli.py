@@ -38,10 +38,10 @@ def test_a_bad_value_is_refused_by_its_code_in_one_line_and_nothing_is_written(p
 def test_every_parameter_of_every_command_is_given_bad_values() -> None:
     given = [case.arguments for case in cases()]
     for words, command in commands():
-        mine = [each for each in given if each[: len(words)] == words]
+        mine = [arguments for arguments in given if arguments[: len(words)] == words]
         for parameter in command.params:
             if isinstance(parameter, click.Option):
-                assert any(each.startswith(parameter.opts[0]) for line in mine for each in line), (
+                assert any(argument.startswith(parameter.opts[0]) for line in mine for argument in line), (
                     words,
                     parameter.name,
                 )

@@ -63,8 +63,8 @@ class Setting:
         assert [path.name for path in work if "last-good" in path.name and str(path)[-40:] in ended.err] == (
             ["last-good.safetensors"] if "is kept in" in ended.err else []
         )
-        found = {path: digest for path, digest in files(self._scratch).items() if not path.startswith("work/")}
-        assert found == undisturbed.former, "nothing that others see has changed"
+        visible = {path: digest for path, digest in files(self._scratch).items() if not path.startswith("work/")}
+        assert visible == undisturbed.former, "nothing that others see has changed"
         assert list(undisturbed.check_end(run(self._scratch, *arguments))) == []
         shutil.rmtree(self._scratch)
         return ended
@@ -155,7 +155,7 @@ def test_variances_that_overflow_are_neither_kept_nor_evaluated(setting: Setting
     ("batch", "value", "finished"),
     [
         (6, math.inf, 1),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, math.nan, 0), (12, math.nan, 3))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, math.nan, 0), (12, math.nan, 3))),
     ],
 )
 def test_a_view_whose_logits_are_not_finite_has_no_part(

@@ -101,8 +101,8 @@ def test_a_student_of_several_ranks_is_that_of_one_process(alone: Project, proje
         file.name for file in (alone.path / OUT).iterdir()
     }
     predicted, alone_predicted = (
-        [(row["sample"], row["target"], row["prediction"]) for row in rows(each, "predictions.csv")]
-        for each in (project, alone)
+        [(row["sample"], row["target"], row["prediction"]) for row in rows(place, "predictions.csv")]
+        for place in (project, alone)
     )
     assert predicted == alone_predicted
     assert not list((project.path / "data/work/smoke/runs").glob("*/*"))
@@ -129,7 +129,9 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     ranks = {}
     for child in map(int, children):
         variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks.update({int(each.removeprefix(b"RANK=")): child for each in variables if each.startswith(b"RANK=")})
+        ranks.update(
+            {int(variable.removeprefix(b"RANK=")): child for variable in variables if variable.startswith(b"RANK=")}
+        )
     return [ranks[rank] for rank in sorted(ranks)]
 
 
@@ -175,8 +177,8 @@ def test_ranks_reach_their_time_limit_together(project: Project) -> None:
         Command(project.path, *limited, before=hurry_rank_1, **rendezvous.variables(rank, 2)) for rank in range(2)
     ]
     ended = [command.finish() for command in commands]
-    assert [each.code for each in ended] == [75, 75], ended
-    assert all(f"time limit reached in epoch 1 of {EPOCHS} after step 1" in each.err for each in ended)
+    assert [rank_end.code for rank_end in ended] == [75, 75], ended
+    assert all(f"time limit reached in epoch 1 of {EPOCHS} after step 1" in rank_end.err for rank_end in ended)
 
 
 @pytest.mark.slow

@@ -337,9 +337,9 @@ def test_a_cache_of_another_view_recipe_is_refused_naming_field_and_both_values(
     path = tmp_path / "labels.h5"
     path.write_bytes(sealed)
     expected = identity_of()
-    found = expected["view_recipe"][field]
-    expected["view_recipe"][field] = change(found)
-    check_refusal(path, expected, f"view_recipe.{field}", found, expected["view_recipe"][field])
+    recorded = expected["view_recipe"][field]
+    expected["view_recipe"][field] = change(recorded)
+    check_refusal(path, expected, f"view_recipe.{field}", recorded, expected["view_recipe"][field])
 
 
 def check_refusal(path, expected, field, found_value, expected_value):

@@ -93,8 +93,8 @@ def test_splits_that_share_their_bytes_cannot_claim_more_than_the_file_holds(tmp
     data = forge(sealed, claim)
     # The layout message of contiguous storage: version 3, class 1, address, size.
     layouts = list(re.finditer(rb"\x03\x01(.{8})" + re.escape(struct.pack("<Q", 5000)), data, re.DOTALL))
-    assert [each[1] == b"\xff" * 8 for each in layouts] == [False, True, True, True]
-    shared = patch(data, {each.start(1): layouts[0][1] for each in layouts})
+    assert [layout[1] == b"\xff" * 8 for layout in layouts] == [False, True, True, True]
+    shared = patch(data, {layout.start(1): layouts[0][1] for layout in layouts})
     assert len(shared) < 4 * 5000
     check_damaged(tmp_path / "labels.h5", shared, "the clean splits claim 20016 bytes")
 
@@ -102,7 +102,7 @@ def test_splits_that_share_their_bytes_cannot_claim_more_than_the_file_holds(tmp
 def test_nothing_large_is_allocated_for_a_file_that_claims_to_be_large(sealed):
     """A reader with hardly any memory refuses each of these for what it is, not for want of memory."""
     reader = HostileReader()
-    for change, reason in (each.values for each in HOSTILE):
+    for change, reason in (parameters.values for parameters in HOSTILE):
         verdict = reader.read(forge(sealed, change))
         assert verdict.startswith("refused: ") and reason in verdict.replace("\\'", "'"), (change, verdict)
     assert reader.read(sealed) == "accepted"

@@ -31,7 +31,7 @@ def test_each_rank_labels_its_share_and_the_file_is_that_of_one_process(labellin
     labelling.reset()
     ended = [rank.finish() for rank in start_ranks(labelling, 3)]
     assert list(labelling.check((), *ended)) == []
-    assert set.union(*(each.views for each in ended)) == set(range(6))
+    assert set.union(*(rank_end.views for rank_end in ended)) == set(range(6))
     for rank in (1, 2):
         assert ended[rank].views <= {rank, rank + 3} and ended[rank].out == ""
 

@@ -49,7 +49,7 @@ def replace(file, name, data=None, **options):
 
 def digest_again(file):
     arrays = [file["labels"][...], file["topk/classes"][...], file["topk/probabilities"][...]]
-    digests = [hashlib.sha256(b"".join(each[view].tobytes() for each in arrays)).digest() for view in range(4)]
+    digests = [hashlib.sha256(b"".join(array[view].tobytes() for array in arrays)).digest() for view in range(4)]
     del file["digest"]
     file["digest"] = np.stack([np.frombuffer(digest, np.uint8) for digest in digests])
 

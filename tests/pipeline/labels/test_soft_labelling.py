@@ -32,9 +32,9 @@ def make_cache(topk: int) -> LabelCache:
         versions={}, topk=topk,
     )  # fmt: skip
     kept = [label_view(teacher, views, view, topk) for view in range(3)]
-    stored = [each.stored(num_samples=NUM_SAMPLES, num_classes=NUM_CLASSES, topk=topk) for each in kept]
+    stored = [view_answers.stored(num_samples=NUM_SAMPLES, num_classes=NUM_CLASSES, topk=topk) for view_answers in kept]
     labels, classes, probabilities = (
-        np.stack(arrays) for arrays in zip(*(each.arrays for each in stored), strict=True)
+        np.stack(arrays) for arrays in zip(*(encoded.arrays for encoded in stored), strict=True)
     )
     return LabelCache(
         labels=labels, classes=classes, probabilities=probabilities, clean={}, canaries=tuple(make_canaries(views, 3)),
@@ -94,8 +94,8 @@ def test_a_replay_tells_the_largest_difference_of_a_probability() -> None:
     assert cache.probabilities is not None
     changed = np.array(cache.probabilities)
     changed[1, 5, 2] = 0.0
-    found = replay(dataclasses.replace(cache, probabilities=changed), make_teacher(), make_views(), EVERYTHING)
-    assert found.probability_error == pytest.approx(float(cache.probabilities[1, 5, 2]), abs=2**-12)
+    replayed = replay(dataclasses.replace(cache, probabilities=changed), make_teacher(), make_views(), EVERYTHING)
+    assert replayed.probability_error == pytest.approx(float(cache.probabilities[1, 5, 2]), abs=2**-12)
     elsewhere = [pair for pair in EVERYTHING if pair != (1, 5)]
     again = replay(dataclasses.replace(cache, probabilities=changed), make_teacher(), make_views(), elsewhere)
     assert again.probability_error == honest.probability_error
@@ -121,7 +121,7 @@ def test_all_classes_cached_are_what_the_teacher_says_when_asked(soft: bool, con
             torch.testing.assert_close(one.confidence, other.confidence, rtol=2**-10, atol=0)
         if soft:
             logits = torch.randn(len(one.labels), NUM_CLASSES, requires_grad=True)
-            both = [soft_divergence(logits, each.teacher_labels, 2.0).sum() for each in (one, other)]
+            both = [soft_divergence(logits, answers.teacher_labels, 2.0).sum() for answers in (one, other)]
             torch.testing.assert_close(*both, rtol=1e-3, atol=1e-5)
             both[1].backward()  # an asked teacher's answer can be saved for it
 

@@ -166,7 +166,7 @@ def test_in_fp32_nothing_but_a_near_tie_hangs_on_how_the_logits_are_computed(rea
     """
     model, folded, images = real_size.model, real_size.folded, real_size.images
     contiguous = copy.deepcopy(folded).to(memory_format=torch.contiguous_format)
-    found = {
+    by_way = {
         "batches of 1": find_logits(folded, images[:24], batch_size=1),
         "batches of 7": find_logits(folded, images[:70], batch_size=7),
         "batches of 150": find_logits(folded, images, batch_size=150),
@@ -175,11 +175,11 @@ def test_in_fp32_nothing_but_a_near_tie_hangs_on_how_the_logits_are_computed(rea
     }
     torch.set_num_threads(2)
     try:
-        found["two threads"] = find_logits(folded, images[:64])
-        found["all at once"] = find_logits(model, images[:35], batch_size=7)
+        by_way["two threads"] = find_logits(folded, images[:64])
+        by_way["all at once"] = find_logits(model, images[:35], batch_size=7)
     finally:
         torch.set_num_threads(1)
-    for way, logits in found.items():
+    for way, logits in by_way.items():
         assert (logits - real_size.logits[: len(logits)]).abs().max() < SAME_MARGIN / 2, way
 
 

@@ -41,8 +41,8 @@ def logits(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch.to(next(model.parameters()).dtype)).double()
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("name", TEACHERS)

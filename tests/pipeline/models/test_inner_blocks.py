@@ -62,12 +62,14 @@ def test_results_and_gradients_are_those_of_the_modules(
     pixels = torch.randn(number, num_pixels, width, requires_grad=True)
     exact_pixels = pixels.detach().double().requires_grad_()
     weights, exact_weights = inner_weights(block, norm), inner_weights(exact_block, exact_norm)
-    found = inner_cpp.inner_block(pixels, weights, heads)
+    outputs = inner_cpp.inner_block(pixels, weights, heads)
     expected = plain(exact_pixels, exact_block, exact_norm)
-    directions = [torch.randn(number, num_pixels, width) for _ in found]
-    gradients = torch.autograd.grad(found, [pixels, *weights], directions)
-    exact = torch.autograd.grad(expected, [exact_pixels, *exact_weights], [each.double() for each in directions])
-    for ours, theirs in zip([*found, *gradients], [*expected, *exact], strict=True):
+    directions = [torch.randn(number, num_pixels, width) for _ in outputs]
+    gradients = torch.autograd.grad(outputs, [pixels, *weights], directions)
+    exact = torch.autograd.grad(
+        expected, [exact_pixels, *exact_weights], [direction.double() for direction in directions]
+    )
+    for ours, theirs in zip([*outputs, *gradients], [*expected, *exact], strict=True):
         assert ours.shape == theirs.shape
         assert error(ours, theirs) < TOLERANCE
 
@@ -106,16 +108,16 @@ def test_large_activations_stay_exact() -> None:
 def test_threads_change_sums_of_gradients_by_rounding_only() -> None:
     block, norm = modules(12, 2, 4)
     pixels = torch.randn(100, 16, 12)
-    found = []
+    by_threads = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results = inner_cpp.inner_block(pixels, inner_weights(block, norm), 2)
-        found.append((*results, *torch.autograd.grad(results[1].sum() + results[0].square().sum(), list(
+        by_threads.append((*results, *torch.autograd.grad(results[1].sum() + results[0].square().sum(), list(
             inner_weights(block, norm)))))  # fmt: skip
     torch.set_num_threads(1)
-    for other in found[1:]:
-        assert torch.equal(other[0], found[0][0])
-        assert all(error(ours, first) < TOLERANCE for ours, first in zip(other, found[0], strict=True))
+    for other in by_threads[1:]:
+        assert torch.equal(other[0], by_threads[0][0])
+        assert all(error(ours, first) < TOLERANCE for ours, first in zip(other, by_threads[0], strict=True))
 
 
 @pytest.mark.parametrize("name", ["tnt", "titn"])
@@ -138,7 +140,7 @@ def test_autocast_leaves_the_inner_block_in_float32() -> None:
     fused = block._refine(embedded, plain=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for ours in (block._refine(embedded, plain=False), block._refine(embedded, plain=True)):
-            assert all(each.dtype == torch.float32 for each in ours)
+            assert all(tensor.dtype == torch.float32 for tensor in ours)
             assert error(ours[1], fused[1]) < TOLERANCE
 
 
@@ -147,14 +149,14 @@ def test_tokens_that_no_head_reads_may_be_left_out(name: str) -> None:
     torch.manual_seed(0)
     student = build_student(name, num_classes=10, depth=2)
     images = torch.randn(3, 3, 32, 32)
-    found = []
+    by_mode = []
     for student.plain in (True, False):
         student.zero_grad()
         outputs = student(images)
         heads = outputs if student.has_distillation_head else (outputs,)
         sum(head.square().sum() for head in heads).backward()
-        found.append([*heads, *(parameter.grad.clone() for parameter in student.parameters())])
-    for whole, trimmed in zip(*found, strict=True):
+        by_mode.append([*heads, *(parameter.grad.clone() for parameter in student.parameters())])
+    for whole, trimmed in zip(*by_mode, strict=True):
         assert error(trimmed, whole) < TOLERANCE
 
 
@@ -243,9 +245,9 @@ def test_torch_compile_takes_it_as_it_is() -> None:
     expected = student(images)[0]
     use_inner_block(student, "fused", CPU)
     compiled = torch.compile(student)
-    found = compiled(images)[0]
-    assert error(found, expected) < 10 * TOLERANCE
-    found.sum().backward()
+    compiled_tokens = compiled(images)[0]
+    assert error(compiled_tokens, expected) < 10 * TOLERANCE
+    compiled_tokens.sum().backward()
     assert all(parameter.grad is not None for parameter in student.blocks[0].inner.parameters())
 
 
@@ -253,4 +255,6 @@ def test_the_weights_are_all_there() -> None:
     block, norm = modules(12, 2, 4)
     weights = inner_weights(block, norm)
     assert len(weights) == len(InnerWeights._fields)
-    assert {id(weight) for weight in weights} == {id(each) for each in [*block.parameters(), *norm.parameters()]}
+    assert {id(weight) for weight in weights} == {
+        id(parameter) for parameter in [*block.parameters(), *norm.parameters()]
+    }

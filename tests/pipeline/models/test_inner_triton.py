@@ -98,10 +98,10 @@ def machine_code(triton: Any, kernel: Any, of: Geometry, file: Path) -> dict[str
     file.write_bytes(compiled.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     used = subprocess.run([cuobjdump, "--dump-resource-usage", file], check=True, capture_output=True, text=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}
     return {
-        "registers": found["REG"],
-        "spilled": found["STACK"] + found["LOCAL"],
+        "registers": counts["REG"],
+        "spilled": counts["STACK"] + counts["LOCAL"],
         "shared": int(compiled.metadata.shared),
     }
 

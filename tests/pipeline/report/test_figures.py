@@ -79,7 +79,7 @@ def examples(name: str = "class") -> dict[str, bytes]:
     return {
         "lines": lines([Series(name, EPOCHS, EPOCHS * 10, reference=75.0)], x_label="epoch", y_label="%"),
         "dots": dots(
-            [DotRow(each, [50.0], [(40.0, 60.0)], name) for each in names], [name], x_label="%", overall=[55.0]
+            [DotRow(label, [50.0], [(40.0, 60.0)], name) for label in names], [name], x_label="%", overall=[55.0]
         ),
         "heat_map": heat_map(shades, names, x_label="x", y_label="y", bar_label="%", numbers=counts),
         "repeats": over_counts([panel(name), panel("best")], x_label="views", y_label="%"),

@@ -51,10 +51,10 @@ def test_precision_is_taken_as_given_and_auto_is_resolved() -> None:
 
 
 def test_a_run_says_where_and_when_it_took_place() -> None:
-    found = environment(torch.device("cpu"))
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["device_type"] == "cpu"
-    assert f"{torch.get_num_threads()} threads" in found["device"]
+    described = environment(torch.device("cpu"))
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["device_type"] == "cpu"
+    assert f"{torch.get_num_threads()} threads" in described["device"]
 
 
 def test_a_signal_is_raised_at_once_outside_deferred_work() -> None:

@@ -44,11 +44,11 @@ class Recorder(Watcher):
 
 def averages(recorded: list[dict[str, Tensor]], decay: float) -> list[dict[str, Tensor]]:
     """Return the average after each step, by the formula in float64."""
-    found = [{name: tensor.double() for name, tensor in recorded[0].items()}]
+    expected = [{name: tensor.double() for name, tensor in recorded[0].items()}]
     for done, weights in enumerate(recorded[1:]):
         kept = min(decay, (1 + done) / (10 + done))
-        found.append({name: kept * old + (1 - kept) * weights[name] for name, old in found[-1].items()})
-    return found
+        expected.append({name: kept * old + (1 - kept) * weights[name] for name, old in expected[-1].items()})
+    return expected
 
 
 def assert_is_average(weights: Mapping[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -60,15 +60,15 @@ def assert_is_average(weights: Mapping[str, Tensor], expected: dict[str, Tensor]
 def test_the_average_follows_the_formula() -> None:
     weight = nn.Parameter(torch.tensor([8.0]))
     average = MovingAverage(nn.ParameterList([weight]), 0.25)
-    found = []
+    averaged = []
     for step, value in enumerate([18.0, 7.0, 3.0, 43.0]):
         weight.data.fill_(value)
         average.update(step)
-        found.append(average.tensors["0"].item())
+        averaged.append(average.tensors["0"].item())
     # Kept of the old value: 1/10, 2/11, 3/12, and 1/4 in place of 4/13.
     second = 17.0 * 2 / 11 + 7.0 * 9 / 11
     third = 0.25 * second + 0.75 * 3.0
-    assert found == pytest.approx([0.1 * 8.0 + 0.9 * 18.0, second, third, 0.25 * third + 0.75 * 43.0], rel=1e-6)
+    assert averaged == pytest.approx([0.1 * 8.0 + 0.9 * 18.0, second, third, 0.25 * third + 0.75 * 43.0], rel=1e-6)
 
 
 def test_a_constant_decay_is_that_of_torchs_own_averaged_model() -> None:
@@ -82,11 +82,11 @@ def test_a_constant_decay_is_that_of_torchs_own_averaged_model() -> None:
                 parameter += torch.randn(parameter.shape, generator=generator)
         average.update(step)
         torchs.update_parameters(model)
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with average.applied():
         for name, tensor in torchs.module.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
-    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_run_evaluates_and_keeps_the_average_and_trains_as_it_does_without(tmp_path: Path) -> None:

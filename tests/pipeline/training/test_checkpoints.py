@@ -156,33 +156,35 @@ def test_the_best_weights_are_a_file_that_is_written_once_and_goes_with_the_last
     tmp_path: Path,
 ) -> None:
     state, first, second = RunState(tmp_path, "f"), {"w": torch.ones(2)}, {"w": torch.zeros(2)}
-    found, serials = [], itertools.count()
+    best_files, serials = [], itertools.count()
 
     def save(state: RunState, best: Mapping[str, torch.Tensor]) -> None:
         state.save({"step": torch.tensor(0)}, {"step": next(serials)}, best)
         state.wait()
-        found.append(bests(tmp_path))
+        best_files.append(bests(tmp_path))
 
     save(state, {})
     (tmp_path / f".state-b.safetensors.{'0' * 16}.tmp").write_bytes(b"of a killed writer")
     save(state, first)
     save(state, first)
-    assert not found[0] and found[1] == found[2] and len(found[1]) == 1
+    assert not best_files[0] and best_files[1] == best_files[2] and len(best_files[1]) == 1
     save(state, second)
-    assert len(found[3]) == 2 and found[3].items() >= found[1].items()
+    assert len(best_files[3]) == 2 and best_files[3].items() >= best_files[1].items()
     save(state, second)
-    assert found[4].items() == found[3].items() - found[1].items()
+    assert best_files[4].items() == best_files[3].items() - best_files[1].items()
     reopened = RunState(tmp_path, "f")
     loaded = reopened.load()
     assert loaded is not None and torch.equal(loaded.best["w"], second["w"]) and loaded.tensors.keys() == {"step"}
     digest = hashlib.sha256(next(tmp_path.glob("best-*")).read_bytes()).hexdigest()
-    assert loaded.meta["best"] == digest and [*found[4]] == [f"best-{digest[:12]}.safetensors"]
+    assert loaded.meta["best"] == digest and [*best_files[4]] == [f"best-{digest[:12]}.safetensors"]
     save(reopened, loaded.best)
-    assert found[5] == found[4], "what has been loaded is there"
+    assert best_files[5] == best_files[4], "what has been loaded is there"
     save(RunState(tmp_path, "another run"), first)
-    assert found[6].keys() == found[3].keys(), "a state of another run keeps its best until it is written over"
+    assert best_files[6].keys() == best_files[3].keys(), (
+        "a state of another run keeps its best until it is written over"
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
-        [*found[3], *(f"state-{slot}.{kind}" for slot in "ab" for kind in ("json", "safetensors"))]
+        [*best_files[3], *(f"state-{slot}.{kind}" for slot in "ab" for kind in ("json", "safetensors"))]
     )
 
 

@@ -19,7 +19,7 @@ def test_a_small_matrix_by_hand() -> None:
         ClassScores("c", 0, None, 0.0, 0.0, None, 0),
         ClassScores("d", 0, None, None, None, None, 0),
     ]
-    assert [each.name for each in worst_first(scores)] == ["b", "a", "c", "d"]
+    assert [score.name for score in worst_first(scores)] == ["b", "a", "c", "d"]
 
 
 def test_a_random_matrix_as_by_scikit_learn() -> None:
@@ -30,6 +30,6 @@ def test_a_random_matrix_as_by_scikit_learn() -> None:
     scores = class_scores(confusion, tuple(map(str, range(12))))
     expected = precision_recall_fscore_support(draws[0], draws[1])
     for key, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
-        assert [getattr(each, key) for each in scores] == pytest.approx(values.tolist()), key
-    ranked = [each.recall for each in worst_first(scores)]
-    assert all(each is not None for each in ranked) and ranked == sorted(ranked, key=lambda each: each or 0.0)
+        assert [getattr(score, key) for score in scores] == pytest.approx(values.tolist()), key
+    ranked = [score.recall for score in worst_first(scores)]
+    assert all(recall is not None for recall in ranked) and ranked == sorted(ranked, key=lambda recall: recall or 0.0)

@@ -173,12 +173,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_the_same_line(tmp_
 
 def work_on_main(group: Group) -> list[Any]:
     """Rank 0 works longer than an operation of all ranks may take."""
-    found: list[Any] = [group.on_main(lambda: time.sleep(1.5) or {"rank": group.rank})]
+    results: list[Any] = [group.on_main(lambda: time.sleep(1.5) or {"rank": group.rank})]
     order: list[int] = []
     group.main_first(lambda: order.append(time.monotonic_ns()))
-    found += [order[0]]
+    results += [order[0]]
     group.sum_(total := torch.tensor([group.rank + 1.0]))
-    found += [total.item(), [each.item() for each in group.gather(torch.tensor(group.rank))]]
+    results += [total.item(), [gathered.item() for gathered in group.gather(torch.tensor(group.rank))]]
 
     def fail() -> None:
         raise DataError("broken")
@@ -186,8 +186,8 @@ def work_on_main(group: Group) -> list[Any]:
     try:
         group.on_main(fail)
     except PipelineError as error:
-        found.append((error.exit_code, str(error)))
-    return found
+        results.append((error.exit_code, str(error)))
+    return results
 
 
 def test_ranks_wait_for_rank_0_however_long_and_learn_what_it_failed_of() -> None:

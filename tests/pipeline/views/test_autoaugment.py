@@ -48,7 +48,7 @@ def test_magnitudes_are_torchvisions_as_far_as_they_are_used(height: int, width:
     for operation, (magnitudes, signed) in space.items():
         assert signed == (operation not in operations.UNSIGNED_OPERATIONS)
         bins = range(magnitudes.numel())
-        ours = [operations.magnitude(OURS.space, operation, each, height, width) for each in bins]
+        ours = [operations.magnitude(OURS.space, operation, magnitude_bin, height, width) for magnitude_bin in bins]
         # Translations are by whole pixels; their fraction's last bit varies with the CPU in torch.linspace.
         used = int if operation.startswith("Translate") else float
         assert [*map(used, ours)] == [*map(used, magnitudes.double().reshape(-1).tolist())], operation

@@ -109,8 +109,8 @@ def test_equalize_clips_what_its_table_pushes_beyond_white() -> None:
 def test_histograms_count_each_channel_of_each_image() -> None:
     images = sample_images(5, 7)
     counts = imageops.histograms(images)
-    for image, own in zip(images, counts, strict=True):
-        for channel, histogram in zip(image, own, strict=True):
+    for image, histograms in zip(images, counts, strict=True):
+        for channel, histogram in zip(image, histograms, strict=True):
             assert histogram.tolist() == np.bincount(channel.numpy().ravel(), minlength=256).tolist()
 
 

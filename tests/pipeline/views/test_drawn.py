@@ -125,5 +125,5 @@ def test_partners_and_lambda_are_those_of_the_mixed_pixels() -> None:
             shares = torch.from_numpy(np.rint(drawn["lambda"] * mixing.MIXUP_STEPS).astype(np.int32))
             assert torch.equal(batch.images, mixing.mixup(plain, partners, shares))
             continue
-        own = (batch.images == plain).all(1).float().mean((1, 2)).numpy()
-        assert (np.abs(own - drawn["lambda"]) < 0.02)[drawn["partner"] != np.arange(N)].all()
+        kept_share = (batch.images == plain).all(1).float().mean((1, 2)).numpy()
+        assert (np.abs(kept_share - drawn["lambda"]) < 0.02)[drawn["partner"] != np.arange(N)].all()

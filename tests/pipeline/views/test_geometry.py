@@ -49,8 +49,8 @@ def test_gather_copies_pixels_of_every_channel_and_fills_black() -> None:
 def test_gather_uses_one_map_for_all_images_or_one_for_each() -> None:
     images = noise(4, 3, 5)
     maps = torch.randint(0, 16, (4, 3, 5), generator=torch.Generator().manual_seed(0))
-    each = torch.cat([geometry.gather(images[i : i + 1], maps[i : i + 1]) for i in range(4)])
-    assert torch.equal(geometry.gather(images, maps), each)
+    gathered = torch.cat([geometry.gather(images[i : i + 1], maps[i : i + 1]) for i in range(4)])
+    assert torch.equal(geometry.gather(images, maps), gathered)
     assert torch.equal(geometry.gather(images, maps[:1]), geometry.gather(images, maps[:1].expand(4, 3, 5)))
 
 

@@ -48,8 +48,8 @@ def replayed(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
         operation: (
             torch.tensor(
                 [
-                    operations.magnitude(POLICIES[name].space, operation, each, height, width)
-                    for each in range(magnitudes.numel())
+                    operations.magnitude(POLICIES[name].space, operation, magnitude_bin, height, width)
+                    for magnitude_bin in range(magnitudes.numel())
                 ]
             ).reshape(magnitudes.shape),
             signed,
@@ -58,9 +58,9 @@ def replayed(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
     }
     pending: Iterator[int] = iter(())
 
-    def transform(image: Image.Image, own: NDArray[np.float64]) -> Image.Image:
+    def transform(image: Image.Image, image_draws: NDArray[np.float64]) -> Image.Image:
         nonlocal pending
-        pending = iter(torchvisions_draws(name, space, own))
+        pending = iter(torchvisions_draws(name, space, image_draws))
         result = PEERS[name](image)
         assert next(pending, None) is None, "not all draws were asked for"
         return result
@@ -71,12 +71,12 @@ def replayed(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
         return on_pil(transform, images, uniform)
 
 
-def torchvisions_draws(name: str, space: dict[str, tuple[Tensor, bool]], own: NDArray[np.float64]) -> Iterator[int]:
+def torchvisions_draws(name: str, space: dict[str, tuple[Tensor, bool]], uniform: NDArray[np.float64]) -> Iterator[int]:
     """What torchvision would have drawn: an operation, a magnitude where it has any, a sign where it has one."""
     if name == "randaugment":
-        chosen = [(own[0], None, own[2]), (own[1], None, own[3])]
+        chosen = [(uniform[0], None, uniform[2]), (uniform[1], None, uniform[3])]
     else:
-        chosen = [(own[0], own[1], own[2])]
+        chosen = [(uniform[0], uniform[1], uniform[2])]
     for operation, magnitude_bin, sign in chosen:
         number = int(operation * len(space))
         magnitudes, signed = list(space.values())[number]
@@ -109,12 +109,13 @@ def test_operations_and_magnitudes_are_torchvisions(name: str, height: int, widt
         unsigned = operation in (*operations.UNSIGNED_OPERATIONS, "Identity")
         assert signed != unsigned and (magnitudes.ndim == 0) == (operation in operations.WITHOUT_MAGNITUDE)
         expected = magnitudes.double().reshape(-1).numpy()
-        found = [
-            operations.magnitude(POLICIES[name].space, operation, each, height, width) for each in range(len(expected))
+        computed = [
+            operations.magnitude(POLICIES[name].space, operation, magnitude_bin, height, width)
+            for magnitude_bin in range(len(expected))
         ]
         # torch.linspace's last bit varies with the CPU.
         last_bit = float(np.spacing(np.float32(expected.max())))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=last_bit, err_msg=operation)
+        np.testing.assert_allclose(computed, expected, rtol=0, atol=last_bit, err_msg=operation)
 
 
 def test_randaugments_strength_is_torchvisions_default() -> None:
@@ -130,7 +131,7 @@ def test_randaugments_strength_is_torchvisions_default() -> None:
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_an_operation_of_randaugment_equals_torchvisions_with_either_sign(height: int, width: int) -> None:
     identity = NUMBERS[0]
-    rows = [(identity, each, 0.5, sign) for each, sign in itertools.product(NUMBERS, SIGNS)]
+    rows = [(identity, number, 0.5, sign) for number, sign in itertools.product(NUMBERS, SIGNS)]
     images, uniform = each_with_each(sample_images(height, width), rows)
     assert torch.equal(ours("randaugment", images, uniform), replayed("randaugment", images, uniform))
 

@@ -21,12 +21,15 @@ def count(labels: list[int], drawn: dict[str, Any], times: int = 1, **operations
     arrays: dict[str, NDArray[Any]] = {name: np.array(values) for name, values in drawn.items()}
     for _ in range(times):
         meter.add(np.array(labels, dtype=np.uint8), TARGETS, arrays)
-    return {(each.operation, each.drawn): (each.num_images, each.num_right, each.num_either) for each in meter.scores()}
+    return {
+        (score.operation, score.drawn): (score.num_images, score.num_right, score.num_either)
+        for score in meter.scores()
+    }
 
 
 def test_without_mixing_a_label_is_right_where_it_is_the_target() -> None:
-    found = count([0, 1, 0, 0], {"flip": [True, False, True, False]}, flip=True)
-    assert found == {
+    counts = count([0, 1, 0, 0], {"flip": [True, False, True, False]}, flip=True)
+    assert counts == {
         (EVERYTHING, EVERYTHING): (4, 2, 2),
         ("flip", "left-right"): (2, 1, 1),
         ("flip", "none"): (2, 1, 1),
@@ -44,29 +47,29 @@ def test_with_mixing_it_is_the_larger_shares_target_and_the_larger_shares_operat
         "flip": [True, False, False, False],
     }
     # The larger shares are those of images 0, 2, 2 and 3.
-    found = count([0, 1, 2, 0], drawn, flip=True, mixing="cutmix")
-    assert found[EVERYTHING, EVERYTHING] == (4, 2, 4)
-    assert found["flip", "left-right"] == (1, 1, 1) and found["flip", "none"] == (3, 1, 3)
-    assert found["larger share", "0.90 to 1.00"] == (1, 1, 1)
-    assert found["larger share", "0.80 to 0.90"] == (1, 0, 1)
-    assert found["larger share", "0.50 to 0.60"] == (2, 1, 2)
+    counts = count([0, 1, 2, 0], drawn, flip=True, mixing="cutmix")
+    assert counts[EVERYTHING, EVERYTHING] == (4, 2, 4)
+    assert counts["flip", "left-right"] == (1, 1, 1) and counts["flip", "none"] == (3, 1, 3)
+    assert counts["larger share", "0.90 to 1.00"] == (1, 1, 1)
+    assert counts["larger share", "0.80 to 0.90"] == (1, 0, 1)
+    assert counts["larger share", "0.50 to 0.60"] == (2, 1, 2)
 
 
 def test_magnitudes_fall_into_equal_parts() -> None:
-    found = count([0, 1, 2, 0], {"rotation": [0.0, -4.9, 5.0, -20.0]}, rotation=20.0)
-    assert found["rotation, either way", "0.0° to 5.0°"] == (2, 2, 2)
-    assert found["rotation, either way", "5.0° to 10.0°"] == (1, 1, 1)
-    assert found["rotation, either way", "15.0° to 20.0°"] == (1, 0, 0)
-    found = count([0, 1, 2, 0], {"scale": [0.9, 0.96, 1.0, 1.09]}, scale=0.1)
-    assert [key[1] for key in found if key[0] == "scale, times"] == [
+    counts = count([0, 1, 2, 0], {"rotation": [0.0, -4.9, 5.0, -20.0]}, rotation=20.0)
+    assert counts["rotation, either way", "0.0° to 5.0°"] == (2, 2, 2)
+    assert counts["rotation, either way", "5.0° to 10.0°"] == (1, 1, 1)
+    assert counts["rotation, either way", "15.0° to 20.0°"] == (1, 0, 0)
+    counts = count([0, 1, 2, 0], {"scale": [0.9, 0.96, 1.0, 1.09]}, scale=0.1)
+    assert [key[1] for key in counts if key[0] == "scale, times"] == [
         "0.90 to 0.95", "0.95 to 1.00", "1.00 to 1.05", "1.05 to 1.10",
     ]  # fmt: skip
 
 
 def test_crops_fall_by_the_larger_shift_a_pixel_or_several_at_a_time() -> None:
     crop = [[0, 0], [-4, 1], [2, -3], [3, 3]]
-    found = count([0, 1, 2, 0], {"crop": crop}, crop=4)
-    assert {key[1]: value for key, value in found.items() if key[0] == "crop, moved by"} == {
+    counts = count([0, 1, 2, 0], {"crop": crop}, crop=4)
+    assert {key[1]: value for key, value in counts.items() if key[0] == "crop, moved by"} == {
         "0 px": (1, 1, 1), "3 px": (2, 1, 1), "4 px": (1, 1, 1),
     }  # fmt: skip
     wide = count([0, 1, 2, 0], {"crop": [[0, 0], [-4, 1], [20, -3], [32, 3]]}, crop=32)
@@ -78,10 +81,10 @@ def test_an_image_counts_under_each_operation_that_was_applied() -> None:
     invert, contrast = (operations.OPERATIONS.index(name) for name in ("Invert", "Contrast"))
     applied = [[invert, contrast], [-1, -1], [-1, contrast], [invert, -1]]
     drawn = {"sub_policy": [0, 0, 0, 0], "operations": applied, "magnitudes": np.zeros((4, 2))}
-    found = count([0, 1, 0, 3], drawn, autoaugment="cifar10")
-    assert found["AutoAugment", "Invert"] == (2, 2, 2) and found["AutoAugment", "Contrast"] == (2, 1, 1)
-    assert found["AutoAugment", "nothing applied"] == (1, 1, 1)
-    assert found["sub-policy", "1: Invert 0.1, Contrast 0.2"] == (4, 3, 3)
+    counts = count([0, 1, 0, 3], drawn, autoaugment="cifar10")
+    assert counts["AutoAugment", "Invert"] == (2, 2, 2) and counts["AutoAugment", "Contrast"] == (2, 1, 1)
+    assert counts["AutoAugment", "nothing applied"] == (1, 1, 1)
+    assert counts["sub-policy", "1: Invert 0.1, Contrast 0.2"] == (4, 3, 3)
 
 
 def test_a_policy_without_sub_policies_has_groups_of_its_own_name() -> None:
@@ -93,8 +96,8 @@ def test_a_policy_without_sub_policies_has_groups_of_its_own_name() -> None:
         ("TrivialAugment", "Equalize"): (2, 1, 1),
         ("TrivialAugment", "ShearX"): (1, 1, 1),
     }
-    found = count([0, 1, 0, 3], drawn, autoaugment="randaugment")
-    assert found["RandAugment", "Equalize"] == (2, 1, 1)
+    counts = count([0, 1, 0, 3], drawn, autoaugment="randaugment")
+    assert counts["RandAugment", "Equalize"] == (2, 1, 1)
 
 
 def test_wilsons_interval_is_that_of_statsmodels() -> None:

@@ -206,17 +206,17 @@ def column(recipe: ViewRecipe, operation: str, view: int, num_draws: int = 1) ->
 def test_a_view_is_crop_flip_rotation_affine_jitter_in_that_order() -> None:
     recipe = replace(EVERYTHING, autoaugment="none", mixing="none")
     views = make_views(recipe)
-    own = {name: column(recipe, name, 1) for name in ("flip", "rotation", "scale", "shear", "brightness", "contrast")}
+    draws = {name: column(recipe, name, 1) for name in ("flip", "rotation", "scale", "shear", "brightness", "contrast")}
 
     def reference(image: Image.Image, i: int) -> Image.Image:
         top, left = (int(u * 5) for u in column(recipe, "crop", 1, 2)[i])
         image = F.crop(F.pad(image, [2] * 4), top, left, SIZE, SIZE)
-        image = F.hflip(image) if own["flip"][i, 0] < 0.5 else image
-        image = F.rotate(image, -20 + 40 * own["rotation"][i, 0])
+        image = F.hflip(image) if draws["flip"][i, 0] < 0.5 else image
+        image = F.rotate(image, -20 + 40 * draws["rotation"][i, 0])
         shift = [round((-0.1 + 0.2 * u) * SIZE) for u in column(recipe, "translate", 1, 2)[i]]
-        shear = [-5 + 10 * own["shear"][i, 0], 0.0]
-        image = F.affine(image, 0.0, shift, 0.9 + 0.2 * own["scale"][i, 0], shear)
-        brightness, contrast = (0.8 + 0.4 * own[name][i, 0] for name in ("brightness", "contrast"))
+        shear = [-5 + 10 * draws["shear"][i, 0], 0.0]
+        image = F.affine(image, 0.0, shift, 0.9 + 0.2 * draws["scale"][i, 0], shear)
+        brightness, contrast = (0.8 + 0.4 * draws[name][i, 0] for name in ("brightness", "contrast"))
         if column(recipe, "jitter-order", 1)[i, 0] < 0.5:
             return F.adjust_contrast(F.adjust_brightness(image, brightness), contrast)
         return F.adjust_brightness(F.adjust_contrast(image, contrast), brightness)
