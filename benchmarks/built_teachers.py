@@ -17,7 +17,7 @@ NUM_CALIBRATION_IMAGES = 64
 def build(name: str) -> nn.Module:
     """Build a teacher with random weights and batch norms that have seen images, in evaluation mode, on the CPU.
 
-    Without that, activations of the deeper ones die away to numbers so small that CPUs compute with them slowly.
+    Fresh norms would let the activations of deep teachers shrink to subnormal numbers, which are slow on CPUs.
 
     Args:
         name: A key of pipeline.models.teachers.TEACHERS.

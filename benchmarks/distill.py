@@ -91,7 +91,7 @@ def student_epochs(name: str, cache: LabelCache, options: argparse.Namespace) ->
     contenders: dict[str, Callable[[], object]] = {}
     for source, teacher_labels in sources.items():
         torch.manual_seed(0)
-        # Views of its own, so that none finds its view made by another.
+        # Each source has its own views, so that none finds its view already made.
         views = Views(images, labels, training.recipe().views["default"])
         fit = training.make_fit(
             name, views, teacher_labels, num_views=cache.num_views, batch_size=batch_size, depth=options.depth
@@ -119,7 +119,7 @@ def epoch_rows(name: str, seconds: Mapping[str, NDArray[np.float64]], teacher: s
 
 
 def label_cost(name: str, options: argparse.Namespace) -> Row:
-    """Compare what a label costs as labels are made, views included, and by the teacher as torchvision builds it."""
+    """Compare the cost of a label, views included, between the folded teacher and torchvision's own."""
     device, batch_size, model = options.device, options.batch_size, built_teachers.build(name)
     precision = resolve_precision("auto", device)
     images, labels = (values.to(device) for values in images_and_labels(options.steps * batch_size))
@@ -128,7 +128,7 @@ def label_cost(name: str, options: argparse.Namespace) -> Row:
         built_teachers.folded(model, device, batch_size, precision),
         built_teachers.stock(model, device, batch_size),
     )
-    numbers = itertools.count()  # shared: whoever comes second must not find the draws of its view made
+    numbers = itertools.count()  # shared, so that no contender finds its view's draws already made
     contenders: dict[str, Callable[[], object]] = {
         "ours": lambda: label_view(light, views, next(numbers)),
         "peer": lambda: label_view(plain, views, next(numbers)),
@@ -164,7 +164,7 @@ def bytes_per_view(directory: Path) -> Row:
 def add_break_even(
     report: Report, epochs: Mapping[str, Mapping[str, NDArray[np.float64]]], label: Row, teacher: str
 ) -> None:
-    """Work out from how many students, or up to how many views, the cache costs less than asking in every step."""
+    """Find the number of students, or of views, at which the cache costs as much as asking in every step."""
     label_seconds = label.ours * 1e-6 * EPOCH_IMAGES
     entries = []
     for name, seconds in epochs.items():
@@ -188,11 +188,11 @@ def add_break_even(
 
 
 def break_even(label_seconds: float, saved_seconds: float) -> dict[str, Any]:
-    """Return from where on S x E x saved > V x label.
+    """Solve S x E x saved > V x label for the students S and for the views V.
 
     Args:
         label_seconds: Cost of labelling one view.
-        saved_seconds: What an epoch with cached labels saves; not above 0 where the difference is lost in noise.
+        saved_seconds: What cached labels save in an epoch; 0 or less where noise hides the difference.
 
     Returns:
         The number of students S above which the cache pays at V = E, and of views V below which it pays for one

@@ -31,7 +31,7 @@ class Operation:
     Attributes:
         path: INNER, OUTER, ENDS (embedding and heads) or WEIGHTS.
         fused_pass: Operations of the same path and name here make one pass over memory when fused.
-        name: For people.
+        name: As the tables show it.
         flops: Of its matrix products; a multiply-accumulate is 2. Everything else is bound by memory and counts none.
         bytes_apart: Read and written where every operation makes a pass of its own.
         bytes_fused: Its part of what the fused pass reads and writes.
@@ -69,8 +69,8 @@ class Floor:
 
     Attributes:
         compute: All FLOPs.
-        apart: Every operation by itself, the longer of its FLOPs and its bytes.
-        fused: Every fused pass by itself, the longer of its FLOPs and its bytes: the floor.
+        apart: Sum over the operations of the longer time, that of the FLOPs or that of the bytes.
+        fused: The same sum over the fused passes: the floor.
     """
 
     compute: float
@@ -115,7 +115,7 @@ def operations(recipe: StudentRecipe, *, batch_size: int, precision: str, traini
 
 
 class _Counter:
-    """Adds operations up; `stream`, `activation` and `cast` are s, a and what turning one into the other moves."""
+    """Adds operations up. `stream` is s, `activation` is a; `cast` is what a conversion between them moves."""
 
     def __init__(self, stream: int, activation: int, training: bool) -> None:
         self.stream, self.activation, self.training = stream, activation, training
@@ -132,7 +132,7 @@ class _Counter:
                 self.found.append(Operation(path, fused_pass, name, *(elements * figure for figure in figures)))
 
     def block(self, path: str, elements: float, width: int, tokens: int) -> None:
-        """Add an encoder block; the inner one when fused makes one pass forward and one backward."""
+        """Add an encoder block. A fused inner block makes one pass forward and one backward."""
         s, a, cast, r = self.stream, self.activation, self.cast, MLP_RATIO
         rows = [
             ("qkv", "LayerNorm 1", 0, 2 * s + cast, s),
@@ -230,7 +230,7 @@ def floor(counted: Sequence[Operation], peaks: Peaks, precision: str) -> Floor:
 
 
 def find_peaks(device: torch.device, *, side: int = 2048, copied_bytes: int = 2**30) -> Peaks:
-    """Return a device's peaks: of an H200 from its data sheet, of any other the best of a few measurements.
+    """Return a device's peaks: from the data sheet for an H200, else the best of a few measurements.
 
     Args:
         device: Which.

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def ways_of_labelling(views: Views, options: argparse.Namespace) -> list[Row]:
-    """Compare what folding, bfloat16 and making the views each change for one teacher."""
+    """Compare what folding, bfloat16 and the making of views each change for one teacher."""
     device, batch_size, model = options.device, options.batch_size, built_teachers.build(options.teacher)
     fast = built_teachers.folded(model, device, batch_size, "bf16")
     light = built_teachers.folded(model, device, batch_size, "fp32")
@@ -90,10 +90,10 @@ def ways_of_labelling(views: Views, options: argparse.Namespace) -> list[Row]:
 
 
 def as_labels_are_made(name: str, views: Views, options: argparse.Namespace) -> Row:
-    """Compare label_view with a teacher as labels are made and with the same teacher as torchvision builds it."""
+    """Compare label_view with the folded teacher to label_view with the teacher as torchvision builds it."""
     device, batch_size, model = options.device, options.batch_size, built_teachers.build(name)
     precision = resolve_precision("auto", device)
-    numbers = itertools.count()  # shared: whoever comes second must not find the draws of its view made
+    numbers = itertools.count()  # shared, so that no contender finds its view's draws already made
     ours, plain = (
         built_teachers.folded(model, device, batch_size, precision),
         built_teachers.stock(model, device, batch_size),

@@ -117,7 +117,7 @@ class Report:
     tables: list[Table] = field(default_factory=list)
 
     def has(self, package: str) -> bool:
-        """Whether a peer is installed; one that is not is named in the report."""
+        """Whether a peer is installed. The report names a missing one."""
         if importlib.util.find_spec(package) is None:
             if package not in self.missing:
                 self.missing.append(package)
@@ -195,7 +195,7 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
 
 
 def has_untracked_code(root: Path) -> bool:
-    """Whether a checkout runs modules that its commit does not have, which `git describe --dirty` overlooks."""
+    """Whether a checkout has modules that are not committed, which `git describe --dirty` overlooks."""
     paths = [f"{package}/*.py" for package in ("pipeline", "stages", "benchmarks")]
     command = ["git", "-C", str(root), "ls-files", "--others", "--", *paths]
     return bool(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip())
@@ -209,7 +209,7 @@ def positive(text: str) -> int:
 
 
 def _file(text: str) -> Path:
-    """Read the path of a file to be written; one that can't be is refused before minutes of measuring."""
+    """Read the path of the report. A path that can't be written is refused before minutes of measuring."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder")

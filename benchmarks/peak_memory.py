@@ -28,7 +28,7 @@ def measure(contender: Contender, device: torch.device, *, student: str, batch_s
     (VmHWM) from after all imports to after two steps, with whatever libraries load late.
 
     Args:
-        contender: Who; on a CPU an eager one, for a compiler's own memory would count.
+        contender: Who. On a CPU it must be eager: a compiler's own memory would count.
         device: Where it runs.
         student: Our student whose geometry a peer takes.
         batch_size: B.
@@ -57,14 +57,14 @@ def measure(contender: Contender, device: torch.device, *, student: str, batch_s
 
 
 def available(device: torch.device) -> int:
-    """Return the bytes that a contender can still have."""
+    """Return the free memory of a device, bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure the one task of this process, JSON, and print the bytes."""
+    """Measure this process's one task, given as JSON, and print the bytes."""
     task = json.loads(arguments[0])
     torch.set_num_threads(task["threads"])
     keep_freed_memory()

@@ -107,7 +107,7 @@ def forward_pass(model: nn.Module, batch: Batch, *, precision: str) -> Callable[
 
 
 def at_rest(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Set the learning rate to 0: the work is the same, and one batch again and again leads no weights astray."""
+    """Set the learning rate to 0: the work is the same, and no step changes the weights."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     return optimizer

@@ -1,4 +1,4 @@
-"""Who takes part in `benchmarks.students`, by name and setting, and what each is timed at."""
+"""The contenders of `benchmarks.students`: their settings, and the steps and passes that are timed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EAGER, COMPILED, GRAPHS, CAPTURED = "eager", "compiled", "compiled with CUDA gra
 
 @dataclass(frozen=True)
 class Contender:
-    """A model and how it is run; plain values, so that another process can build it too.
+    """A model and how it runs, in plain values, so that another process can build it too.
 
     Attributes:
         model: One of our students, or a key of PEERS.
@@ -47,7 +47,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Model and setting, for people."""
+        """Model and setting, as the tables name them."""
         return " ".join(part for part in (self.model, self.inner_kind, self.precision, self.run_as) if part)
 
     @property
@@ -91,7 +91,7 @@ def contenders(
 
 
 def inner_kinds(student: str, report: Report, device: torch.device, depth: int | None) -> dict[str, str]:
-    """Return what runs for each request of an inner block that is available."""
+    """Map each `inner_block` request that the device can serve to the kind that runs."""
     kinds = {}
     for request in ("plain", "fused"):
         try:

@@ -125,8 +125,8 @@ def measure_memory(
 
     Args:
         everyone: Contender to the student whose geometry it has; on a CPU only the eager ones are measured.
-        needs: What each will presumably need, by its peak at the smallest batch size; it is not tried where that is
-            more than there is.
+        needs: Estimated bytes of each, from its peak at the smallest batch size. A contender that needs more than is
+            free is left out.
         batch_size: B.
         report: Receives who is left out, and why.
         options: Of the command line.
@@ -175,7 +175,7 @@ def measure_seconds(
 def least_seconds(
     everyone: Mapping[Contender, str], operation: str, batch_size: int, peaks: floor.Peaks, options: argparse.Namespace
 ) -> dict[Contender, float]:
-    """Return everyone's floor, seconds: of the student whose geometry it has, in its own precision."""
+    """Return each contender's floor, seconds: of its student's geometry, in its own precision."""
     floors = {}
     for who, student in everyone.items():
         student_recipe = recipe(student, options.depth)
@@ -198,7 +198,7 @@ def rows(
 ) -> list[Row]:
     """Compare each student's best setting with the best of all peers, and list every setting.
 
-    Ours stands there as a recipe can have it trained: eager, captured, or compiled by `compile: true`.
+    Ours counts only in the settings that a recipe can train with: eager, captured, or `compile: true`.
 
     Args:
         students: Of one family.

@@ -1,4 +1,4 @@
-"""Images in the shape and with the statistics of CIFAR-100, made here, so that a benchmark needs no download."""
+"""Synthetic images with CIFAR-100's shape and statistics, so that a benchmark needs no download."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Setting:
 
     Attributes:
         precision: `fp32`, or `bf16` for bfloat16 autocast.
-        channels_last: Whether weights lie so; else NCHW, as torchvision builds them.
+        channels_last: Whether the weights are channels last; else NCHW, as torchvision builds them.
         compiled: Whether torch.compile is used.
     """
 
@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The setting, as the tables name it."""
         layout = "channels_last" if self.channels_last else "NCHW"
         return f"torchvision {self.precision} {layout} {'compiled' if self.compiled else 'eager'}"
 
@@ -111,7 +111,7 @@ def our_turn(name: str, model: nn.Module, batch: Batch, operation: str, precisio
 
 
 def plain_turn(name: str, model: nn.Module, batch: Batch, operation: str, setting: Setting) -> Callable[[], object]:
-    """Return the same in a setting of torchvision's users, with torch.optim.SGD as it is by default."""
+    """Return the same in a setting of torchvision's users, with the default torch.optim.SGD."""
     copied, recipe = _copy(model, batch, channels_last=setting.channels_last), _recipe(name)
     if setting.compiled:
         copied.compile(dynamic=False)

@@ -30,7 +30,7 @@ from stages.shared.runs import student_arguments
 
 
 class Silence:
-    """Is told how a run goes on, and shows nothing."""
+    """Receives a run's progress and shows nothing."""
 
     def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
         """Show nothing."""

@@ -10,7 +10,7 @@ from tests.support import label_samples
 from tests.support.commands import teach
 from tests.support.project import Project
 
-# Machines differ and are shared: how long an example takes is no property of the code under test.
+# No deadline: the time of an example depends on the machine and its load.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 

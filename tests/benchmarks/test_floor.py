@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_flops_are_those_that_pytorch_counts(student: str, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Student, "plain", True)
     run = turn(Contender(student, "fp32"), steps.synthetic_batch(2, CPU), operation, student=student, depth=2)
-    # Attention as matrix products: which fused attention PyTorch counts changes from release to release.
+    # Attention runs as matrix products: PyTorch's count of fused attention differs between releases.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     counted = floor.operations(recipe(student, 2), batch_size=2, precision="fp32", training=operation == TRAINING)

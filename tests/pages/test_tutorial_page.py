@@ -1,4 +1,4 @@
-"""docs/tutorial.md: its commands run, in a fresh folder, in the page's own hurry."""
+"""docs/tutorial.md: its commands run in a fresh folder, with the short recipe of "In a hurry"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = page("docs/tutorial.md")
 
 
 def in_a_hurry(params: str) -> str:
-    """The recipe as the page says that whoever is in a hurry should have it."""
+    """Shorten the recipe as the page's paragraph "In a hurry" says."""
     hurry = PAGE[PAGE.index("In a hurry") :].split("\n\n")[0]
     assert all(f"`{word}`" in hurry for word in ("count: 1", "epochs: 1", "depth: 1", "NUM_IMAGES = 200"))
     before, recipe = params.split("\n  folder-small:\n")

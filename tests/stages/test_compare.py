@@ -31,7 +31,7 @@ LABELS, VIEWS = "Does the teacher's label help? ", "How does the number of views
 
 
 def run(folder: Path, last: float, seed: int = 0, *, name: str = "titn", **changes: Any) -> FinishedRun:
-    """A student whose best epoch is one point above its last; what differs decides what it learns from."""
+    """Make a student whose best epoch is one point above its last. `differs` decides what it learns from."""
     differs = changes.get("differs", {})
     views = int(differs.get("num_views", 12))
     is_taught = differs.get("labels") != "none"
@@ -119,7 +119,7 @@ def test_runs_of_another_budget_are_left_out_and_counted(tmp_path: Path, change:
 
 
 def test_runs_of_another_teacher_are_left_out_but_no_control_for_its(tmp_path: Path) -> None:
-    """A control learns from none, so that any teacher's labels may be what it is measured against."""
+    """A control learns from no teacher, so it is compared with the labels of any."""
     other = {**TEACHER, "sha256": "b" * 64}
     none = [run(tmp_path, 40.0 + seed, seed, differs={"labels": "none"}, teacher=other) for seed in range(2)]
     cached = [run(tmp_path, 41.0 + seed, seed) for seed in range(2)]
@@ -136,7 +136,7 @@ def test_a_copied_run_counts_once(tmp_path: Path) -> None:
 
 
 def test_what_differs_otherwise_is_a_comparison_of_its_own(tmp_path: Path) -> None:
-    """What the teacher's labels are made into changes nothing without them; other settings do."""
+    """Without teacher labels, settings of the labels change nothing; other settings do."""
     runs = labelled(tmp_path, [40.0, 42.0], [41.0, 43.0])
     runs += [run(tmp_path, 50.0 + seed, seed, differs={"soft": "2"}, soft=2.0) for seed in range(2)]
     runs += [run(tmp_path, 60.0, differs={"lr": "0.2"}, lr=0.2), run(tmp_path, 70.0, differs={"num_views": "5"})]

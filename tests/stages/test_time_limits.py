@@ -30,7 +30,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let two seconds pass between any two looks at the clock of time limits."""
+    """Let the clock of time limits advance by two seconds at every reading."""
     seconds = itertools.count(step=2)
     monkeypatch.setattr("pipeline.system.stopping.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
 

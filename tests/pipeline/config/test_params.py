@@ -214,7 +214,7 @@ def test_overrides_are_checked_like_the_file() -> None:
 
 
 def test_a_later_field_at_its_absent_value_leaves_former_results_up_to_date() -> None:
-    """What was trained before `ema`, `soft` and `arguments` were fields decides the same as without them."""
+    """Results from before `ema`, `soft` and `arguments` were fields have the same deciding values."""
     plain = StudentRecipe(model="titn", epochs=1, batch_size=8, lr=0.1)
     values = deciding_values(plain)
     assert not {"ema", "soft", "arguments"} & values.keys()

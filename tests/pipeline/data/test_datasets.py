@@ -19,7 +19,7 @@ NAMES = ("ant", "bee", "çà et là")
 
 
 def make_split(num_samples, first=0, size=4):
-    """Images that all differ: their first pixels spell their number."""
+    """Images that all differ: the first pixels encode the index."""
     images = np.random.default_rng(first).integers(0, 256, (num_samples, size, size, 3), np.uint8)
     numbers = np.arange(first, first + num_samples)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = numbers // 256, numbers % 256

@@ -35,7 +35,7 @@ def test_random_damage_is_refused(tmp_path, whole, trials):
 
 @pytest.mark.parametrize("trials", [300, pytest.param(NUM_FORGED, marks=pytest.mark.slow)])
 def test_a_forged_file_is_refused_or_gives_the_labels_that_it_holds(whole, trials):
-    """Neither hangs, nor ends the interpreter, nor needs memory for what it claims."""
+    """The reader does not hang or crash, and does not allocate what the file claims."""
     tally = read_forged(*whole, trials, random.Random(trials))
     assert tally.wrong == [] and tally.counts["accepted"] + tally.counts["refused"] == trials
     assert tally.counts["accepted"] > trials // 20 and tally.counts["refused"] > trials // 2

@@ -26,7 +26,7 @@ def test_a_resealed_file_without_a_change_is_accepted(sealed):
 
 
 def refuse_hdf5(monkeypatch):
-    """Let a test fail where HDF5 sees a file."""
+    """Fail a test in which HDF5 opens a file."""
     monkeypatch.setattr(h5py, "File", lambda *args, **kwargs: pytest.fail("HDF5 saw the file"))
 
 
@@ -80,7 +80,7 @@ def test_a_file_open_for_concurrent_writing_is_refused_before_hdf5_reads_it(tmp_
 
 
 def test_splits_that_share_their_bytes_cannot_claim_more_than_the_file_holds(tmp_path, sealed):
-    """Else a file of ten megabytes could claim a terabyte."""
+    """Without the check, a file of ten megabytes could claim a terabyte."""
 
     def claim(file):
         creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

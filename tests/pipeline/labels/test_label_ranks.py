@@ -143,7 +143,7 @@ def seal_when_rank_1_has_begun() -> None:
 
 
 def begin_when_rank_0_seals() -> None:
-    """Let rank 1 list the parts only after rank 0, which saw it nowhere, has sealed and deleted them."""
+    """Let rank 1 list the parts late: rank 0 has not seen it, and has sealed and deleted them by then."""
     import stages.label
     from pipeline.labels.parts import LabelParts
 

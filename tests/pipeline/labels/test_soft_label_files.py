@@ -152,7 +152,7 @@ def floats_without_an_implied_bit(file):
 
 
 def create_of_type(file, bias=15, normalisation=None):
-    """Store probabilities as floats that numpy would take for its own."""
+    """Store probabilities as another 16-bit float type, which NumPy would read as its own float16."""
     kind = h5py.h5t.IEEE_F16LE.copy()
     kind.set_ebias(bias)
     if normalisation is not None:

@@ -123,7 +123,7 @@ def test_all_classes_cached_are_what_the_teacher_says_when_asked(soft: bool, con
             logits = torch.randn(len(one.labels), NUM_CLASSES, requires_grad=True)
             both = [soft_divergence(logits, answers.teacher_labels, 2.0).sum() for answers in (one, other)]
             torch.testing.assert_close(*both, rtol=1e-3, atol=1e-5)
-            both[1].backward()  # an asked teacher's answer can be saved for it
+            both[1].backward()  # the answer of a teacher asked online can be saved for the backward pass
 
 
 def test_a_batch_gets_the_answers_of_its_own_view_and_samples() -> None:

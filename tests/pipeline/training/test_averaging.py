@@ -73,9 +73,9 @@ def test_the_average_follows_the_formula() -> None:
 
 def test_a_constant_decay_is_that_of_torchs_own_averaged_model() -> None:
     model, generator = small_model(), torch.Generator().manual_seed(0)
-    average = MovingAverage(model, 0.1)  # of which no warm-up takes anything
+    average = MovingAverage(model, 0.1)  # the warm-up starts at 0.1, so it never lowers this decay
     torchs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1))
-    torchs.n_averaged.fill_(1)  # the first weights are its first value too
+    torchs.n_averaged.fill_(1)  # so that the first update does not copy the weights
     for step in range(5):
         with torch.no_grad():
             for parameter in model.parameters():

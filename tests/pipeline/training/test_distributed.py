@@ -71,7 +71,7 @@ def test_shares_are_contiguous_and_equal_but_for_one(size: int, world_size: int,
 def test_the_number_of_ranks_changes_neither_losses_nor_weights(
     tmp_path: Path, world_size: int, micro_batch: int | None, ema: float
 ) -> None:
-    """Of a batch of 2 the last of three ranks gets none, of one of 16 it gets 6: a part more than the others."""
+    """The last of three ranks gets no sample of a batch of 2, and 6 of a batch of 16: one part more than the others."""
     curve, weights = train_student(ALONE, tmp_path, None, ema)
     for other_curve, other_weights in on_ranks(world_size, train_student, tmp_path, micro_batch, ema):
         assert [row.keys() for row in other_curve] == [row.keys() for row in curve]

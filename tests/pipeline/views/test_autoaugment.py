@@ -21,7 +21,7 @@ def apply(images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
 
 
 class ReplayedAutoAugment(AutoAugment):
-    """torchvision's AutoAugment with its draws given instead of drawn."""
+    """torchvision's AutoAugment with given draws."""
 
     def __init__(self) -> None:
         super().__init__(AutoAugmentPolicy.CIFAR10)

@@ -39,9 +39,9 @@ def peers_space(name: str, height: int, width: int) -> dict[str, tuple[Tensor, b
 
 
 def replayed(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
-    """What torchvision makes of the images, its draws given instead of drawn.
+    """Return torchvision's result for the images with given draws.
 
-    Its magnitudes are ours here, since its own hang on the CPU's instructions; they are compared elsewhere.
+    The magnitudes are ours: torchvision's depend on the CPU's instructions. Another test compares them.
     """
     height, width = images.shape[-2:]
     space = {
@@ -72,7 +72,7 @@ def replayed(name: str, images: Tensor, uniform: NDArray[np.float64]) -> Tensor:
 
 
 def torchvisions_draws(name: str, space: dict[str, tuple[Tensor, bool]], uniform: NDArray[np.float64]) -> Iterator[int]:
-    """What torchvision would have drawn: an operation, a magnitude where it has any, a sign where it has one."""
+    """Yield torchvision's draws: an operation, then its magnitude and its sign where it has them."""
     if name == "randaugment":
         chosen = [(uniform[0], None, uniform[2]), (uniform[1], None, uniform[3])]
     else:

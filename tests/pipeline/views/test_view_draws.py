@@ -1,6 +1,6 @@
 """What views draw is uniform, as likely as it should be, and independent of everything else that is drawn.
 
-The seeds are fixed, so that a test is right or wrong once for all; a fair generator passes each with probability
+The seeds are fixed, so that a test always passes or always fails. A fair generator passes each with probability
 1 - 1e-4.
 """
 
@@ -117,7 +117,7 @@ def test_a_mixup_lambda_is_beta_one_half() -> None:
 def test_a_cutmix_box_has_the_side_of_a_beta_one_half_lambda_before_it_is_clipped() -> None:
     uniform = uniforms("lambda", 1)[:, 0]
     center = np.full((NUM_SAMPLES, 2), 0.5)  # in the middle of a large frame nothing is clipped
-    side = 2_000_000  # pixels, or rounding down to whole and even ones would show
+    side = 2_000_000  # pixels: so large that rounding down to whole, even sides does not show
     left, top, right, bottom = mixing.cutmix_boxes(uniform, center, side, side).T
     assert np.array_equal(right - left, bottom - top)
     lam = 1 - ((right - left) / side) ** 2
