@@ -154,10 +154,7 @@ def bytes_per_view(directory: Path) -> Row:
         peer_name="one byte a label, nothing else",
         unit="bytes/view",
         ratio=EPOCH_IMAGES / view_bytes,
-        details={
-            "bytes_of_views": sizes,
-            f"extrapolated_bytes_of_{VIEWS}_views": sizes[9] + (VIEWS - 9) * view_bytes,
-        },
+        details={"bytes_of_views": sizes, f"extrapolated_bytes_of_{VIEWS}_views": sizes[9] + (VIEWS - 9) * view_bytes},
     )
 
 

@@ -1,4 +1,4 @@
-"""The table of commands: it says what the commands say, and importing it imports none of them."""
+"""The table of commands agrees with the commands, and importing it imports none of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepare: what is written, what is refused, and that nothing is written where something is refused."""
+"""`pipeline prepare`: what it writes, what it refuses, and that a refusal writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies behind the figures: against counts by hand, and on a project that has been run."""
+"""The details behind the figures: against counts by hand, and on a project that has been run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which jobs a table, a figure, an ablation or everything takes, and in which order; nothing is run."""
+"""The jobs of a table, a figure, an ablation or everything, and their order; nothing is run."""
 
 from __future__ import annotations
 

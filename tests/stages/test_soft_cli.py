@@ -1,6 +1,6 @@
 """What is kept beside the labels, views labelled in slices, and students that learn from it, through the commands.
 
-The first test runs them in processes of their own, the others in this one, which is quicker.
+The first test runs each command in a new process. The others run in this process, which is faster.
 """
 
 from __future__ import annotations
@@ -48,12 +48,7 @@ def test_from_kept_classes_to_a_soft_student(project: Project) -> None:
     assert "0 differ" in out and "probabilities differ by at most" in out
     project.run("distill", "--student", "deit", "--soft", "2", "--confidence", "--views", "1")
     student = metrics(project.path / "data/runs/smoke/deit-soft-2-confidence-on-num_views-1")
-    assert (
-        student["soft"],
-        student["confidence"],
-        student["views"],
-        student["distilled"],
-    ) == (2.0, True, 1, True)
+    assert (student["soft"], student["confidence"], student["views"], student["distilled"]) == (2.0, True, 1, True)
     assert student["best"]["top1"] > 10
     assert not (project.data / "students").exists()
 
@@ -114,7 +109,7 @@ def test_slices_in_any_order_give_the_bytes_of_one_run(project: Project) -> None
     out = run(project, "label", "--views", ":2", *keep)
     assert "1 finished views are damaged, or of another" in out and "labelled 2/2 views" in out
     assert kept(project).num_views == 2
-    out = run(project, "label", "--views", "2:4", *keep)  # 3 is there already, and so is 4 behind it
+    out = run(project, "label", "--views", "2:4", *keep)  # 3 is there already, and so is 4
     assert "labelled 1/1 views" in out and "5 views" in out
     assert (project.path / FILE).read_bytes() == whole
     assert "up to date" in run(project, "label", "--views", "1:5", *keep)

@@ -13,8 +13,8 @@ ROW_KEYS = {"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}
 
 
 def run(benchmark: Any, monkeypatch: pytest.MonkeyPatch, path: Path, *options: str, threads: int = 1) -> dict[str, Any]:
-    """Run a benchmark's command line and return its report, of whose form everything is checked."""
-    # It would hold for the rest of the tests, too.
+    """Run a benchmark's command line, check the form of its report, and return the report."""
+    # Its setting would stay for all later tests.
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None, raising=False)
     shared = ["--quick", "--json", str(path), "--device", "cpu", "--threads", str(threads), "--rounds", "1"]
     before = torch.get_num_threads()

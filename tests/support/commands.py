@@ -28,7 +28,7 @@ HUNG = 124  # the exit code noted for a command that had to be killed because it
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """What became of a command.
+    """How a command ended.
 
     Attributes:
         code: Its exit code; minus the signal's number where one killed it.
@@ -57,7 +57,7 @@ class Command:
     Args:
         folder: The project's folder.
         arguments: Of the command line.
-        fault: What shall happen to its disk.
+        fault: The fault of its disk, if it has one.
         before: Called in its process before it begins.
         extra: Further variables of its environment.
     """
@@ -96,7 +96,7 @@ class Command:
 
     def finish(self) -> Ended:
         """Wait for its end; a command that hangs is killed and has the code HUNG."""
-        # Second by second: where the machine stops for a while, both processes have stopped.
+        # In waits of a second: a pause of the whole machine counts as one of them.
         if not any(self._connection.poll(1.0) for _ in range(SECONDS_UNTIL_HUNG)):
             self._process.kill()
             ended = Ended(HUNG)

@@ -1,7 +1,7 @@
 """What can happen between a program and its disk, made to happen at a chosen call.
 
-Every function of `os` that changes files is replaced by one that notes the call and then lets it pass, fail or be the
-program's last. An audit hook notes the same calls as the interpreter sees them: where the two lists agree, nothing
+Every function of `os` that changes files is replaced by one that notes the call. Then the call runs, fails, or kills
+the program. An audit hook notes the same calls as the interpreter sees them: where the two lists agree, nothing
 that Python writes has been missed. What compiled code writes past Python is for strace to see.
 """
 
@@ -81,7 +81,7 @@ class Disk:
         return call
 
     def _strike(self, name: str, number: int, real: Any, args: Any, moment: str) -> None:
-        """Fail or kill where the fault says so; `moment` is on which side of the call the program is."""
+        """Fail or kill where the fault says so; `moment` is `before` or `after` the call."""
         fault = self.fault
         if fault is None or (number != fault.at and not (number > fault.at and name in fault.calls)):
             return
@@ -93,7 +93,7 @@ class Disk:
         elif moment == "before":
             if name == "write":
                 real(args[0], args[1][: len(args[1]) // 2])
-            elif name == "close":  # a descriptor is closed also where flushing fails
+            elif name == "close":  # a descriptor is closed even where flushing fails
                 real(args[0])
                 del self._descriptors[args[0]]
             raise OSError(fault.number, os.strerror(fault.number))

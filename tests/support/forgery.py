@@ -12,7 +12,7 @@ from tests.support.label_samples import reseal
 
 
 def registry():
-    """Return a list of forgeries, and what registers a change that a forger makes with what must be found wrong."""
+    """Return a list of forgeries, and a decorator that adds a change to it with the expected reason of refusal."""
     forgeries = []
 
     def hostile(reason):

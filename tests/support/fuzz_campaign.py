@@ -100,7 +100,7 @@ PARTS: dict[str, Callable[[Path], Tally]] = {
 
 
 def _copy_shared(folder: Path) -> None:
-    """Copy the project that all parts share, made by the first that needs it."""
+    """Copy the shared project; the first part that needs it makes it."""
     from tests.support.untrained import untrained
 
     shared = folder.parent / "shared"

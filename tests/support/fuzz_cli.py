@@ -21,11 +21,11 @@ from tests.support.project import Project
 from tests.support.tally import Tally
 from tests.support.time_limit import Hung, time_limit
 
-torch.set_num_threads(1)  # and it is loaded before any time is measured
+torch.set_num_threads(1)  # torch is loaded before any time is measured
 SECONDS_UNTIL_HUNG = 60
 WRONG_USAGE, BAD_INPUT = frozenset({2}), frozenset({2, 3, 4})
 SOME_BAD = BAD_INPUT | {1}  # of several files: each is named, the others are answered
-UNEXPECTED = "--debug in front of the command shows where"  # the end of the line of an error that nobody foresaw
+UNEXPECTED = "--debug in front of the command shows where"  # how the line of an unforeseen error ends
 
 TEXTS = (
     "", " ", "\n", "x\ny", "x\r", "\t", "\x1b[31mred", "é", "😀" * 50, "\udcff", "\u202e", "x" * 5000, "../..", "/",
@@ -121,7 +121,7 @@ def cases() -> list[Case]:
 
 
 def _at_the_doctors(case: Case) -> Case:
-    """Let `doctor` end with 1, its own code, where it has found that there is no project at all."""
+    """Allow `doctor` its own exit code 1 where there is no project."""
     return case._replace(codes=case.codes | {1}) if case.arguments[0] == "doctor" else case
 
 

@@ -98,7 +98,7 @@ def originals() -> list[Whole]:
 
 
 def expected(name: str, rgb: Any, grey: Any, deep: Any, data: bytes) -> np.ndarray[Any, Any]:
-    """Return the pixels of an original, where they can be said without the reader under test, else by Pillow alone."""
+    """Return the pixels of an original: those it was made of where the format keeps them, else as Pillow reads it."""
     kind, suffix = name.split(".")
     if kind == "deep":
         return np.repeat(np.round(deep / 257).astype(np.uint8)[..., None], 3, axis=2)
@@ -217,7 +217,7 @@ def mended(data: bytes, rng: random.Random) -> bytes:
 
 
 class Case(NamedTuple):
-    """A file to read; `pixels` is None where it must be refused, and right of it alone where it is whole."""
+    """A file to read. `pixels` is None where it must be refused; a damaged file may show others."""
 
     name: str
     data: bytes

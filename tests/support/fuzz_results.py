@@ -21,7 +21,7 @@ PATTERNS = ("selection.json", "*/*/metrics.json", "*/*/run.json", "*/*/best.json
 
 
 def fuzz_results(project: Project, count: int, rng: random.Random) -> Tally:
-    """Damage a file of a run: a report on it is refused in a line that names a file, or written.
+    """Damage a file of a run. The report is then refused in one line that names a file, or written.
 
     Args:
         project: As tests.support.report_project makes it; it is the same afterwards.

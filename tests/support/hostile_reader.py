@@ -1,6 +1,6 @@
 """Reads label files that nobody should trust, in a process that may die of them.
 
-Standard input brings files, each after its length; standard output says of each what became of it. The process may
+Standard input brings files, each after its length. Standard output gives the verdict on each. The process may
 hardly allocate memory: a file that claims to be large must be refused before it is believed.
 """
 

@@ -1,4 +1,4 @@
-"""Commands of the pipeline in this process, which is quicker than in one of their own."""
+"""Commands of the pipeline in this process, which is faster than starting one for each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.project import Project
 
 
 def invoke(project: Project, *arguments: str, code: int | None = 0) -> str:
-    """Run a command, check its exit code, None for any, and return what it printed, and its error."""
+    """Run a command, check its exit code (None allows any), and return its output and its error."""
     with contextlib.chdir(project.path):
         result = CliRunner().invoke(cli, arguments, standalone_mode=False)
     error, text = result.exception, ""

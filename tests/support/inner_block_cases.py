@@ -39,7 +39,7 @@ class Case(NamedTuple):
         )
 
     def plain(self, pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[Tensor, Tensor]:
-        """What the modules say. Their parameters are the weights already."""
+        """Return the modules' results. Their parameters are the weights already."""
         refined = self.block(pixels)
         return refined, self.norm(refined)
 

@@ -55,7 +55,7 @@ def kills_at_every_call_of_distill(folder: Path) -> Tally:
 
 
 def over_a_former_result(folder: Path) -> Interruptions:
-    """A student's run that goes on from a state and replaces another recipe's result."""
+    """A student's run that resumes from a state and replaces another recipe's result."""
     project = small_project_with_labels(folder / "project")
     give_former_result(project)
     return Interruptions(project, folder / "scratch", "distill", "--student", "deit")

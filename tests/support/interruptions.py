@@ -22,13 +22,13 @@ from tests.support.project import Project
 from tests.support.tally import Tally
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
-# In place of a minute, so that runs of seconds have states to go on from.
+# Instead of a minute, so that runs of seconds have states to resume from.
 SECONDS_BETWEEN_SAVES = 0.1
 
 
 @dataclass
 class Trial:
-    """What became of a command that was interrupted and run again.
+    """How a command ended that was interrupted and run again.
 
     Attributes:
         signals: Those sent, each with whether it came before the command's end.
@@ -116,7 +116,7 @@ class Interruptions:
         return wrong
 
     def num_calls(self) -> int:
-        """Return how many calls the undisturbed command changes files with, saving no state."""
+        """Count the calls by which the undisturbed command changes files when it saves no state."""
         shutil.copytree(self.project.path, self.scratch)
         ended = run(self.scratch, *self.arguments)
         shutil.rmtree(self.scratch)
@@ -137,12 +137,12 @@ class Interruptions:
         command.send(number)
         ended = command.finish()
         if ended.code == 0 and "going on from" not in ended.out and "up to date" not in ended.out:
-            # The machine was busier when it was measured; most signals would come after the end.
+            # The machine was busier when the duration was measured: most signals would come after the end.
             self.seconds = elapsed
         return ended
 
     def _check_stopped(self, number: signal.Signals, ended: Ended) -> Iterator[str]:
-        """Say what is wrong with how the command was stopped, and with what it left for others to see."""
+        """List what is wrong with the command's stop and with the files that it left for others."""
         stopped = -number if number == signal.SIGKILL else 128 + number
         if ended.code == HUNG:
             yield "hung"
@@ -164,7 +164,7 @@ class Interruptions:
                 yield f"mixed: {folder}"
 
     def check_end(self, ended: Ended) -> Iterator[str]:
-        """Say what is wrong after the last run."""
+        """List what is wrong after the last run."""
         if ended.code or ended.err:
             yield f"failed: exit {ended.code}, {ended.err}"
         present = files(self.scratch)
@@ -174,7 +174,7 @@ class Interruptions:
 
 
 def files(project: Path) -> dict[str, str]:
-    """Return a project's files below data, each with its SHA-256; but for locks, and run.json with its times."""
+    """Map each file below a project's data to its SHA-256, except locks and run.json, which holds times."""
     data = project / "data"
     return {
         str(path.relative_to(data)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -207,7 +207,7 @@ def stop_at_step(step: int) -> None:
 
 
 def begin(began: Event) -> None:
-    """Keep signals waiting until the command's own handler stands: before that, it is the test's process they meet."""
+    """Hold signals back until the command's own handler is installed; earlier ones would meet the test's handler."""
     from stages.shared.options import STOP
 
     signals = (signal.SIGINT, signal.SIGTERM)

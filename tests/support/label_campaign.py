@@ -82,7 +82,7 @@ def parts_damaged_under_way(project: Project) -> Tally:
 
 
 def extending(project: Project) -> tuple[Labelling, bytes]:
-    """Be about to extend one view to two."""
+    """Prepare a project whose one labelled view is to become two."""
     former = Labelling(project, 1).whole
     labelling = Labelling(project, 2)
     labelling.reset(former)

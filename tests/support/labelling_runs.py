@@ -23,8 +23,8 @@ from tests.support.project import Project
 from tests.support.tally import Tally
 
 LABEL = ("label", "--device", "cpu")
-# May fail without harm: a directory that is there already, an empty one that stays, and a free lock that goes on naming
-# its last holder.
+# These may fail without harm: a directory exists already, an empty one stays, or a free lock still names its last
+# holder.
 HARMLESS = ("mkdir", "rmdir", "ftruncate")
 
 
@@ -238,7 +238,7 @@ def kill_ranks(labelling: Labelling, resume_with: Sequence[int], rng: random.Ran
         finished = labelling.finished()
         resumed = [rank.finish() for rank in start_ranks(labelling, world_size)]
         if overlap:
-            # The survivor keeps its lock: who comes in its place is refused, and the others do the work.
+            # The survivor keeps its lock: its replacement is refused, and the other ranks do the work.
             tally.counts["overlaps"] += 1
             tally.counts["refused"] += sum(rank_end.code == 4 for rank_end in resumed)
             # Some of what it wrote was there before.
@@ -253,7 +253,7 @@ def kill_ranks(labelling: Labelling, resume_with: Sequence[int], rng: random.Ran
 
 
 def start_ranks(labelling: Labelling, world_size: int) -> list[Command]:
-    """Start a group of ranks, as torchrun would but for ending them together."""
+    """Start a group of ranks as torchrun would, without ending them together."""
     return [labelling.start(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0") for rank in range(world_size)]
 
 

@@ -1,6 +1,6 @@
 """Make the fixtures in tests/support/former: `python -m tests.support.make_former`.
 
-Run once, at commit fa353451fa8d on one CPU thread. It is not for running again: files that newer code wrote would show
+Run once, at commit fa353451fa8d on one CPU thread. Do not run it again: files that newer code wrote would prove
 nothing. What a later commit adds to the formats gets fixtures of its own.
 """
 
@@ -93,7 +93,7 @@ def teach(project: Project, former: Project) -> None:
 
 
 def keep(project: Project, part: str, files: Iterable[Path]) -> None:
-    """Copy files into a folder of the fixtures; but for locks, and for weights that are stored already."""
+    """Copy files into a folder of the fixtures, except locks and weights that are stored already."""
     stored = {sha256(project.path / TEACHER_WEIGHTS), *(sha256(file) for file in FORMER.rglob("*.safetensors"))}
     for file in sorted(files):
         if not file.is_file() or file.suffix == ".lock" or (file.suffix == ".safetensors" and sha256(file) in stored):

@@ -58,7 +58,7 @@ def pixel(value: float, model: nn.Module, batch: Any, objective: Any, optimizer:
 
 
 def moment(value: float, model: nn.Module, batch: Any, objective: Any, optimizer: Any) -> tuple[Any, Any]:
-    """Fill the optimiser's state of one weight, as far as it has any."""
+    """Fill the optimiser's state of one weight, if it has any."""
     for moment_tensor in optimizer.state[next(model.parameters())].values():
         if moment_tensor.dim():
             moment_tensor.fill_(value)

@@ -21,7 +21,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def smoke_params(text: str) -> str:
-    """Turn the project's params.yaml into one whose default run takes seconds."""
+    """Change the project's params.yaml so that its default run takes seconds."""
     text = text.replace("recipe: digits", "recipe: smoke", 1)
     text = re.sub(r"^teachers: .*$", f"teachers: [{', '.join(TEACHERS)}]", text, count=1, flags=re.MULTILINE)
     return text.replace("  tnt: default\n  deit: default\n", "", 1)

@@ -1,4 +1,4 @@
-"""Groups of ranks in processes forked from one that has loaded torch: a start of torchrun costs seconds."""
+"""Groups of ranks, forked from a process that has loaded torch: starting torchrun takes seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A project in which everything of the recipe `cifar100` seems to have been run, with figures made up by formulas."""
+"""A project that looks as if the whole recipe `cifar100` had run, with scores made up by formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An end for code that might not come to one by itself."""
+"""A time limit for code that might never end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A project whose teacher has learned nothing, made in a second: for tests of what is refused."""
+"""A project with an untrained teacher, made in a second, for tests of refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many calls lie between the command that distils and the equation that it trains with."""
+"""The number of calls between the command `distill` and the loss that it trains with."""
 
 from __future__ import annotations
 

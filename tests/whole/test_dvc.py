@@ -100,7 +100,7 @@ def test_metrics_and_plots_are_dvcs(reproduced: Checkout) -> None:
 
 
 def plots(out: str) -> dict[str, list[dict[str, Any]]]:
-    """Find the JSON in what `dvc plots` printed; teachers that are not in the recipe give a warning."""
+    """Find the JSON in the output of `dvc plots`, which warns of teachers that are not in the recipe."""
     data: dict[str, list[dict[str, Any]]] = json.loads(next(line for line in out.splitlines() if line[:1] == "{"))[
         "data"
     ]
@@ -169,7 +169,7 @@ def test_changed_code_reruns_the_stages_that_use_it(checkout: Checkout) -> None:
         with (checkout.path / name).open("a") as file:
             file.write("\n# changed\n")
         ran = checkout.repro()
-        # Students that come out the same leave the report alone, but for their times.
+        # Students with the same results would leave the report alone, were it not for their times.
         assert ran == stages, name
 
 

@@ -32,7 +32,7 @@ from tests.support.project import Project
 
 
 class Windowed(Student):
-    """Averages windows of the image; of the shared geometry it has the width alone."""
+    """Averages windows of the image. Of the shared geometry it uses the width only."""
 
     has_distillation_head: ClassVar[bool] = False
 

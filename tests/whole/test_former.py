@@ -1,4 +1,4 @@
-"""What a former commit wrote opens, is up to date, and is gone on from to the same end; see tests.support.former."""
+"""Files of a former commit open, are up to date, and resume to the same end; see tests.support.former."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def project(prepared: Project, tmp_path: Path) -> Project:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return the files below a folder with their SHA-256; but for locks."""
+    """Map the files below a folder, except locks, to their SHA-256."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
@@ -141,7 +141,7 @@ def test_labelling_goes_on_from_the_parts_to_the_same_file(project: Project) -> 
     assert "labelled 2/2 views" in out and "again" not in out, "the parts of two of the four views are there"
     former = FORMER / "finished" / LABELS
     assert everything_in(project.path / LABELS) == everything_in(former)
-    if h5py.version.hdf5_version == FACTS["hdf5"]:  # each release of HDF5 lays files out in its way
+    if h5py.version.hdf5_version == FACTS["hdf5"]:  # the layout of a file depends on the release of HDF5
         assert (project.path / LABELS).read_bytes() == former.read_bytes()
     assert not list(project.path.glob("data/work/**/*.part"))
 

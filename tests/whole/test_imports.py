@@ -120,7 +120,7 @@ def test_a_dependency_has_its_home(dependency: str) -> None:
 
 
 def test_click_is_for_commands_and_what_they_share() -> None:
-    """A file below stages/ imports it to define a command; the table and the shared options are no commands."""
+    """Files below stages/ that import it define a command, except the table and the shared options."""
     shared = {"stages/cli.py", "stages/shared/options.py"}
     users = {file for file in FILES if any(name.split(".")[0] == "click" for name in imports(file))}
     for file in users - {ROOT / name for name in shared}:

@@ -1,4 +1,4 @@
-"""Data sets larger than RAM is allowed to hold: mapped where they lie, prepared a few images at a time."""
+"""Data sets larger than the memory limit: mapped from their file, prepared a few images at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BYTES = SIDE * SIDE * 3 * NUM_IMAGES
 
 @contextmanager
 def at_most(num_bytes: int) -> Iterator[None]:
-    """Fail where Python and NumPy hold more than so many bytes at a time; HDF5's and the decoders' own are not seen."""
+    """Fail if Python and NumPy hold more bytes than this; memory of HDF5 and the decoders does not count."""
     tracemalloc.start()
     try:
         yield
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, limit: int, memory: int) -> dict[str, bytes]:
-    """Prepare a folder in so much memory and return the files."""
+    """Prepare a folder within a memory limit and return the files."""
     monkeypatch.setenv(RESIDENT_VARIABLE, str(limit))
     recipe = make_recipe("folder", image_size=SIDE, val_fraction=0.1)
     with at_most(memory):

@@ -1,4 +1,4 @@
-"""A field that comes, changes its default or goes: what was labelled, trained and prepared before stays valid."""
+"""A field is added, changes its default, or is removed: earlier labels, models and data stay valid."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LaterData(DatasetRecipe):
     crops: int = number(1, 9, 1, absent=1)
 
 
-# The same fields with another default, of which the `absent` value stays what it was.
+# The same fields with another default; their `absent` value stays.
 @dataclass(frozen=True, kw_only=True)
 class DefaultViews(ViewRecipe):
     noise: float = number(0.0, 1.0, 0.5, absent=0.0)
@@ -103,7 +103,7 @@ class PastData(DatasetRecipe):
     removed: ClassVar = (Removed("crops", absent=1),)
 
 
-# By what is recorded: the field, its absent value and another one; the recipe with it, with a new default, without it.
+# For each record: the field, its absent value and another one; the recipe with it, with a new default, without it.
 FIELDS: dict[str, tuple[str, Any, Any, type[Section], type[Section], type[Section]]] = {
     "views": ("noise", 0.0, 0.25, LaterViews, DefaultViews, PastViews),
     "student": ("decay", "all", "matrices", LaterStudent, DefaultStudent, PastStudent),
@@ -113,7 +113,7 @@ FIELDS: dict[str, tuple[str, Any, Any, type[Section], type[Section], type[Sectio
 
 
 def recorded(kind: str, cls: type[Any], **field: Any) -> dict[str, str]:
-    """What is recorded of a recipe of one kind, all others being as they were."""
+    """Return what is recorded with one recipe class replaced and all others unchanged."""
     classes = {"views": ViewRecipe, "student": StudentRecipe, "teacher": TeacherRecipe, "data": DatasetRecipe}
     more: dict[str, dict[str, Any]] = {name: {} for name in classes}
     classes[kind], more[kind] = cls, field

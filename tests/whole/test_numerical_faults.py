@@ -1,4 +1,4 @@
-"""What is not finite ends a run with one line, costs nothing that was good before, and leaves no trace once gone."""
+"""A number that is not finite ends a run with one line, costs no earlier result, and leaves no trace in a rerun."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Setting:
         self._undisturbed: dict[tuple[str, ...], Interruptions] = {}
 
     def fail(self, arguments: tuple[str, ...], fault: Any) -> Ended:
-        """Let a command meet a fault; check how it ends, what it leaves, and that it ends well without the fault."""
+        """Run a command with a fault; check its end and what it leaves, and that it succeeds without the fault."""
         if arguments not in self._undisturbed:
             self._undisturbed[arguments] = Interruptions(self.project, self._scratch, *arguments)
         undisturbed = self._undisturbed[arguments]
@@ -71,7 +71,7 @@ class Setting:
 
 
 def meet(fault: Any) -> None:
-    """Save often, so that what a fault spoils could be saved, and install the fault."""
+    """Install the fault, and save often, so that spoiled values would reach a saved state."""
     save_often()
     fault()
 
@@ -144,7 +144,7 @@ def test_a_teacher_that_is_asked_and_fails_ends_its_student(setting: Setting) ->
 
 @pytest.mark.slow
 def test_variances_that_overflow_are_neither_kept_nor_evaluated(setting: Setting) -> None:
-    """Batch norm divides by an infinite variance: what comes out is 0, and finite."""
+    """Batch norm divides by an infinite variance, so its output is 0 and finite."""
     arguments, steps = COMMANDS["teacher with batch norm"]
     spoil = functools.partial(numerical_faults.pixel, 1e30)
     ended = setting.fail(arguments, functools.partial(numerical_faults.at_step, 2 * steps, spoil))

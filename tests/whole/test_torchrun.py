@@ -160,7 +160,7 @@ def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on_to_the_same_result(
 
 
 def hurry_rank_1() -> None:
-    """Let any time limit be over at once, for rank 1."""
+    """Let every time limit of rank 1 be over at once."""
     from pipeline.system.stopping import StopSignal
 
     limit = StopSignal.limit

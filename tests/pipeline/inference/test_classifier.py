@@ -18,7 +18,7 @@ BLACK, WHITE = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
 
 
 class Brightness(nn.Module):
-    """Says how bright an image is: logits (m, 0, -m) of the mean m of normalised pixels, and twice that."""
+    """Measures brightness: heads with logits (m, 0, -m) and twice that, for the mean m of the normalised pixels."""
 
     def __init__(self, num_heads: int = 2, factor: float = 1.0) -> None:
         super().__init__()

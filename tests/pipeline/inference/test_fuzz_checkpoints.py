@@ -70,7 +70,7 @@ def test_arguments_that_no_stage_writes_are_refused_before_anything_is_built(
 
 
 def test_a_model_is_allocated_only_once_its_tensors_fit(project: Project) -> None:
-    """All arguments are within their ranges; together they would take more than 800 GB."""
+    """Every argument is within its range, but the model would take more than 800 GB."""
     files = read_files(project.data / "teacher")
     assert isinstance(files.meta, dict)
     wide = {"num_classes": 10, "image_size": 32, "width": 8192, "depth": 256, "num_heads": 1}

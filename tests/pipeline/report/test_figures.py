@@ -1,4 +1,4 @@
-"""Figures from plain arrays: what is drawn, that it is readable, and that the bytes depend on nothing else."""
+"""Figures from plain arrays: what they show, that they are readable, and that the arrays alone decide the bytes."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_a_single_measurement_has_no_interval() -> None:
 
 
 def test_differences_are_of_the_seeds_that_both_have() -> None:
-    """Runs that scatter by 10 points differ by 1 all the same: that is what pairs are for."""
+    """Runs that scatter by 10 points differ by 1 in every pair, and pairing shows it."""
     values = {0: 61.0, 1: 71.2, 2: 80.8, 3: 99.0}
     references = {2: 80.0, 1: 70.0, 0: 60.0, 4: 1.0}
     mean = paired_difference(values, references)

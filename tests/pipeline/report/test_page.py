@@ -1,4 +1,4 @@
-"""The report's page and its Markdown: what is on them, and that nothing outside is referred to."""
+"""The report's page and its Markdown: their content, and that they refer to nothing outside."""
 
 from __future__ import annotations
 

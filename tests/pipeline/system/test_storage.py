@@ -1,4 +1,4 @@
-"""Files are whole or absent, whatever fails, and a run's lock has one holder."""
+"""Files are whole or absent whatever fails, and a run's lock has one holder."""
 
 from __future__ import annotations
 
