@@ -1,4 +1,4 @@
-"""Cached labels beside a teacher that is asked in every step: `python -m benchmarks.distill`."""
+"""Cached labels against a teacher that runs in every step: `python -m benchmarks.distill`."""
 
 from __future__ import annotations
 

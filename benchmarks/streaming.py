@@ -82,7 +82,7 @@ def cold_batches(descriptor: int, shape: tuple[int, ...], batch_size: int, optio
 
 
 def whole_view(descriptor: int, shape: tuple[int, ...], batch_size: int, options: argparse.Namespace) -> Row:
-    """Make a whole view of images in the system's cache, beside one of images on the device."""
+    """Make a whole view of images in the system's cache, against one of images on the device."""
     num_images = min(shape[0], 2048 if options.quick else 8192)
     images = MappedImages(descriptor, (num_images, *shape[1:]))
     labels, recipe = torch.arange(num_images) % NUM_CLASSES, training.recipe().views["default"]

@@ -1,4 +1,4 @@
-"""The students as others publish them, at our geometry.
+"""Other projects' models of the same students, at our geometry.
 
 Each builder imports its package itself: one that is not installed is told by `Report.has` and never built.
 """

@@ -1,4 +1,4 @@
-"""Teachers beside the way torchvision's users commonly train them: `python -m benchmarks.teachers`."""
+"""Teachers against the common ways to train torchvision's: `python -m benchmarks.teachers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Others' ways of making the views of recipe cifar100: torchvision for each image, and whole batches.
+"""Views of the recipe cifar100 as other libraries make them: torchvision for each image, and whole batches.
 
 Each is a callable that goes once over all images in random order and leaves every batch normalised on the device.
 """
@@ -144,7 +144,7 @@ def loader_epochs(images: Tensor, labels: Tensor, batch_size: int, device: torch
 
 
 def v2_on_batches() -> Callable[[Tensor, Tensor], object]:
-    """Return transforms.v2 on a whole batch, which draws once for all its images: not the same thing as ours."""
+    """Return transforms.v2 on a whole batch. It draws once for all images, so its views differ from ours."""
     operations = v2.Compose([v2.RandomCrop(SIZE, padding=PADDING), v2.RandomHorizontalFlip(), v2.AutoAugment(POLICY)])
     cutmix = v2.CutMix(alpha=CUTMIX_ALPHA, num_classes=NUM_CLASSES)
 

@@ -146,7 +146,7 @@ class Single(NamedTuple):
 
 
 def policy_operations() -> dict[str, Single]:
-    """Return every operation of the policy, where it occurs first with a probability."""
+    """Map each operation of the policy to its first place there with a probability above 0."""
     first_uses: dict[str, Single] = {}
     for row, sub_policy in enumerate(CIFAR10_POLICY):
         for place, (name, probability, magnitude_bin) in enumerate(sub_policy):
@@ -258,7 +258,7 @@ def step_share(options: argparse.Namespace) -> Row:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one CPU thread for a while."""
+    """Compute with one CPU thread within the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -109,7 +109,7 @@ def idx(array):
 
 @pytest.fixture
 def mnist(tmp_path, monkeypatch):
-    """A tiny MNIST whose digests are taken for the real ones; returns its folder, images and labels."""
+    """Make a tiny MNIST, accept its digests as the real ones, and return its folder, images and labels."""
     folder = tmp_path / "raw" / "MNIST" / "raw"
     folder.mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8)
@@ -167,7 +167,7 @@ def test_a_damaged_mnist_file_is_named(mnist, tmp_path, keep, download):
 
 
 class OldArray:
-    """Pickles as arrays did when CIFAR was made: the flags of its dtype are integers."""
+    """Pickles like the arrays of CIFAR's time: the flags of its dtype are integers."""
 
     def __init__(self, array):
         self.array = array
@@ -183,7 +183,7 @@ class OldType:
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A tiny CIFAR-100 whose digests are taken for the real ones; returns images and labels."""
+    """Make a tiny CIFAR-100, accept its digests as the real ones, and return its images and labels."""
     images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
     labels = (np.arange(12) % 3).tolist()
     folder = tmp_path / "raw" / "cifar-100-python"
@@ -247,7 +247,7 @@ def test_what_is_not_there_is_named_with_both_ways_to_get_it(tmp_path, source):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine that answers with `server.content`, or 404 without one; it keeps the requests."""
+    """A local web server that answers with `server.content`, or 404 without one, and records the requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -325,7 +325,7 @@ def test_a_full_disk_while_unpacking_is_a_storage_error(mnist, tmp_path, monkeyp
         read_source(make_recipe("mnist"), raw=tmp_path / "raw")
 
 
-# --- the real thing, where somebody has it -----------------------------------------------------------------
+# --- real files, where they are installed -------------------------------------------------------------------
 
 
 @pytest.fixture

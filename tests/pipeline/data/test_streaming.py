@@ -127,7 +127,7 @@ def test_labels_of_streamed_images_are_the_same() -> None:
 
 
 class Failing(HostImages):
-    """Images whose file cannot be read any more from the third batch on."""
+    """Images whose file can't be read from the third batch on."""
 
     reads = 0
 

@@ -32,7 +32,7 @@ from tests.support.project import Project, environment
 
 
 class Started:
-    """The real command, in an interpreter of its own."""
+    """The real command, in its own interpreter."""
 
     def __init__(self, project: Project) -> None:
         self._process = project.start(*LABEL)

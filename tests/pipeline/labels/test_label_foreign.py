@@ -36,7 +36,7 @@ def honest(project: Project):
 
 
 def refuse(project: Project, *arguments: str, code: int = 3, **options) -> str:
-    """Run a command that must be refused in one line, with nothing trained, and return that line."""
+    """Run a command, check that it is refused in one line with nothing trained, and return the line."""
     ended: Ended = run(project.path, *arguments, **options)
     assert ended.code == code and len(ended.err.splitlines()) == 1, ended
     for folder in ("data/smoke/students", "data/work/smoke/students", "data/runs", "data/work/smoke/runs"):

@@ -34,7 +34,7 @@ HALF = np.float16
 
 
 def answers_of(view, topk=TOPK, num_samples=NUM_SAMPLES, num_classes=NUM_CLASSES, sharpness=4.0):
-    """The answers of a teacher that was made up, as labelling gives them."""
+    """Made-up answers of a teacher, as labelling gives them."""
     logits = sharpness * np.random.default_rng(view).standard_normal((num_samples, num_classes))
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)

@@ -25,7 +25,7 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def used_teacher(name: str) -> nn.Module:
-    """A teacher in training mode whose norms have seen images and hold scales and shifts of their own."""
+    """A teacher in training mode whose norms have seen images and have random scales and shifts."""
     torch.manual_seed(0)
     model = build_teacher(name, num_classes=7)
     for norm in norms(model):
