@@ -24,7 +24,7 @@ from pipeline.config.recipes import (
     DatasetRecipe,
     LabelRecipe,
     Recipe,
-    Section,
+    RecipeSection,
     SelectRecipe,
     StudentRecipe,
     TeacherRecipe,
@@ -33,7 +33,7 @@ from pipeline.config.recipes import (
 from pipeline.errors import StorageError, UsageError
 from pipeline.system.storage import read_if_exists
 
-T = TypeVar("T", bound=Section)
+T = TypeVar("T", bound=RecipeSection)
 
 MAX_BYTES = 100_000
 MAX_DIGITS = 30  # of an integer; every range ends below
@@ -226,7 +226,7 @@ def _check_references(params: Params) -> None:
             raise UsageError(f"students.{student}: view recipe {views!r} is not in view_recipes; add it there")
 
 
-def _without_removed(cls: type[Section], values: Any, path: str) -> dict[str, Any]:
+def _without_removed(cls: type[RecipeSection], values: Any, path: str) -> dict[str, Any]:
     """Drop removed fields that have the value `absent`; refuse any other value."""
     kept = dict(_mapping(values, path))
     for old in cls.removed:

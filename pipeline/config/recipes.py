@@ -68,7 +68,7 @@ class Removed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class RecipeSection:
     """A part of params.yaml that decides results.
 
     Attributes:
@@ -78,7 +78,7 @@ class Section:
     removed: ClassVar[tuple[Removed, ...]] = ()
 
 
-def deciding_values(section: Section, *, but: Collection[str] = ()) -> dict[str, Any]:
+def deciding_values(section: RecipeSection, *, but: Collection[str] = ()) -> dict[str, Any]:
     """Return the fields of a recipe that decide a result, as plain JSON values.
 
     The identities of label caches, runs and prepared data are all made of these. Equal results give equal values in
@@ -101,7 +101,7 @@ def deciding_values(section: Section, *, but: Collection[str] = ()) -> dict[str,
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetRecipe(Section):
+class DatasetRecipe(RecipeSection):
     """What `prepare` makes.
 
     Attributes:
@@ -122,7 +122,7 @@ class DatasetRecipe(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewRecipe(Section):
+class ViewRecipe(RecipeSection):
     """One way of augmenting the training set; operations run in the order of these fields.
 
     pipeline.views.augment.AUGMENTATIONS carries out each field, pipeline.views.mixing.MIXINGS `mixing`.
@@ -160,7 +160,7 @@ class ViewRecipe(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitRecipe(Section):
+class FitRecipe(RecipeSection):
     """How a model is trained.
 
     Attributes:
@@ -253,7 +253,7 @@ class StudentRecipe(FitRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectRecipe(Section):
+class SelectRecipe(RecipeSection):
     """How the winner is chosen.
 
     Attributes:
@@ -264,7 +264,7 @@ class SelectRecipe(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelRecipe(Section):
+class LabelRecipe(RecipeSection):
     """How the winner labels views.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with YAML front matter, in the form that model hubs read."""
+"""The model card of an export: README.md with YAML front matter, as model hubs read it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HUB_DATASETS = {
     "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
     "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
 }
-"""Source of a data set to its name on the hub, and to its own."""
+"""Source of a data set to its name on the hub and its proper name."""
 OTHER_DATASETS = {"digits": "scikit-learn's handwritten digits", "folder": "an image folder"}
 SCORES = {
     "top1": ("Top-1 accuracy", "accuracy"),
@@ -26,7 +26,7 @@ SCORES = {
     "class_top1": ("Top-1 accuracy, class head alone", "accuracy"),
     "distillation_top1": ("Top-1 accuracy, distillation head alone", "accuracy"),
 }
-"""Score to its title and the hub's metric."""
+"""Score to its title and its metric on the hub."""
 PERCENT = ("top1", "top5", "class_top1", "distillation_top1")
 NUM_NAMED = 20
 CITATION = """@article{rahman2025titn,
@@ -40,14 +40,7 @@ CITATION = """@article{rahman2025titn,
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """Write the card.
-
-    Args:
-        config: The content of the export's config.json; see stages.export.
-
-    Returns:
-        Markdown behind YAML front matter.
-    """
+    """Return the card, Markdown behind YAML front matter, of an export's config.json; see stages.export."""
     sections = (
         _introduction(config),
         _use(config),
@@ -61,7 +54,6 @@ def model_card(config: Mapping[str, Any]) -> str:
 
 
 def _front_matter(config: Mapping[str, Any]) -> str:
-    """Return the YAML."""
     hub_name, name = _dataset(config)
     tags = [TASK, "knowledge-distillation", "pytorch"] + (["onnx"] if "onnx" in config["files"] else [])
     tags += ["transformer-in-transformer"] if config["model"] in ("titn", "tnt") else []
@@ -81,7 +73,7 @@ def _front_matter(config: Mapping[str, Any]) -> str:
 
 
 def _yaml(value: Any) -> list[str]:
-    """Write dicts and lists as lines of YAML; a scalar as JSON, which YAML includes."""
+    """Write dicts and lists as lines of YAML; scalars as JSON, which is valid YAML."""
     if isinstance(value, dict):
         pairs = [(f"{key}:", item) for key, item in value.items()]
     elif isinstance(value, list):
@@ -105,7 +97,7 @@ def _introduction(config: Mapping[str, Any]) -> str:
     return (
         f"# {_name(config)}\n\n"
         f"A {config['kind']} of the architecture `{config['model']}` with {config['parameters']:,} parameters, which "
-        f"sorts {side}x{side} images into {len(config['class_names'])} classes: {', '.join(names)}{more}.\n"
+        f"classifies {side}x{side} images into {len(config['class_names'])} classes: {', '.join(names)}{more}.\n"
         f"Made with titn-pipeline {config['versions'][LIBRARY]} after arXiv:2502.16762."
     )
 
@@ -158,22 +150,22 @@ def _files(config: Mapping[str, Any]) -> str:
     images = _text(config["checked_on"]["images"])
     lines += [
         "",
-        f"Differences are the largest of any probability, on images of {images}, in batches of several sizes.",
+        f"Differences are the largest of any probability, on images of {images} in batches of several sizes.",
     ]
     if "safetensors-bf16" in config["files"]:
         entry = config["files"]["safetensors-bf16"]
         lines.append(
-            f"In {entry['file']} the weights are rounded to bfloat16 (8 significant bits), to be carried away; "
+            f"In {entry['file']} the weights are rounded to bfloat16 (8 significant bits), for a smaller file; "
             f"`pipeline.load` computes with them in float32. Its top-1 was measured with PyTorch on "
-            f"{entry['top1_images']} images of {images}, where the weights as trained reach "
+            f"{entry['top1_images']} images of {images}, where the trained weights reach "
             f"{entry['top1_of_checkpoint']:.2f} %."
         )
     if "onnx-int8" in config["files"]:
         entry = config["files"]["onnx-int8"]
         lines.append(
             f"Top-1 was measured with onnxruntime on {entry['top1_images']} images of {images}. In model.int8.onnx the "
-            "matrix products have 8-bit weights, and activations are scaled batch by batch: an image's probabilities "
-            "depend a little on the images beside it."
+            "matrix products have 8-bit weights, and activations are scaled by batch: an image's probabilities "
+            "depend slightly on the other images of its batch."
         )
     if "torchscript" in config["files"]:
         lines.append("A TorchScript archive is a program: load one only from someone you trust.")
@@ -203,7 +195,7 @@ def _training(config: Mapping[str, Any]) -> str:
 
 def _figures(config: Mapping[str, Any]) -> str:
     if not config["scores"]:
-        return "## Figures\n\nNone came with the checkpoint."
+        return "## Figures\n\nThe checkpoint came without figures."
     split = f"the split `{config['scores_split']}`" if config["scores_split"] else "the split that chose the checkpoint"
     count = f" ({config['num_test']:,} images)" if config["num_test"] and config["scores_split"] == "test" else ""
     precision = f", computed in {config['scores_precision']}" if config["scores_precision"] else ""
@@ -219,22 +211,22 @@ def _figures(config: Mapping[str, Any]) -> str:
 def _limits(config: Mapping[str, Any]) -> str:
     side = config["image_size"]
     lines = [
-        f"It knows its {len(config['class_names'])} classes alone: any image gets one of them.",
-        f"Images are squeezed to {side}x{side}, whatever their shape: finer detail is lost.",
-        "The probabilities have not been calibrated, and nothing was measured on images of another origin.",
+        f"The model knows only its {len(config['class_names'])} classes: every image gets one of them.",
+        f"Images of any shape are resized to {side}x{side}: finer detail is lost.",
+        "The probabilities are not calibrated, and nothing was measured on images from other sources.",
     ]
     if config["selected_on"] and config["selected_on"] == config["scores_split"]:
         lines.append(
-            f"The epoch was chosen by the same split (`{config['selected_on']}`) that is quoted: read it as optimistic."
+            f"The epoch was chosen on the split of the figures above (`{config['selected_on']}`): they are optimistic."
         )
     lines += [f"Training warned: {_text(warning)}." for warning in config["warnings"]]
     if config["license"] == "unknown":
-        lines.append("The license of these weights has not been stated; that of the code is Apache-2.0.")
+        lines.append("The license of these weights is not stated; that of the code is Apache-2.0.")
     return "\n".join(("## Limits", "", *(f"- {line}" for line in lines)))
 
 
 def _dataset(config: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Return the data set's name on the hub, if it has one, and its name for people."""
+    """Return the data set's name on the hub, if any, and its name for people."""
     source = config["data_source"]
     if source in HUB_DATASETS:
         return HUB_DATASETS[source]
@@ -250,5 +242,5 @@ def _share(key: str, value: float) -> float:
 
 
 def _text(value: Any) -> str:
-    """Return a value as one line that Markdown leaves as it is inside code or a table."""
+    """Return a value as one line that is safe in Markdown's code and tables."""
     return printable(str(value)).replace("`", "'").replace("|", "/")

@@ -13,8 +13,8 @@ import pytest
 from pipeline.config.params import load_params
 from pipeline.config.recipes import (
     DatasetRecipe,
+    RecipeSection,
     Removed,
-    Section,
     StudentRecipe,
     TeacherRecipe,
     ViewRecipe,
@@ -104,7 +104,7 @@ class PastData(DatasetRecipe):
 
 
 # For each record: the field, its absent value and another one; the recipe with it, with a new default, without it.
-FIELDS: dict[str, tuple[str, Any, Any, type[Section], type[Section], type[Section]]] = {
+FIELDS: dict[str, tuple[str, Any, Any, type[RecipeSection], type[RecipeSection], type[RecipeSection]]] = {
     "views": ("noise", 0.0, 0.25, LaterViews, DefaultViews, PastViews),
     "student": ("decay", "all", "matrices", LaterStudent, DefaultStudent, PastStudent),
     "teacher": ("freeze", False, True, LaterTeacher, DefaultTeacher, PastTeacher),
@@ -176,11 +176,11 @@ def test_the_schema_and_the_package_have_versions_that_decide_nothing(monkeypatc
 
 def test_a_field_of_the_first_version_that_goes_is_written_for_ever() -> None:
     @dataclass(frozen=True, kw_only=True)
-    class WithoutShear(Section):
+    class WithoutShear(RecipeSection):
         removed: ClassVar = (Removed("shear", absent=0.0, is_written=True),)
 
     @dataclass(frozen=True, kw_only=True)
-    class WithShear(Section):
+    class WithShear(RecipeSection):
         shear: float = number(0.0, 60.0, 0.0)
 
     assert deciding_values(WithoutShear()) == deciding_values(WithShear()) == {"shear": 0.0}

@@ -1,4 +1,4 @@
-"""The Triton kernel of the fused inner block's backward pass; words and letters are those of the forward pass."""
+"""The Triton kernel of the fused inner block's backward pass; see the forward pass for words and letters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.models.students.fused.triton_forward import (
 
 @triton.jit
 def normalise_backward(gradient, gain, normal, inverse, of: tl.constexpr):
-    """Return the gradient of what was normalised from that of the normalised times gain plus bias."""
+    """Return the gradient of LayerNorm's input from that of its output."""
     gradient = gradient * gain
     mean = tl.sum(gradient, 1, keep_dims=True) / of.width
     along = tl.sum(gradient * normal, 1, keep_dims=True) / of.width
@@ -30,8 +30,8 @@ def normalise_backward(gradient, gain, normal, inverse, of: tl.constexpr):
 def mlp_backward(gradient, kept, weights, sums, of: tl.constexpr):
     """Pass the gradient of `refine_by_mlp`'s tokens back, adding to two `sums` for every chunk of the hidden layer.
 
-    They are of the gradients of the hidden weight, `(H, C)`, taken with normalised tokens for inputs, and of the output
-    weight, `(C, H)`.
+    They sum the gradients of the hidden weight, `(H, C)`, with normalised tokens as inputs, and of the output weight,
+    `(C, H)`.
     """
     normal, inverse, inputs = kept
     row = tl.arange(0, of.columns)[:, None]
@@ -57,8 +57,8 @@ def mlp_backward(gradient, kept, weights, sums, of: tl.constexpr):
 def attention_backward(gradient, kept, weights, sums, of: tl.constexpr):
     """Pass the gradient of `refine_by_attention`'s tokens back, adding to four `sums`, `(C, C)`.
 
-    They are of the gradients of the weights of queries, keys and values, taken with normalised tokens for inputs, and
-    of the projection's weight.
+    They sum the gradients of the weights of queries, keys and values, with normalised tokens as inputs, and of the
+    projection's weight.
     """
     normal, inverse, queries, keys, values, shares, mixed = kept
     head_width: tl.constexpr = of.width // of.num_heads
@@ -106,9 +106,9 @@ def store_matrix(pointer, values, rows, columns, num_rows: tl.constexpr, num_col
 
 @triton.jit
 def separate(total, weight, gain, bias, of: tl.constexpr):
-    """Return what a sum taken with normalised tokens for inputs makes of the weight, LayerNorm's gain and its bias.
+    """Return the gradients of a weight, LayerNorm's gain and its bias from a sum with normalised tokens as inputs.
 
-    The inputs were normal * gain + bias. Column c of `total` is the sum of the outputs' gradients; it comes last.
+    The inputs were normal * gain + bias. Column c of `total` is the sum of the outputs' gradients; it is returned last.
     """
     column = tl.arange(0, of.columns)[None, :]
     outputs = tl.sum(tl.where(column == of.width, total, 0.0), 1, keep_dims=True)
@@ -143,7 +143,7 @@ def store_attention_sums(targets, at, sums, weights, of: tl.constexpr):
 
 @triton.jit
 def store_mlp_sums(targets, at, sums, weights, of: tl.constexpr):
-    """Write the gradients of the MLP's and its LayerNorm's parameters, but for the output bias."""
+    """Write the gradients of the MLP's and its LayerNorm's parameters, except the output bias."""
     row = tl.arange(0, of.columns)[:, None]
     column = tl.arange(0, of.columns)[None, :]
     gain = vector(weights.mlp_norm_weight, of.width, 0, of.columns)
@@ -167,7 +167,7 @@ def store_mlp_sums(targets, at, sums, weights, of: tl.constexpr):
 def backward_kernel(
     pixels, refined_gradient, normed_gradient, pixels_gradient, weights, targets, num_patches, size, of: tl.constexpr
 ):
-    """Write the gradient of the pixels and, `size` elements apart, each program's sum for every parameter's."""
+    """Write the pixels' gradient and, `size` elements apart, each program's sums of the parameters' gradients."""
     column = tl.arange(0, of.columns)[None, :]
     attention_sums = ()
     for _ in tl.static_range(4):

@@ -1,11 +1,11 @@
 """The Triton kernel of the fused inner block's forward pass, and what the backward pass shares with it.
 
-A program takes tiles of patches in turn. A tile is a matrix with a row for each pixel token and more columns than c.
-What is beyond a patch's M tokens, the last patch or c is zero, but for column c of what `normalise` and
-`refine_by_attention` return: it is 1, so that a product that makes the gradient of a weight makes that of a bias too.
+A program computes tiles of patches in turn. A tile is a matrix with a row for each pixel token and more columns than c.
+Elements beyond a patch's M tokens, the last patch or c are zero. The exception is column c of what `normalise` and
+`refine_by_attention` return: it is 1, so that the product for a weight's gradient also gives that of a bias.
 
-`weights` are pointers, an `InnerWeights`; `of` is the `Geometry`, whose letters are used here: N patches, M pixel
-tokens of a patch, c their width, T rows and C columns of a tile, H columns of a chunk of the hidden layer.
+`weights` is an `InnerWeights` of pointers; `of` is the `Geometry`. Letters: N patches, M pixel tokens of a patch, c
+their width, T rows and C columns of a tile, H columns of a chunk of the hidden layer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @functools.cache
 def constants(of: Geometry) -> Geometry:
-    """Make every number of a geometry a constant of its own, as Triton 3.5 to 3.7 ask for."""
+    """Make each number of a geometry a constant, as Triton 3.5 to 3.7 need it."""
     return of._make(tl.constexpr(value) for value in of)
 
 
 @triton.jit
 def locate(tile, num_patches, of: tl.constexpr):
-    """Return where a tile starts in memory, and `(T, C)` offsets from there and whether they exist."""
+    """Return where a tile starts in memory, `(T, C)` offsets from there, and which of them exist."""
     row = tl.arange(0, of.rows)[:, None]
     column = tl.arange(0, of.columns)[None, :]
     first = tile * (of.rows // of.spacing)
@@ -65,7 +65,7 @@ def normalise(tokens, of: tl.constexpr):
 
 @triton.jit
 def gelu(inputs):
-    """Return x Phi(x) and its derivative, Phi the normal distribution, to 1e-7.
+    """Return x Phi(x) and its derivative, with Phi of the normal distribution, to 1e-7.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
     """
@@ -107,7 +107,7 @@ def attend(queries, keys, head: tl.constexpr, of: tl.constexpr):
 
 @triton.jit
 def refine_by_attention(tokens, weights, of: tl.constexpr):
-    """Return tokens + Projection(Attention(LN(tokens))), and before it what the backward pass needs."""
+    """Return tokens + Projection(Attention(LN(tokens))), preceded by what the backward pass needs."""
     head_width: tl.constexpr = of.width // of.num_heads
     inner = tl.arange(0, of.columns)[:, None]
     outer = tl.arange(0, of.columns)[None, :]
@@ -141,7 +141,7 @@ def hidden_chunk(inputs, weights, chunk: tl.constexpr, of: tl.constexpr):
 
 @triton.jit
 def refine_by_mlp(tokens, weights, of: tl.constexpr):
-    """Return tokens + MLP(LN(tokens)), and before it what the backward pass needs."""
+    """Return tokens + MLP(LN(tokens)), preceded by what the backward pass needs."""
     normal, inverse = normalise(tokens, of)
     gain = vector(weights.mlp_norm_weight, of.width, 0, of.columns)
     inputs = normal * gain + vector(weights.mlp_norm_bias, of.width, 0, of.columns)
