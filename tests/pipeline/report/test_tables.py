@@ -105,10 +105,10 @@ def test_a_line_says_how_long_the_rest_of_the_command_takes(monkeypatch: pytest.
 def test_runs_in_turn_know_their_position() -> None:
     params = load_params(ROOT / "params.yaml")
     context = Context(params, params.select("smoke"), Console(quiet=True), StopSignal())
-    positions = [context.position for _ in context.in_turn("seed", ("a", "b", "c"), (2, 0, 5))]
+    positions = [context.position for _ in context.in_turn("seed", ("a", "b", "c"), (0, 5))]
     assert positions == [Position("seed", index, 3, after) for index, after in ((1, 5), (2, 5), (3, 0))]
     assert context.position is None
-    assert [context.position for _ in context.in_turn("seed", (0,), (2,))] == [None], "one run is the whole command"
+    assert [context.position for _ in context.in_turn("seed", (0,), ())] == [None], "one run is the whole command"
 
 
 def test_a_terminal_gets_a_bar() -> None:
