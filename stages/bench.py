@@ -8,22 +8,19 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
-from pipeline.inference.classifier import Classifier
-from pipeline.inference.exporting import ROUNDED
-from pipeline.inference.loading import build_model, load
-from pipeline.inference.speed import Speed, measure_speed, shared_device
-from pipeline.models.counting import flops_per_image, num_parameters, paper_macs
-from pipeline.models.students import Student, use_inner_block
+from pipeline.inference.card import ROUNDED
 from pipeline.report.tables import Table, number
-from pipeline.system.runtime import device_name, environment
 from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes
+
+if TYPE_CHECKING:
+    from pipeline.inference.classifier import Classifier
+    from pipeline.inference.speed import Speed
 
 
 @click.command("bench")
@@ -51,6 +48,12 @@ def command(
     Several checkpoints take turns, so that what else the machine does hits all of them. Timed are batches of pixels;
     reading image files is left out.
     """
+    import torch
+
+    from pipeline.inference.loading import load
+    from pipeline.inference.speed import measure_speed, shared_device
+    from pipeline.system.runtime import environment
+
     console = open_console()
     models: dict[str, Classifier] = {}
     with cpu_threads(threads):
@@ -69,7 +72,7 @@ def command(
             result = {"environment": where, "models": costs, "speeds": [dataclasses.asdict(speed) for speed in speeds]}
             click.echo(json.dumps(result, indent=2))
         else:
-            console.print(speed_table(speeds, where, on).to_rich(console.width))
+            console.print(speed_table(speeds, where).to_rich(console.width))
 
 
 def costs_of(classifier: Classifier) -> dict[str, Any]:
@@ -80,6 +83,11 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
         file_bytes, paper_macs and flops_per_image (of one image), top1 (of its own evaluation while it was trained,
         percent; None of a quantised one).
     """
+    import torch
+
+    from pipeline.inference.loading import build_model
+    from pipeline.models.counting import flops_per_image, num_parameters, paper_macs
+
     config, size = classifier.config, classifier.image_size
     assert classifier.file is not None, "it has been loaded"
     with torch.device("meta"):
@@ -105,6 +113,8 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Let PyTorch use so many CPU threads for one operation; None leaves its choice."""
+    import torch
+
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -139,7 +149,7 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table("What they cost", list(cells[0]), [list(row.values()) for row in cells], note)
 
 
-def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch.device) -> Table:
+def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any]) -> Table:
     """Return the table of how fast the models answer."""
     columns = ["checkpoint", "batch", "median, ms", "quartiles, ms", "p95, ms", "images/s"]
     rows = []
@@ -147,10 +157,10 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch
         times = [number(speed.median_ms), " to ".join(map(number, speed.quartiles_ms)), number(speed.p95_ms)]
         memory = [] if speed.peak_bytes is None else [number(speed.peak_bytes / 2**20, 0)]
         rows.append([speed.name, str(speed.batch_size), *times, f"{speed.images_per_second:,.0f}", *memory])
-    if device.type == "cuda":
+    if where["device_type"] == "cuda":
         columns.append("memory, MiB")
     note = (
-        f"From uint8 pixels in RAM to probabilities in RAM, in turns, {where['rounds']} rounds. {device_name(device)}, "
+        f"From uint8 pixels in RAM to probabilities in RAM, in turns, {where['rounds']} rounds. {where['device']}, "
         f"load {where['load_average']} at the start, torch {where['versions']['torch']}, {where['date']} UTC."
     )
     return Table("How fast they answer", columns, rows, note)
@@ -158,6 +168,8 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any], device: torch
 
 def _inner_block(classifier: Classifier) -> str | None:
     """Say how a checkpoint's inner blocks are computed; None of an export."""
+    from pipeline.models.students import Student, use_inner_block
+
     if classifier.format != "checkpoint":
         return None
     module = classifier.module

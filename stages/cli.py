@@ -1,7 +1,8 @@
 """The command line: `pipeline COMMAND`, or `python -m stages.cli COMMAND`.
 
-A command's module is imported when the command is called, so that `pipeline --help` and the completion of names are
-quick and the handlers of SIGINT and SIGTERM stand before anything slow.
+A command's module is imported when the command is called, and imports PyTorch inside the functions that need it, so
+that --help and the completion of names and options are quick and the handlers of SIGINT and SIGTERM stand before
+anything slow.
 """
 
 from __future__ import annotations

@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from click.core import ParameterSource
 
 from pipeline.config.params import override
 from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_values
 from pipeline.errors import UsageError
-from pipeline.models.students import STUDENTS, build_student, check_arguments, use_inner_block
 from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
-from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.fitting import carry_out, make_views, up_to_date
 from stages.shared.runs import Run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
@@ -34,6 +30,8 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
         UsageError: The recipe has no such student, there is no such architecture or view recipe, or `soft` is set
             for a student without a distillation head.
     """
+    from pipeline.models.students import STUDENTS, check_arguments
+
     if name not in recipe.students:
         raise UsageError(f"--student {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.students)}")
     student = override(recipe.students[name], settings, f"students.{name}")
@@ -66,6 +64,12 @@ def distill(
         UsageError: A name or option does not exist, or options do not go together.
         DataError: Prepared data or labels are missing, do not belong together, or hold less than is asked for.
     """
+    import torch
+
+    from pipeline.models.students import build_student, use_inner_block
+    from pipeline.training.execution import Execution
+    from stages.shared.fitting import carry_out, make_views, up_to_date
+
     with context.joined() as group:
         run, source = plan_student(context, name, distillation, seed=seed)
         if up_to_date(context, run, group, fresh=fresh):

@@ -7,22 +7,21 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import torch
 
 from pipeline.data.folders import MAX_CLASSES_NAMED, find_labelled_images, read_images
 from pipeline.data.images import BadFile, refusal
 from pipeline.errors import DataError, UsageError, printable
-from pipeline.inference.classifier import Classifier
-from pipeline.inference.loading import load
 from pipeline.report.tables import Table, number
-from pipeline.training.metrics import Meter, class_scores, worst_first
 from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.fitting import evaluation_data
+
+if TYPE_CHECKING:
+    from pipeline.inference.classifier import Classifier
+    from pipeline.training.metrics import Meter
 
 
 @click.command("evaluate")
@@ -51,6 +50,8 @@ def command(
     With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
     name; classes may be absent, others are refused.
     """
+    from pipeline.inference.loading import load
+
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
@@ -88,6 +89,9 @@ def evaluate_split(context: Context, classifier: Classifier, split: str, *, per_
         UsageError: There is no such split.
         DataError: The recipe's classes or image size are not the model's.
     """
+    from pipeline.training.metrics import Meter
+    from stages.shared.fitting import evaluation_data
+
     dataset = context.dataset()
     if split not in dataset.splits:
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
@@ -121,6 +125,10 @@ def evaluate_folder(
         UsageError: There is no such folder.
         DataError: A folder has the name of no class, or there are bad files.
     """
+    import torch
+
+    from pipeline.training.metrics import Meter
+
     files, bad = find_labelled_images(folder, classifier.class_names)
     meter = Meter(len(classifier.class_names), classifier.device)
     # Pillow warns of damaged metadata, which does no harm.
@@ -175,6 +183,8 @@ def classes_table(result: dict[str, Any]) -> Table:
 
 def _result(classifier: Classifier, where: dict[str, Any], meter: Meter, per_class: bool) -> dict[str, Any]:
     """Return the result of an evaluation as plain JSON values."""
+    from pipeline.training.metrics import class_scores, worst_first
+
     classes = worst_first(class_scores(meter.confusion, classifier.class_names))
     return {
         "model": classifier.config["model"],

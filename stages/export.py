@@ -13,27 +13,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 import pipeline
 from pipeline.data.arrays import Images
 from pipeline.data.images import SUFFIXES, read_image
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
-from pipeline.inference import exporting
-from pipeline.inference.card import model_card
-from pipeline.inference.classifier import CPU, INPUT, Classifier
-from pipeline.inference.exporting import CARD, CONFIG, FILES, SCHEMA
-from pipeline.inference.loading import from_checkpoint, from_file
+from pipeline.inference.card import CARD, CONFIG, FILES, SCHEMA, model_card
 from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
 from pipeline.training.checkpoints import load_checkpoint
 from stages.shared.context import Context
 from stages.shared.options import EXISTING, PATH, json_option, open_console, open_context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.inference.classifier import Classifier
 
 NUM_CHECKED = 256
 BATCH = 64
@@ -81,6 +80,9 @@ def command(
     CHECKPOINT is a directory that a stage wrote, or a .safetensors file in it. Each file is compared with PyTorch on
     real images; nothing is written before all of them agree. `pipeline.load` takes the directory in Python.
     """
+    from pipeline.inference.classifier import CPU
+    from pipeline.inference.loading import from_checkpoint
+
     if recipe is not None and data is not None:
         raise UsageError("--recipe and --data: give one of them; both name the images to check on")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
@@ -104,7 +106,7 @@ def command(
 
 
 def format_names(formats: Sequence[str], dtype: str, *, int8: bool) -> tuple[str, ...]:
-    """Return the formats as pipeline.inference.exporting.FILES names them, in the order in which they are made.
+    """Return the formats as pipeline.inference.card.FILES names them, in the order in which they are made.
 
     Args:
         formats: As given by --format.
@@ -174,6 +176,8 @@ class RealImages:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images with their labels, BATCH at a time."""
+        import torch
+
         assert self.labels is not None
         for start in range(0, len(self.images), BATCH):
             part = slice(start, start + BATCH)
@@ -271,6 +275,9 @@ def export(
         NumericalError: A file's outputs are not PyTorch's.
         StorageError: A file cannot be written.
     """
+    from pipeline.inference.exporting import top1
+    from pipeline.inference.loading import from_file
+
     assert classifier.file is not None, "it has been loaded"
     sample = real.sample()
     contents: dict[str, bytes] = {}
@@ -279,7 +286,7 @@ def export(
     for name in formats:
         contents[name] = _make(name, classifier, contents)
         # As its users will load it.
-        models[name] = from_file(name, contents[name], classifier.config, classifier.file, CPU)
+        models[name] = from_file(name, contents[name], classifier.config, classifier.file, classifier.device)
         entries[name] = entry = _entry(name, contents[name], classifier, models[name], sample)
         if name == "onnx-int8":
             entries["onnx"] |= _measured(models["onnx"], real)
@@ -289,7 +296,7 @@ def export(
             text = _agreed(entry, real)
             if name == "safetensors-bf16":
                 entry |= {"dtype": "bfloat16", **_measured(models[name], real)}
-                entry["top1_of_checkpoint"] = exporting.top1(classifier, real.batches())
+                entry["top1_of_checkpoint"] = top1(classifier, real.batches())
                 text += f"; top-1 {entry['top1']:.2f} % beside {entry['top1_of_checkpoint']:.2f} % in float32"
         say(f"{entry['file']}: {entry['bytes'] / 1e6:.2f} MB, {text}")
     config = _config(classifier, real, entries, license)
@@ -300,6 +307,10 @@ def export(
 
 def _make(name: str, classifier: Classifier, contents: Mapping[str, bytes]) -> bytes:
     """Return the content of a format's file, given those made before it."""
+    import torch
+
+    from pipeline.inference import exporting
+
     if name == "onnx":
         config = classifier.config
         kept = {"model": config["model"], "class_names": json.dumps(classifier.class_names)}
@@ -314,6 +325,8 @@ def _make(name: str, classifier: Classifier, contents: Mapping[str, bytes]) -> b
 
 def _entry(name: str, content: bytes, classifier: Classifier, exported: Classifier, sample: Tensor) -> dict[str, Any]:
     """Compare an exported file with the original, and return its entry in config.json."""
+    from pipeline.inference import exporting
+
     # An int8 file is judged by its accuracy; its difference is only noted.
     rounded = {"onnx-int8": math.inf, "safetensors-bf16": exporting.BF16_TOLERANCE}
     tolerance = rounded.get(name, exporting.TOLERANCE)
@@ -327,7 +340,9 @@ def _entry(name: str, content: bytes, classifier: Classifier, exported: Classifi
 
 
 def _measured(exported: Classifier, real: RealImages) -> dict[str, Any]:
-    return {"top1": exporting.top1(exported, real.batches()), "top1_images": len(real.images)}
+    from pipeline.inference.exporting import top1
+
+    return {"top1": top1(exported, real.batches()), "top1_images": len(real.images)}
 
 
 def _agreed(entry: Mapping[str, Any], real: RealImages) -> str:
@@ -351,8 +366,10 @@ def _config(
     classifier: Classifier, real: RealImages, entries: Mapping[str, Mapping[str, Any]], license: str
 ) -> dict[str, Any]:
     """Return the content of config.json, which the model card says in words."""
+    from pipeline.inference.classifier import INPUT
+
     meta, side, num_classes = classifier.config, classifier.image_size, len(classifier.class_names)
-    outputs = classifier.outputs(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    outputs = classifier.outputs(_to_tensor(real.images[:1]))
     pixels = {"name": INPUT, "dtype": "uint8", "shape": ["batch", 3, side, side], "channels": "RGB", "range": [0, 255]}
     return {
         **{key: meta.get(key) for key in DESCRIBED},
@@ -428,4 +445,6 @@ def _write(out: Path, contents: Mapping[str, bytes], config: Mapping[str, Any]) 
 
 
 def _to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-from pipeline.models.students import STUDENTS
-from pipeline.models.teachers import TEACHERS
 from pipeline.report.tables import Table
 from stages.shared.options import json_option, open_console
 from stages.shared.runs import costs
@@ -29,6 +27,9 @@ def command(classes: int, as_json: bool) -> None:
 
 def list_models(num_classes: int, image_size: int = 32) -> list[dict[str, Any]]:
     """Return name, kind and costs of every student and teacher."""
+    from pipeline.models.students import STUDENTS
+    from pipeline.models.teachers import TEACHERS
+
     geometry = {"num_classes": num_classes, "image_size": image_size}
     students = {name: (name, geometry) for name in STUDENTS}
     if "titn" in students:

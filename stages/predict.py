@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 import numpy as np
@@ -19,9 +19,10 @@ import numpy as np
 from pipeline.data.folders import ImageFile, find_images, read_images
 from pipeline.data.images import BadFile
 from pipeline.errors import PipelineError, UsageError, printable
-from pipeline.inference.classifier import Classifier
-from pipeline.inference.loading import load
 from stages.shared.options import PATH, device_option, precision_option
+
+if TYPE_CHECKING:
+    from pipeline.inference.classifier import Classifier
 
 MAX_INPUT_BYTES = 2**29  # more than an image of MAX_PIXELS takes at 16 bits
 STANDARD_INPUT = "-"
@@ -48,6 +49,8 @@ def command(
     Of two heads the prediction is the mean of their probabilities; what each says alone stands beside it. What can't
     be read is named on standard error, the rest is answered, and the exit code is 1.
     """
+    from pipeline.inference.loading import load
+
     classifier = load(checkpoint, device=device, precision=precision)
     # A heading as wide as its columns.
     width = max(len("distillation head") - 9, *(len(printable(name)) for name in classifier.class_names))

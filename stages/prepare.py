@@ -13,6 +13,7 @@ from pipeline.errors import UsageError, printable
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_json
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
 from stages.shared.paths import Paths
+from stages.shared.runs import differences
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
@@ -121,8 +122,6 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
 
 def _state(recipe: Recipe, paths: Paths) -> str:
     """Say which prepared data exist."""
-    from stages.shared.runs import differences
-
     summary = paths.prepared / "summary.json"
     if not (paths.dataset.is_file() and summary.is_file()):
         return "no data yet"

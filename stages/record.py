@@ -15,6 +15,8 @@ import click
 
 from pipeline.errors import DataError
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
+from pipeline.training.checkpoints import read_meta
+from stages.reports.runs import FinishedRun
 from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS
 
@@ -122,9 +124,6 @@ def record_of(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: The directory is no finished run, or one of its files is damaged.
     """
-    from pipeline.training.checkpoints import read_meta
-    from stages.reports.runs import FinishedRun
-
     run, meta = FinishedRun.read(directory), read_meta(directory)
     if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):
         raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")

@@ -14,7 +14,6 @@ from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
-from pipeline.models.students import STUDENTS
 from pipeline.report import paper
 from stages.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
 from stages.record import Records
@@ -258,6 +257,8 @@ def _everything(params: Params, scope: Scope) -> Iterator[Job]:
 
 def _shown(params: Params, scope: Scope) -> Iterator[Job]:
     """Yield the jobs of a table or figure."""
+    from pipeline.models.students import STUDENTS
+
     known, number = (TABLES, scope.table) if scope.figure is None else (FIGURES_RECIPES, scope.figure)
     assert number is not None
     recipe = params.select(scope.recipe or known[number])
@@ -281,6 +282,8 @@ def _shown(params: Params, scope: Scope) -> Iterator[Job]:
 
 def _ablation(params: Params, recipe: Recipe, scope: Scope) -> Iterator[Job]:
     """Yield the jobs of an ablation, seed by seed: what was cut off compares as much as there is."""
+    from pipeline.models.students import STUDENTS
+
     name = scope.student or (OURS if OURS in recipe.students else next(iter(recipe.students)))
     if name not in recipe.students:
         raise _unknown(name, [recipe])

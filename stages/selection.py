@@ -10,6 +10,8 @@ import click
 
 from pipeline.errors import DataError, UsageError
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
+from pipeline.training.checkpoints import load_checkpoint
+from stages.reports.tables import candidates_table
 from stages.shared.context import Context
 from stages.shared.options import open_context, recipe_option, teachers_option
 
@@ -19,8 +21,6 @@ from stages.shared.options import open_context, recipe_option, teachers_option
 @teachers_option
 def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
     """Compare the candidates and copy the winner."""
-    from stages.reports.tables import candidates_table
-
     context = open_context(recipe)
     comparison = select(context, teachers)
     context.show(candidates_table(context, comparison))
@@ -42,8 +42,6 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         UsageError: The recipe has no such teacher.
         DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
     """
-    from pipeline.training.checkpoints import load_checkpoint
-
     paths, comparison = context.paths, compare(context, teachers)
     checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]

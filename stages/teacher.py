@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from torch import nn
 
 from pipeline.config.params import override
 from pipeline.config.recipes import Recipe, TeacherRecipe, deciding_values
 from pipeline.errors import UsageError
-from pipeline.models.teachers import build_teacher
 from pipeline.system.storage import sha256_file
-from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.fitting import carry_out, make_views, up_to_date
 from stages.shared.runs import Run
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
@@ -52,6 +51,12 @@ def train_teacher(
     Returns:
         The directory of the outputs.
     """
+    import torch
+
+    from pipeline.models.teachers import build_teacher
+    from pipeline.training.execution import Execution
+    from stages.shared.fitting import carry_out, make_views, up_to_date
+
     with context.joined() as group:
         run = plan_teacher(context, name, settings=settings, seed=seed)
         if up_to_date(context, run, group, fresh=fresh):

@@ -10,7 +10,6 @@ from pipeline.config.recipes import OPTIMIZERS
 from pipeline.data.sources import check_source
 from pipeline.errors import NumericalError, UsageError
 from pipeline.report.tables import Table
-from pipeline.system.runtime import current_ranks
 from stages.jobs import LabelJob, SelectJob, TeacherJob, stage_one, survey, sweep_settings
 from stages.prepare import prepare
 from stages.reports.conditions import NOT_RUN
@@ -45,7 +44,7 @@ def teacher_select(
     """
     names = check_names(context, teachers, optimizers)
     jobs = stage_one(context, names)
-    if fresh and current_ranks().world_size > 1:
+    if fresh and context.ranks.world_size > 1:
         raise UsageError(
             "--fresh: not under torchrun, whose ranks would delete each other's labels; delete "
             f"{context.paths.labels('default').parent} first, and train with `teacher NAME --fresh`"

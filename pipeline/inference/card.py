@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with YAML front matter, as model hubs read it."""
+"""What an export's directory holds, and its model card: README.md with YAML front matter, as model hubs read it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import printable
+
+FILES = {
+    "safetensors": "model.safetensors",
+    "safetensors-bf16": "model.bf16.safetensors",
+    "onnx": "model.onnx",
+    "onnx-int8": "model.int8.onnx",
+    "torchscript": "model.torchscript",
+}
+"""Format to its file."""
+ROUNDED = ("safetensors-bf16", "onnx-int8")
+"""Formats with fewer bits than the checkpoint, whose scores do not hold for them."""
+CARD, CONFIG = "README.md", "config.json"
+SCHEMA = "titn-pipeline/export/1"
 
 LIBRARY = "titn-pipeline"
 TASK = "image-classification"

@@ -124,7 +124,7 @@ class Classifier:
         image_size: Side of the images it takes, pixels.
         device: Where it computes.
         precision: `fp32` or `bf16`; `int8` of a quantised export.
-        format: `checkpoint`, or one of pipeline.inference.exporting.FILES.
+        format: `checkpoint`, or one of pipeline.inference.card.FILES.
         file: The file of its weights; None for a model without a file.
         config: The checkpoint's JSON, or the export's config.json.
     """

@@ -27,19 +27,6 @@ from torch import Tensor, nn
 from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.inference.classifier import INPUT, OUTPUTS, Classifier, PixelsToOutputs, Runner
 
-FILES = {
-    "safetensors": "model.safetensors",
-    "safetensors-bf16": "model.bf16.safetensors",
-    "onnx": "model.onnx",
-    "onnx-int8": "model.int8.onnx",
-    "torchscript": "model.torchscript",
-}
-"""Format to its file."""
-ROUNDED = ("safetensors-bf16", "onnx-int8")
-"""Formats with fewer bits than the checkpoint, whose scores do not hold for them."""
-CARD, CONFIG = "README.md", "config.json"
-SCHEMA = "titn-pipeline/export/1"
-
 OPSET = 18
 BATCH_AT_EXPORT = 2
 CHECK_BATCHES = (1, BATCH_AT_EXPORT, 5, 64)

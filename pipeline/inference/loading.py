@@ -19,8 +19,9 @@ from torch import nn
 from pipeline.config.recipes import PRECISIONS, StudentRecipe
 from pipeline.data.datasets import Channels
 from pipeline.errors import DataError, UsageError
+from pipeline.inference.card import CONFIG, FILES, SCHEMA
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
-from pipeline.inference.exporting import CONFIG, FILES, SCHEMA, run_onnx, run_torchscript
+from pipeline.inference.exporting import run_onnx, run_torchscript
 from pipeline.models.network import Network
 from pipeline.system.runtime import resolve_device, resolve_precision
 from pipeline.system.storage import read_bytes, read_json
@@ -129,7 +130,7 @@ def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path
     """Build the model of one file of an export.
 
     Args:
-        format: A key of pipeline.inference.exporting.FILES.
+        format: A key of pipeline.inference.card.FILES.
         content: The file's bytes.
         config: The export's config.json, or the JSON of the exported checkpoint.
         file: The file's path, for messages.

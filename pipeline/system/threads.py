@@ -15,8 +15,6 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 Read = TypeVar("Read")
 Part = TypeVar("Part")
 
@@ -28,6 +26,8 @@ def for_each(parts: Iterable[Part], work: Callable[[Part], None]) -> None:
         parts: May be processed in any order and at once.
         work: Called with each part. With several threads PyTorch does not divide its operations further.
     """
+    import torch  # takes seconds, which those who only prefetch are spared
+
     parts, num_threads = list(parts), torch.get_num_threads()
     if num_threads == 1 or len(parts) < 2:
         for part in parts:
@@ -46,6 +46,8 @@ def for_each(parts: Iterable[Part], work: Callable[[Part], None]) -> None:
 @functools.cache
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     """Start threads whose operations PyTorch does not divide."""
+    import torch
+
     pool, started = ThreadPoolExecutor(num_threads, "part"), threading.Barrier(num_threads)
 
     def start(_: int) -> int:

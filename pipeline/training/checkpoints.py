@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.storage import read_bytes, read_json, sha256_file, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def save_checkpoint(directory: Path, stem: str, tensors: Mapping[str, Tensor], m
         StorageError: A file cannot be written; the earlier ones are then intact or fail their SHA-256.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    data = _to_bytes({name: tensor.detach().cpu() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     write_atomic(directory / f"{stem}.safetensors", data)
     write_json(directory / f"{stem}.json", {**meta, "sha256": digest})
@@ -111,9 +111,17 @@ def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
     return meta
 
 
+def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
 def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
     try:
-        return safetensors.torch.load(data)
+        return load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{file}: not a safetensors file ({reason}); run its stage again") from error
@@ -226,7 +234,7 @@ class RunState:
         if not best:
             return None
         if self._best is None or self._best[0] is not best:
-            data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in best.items()})
+            data = _to_bytes(best)
             digest = hashlib.sha256(data).hexdigest()
             write_atomic(self._best_file(digest), data)
             self._best = best, digest
@@ -283,7 +291,7 @@ class RunState:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model of the same architecture.
 
     The model may be on the device `meta`: then its memory is allocated once the checkpoint is known to fit.

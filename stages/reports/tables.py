@@ -7,11 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from pipeline.config.recipes import Recipe, StudentRecipe
-from pipeline.models.counting import num_parameters
-from pipeline.models.students import STUDENTS, build_student
 from pipeline.report import paper
 from pipeline.report.tables import Table, difference, number, spread
 from stages.distill import student_recipe
@@ -104,6 +100,11 @@ def settings_table(recipe: Recipe) -> Table:
 
 
 def _settings_row(recipe: Recipe, name: str, student: StudentRecipe) -> list[str]:
+    import torch
+
+    from pipeline.models.counting import num_parameters
+    from pipeline.models.students import STUDENTS, build_student
+
     image_size = recipe.dataset.image_size
     arguments = student_arguments(student, num_classes=NUM_CLASSES, image_size=image_size)
     with torch.device("meta"):
@@ -242,6 +243,8 @@ def _reported(rows: Mapping[str, paper.Reported], key: str) -> dict[str, float]:
 
 def drops_table(runs: FinishedRuns) -> Table:
     """Return Table 6, accuracy lost from teacher to student: ours with a distillation head, then the paper's."""
+    from pipeline.models.students import STUDENTS
+
     recipe = runs.recipe
     models = {name: student_recipe(recipe, name, {}).model for name in recipe.students}
     distilled = [name for name, model in models.items() if STUDENTS[model].has_distillation_head]

@@ -16,7 +16,6 @@ from pipeline.errors import DataError
 from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
 from pipeline.labels.cache import make_identity, make_provenance
 from pipeline.labels.teacher import Teacher, compile_teacher
-from pipeline.models.folding import fold
 from pipeline.system.runtime import resident_limit, resolve_precision, versions
 from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
@@ -46,6 +45,8 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
         UsageError: torch.compile was asked for and fails.
         DataError: The checkpoint's JSON describes no model, or the weights are not that model's.
     """
+    from pipeline.models.folding import fold  # imports torchvision, which takes seconds
+
     settings, device = context.recipe.label, context.device
     module = from_checkpoint(checkpoint, device).module
     folded = fold(module, dataset.image_size).to(memory_format=torch.channels_last)

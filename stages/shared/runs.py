@@ -6,20 +6,17 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.recipes import FitRecipe, StudentRecipe, deciding_values
-from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, StorageError
-from pipeline.inference.loading import build_model
-from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024
-from pipeline.models.students import SHARED_ARGUMENTS, recorded_arguments
 from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
 from pipeline.system.storage import lock, remove_leftovers
 from pipeline.training.checkpoints import RunState, read_meta
 from stages.shared.paths import Paths
+
+if TYPE_CHECKING:
+    from pipeline.data.datasets import Dataset
 
 # Raised where the code gives other results from the same recipe: what was trained before is then trained again. The
 # package's own version may change without that.
@@ -233,6 +230,8 @@ def _text(value: Any) -> str:
 
 def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: int) -> dict[str, Any]:
     """Return what pipeline.models.students.build_student needs, as plain JSON values."""
+    from pipeline.models.students import SHARED_ARGUMENTS, recorded_arguments
+
     shared = {"num_classes": num_classes, "image_size": image_size}
     shared |= {key: getattr(recipe, key) for key in SHARED_ARGUMENTS if key not in shared}
     return {**{key: shared[key] for key in recorded_arguments(recipe.model)}, **recipe.arguments}
@@ -255,6 +254,11 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
 
 def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image."""
+    import torch
+
+    from pipeline.inference.loading import build_model
+    from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024
+
     with torch.device("meta"):
         model = build_model(meta["kind"], meta["model"], meta["arguments"])
     return {

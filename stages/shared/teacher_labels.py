@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,17 +16,15 @@ from pipeline.config.recipes import Recipe, StudentRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.labels.cache import RELABEL, LabelCache
-from pipeline.labels.replay import check_canaries
-from pipeline.labels.source import cached_labels, online_labels
-from pipeline.models.students import STUDENTS
 from pipeline.system.canonical import require_equal
 from pipeline.training.checkpoints import read_meta
-from pipeline.views.views import Views
 from stages.shared.context import Context
-from stages.shared.fitting import Teaching
-from stages.shared.labelling import identity_of, label_clean, make_ready, read_teacher
 from stages.shared.options import kept_name
 from stages.shared.paths import Paths
+
+if TYPE_CHECKING:
+    from pipeline.views.views import Views
+    from stages.shared.fitting import Teaching
 
 USUAL_TOPK = 5
 
@@ -120,6 +119,8 @@ def require_distillation_head(option: str, name: str, recipe: StudentRecipe) -> 
     Raises:
         UsageError: It has none.
     """
+    from pipeline.models.students import STUDENTS
+
     if not STUDENTS[recipe.model].has_distillation_head:
         able = [model for model, student in STUDENTS.items() if student.has_distillation_head]
         way_out = "choose from" if option.startswith("--") else "set it to 0 there, or choose from"
@@ -151,6 +152,8 @@ class TeacherSource:
         Raises:
             DataError: It is missing, damaged, belongs to something else or holds too little.
         """
+        from stages.shared.labelling import read_teacher
+
         dataset, path = context.dataset(), context.paths.labels(recipe.views)
         if distillation.teacher is not None:
             digest = read_teacher(context, dataset, distillation.teacher).sha256
@@ -170,6 +173,8 @@ class TeacherSource:
     @property
     def is_distilled(self) -> bool:
         """Whether the student learns from the teacher's labels."""
+        from pipeline.models.students import STUDENTS
+
         return STUDENTS[self.recipe.model].has_distillation_head and self.distillation.labels != "none"
 
     def open(self, context: Context, views: Views) -> Teaching:
@@ -183,6 +188,11 @@ class TeacherSource:
             UsageError: torch.compile was asked for and fails.
             DataError: The teacher does not fit the data, or a view's pixels are not those that were labelled.
         """
+        from pipeline.labels.replay import check_canaries
+        from pipeline.labels.source import cached_labels, online_labels
+        from stages.shared.fitting import Teaching
+        from stages.shared.labelling import label_clean, make_ready, read_teacher
+
         dataset, kind = context.dataset(), {"soft": self.recipe.soft > 0, "confidence": self.distillation.confidence}
         if self.distillation.teacher is not None:
             checkpoint = read_teacher(context, dataset, self.distillation.teacher)
@@ -212,6 +222,8 @@ def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str
         DataError: It is not valid, or belongs to other data, views, evaluation images or another teacher than the
             selected one.
     """
+    from stages.shared.labelling import identity_of
+
     identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe)
     winner = read_meta(paths.winner)
     provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}

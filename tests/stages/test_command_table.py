@@ -13,8 +13,6 @@ from stages.cli import ROWS, TABLE, cli
 from tests.support.project import environment
 
 SHORT_HELP = 90  # characters that fit beside a command's name
-# Commands whose own --help must not wait for torch.
-QUICK = ("doctor", "labels", "label", "prepare", "record", "selection")
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -24,17 +22,18 @@ def test_a_command_is_called_and_described_as_the_table_says(name: str) -> None:
     assert ROWS[name][1] == command.get_short_help_str(SHORT_HELP)
 
 
-def test_importing_the_table_or_a_quick_command_imports_no_torch() -> None:
-    others = [f"stages.{module.partition(':')[0]}" for module, _ in ROWS.values()]
+def test_importing_the_table_imports_no_command_and_importing_a_command_no_torch() -> None:
+    modules = [f"stages.{module}" for module, _ in ROWS.values()]
     program = f"""
 import sys
 import stages.cli
 from click.testing import CliRunner
 assert CliRunner().invoke(stages.cli.cli, ["--help"]).exit_code == 0
-assert not set({others!r}) & set(sys.modules), "a command is imported"
-for name in {QUICK!r}:
-    __import__(f"stages.{{name}}")
-    assert "torch" not in sys.modules, name
+assert not set({modules!r}) & set(sys.modules), "a command is imported"
+for name in {modules!r}:
+    __import__(name)
+    slow = {{"torch", "torchvision"}} & set(sys.modules)
+    assert not slow, f"{{name}} imports {{slow}}"
 """
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
 

@@ -26,6 +26,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.inference import exporting
+from pipeline.inference.card import FILES
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.losses import probabilities
 from pipeline.models.network import Network
@@ -100,7 +101,7 @@ def test_every_file_is_named_with_its_size_and_digest(exported: Project) -> None
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
         "config.json",
-        *(exporting.FILES[name] for name in FORMATS),
+        *(FILES[name] for name in FORMATS),
     }
     for entry in entries.values():
         content = (folder / entry["file"]).read_bytes()
@@ -278,7 +279,7 @@ def test_wrong_images_are_refused_with_what_is_needed(exported: Project, wrong: 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_flipped_bit_is_found(project: Project, format: str) -> None:
-    file = project.path / "exported" / exporting.FILES[format]
+    file = project.path / "exported" / FILES[format]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -289,7 +290,7 @@ def test_a_flipped_bit_is_found(project: Project, format: str) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_that_is_another_kind_is_refused_though_its_digest_fits(project: Project, format: str) -> None:
     content = pickle.dumps({"weights": 1})
-    (project.path / "exported" / exporting.FILES[format]).write_bytes(content)
+    (project.path / "exported" / FILES[format]).write_bytes(content)
     entries = config(project)["files"]
     entries[format]["sha256"] = hashlib.sha256(content).hexdigest()
     rewrite(project, files=entries)
