@@ -65,7 +65,13 @@ def cached_labels(
 
     def put(array: NDArray[np.generic] | None) -> Tensor:
         assert array is not None, "the cache keeps no top-k"
-        return torch.from_numpy(np.array(array)).to(device)
+        # Not every release of PyTorch indexes uint16, so that it is held as int16 of the same bits.
+        array = np.array(array)
+        return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device)
+
+    def chosen_of(classes: Tensor, view: int, indices: Tensor) -> Tensor:
+        found = classes[view][indices].long()
+        return found & 0xFFFF if classes.dtype == torch.int16 else found
 
     labels = None if soft else put(cache.labels)
     classes = put(cache.classes) if soft else None
@@ -76,8 +82,8 @@ def cached_labels(
         kept = None if probabilities is None else probabilities[view][chosen].float()
         weights = kept[:, 0] if confidence and kept is not None else None
         if labels is not None:
-            return TeacherAnswer(labels[view][chosen].long(), weights)
+            return TeacherAnswer(chosen_of(labels, view, chosen), weights)
         assert classes is not None and kept is not None
-        return TeacherAnswer(marginal_smoothing(classes[view][chosen].long(), kept, cache.num_classes), weights)
+        return TeacherAnswer(marginal_smoothing(chosen_of(classes, view, chosen), kept, cache.num_classes), weights)
 
     return answer

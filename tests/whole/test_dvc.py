@@ -131,6 +131,7 @@ def test_changing_one_students_recipe_reruns_that_student_alone(checkout: Checko
     assert checkout.repro() == {"student@vit", "report"}
 
 
+@pytest.mark.slow
 def test_changing_a_teacher_that_does_not_win_does_not_relabel(checkout: Checkout) -> None:
     selection = json.loads((checkout.data / "selection.json").read_text())
     loser = next(candidate["name"] for candidate in selection["candidates"] if candidate["name"] != selection["winner"])
@@ -142,6 +143,7 @@ def test_changing_a_teacher_that_does_not_win_does_not_relabel(checkout: Checkou
     assert checkout.repro() == {f"teacher@{loser}", "select", "report"}
 
 
+@pytest.mark.slow
 def test_another_winner_relabels_and_retrains(checkout: Checkout) -> None:
     selection = json.loads((checkout.data / "selection.json").read_text())
     loser = next(candidate["name"] for candidate in selection["candidates"] if candidate["name"] != selection["winner"])
@@ -185,6 +187,7 @@ def test_what_the_command_line_wrote_is_adopted_by_the_line_it_ends_with(checkou
     assert (checkout.data / "students/titn/metrics.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_students_on_demand_need_no_edit(checkout: Checkout) -> None:
     checkout.dvc(
         "exp", "run", "-S", "+students={titn-mixup: mixup}", "-S", "view_recipes=[default,mixup]", "-n", "mixup"
@@ -193,6 +196,7 @@ def test_students_on_demand_need_no_edit(checkout: Checkout) -> None:
     assert (checkout.data / "labels/mixup.h5").is_file()
 
 
+@pytest.mark.slow
 def test_an_experiment_in_a_copy_runs_the_copys_code_and_changes_the_recipe(checkout: Checkout) -> None:
     checkout.dvc("exp", "run", "--temp", "-S", "+recipes.smoke.students.vit.epochs=1", "-n", "short")
     shown = json.loads(checkout.dvc("exp", "show", "--json"))

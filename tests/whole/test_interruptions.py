@@ -31,11 +31,11 @@ def test_a_student_interrupted_at_random_moments_ends_like_an_undisturbed_one(
     labelled: Project, tmp_path: Path
 ) -> None:
     interruptions = Interruptions(labelled, tmp_path / "scratch", *DISTILL)
-    tally = interrupt_at_random(interruptions, 4, random.Random(0))
-    assert tally.wrong == [] and tally.counts["trials"] == 4
+    tally = interrupt_at_random(interruptions, 2, random.Random(0))
+    assert tally.wrong == [] and tally.counts["trials"] == 2
     assert interruptions.stopped_at_step(13, moved=True) == []
-    tally = kill_at_calls(interruptions, range(interruptions.num_calls())[20::40])
-    assert tally.wrong == [] and tally.counts["kills"] > 1
+    tally = kill_at_calls(interruptions, range(interruptions.num_calls())[20::80])
+    assert tally.wrong == [] and tally.counts["kills"] > 0
 
 
 def test_stage_one_interrupted_at_random_moments_ends_like_an_undisturbed_one(

@@ -186,7 +186,7 @@ ANY = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(path=st.sampled_from(_paths(TREE)), value=ANY)
 def test_any_value_anywhere_is_accepted_whole_or_refused_in_one_line(path: tuple[str, ...], value: Any) -> None:
     tree = copy.deepcopy(TREE)

@@ -62,32 +62,32 @@ def test_nothing_that_happens_to_labelling_costs_a_label(project: Project, name:
 
 
 def test_the_real_command_survives_kills_at_random_moments(project: Project) -> None:
-    tally = kill_at_random(Labelling(project, 8), 4, random.Random(0), lambda: Started(project))
-    assert tally.wrong == [] and tally.counts["kills"] == 4
+    tally = kill_at_random(Labelling(project, 8), 2, random.Random(0), lambda: Started(project))
+    assert tally.wrong == [] and tally.counts["kills"] == 2
 
 
 def test_a_kill_at_a_system_call_costs_no_finished_view(project: Project) -> None:
     labelling = Labelling(project, 2)
-    tally = kill_at_calls(labelling, None, moments(labelling.calls)[::12])
-    assert tally.wrong == [] and tally.counts["kills"] >= 6
+    tally = kill_at_calls(labelling, None, moments(labelling.calls)[::24])
+    assert tally.wrong == [] and tally.counts["kills"] >= 3
 
 
 def test_a_kill_while_extending_leaves_the_former_file_or_the_new_one(project: Project) -> None:
     labelling, former = label_campaign.extending(project)
-    tally = kill_at_calls(labelling, former, moments(labelling.run().calls)[5::14])
-    assert tally.wrong == [] and tally.counts["kills"] >= 4
+    tally = kill_at_calls(labelling, former, moments(labelling.run().calls)[5::28])
+    assert tally.wrong == [] and tally.counts["kills"] >= 2
 
 
 def test_a_failing_system_call_is_one_line_and_exit_4_and_the_next_run_finishes(project: Project) -> None:
     labelling = Labelling(project, 2)
-    tally = fail_at_calls(labelling, None, failures(labelling.calls)[::13])
-    assert tally.wrong == [] and tally.counts["faults"] >= 8
+    tally = fail_at_calls(labelling, None, failures(labelling.calls)[::26])
+    assert tally.wrong == [] and tally.counts["faults"] >= 4
 
 
 def test_a_failure_while_extending_leaves_the_former_file_or_the_new_one(project: Project) -> None:
     labelling, former = label_campaign.extending(project)
-    tally = fail_at_calls(labelling, former, failures(labelling.run().calls)[4::20])
-    assert tally.wrong == [] and tally.counts["faults"] >= 4
+    tally = fail_at_calls(labelling, former, failures(labelling.run().calls)[4::40])
+    assert tally.wrong == [] and tally.counts["faults"] >= 2
 
 
 def test_files_that_may_not_grow_are_one_line_and_exit_4(project: Project) -> None:
