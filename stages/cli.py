@@ -24,6 +24,7 @@ from stages.shared.options import STOP
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "This machine": (
         ("doctor", "doctor.diagnosis", "Check whether a full run can work here, and estimate its disk and memory."),
+        ("clean", "clean", "Free the disk space of finished results' second names."),
     ),
     "Data": (("prepare", "prepare", "Turn a data set into one file of uint8 images."),),
     "Stage one: teachers and labels": (

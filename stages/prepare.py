@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import UsageError, printable
+from pipeline.errors import DataError, UsageError, printable
+from pipeline.system.canonical import fingerprint
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_json
+from stages.shared import kept
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
 from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
     from pipeline.data.images import BadFile
+    from stages.shared.context import Context
 
 
 @click.command("prepare")
@@ -33,6 +37,9 @@ def command(recipe: str | None, download: bool, folder: Path | None, skip_bad: b
         for line in plan_prepare(context.recipe, paths, folder=folder, download=download, skip_bad=skip_bad):
             context.say(line)
         return
+    if put_back_prepared(context, folder=folder, download=download):
+        context.end()
+        return
     summary = prepare(
         context.recipe, out=paths.prepared, raw=paths.raw, folder=folder, download=download, skip_bad=skip_bad
     )
@@ -41,7 +48,7 @@ def command(recipe: str | None, download: bool, folder: Path | None, skip_bad: b
     context.say(f"{paths.dataset}: {counts} images of {num_classes} classes, SHA-256 {summary['sha256']}")
     if summary["skipped"]:
         context.say(f"skipped {summary['num_skipped']} bad files; {paths.prepared / 'summary.json'} names them")
-    context.changed("prepare")
+    keep_prepared(context)
     context.end()
 
 
@@ -84,7 +91,7 @@ def prepare(
     spill = Spill(out, resident_limit(torch.device("cpu")))
     dataset, skipped = read_source(recipe, raw=raw, folder=folder, download=download, skip_bad=skip_bad, spill=spill)
     summary = _summarize(recipe, dataset, skipped)
-    with lock(out.with_name(f"{out.name}.lock")):
+    with lock(_lock(out)):
         for name in ("dataset.h5", "summary.json"):
             remove_leftovers(out / name)
         dataset.save(out / "dataset.h5")
@@ -164,3 +171,65 @@ def _summarize(recipe: Recipe, dataset: Dataset, skipped: list[BadFile]) -> dict
         "num_skipped": len(skipped),
         "skipped": [dataclasses.asdict(file) for file in skipped],
     }
+
+
+def kept_data(context: Context) -> kept.Result:
+    """Describe a recipe's prepared data as they are kept: its settings decide whether they fit."""
+    paths, decides = context.paths, fingerprint({"settings": deciding_values(context.recipe.dataset)})
+    return kept.Result(
+        context.recipe.name, "prepare", decides, paths.prepared, (paths.prepared,), lock=_lock(paths.prepared)
+    )
+
+
+def keep_prepared(context: Context) -> None:
+    """Keep the prepared data that `prepare` has just written, unless they are kept."""
+    result = kept_data(context)
+    if not kept.holds(result):
+        kept.keep(context, result)
+    context.changed("prepare")
+
+
+def put_back_prepared(context: Context, *, folder: Path | None = None, download: bool = False) -> bool:
+    """Put back kept data that are missing or of other settings, and return whether that is all that can be done.
+
+    Data whose source cannot be read now, because it was named by another command, are put back whatever code made them.
+    """
+    result, can_be_read = kept_data(context), folder is not None or download or is_readable(context)
+    summary = context.paths.prepared / "summary.json"
+    with contextlib.suppress(DataError):
+        former = read_json(summary).get("settings") if context.paths.is_prepared else None
+        if former == deciding_values(context.recipe.dataset):
+            kept.say_if_older(context, result, any_code=not can_be_read)
+            return False
+    return kept.put_back(context, result, any_code=not can_be_read) and not can_be_read
+
+
+def is_readable(context: Context) -> bool:
+    """Tell whether the recipe's own source is there, so that its data can be prepared without --from or --download."""
+    from pipeline.data.sources import check_source
+
+    try:
+        check_source(context.recipe, context.paths.raw)
+    except (UsageError, DataError):
+        return False
+    return True
+
+
+def check_available(context: Context) -> str | None:
+    """Say which kept data `prepare` would put back; None where it would read the recipe's own source.
+
+    Raises:
+        UsageError: The source is `folder`, and nothing is kept.
+        DataError: The source's files are missing, and nothing is kept.
+    """
+    from pipeline.data.sources import check_source
+
+    second = kept.find(kept_data(context), any_code=not is_readable(context))
+    if second is None:
+        check_source(context.recipe, context.paths.raw)
+        return None
+    return f"put back what was finished on {second.when}"
+
+
+def _lock(out: Path) -> Path:
+    return out.with_name(f"{out.name}.lock")

@@ -12,11 +12,11 @@ import click
 
 from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe
-from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from pipeline.models.students import STUDENTS
 from pipeline.report import paper
 from stages.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
+from stages.prepare import check_available
 from stages.record import Records
 from stages.shared import options
 from stages.shared.context import Context
@@ -196,7 +196,7 @@ class Reproduction:
     def _prepare(self, context: Context) -> None:
         if not context.paths.is_prepared:
             if not self._download:
-                check_source(context.recipe, context.paths.raw)
+                check_available(context)
             prepare_from_raw(context, download=self._download)
 
     def _state_of_data(self, context: Context) -> str:
@@ -204,11 +204,10 @@ class Reproduction:
         if self._download:
             return "prepares, downloading what is missing"
         try:
-            check_source(context.recipe, context.paths.raw)
+            return check_available(context) or "prepares"
         except (DataError, UsageError) as error:
             self._lacking[context.recipe.name] = str(error)
             return f"needs data: {error}"
-        return "prepares"
 
     def _tell_failures(self) -> None:
         """End with one line of all that could not be done."""

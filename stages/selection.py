@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
+from pipeline.config.recipes import deciding_values
 from pipeline.errors import DataError, UsageError
+from pipeline.system.canonical import fingerprint
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
+from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.options import open_context, recipe_option, teachers_option
 
@@ -29,7 +32,7 @@ def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
 
 
 def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
-    """Choose the best of the trained candidates by the recipe's rule.
+    """Choose the best of the trained candidates by the recipe's rule; where they are gone, put back the former choice.
 
     Args:
         context: The command's setting.
@@ -44,15 +47,24 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     """
     from pipeline.training.checkpoints import load_checkpoint
 
-    paths, comparison = context.paths, compare(context, teachers)
+    paths, recipe = context.paths, context.recipe
+    names = tuple(teachers or context.params.candidates(recipe))
+    decides = fingerprint({"select": deciding_values(recipe.select), "teachers": list(names)})
+    outs, claim = (paths.winner, paths.selection), paths.work("select.lock")
+    result = kept.Result(recipe.name, "select", decides, paths.selection, outs, lock=claim)
+    are_there = all((paths.teacher(name) / "metrics.json").is_file() for name in names)
+    if not are_there and not paths.selection.exists() and kept.put_back(context, result):
+        return dict(read_json(paths.selection))
+    comparison = compare(context, teachers)
     checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
-    with lock(paths.work("select.lock")):
+    with lock(claim):
         for path in (*(paths.winner / file.name for file in files), paths.selection):
             remove_leftovers(path)
         for file in files:
             write_atomic(paths.winner / file.name, read_bytes(file))
         write_json(paths.selection, comparison)
+        kept.keep(context, result)
     context.changed("select")
     return comparison
 

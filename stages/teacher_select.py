@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import click
 
 from pipeline.config.recipes import OPTIMIZERS
-from pipeline.data.sources import check_source
 from pipeline.errors import NumericalError, UsageError
 from pipeline.report.tables import Table
 from pipeline.system.runtime import current_ranks
 from stages.jobs import LabelJob, SelectJob, TeacherJob, stage_one, survey, sweep_settings
-from stages.prepare import prepare
+from stages.prepare import check_available, keep_prepared, prepare, put_back_prepared
 from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
 from stages.reports.tables import candidates_table, optimizers_table
@@ -46,9 +45,10 @@ def teacher_select(
     names = check_names(context, teachers, optimizers)
     jobs = stage_one(context, names)
     if fresh and current_ranks().world_size > 1:
+        labels = f"{context.paths.labels('default').parent} and {context.paths.kept}/label@*.json"
         raise UsageError(
-            "--fresh: not under torchrun, whose ranks would delete each other's labels; delete "
-            f"{context.paths.labels('default').parent} first, and train with `teacher NAME --fresh`"
+            f"--fresh: not under torchrun, whose ranks would delete each other's labels; delete {labels} first, "
+            "and train with `teacher NAME --fresh`"
         )
     with context.joined() as group:
         group.on_main(lambda: prepare_from_raw(context))
@@ -70,8 +70,10 @@ def prepare_from_raw(context: Context, *, download: bool = False) -> None:
     """Prepare the data from data/raw unless they are prepared; `download` fetches what is missing there."""
     if context.paths.is_prepared:
         return
+    if put_back_prepared(context, download=download) or context.paths.is_prepared:
+        return
     prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw, download=download)
-    context.changed("prepare")
+    keep_prepared(context)
     context.say(f"{context.paths.dataset}: prepared")
 
 
@@ -100,8 +102,7 @@ def plan(
     """Say what `teacher_select` would do, and why, and write nothing."""
     jobs, lines = stage_one(context, check_names(context, teachers, optimizers)), []
     if not context.paths.is_prepared:
-        check_source(context.recipe, context.paths.raw)
-        lines.append("prepare: no prepared data")
+        lines.append(f"prepare: {check_available(context) or 'no prepared data'}")
     for job, state in survey(jobs, {context.recipe.name: context}, fresh=fresh):
         lines.append(f"{job.title}: {state.text if isinstance(state, State) else f'refused: {state}'}")
         if isinstance(job, SelectJob):

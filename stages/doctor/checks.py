@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from pipeline.training.execution import Execution
 from stages.distill import student_recipe
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, version_of
 from stages.jobs import LabelJob, StudentJob, TeacherJob, survey, whole_run
+from stages.prepare import check_available
 from stages.shared.context import Context
+from stages.shared.paths import DATA
 from stages.shared.runs import student_arguments
 
 DVC = Path(".dvc")
@@ -38,10 +41,39 @@ def dvc() -> list[Finding]:
     if not (DVC.is_dir() and Path("dvc.yaml").is_file()):
         what = f"DVC {version}, but this folder has no .dvc and dvc.yaml: `dvc repro` does not work here"
         return [Finding("project", WARNING, what, "run it in a clone of the project, or use the commands alone")]
+    if hindrances := [*_python_of_stages(), *_git()]:
+        return hindrances
     sections = (section.strip("'\" ") for section in _configuration().sections())
     remotes = [section.split()[-1].strip('"') for section in sections if section.startswith("remote ")]
     where = f"remotes {', '.join(remotes)}" if remotes else "no remote: `dvc push` and `dvc pull` have no place to go"
     return [Finding("project", OK, f"DVC {version} in a checkout, {where}")]
+
+
+def _python_of_stages() -> list[Finding]:
+    """Warn unless `python`, by which DVC runs the stages, is this one; a venv's is not while it is not activated."""
+    found = shutil.which("python")
+    if found is not None:
+        asked = subprocess.run([found, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
+        if Path(asked.stdout.strip()) == Path(sys.prefix):
+            return []
+    activate = Path(sys.prefix) / "bin" / "activate"
+    way_out = f"source {activate}" if activate.is_file() else f"put {Path(sys.executable).parent} first on PATH"
+    which = "is not on PATH (python: not found)" if found is None else f"is {found} here, not {sys.executable}"
+    return [Finding("project", WARNING, f"`dvc repro` does not work here: it runs `python`, which {which}", way_out)]
+
+
+def _git() -> list[Finding]:
+    """Warn where DVC misses git, or refuses what lies behind a link, outside of the checkout."""
+    if dvc_setting("core", "no_scm") == "true":
+        return []
+    if not Path(".git").exists():
+        text = "`dvc repro` does not work here: this folder is no git repository, as that of a ZIP archive"
+        return [Finding("project", WARNING, text, "clone the project, or: dvc config core.no_scm true")]
+    if DATA.is_symlink():
+        text = f"`dvc repro` does not work here: {DATA} is a link, and DVC refuses outputs outside the git repository"
+        way_out = "mount the disk at data instead (mount --bind), or clone the project on that disk"
+        return [Finding("project", WARNING, text, way_out)]
+    return []
 
 
 def dvc_setting(section: str, key: str) -> str | None:
@@ -70,7 +102,8 @@ def data(context: Context) -> tuple[list[Finding], bool]:
         size = f"{dataset.image_size}x{dataset.image_size}"
         return [Finding("data", OK, f"{paths.dataset}: {counts} images of {size}, {dataset.num_classes} classes")], True
     try:
-        check_source(recipe, paths.raw)
+        if (second := check_available(context)) is not None:
+            return [Finding("data", OK, f"no prepared data; `pipeline prepare` can {second}")], False
     except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
     where = "comes with this package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"

@@ -18,6 +18,7 @@ from pipeline.report.tables import Table
 from pipeline.system.canonical import compare
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_json
+from stages.shared.dvc_file import can_commit
 from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
@@ -159,5 +160,8 @@ class Context:
 
     def end(self) -> None:
         """Name the command by which DVC adopts the replaced outputs; without it, DVC's next run restores its copies."""
-        if self._changed and Path(".dvc").is_dir() and "DVC_STAGE" not in os.environ:
-            self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(self._changed)}")
+        if not self._changed or not Path(".dvc").is_dir() or "DVC_STAGE" in os.environ:
+            return
+        stages = [stage for stage in self._changed if can_commit(stage, self.recipe.name, self.params)]
+        if stages:
+            self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(stages)}")

@@ -38,6 +38,7 @@ from pipeline.training.fit import Fit, Session
 from pipeline.training.metrics import Scores
 from pipeline.training.resuming import FitResult, keep_best
 from pipeline.views.views import Views
+from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.runs import NOT_TRAINED, Run, costs
 
@@ -73,9 +74,10 @@ def evaluation_data(
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
     """Return whether a run's result stands, and say so. Rank 0 looks, because it alone writes."""
+    result = run.result
     if fresh:
         return False
-    why = group.on_main(run.why_stale)
+    why = group.on_main(lambda: kept.mend(context, result, run.why_stale()))
     if why is None:
         group.on_main(run.clean_up)
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
@@ -165,6 +167,8 @@ def carry_out(
                 where = {**environment(device), "ranks": group.world_size, "execution": execution.as_json()}
                 where["seconds"] = round(fit.progress.seconds, 1)
                 _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
+                if run.result is not None:
+                    kept.keep(context, run.result)
                 state.delete()
 
             group.on_main(end)

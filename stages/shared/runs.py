@@ -19,6 +19,7 @@ from pipeline.models.students import SHARED_ARGUMENTS, recorded_arguments
 from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
 from pipeline.system.storage import lock, remove_leftovers
 from pipeline.training.checkpoints import RunState, read_meta
+from stages.shared import kept
 from stages.shared.paths import Paths
 
 # Raised where the code gives other results from the same recipe: what was trained before is then trained again. The
@@ -138,6 +139,8 @@ class Run:
         why = "--fresh" if fresh else self.why_stale()
         if why is None:
             return State(f"up to date ({self.out})", is_done=True)
+        if not fresh and self.result is not None and (second := kept.find(self.result)) is not None:
+            return State(f"put back what was finished on {second.when} ({why}); writes {self.out}")
         saved = None if fresh else RunState(self.work, self.fingerprint).peek()
         if saved is None:
             epochs = f"{self.recipe.epochs} epochs" if self.recipe.epochs > 1 else "1 epoch"
@@ -146,8 +149,19 @@ class Run:
         return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
 
     def epochs_to_train(self, *, fresh: bool) -> int:
-        """Return how many epochs training it takes from the beginning: 0 where it is up to date."""
-        return self.recipe.epochs if fresh or self.why_stale() else 0
+        """Return how many epochs training it takes from the beginning: 0 where it is up to date or kept."""
+        if not fresh and (self.why_stale() is None or (self.result is not None and kept.find(self.result))):
+            return 0
+        return self.recipe.epochs
+
+    @property
+    def result(self) -> kept.Result | None:
+        """The outputs, as they are kept where DVC manages them; None elsewhere."""
+        if self.stage is None:
+            return None
+        paths = tuple(self.out / name for name in (*CHECKPOINTS, *reversed(OUTPUTS)))  # metrics.json is written last
+        recipe = str(self.description["recipe"])
+        return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock)
 
     @property
     def lock(self) -> Path:

@@ -14,7 +14,7 @@ from tests.support.project import environment
 
 SHORT_HELP = 90  # characters that fit beside a command's name
 # Commands whose own --help must not wait for torch.
-QUICK = ("doctor", "labels", "label", "prepare", "record", "selection")
+QUICK = ("clean", "doctor", "labels", "label", "prepare", "record", "selection")
 
 
 @pytest.mark.parametrize("name", ROWS)

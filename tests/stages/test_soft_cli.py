@@ -100,7 +100,7 @@ def test_the_labels_are_the_same_whatever_is_kept_beside_them(project: Project) 
 def test_slices_in_any_order_give_the_bytes_of_one_run(project: Project) -> None:
     project.edit("count: 2", "count: 5")
     whole = labelled(project, "--keep", "topk=2")
-    (project.path / FILE).unlink()
+    project.forget("labels/default.h5")
     keep = ("--keep", "topk=2")
     out = run(project, "label", "--views", "3:", *keep)
     assert "labelled 2/2 views" in out and f"{FILE}: not sealed yet, the views 0:3 are missing" in out
@@ -135,7 +135,7 @@ def test_slices_go_beyond_the_recipes_count_and_a_gap_is_named(project: Project)
 def test_the_ranks_of_a_group_share_a_slice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.edit("count: 2", "count: 6")
     whole = labelled(project, "--keep", "topk=2")
-    (project.path / FILE).unlink()
+    project.forget("labels/default.h5")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for views in ("0:3", "3:6"):
         for rank in ("1", "0"):  # rank 0 waits for the other's views
