@@ -11,7 +11,7 @@ from pipeline.errors import NumericalError, UsageError
 from pipeline.report.tables import Table
 from pipeline.system.runtime import current_ranks
 from stages.jobs import LabelJob, SelectJob, TeacherJob, stage_one, survey, sweep_settings
-from stages.prepare import check_available, keep_prepared, prepare, put_back_prepared
+from stages.prepare import check_available, keep_prepared, prepare, put_back_prepared, remarks
 from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
 from stages.reports.tables import candidates_table, optimizers_table
@@ -67,14 +67,22 @@ def teacher_select(
 
 
 def prepare_from_raw(context: Context, *, download: bool = False) -> None:
-    """Prepare the data from data/raw unless they are prepared; `download` fetches what is missing there."""
+    """Prepare the data unless they are prepared; `download` fetches to data/raw what is missing there."""
     if context.paths.is_prepared:
         return
-    if put_back_prepared(context, download=download) or context.paths.is_prepared:
+    if put_back_prepared(context, download=download):
         return
-    prepare(context.recipe, out=context.paths.prepared, raw=context.paths.raw, download=download)
+    paths, recipe = context.paths, context.recipe
+    summary = prepare(
+        recipe,
+        out=paths.prepared,
+        raw=paths.raw,
+        download=download and not recipe.dataset.path,
+        memory=paths.prepare_memory,
+    )
     keep_prepared(context)
-    context.say(f"{context.paths.dataset}: prepared")
+    for line in [f"{paths.dataset}: prepared", *remarks(summary)]:
+        context.say(line)
 
 
 def check_names(context: Context, teachers: Sequence[str] | None, optimizers: Sequence[str]) -> tuple[str, ...]:

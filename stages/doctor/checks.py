@@ -107,6 +107,7 @@ def data(context: Context) -> tuple[list[Finding], bool]:
     except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
     where = "comes with this package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
+    where = f"is in {recipe.dataset.path}" if recipe.dataset.path else where
     makers = "`pipeline prepare`, teacher-select and DVC make them"
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
 

@@ -166,7 +166,8 @@ def carry_out(
                 metrics = _metrics(run, dataset, teaching, result, scores, execution.precision)
                 where = {**environment(device), "ranks": group.world_size, "execution": execution.as_json()}
                 where["seconds"] = round(fit.progress.seconds, 1)
-                _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
+                table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
+                _write(run, result, last, metrics, table, where)
                 if run.result is not None:
                     kept.keep(context, run.result)
                 state.delete()

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from stages.shared.context import Context
 
 FORMAT = 1
+UNKNOWN = "unknown"  # instead of a digest of the code
 # About a minute, for another process that keeps or puts back the same result.
 LOCK_ATTEMPTS = 1200
 # Of each file this much tells results apart: it has the SHA-256 that prepared data, checkpoints and labels begin with
@@ -64,6 +65,7 @@ class Result:
         paths: Its files, and folders that stand for all files in them. It is complete once the last is there.
         amounts: Of what it may hold more or less, as labelled views: what it holds, or the least that is asked for.
         lock: The lock that its writers hold; None where the caller holds it.
+        code: Digest of the code that makes it.
     """
 
     recipe: str
@@ -73,9 +75,11 @@ class Result:
     paths: tuple[Path, ...]
     amounts: Mapping[str, int] = field(default_factory=dict)
     lock: Path | None = None
+    code: str = ""
 
     def __post_init__(self) -> None:
-        code_digest(self.stage)  # of now, before the work begins: the files may be edited while it goes on
+        if not self.code:  # as it is before the work begins: the files may be edited while it goes on
+            object.__setattr__(self, "code", code_digest(self.stage))
 
     @property
     def files(self) -> list[Path]:
@@ -135,6 +139,12 @@ def keep(context: Context, result: Result) -> None:
         context.say(f"{result.out}: finished, but DVC can delete it, for it has no second name: {error}")
 
 
+def keep_if_first(context: Context, result: Result) -> None:
+    """Keep a result of which nothing is kept, and of which nobody knows what code made it, as after `dvc pull`."""
+    if _Entry.of(result).read() is None:
+        keep(context, dataclasses.replace(result, code=UNKNOWN))
+
+
 def find(result: Result, *, any_code: bool = False) -> Kept | None:
     """Return the kept result that the same settings, inputs and code made, and that holds enough; None without one.
 
@@ -147,7 +157,12 @@ def find(result: Result, *, any_code: bool = False) -> Kept | None:
         return None
     if any(kept.amounts.get(name, 0) < least for name, least in result.amounts.items()):
         return None
-    return kept if any_code or kept.code == code_digest(result.stage) else None
+    return kept if any_code or kept.code == result.code else None
+
+
+def folder_of(result: Result, kept: Kept) -> Path:
+    """Return the folder in which the files of a kept result lie as below data/<recipe>."""
+    return _Entry.of(result).folder / kept.folder
 
 
 def put_back(context: Context, result: Result, *, any_code: bool = False) -> bool:
@@ -172,7 +187,7 @@ def put_back(context: Context, result: Result, *, any_code: bool = False) -> boo
         if kept.first_other(Paths(result.recipe).root) is None:  # another rank has put it back
             return True
         entry.restore(kept, result)
-    code = "" if kept.code == code_digest(result.stage) else ", by other code than today's"
+    code = "" if kept.code == result.code else ", perhaps by other code than today's"
     context.say(f"{result.out}: put back as it was finished on {kept.when}{code}")
     context.changed(result.stage)
     return True
@@ -217,7 +232,7 @@ def holds(result: Result) -> bool:
 def is_of_other_code(result: Result) -> bool:
     """Tell whether what is there is known to be made by other code than today's."""
     kept = find(result, any_code=True)
-    return kept is not None and kept.code != code_digest(result.stage) and kept.identity == _identity(result)
+    return kept is not None and kept.code not in (result.code, UNKNOWN) and kept.identity == _identity(result)
 
 
 @dataclass(frozen=True)
@@ -321,7 +336,7 @@ class _Entry:
         earlier.pop(identity, None)
         kept = Kept(
             fingerprint=result.fingerprint,
-            code=code_digest(result.stage),
+            code=result.code,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             folder=number,
             files=files,

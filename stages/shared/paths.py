@@ -41,6 +41,11 @@ class Paths:
         return self.prepared / "dataset.h5"
 
     @property
+    def prepare_memory(self) -> Path:
+        """What `prepare` remembers of the files that it read: their sizes, times and SHA-256."""
+        return self.work("prepare.json")
+
+    @property
     def is_prepared(self) -> bool:
         """Whether the prepared data are there."""
         return all((self.prepared / name).is_file() for name in ("dataset.h5", "summary.json"))
