@@ -22,6 +22,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from pipeline.config.recipes import (
     DatasetRecipe,
+    FitRecipe,
     LabelRecipe,
     Recipe,
     RecipeSection,
@@ -292,7 +293,13 @@ def _build(cls: type[T], values: Any, path: str) -> T:
     required = [name for name, field in fields.items() if field.default is field.default_factory]  # both are MISSING
     values = _section(_without_removed(cls, values, path), path, tuple(fields), required=required)
     types = typing.get_type_hints(cls)
-    return cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
+    built = cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
+    if isinstance(built, FitRecipe) and built.warmup_epochs > built.epochs:
+        raise UsageError(
+            f"{path}.warmup_epochs: {built.warmup_epochs:g} is more than {path}.epochs, {built.epochs}, so that lr is "
+            "never reached; make it smaller"
+        )
+    return built
 
 
 def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) -> Any:

@@ -113,6 +113,24 @@ def test_what_is_not_allowed_is_refused_by_key_value_and_way_out(path: str, valu
         assert word in message
 
 
+def test_a_warm_up_longer_than_the_training_is_refused_with_both_numbers() -> None:
+    tree = copy.deepcopy(TREE)
+    tree["recipes"]["smoke"]["students"]["titn"] = {"warmup_epochs": 2.5}
+    with pytest.raises(UsageError, match=r"smoke\.students\.titn\.warmup_epochs: 2\.5 is more than .*epochs, 2, "):
+        parse_params(tree)
+    tree["recipes"]["smoke"]["students"]["titn"] = {"warmup_epochs": 2}
+    assert parse_params(tree).recipes["smoke"].students["titn"].warmup_epochs == 2.0
+    digits = parse_params(tree).recipes["digits"]
+    assert override(digits.students["titn"], {"epochs": "1"}, "students.titn").warmup_epochs == 1.0
+    with pytest.raises(UsageError, match=r"warmup_epochs: 1\.5 is more than students\.titn\.epochs, 1,"):
+        override(digits.students["titn"], {"epochs": "1", "warmup_epochs": "1.5"}, "students.titn")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "1.0e-03"])
+def test_a_number_may_be_written_with_an_exponent(text: str) -> None:
+    assert override(STUDENT, {"lr": text}, "students.titn").lr == 0.001
+
+
 def listing(**lists: Any) -> Params:
     return parse_params({**copy.deepcopy(TREE), **lists})
 
@@ -147,7 +165,14 @@ def test_dvc_is_told_why_the_lists_do_not_fit_a_recipe() -> None:
 @pytest.mark.parametrize("recipe", list(TREE["recipes"]))
 @pytest.mark.parametrize(
     "lists",
-    [{}, {"teachers": ["squeezenet1_1"], "view_recipes": ["paper"], "students": {"titn-hard": "paper", "vit": "mixup"}}],
+    [
+        {},
+        {
+            "teachers": ["squeezenet1_1"],
+            "view_recipes": ["paper"],
+            "students": {"titn-hard": "paper", "vit": "mixup"},
+        },
+    ],
 )
 def test_the_line_for_dvc_makes_the_lists_fit(tmp_path: Path, recipe: str, lists: dict[str, Any]) -> None:
     hydra = pytest.importorskip("dvc.utils.hydra", reason="comes with the extra dvc")
