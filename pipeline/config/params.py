@@ -36,6 +36,8 @@ from pipeline.system.storage import read_if_exists
 
 T = TypeVar("T", bound=RecipeSection)
 
+RESERVED = frozenset({"kept", "raw", "runs", "work"})
+"""What no recipe may be called: data/ has folders of these names beside those of the recipes."""
 MAX_BYTES = 100_000
 MAX_DIGITS = 30  # of an integer; every range ends below
 MAX_LEVELS = 20  # of nesting; params.yaml has six
@@ -167,9 +169,11 @@ def parse_params(tree: Any) -> Params:
     """
     keys = [field.name for field in dataclasses.fields(Params)]
     top = _section(tree, "params.yaml", keys, required=keys)
-    recipes = {
-        _name(name, "recipes"): _recipe(name, section) for name, section in _mapping(top["recipes"], "recipes").items()
-    }
+    for name in RESERVED & _mapping(top["recipes"], "recipes").keys():
+        raise UsageError(
+            f"recipes.{name}: {name!r} names a folder of data/ that serves every recipe; call it otherwise"
+        )
+    recipes = {_name(name, "recipes"): _recipe(name, section) for name, section in top["recipes"].items()}
     params = Params(
         recipe=_name(top["recipe"], "recipe"),
         teachers=_names(top["teachers"], "teachers"),

@@ -187,6 +187,14 @@ def test_the_line_for_dvc_makes_the_lists_fit(tmp_path: Path, recipe: str, lists
     assert list(changed.students) == (kept or list(TREE["recipes"][recipe]["students"]))
 
 
+@pytest.mark.parametrize("name", ["kept", "raw", "runs", "work"])
+def test_a_recipe_may_not_be_called_like_a_shared_folder_of_data(name: str) -> None:
+    tree = copy.deepcopy(TREE)
+    tree["recipes"][name] = tree["recipes"]["smoke"]
+    with pytest.raises(UsageError, match=f"recipes.{name}: '{name}' is a folder of data/ that all recipes share"):
+        parse_params(tree)
+
+
 def test_a_missing_key_is_named() -> None:
     tree = copy.deepcopy(TREE)
     del tree["recipes"]["smoke"]["views"]["default"]["count"]
