@@ -14,13 +14,14 @@ from click.core import ParameterSource
 from pipeline.config.params import override
 from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_values
 from pipeline.errors import UsageError
-from pipeline.models.students import STUDENTS, build_student, check_arguments, use_inner_block
+from pipeline.models.students import build_student, use_inner_block
 from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
 from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
+from stages.shared.params import check_model
 from stages.shared.runs import Run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
@@ -37,9 +38,7 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
     if name not in recipe.students:
         raise UsageError(f"--student {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.students)}")
     student = override(recipe.students[name], settings, f"students.{name}")
-    if student.model not in STUDENTS:
-        raise UsageError(f"students.{name}.model: {student.model!r} is no student; choose from {', '.join(STUDENTS)}")
-    check_arguments(student.model, student.arguments, f"students.{name}.arguments")
+    check_model(student, f"students.{name}")
     if student.views not in recipe.views:
         raise UsageError(f"students.{name}.views: {student.views!r}; choose from {', '.join(recipe.views)}")
     if student.soft:

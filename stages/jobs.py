@@ -303,14 +303,14 @@ def stage_one(context: Context, names: Sequence[str]) -> list[Job]:
     recipe = context.recipe.name
     teachers = tuple(TeacherJob(recipe=recipe, name=name) for name in names)
     selection = SelectJob(recipe=recipe, after=teachers, names=tuple(names))
-    labels = [LabelJob(recipe=recipe, after=(selection,), views=name) for name in context.params.view_recipes]
+    views = context.params.labelled(context.recipe)
+    labels = [LabelJob(recipe=recipe, after=(selection,), views=name) for name in views]
     return [*teachers, selection, *labels]
 
 
 def whole_run(context: Context) -> list[Job]:
     """Return the jobs of `dvc repro` on a recipe, as far as it has the views and students that params.yaml lists."""
     recipe, jobs = context.recipe, stage_one(context, context.params.candidates(context.recipe))
-    jobs = [job for job in jobs if not isinstance(job, LabelJob) or job.views in recipe.views]
     selection = next(job for job in jobs if isinstance(job, SelectJob))
     for name in context.params.students:
         if name in recipe.students:

@@ -303,8 +303,8 @@ def _ablation(params: Params, recipe: Recipe, scope: Scope) -> Iterator[Job]:
 class Chain:
     """What a recipe's students need: teachers, a selection, labels.
 
-    On the paper's data its teacher comes first and labels before any other is trained; on others all candidates are
-    compared first.
+    In the paper's recipes its teacher comes first and labels before any other is trained; in others, also those on its
+    data, all candidates are compared first.
 
     Args:
         params: All of params.yaml.
@@ -313,7 +313,7 @@ class Chain:
 
     def __init__(self, params: Params, recipe: Recipe) -> None:
         self.recipe = recipe
-        is_papers = recipe.dataset.source in paper.TEACHERS and paper.TEACHER in recipe.teachers
+        is_papers = recipe.name in paper.TEACHERS and paper.TEACHER in recipe.teachers
         self.first = (paper.TEACHER,) if is_papers else params.candidates(recipe)
 
     def jobs(self, teachers: Sequence[str], students: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:

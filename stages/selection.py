@@ -87,5 +87,9 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
     scores = {row["name"]: row["best"][recipe.select.by] for row in candidates if not row["at_chance"]}
     scores = {name: score for name, score in scores.items() if math.isfinite(score)}
     if not scores:
-        raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
+        path = f"recipes.{recipe.name}"
+        raise DataError(
+            f"none of {', '.join(names)} has learned anything; lower {path}.teacher.lr, or, where one class is far "
+            f"more common than the others, train more epochs and write {path}.select: {{by: f1}}"
+        )
     return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}

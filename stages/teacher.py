@@ -18,6 +18,7 @@ from pipeline.training.execution import Execution
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import carry_out, make_views, up_to_date
+from stages.shared.places import settings_as_written
 from stages.shared.runs import Run
 
 
@@ -81,8 +82,9 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
+    differs = settings_as_written(recipe, settings or {})
     return Run.of(
-        dataset, context.recipe.name, "teacher", name, recipe, seed, settings or {}, model=name, arguments=arguments,
+        dataset, context.recipe.name, "teacher", name, recipe, seed, differs, model=name, arguments=arguments,
         inputs=inputs, metric=context.recipe.select.by,
     )  # fmt: skip
 

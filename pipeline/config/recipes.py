@@ -177,7 +177,7 @@ class FitRecipe(RecipeSection):
         momentum: Of sgd and rmsprop; beta1 of adam and adamw.
         weight_decay: L2 penalty; decoupled for adamw.
         schedule: `cosine` to zero at the last step, or `constant`.
-        warmup_epochs: Linear warm-up from 0, in epochs, may be fractional.
+        warmup_epochs: Linear warm-up from 0, in epochs, may be fractional; at most `epochs`.
         clip: Largest gradient norm; 0 leaves gradients alone.
         label_smoothing: Of the ground-truth targets.
         precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the device has units for it (CUDA from Ampere on,

@@ -126,10 +126,10 @@ def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None
     note(software())
     if diagnosis.num_problems:
         return diagnosis
-    from pipeline.config.params import load_params
+    from stages.shared.params import read_params
 
     try:
-        params = load_params(PARAMS)
+        params = read_params(PARAMS)
     except FAULTS as error:
         note([Finding("project", PROBLEM, str(error)), *gpus()])
         return diagnosis

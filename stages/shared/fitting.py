@@ -35,7 +35,7 @@ from pipeline.training.distributed import Group, has_batch_norm
 from pipeline.training.evaluation import Predictions, evaluate
 from pipeline.training.execution import Execution
 from pipeline.training.fit import Fit, Session
-from pipeline.training.metrics import Scores
+from pipeline.training.metrics import Scores, is_chance
 from pipeline.training.resuming import FitResult, keep_best
 from pipeline.views.views import Views
 from stages.shared import kept
@@ -135,6 +135,8 @@ def carry_out(
     if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
         raise stopped(code, f"before {run.name}")
     watcher = RunWatcher(context.console, run.name, len(dataset.train), context.position)
+    if recipe.warmup_epochs == recipe.epochs:
+        watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
     with _claimed(run, group, fresh=fresh) as state:
         context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
         if not group.is_alone:
@@ -220,13 +222,14 @@ def _metrics(
     def scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
 
+    best = result.curve[result.best_epoch - 1]
     return {
         "name": run.name,
         "kind": run.description["kind"],
         "recipe": run.description["recipe"],
         "differs": dict(run.differs),
         "evaluated_on": dataset.evaluation[0],
-        "best": scores_of(result.curve[result.best_epoch - 1]),
+        "best": scores_of(best),
         "last": scores_of(result.curve[-1]),
         "test": {"epoch": result.best_epoch, **dataclasses.asdict(test_scores)},
         **costs(dict(run.description), dataset.image_size),
@@ -243,7 +246,7 @@ def _metrics(
         "num_test": len(dataset.test),
         "teacher": dict(teaching.teacher) if teaching.teacher else None,
         "distilled": teaching.labels is not None,
-        "at_chance": result.at_chance,
+        "at_chance": result.at_chance or is_chance(best["recall"], len(np.unique(dataset.evaluation[1].labels))),
         "warnings": result.warnings,
     }
 

@@ -13,11 +13,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from pipeline.config.params import load_params
 from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.system.stopping import StopSignal
 from stages.shared.context import Context
+from stages.shared.params import read_params
 from stages.shared.paths import PARAMS, RECORDS
 
 STOP = StopSignal()
@@ -116,7 +116,7 @@ def open_context(recipe: str | None = None, device: str | None = None) -> Contex
     Raises:
         UsageError: params.yaml or a name is wrong.
     """
-    params = load_params(PARAMS)
+    params = read_params(PARAMS)
     context = Context(params, params.select(recipe), open_console(), STOP, device)
     context.console.quiet = not context.ranks.is_main
     if device is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.system.storage import lock, remove_leftovers
 from pipeline.training.checkpoints import RunState, read_meta
 from stages.shared import kept
 from stages.shared.paths import Paths
+from stages.shared.places import Place
 
 # Raised where the code gives other results from the same recipe: what was trained before is then trained again. The
 # package's own version may change without that.
@@ -104,15 +106,14 @@ class Run:
             fields: The other attributes.
         """
         paths = Paths(recipe_name)
-        changes = [*(f"{key}-{value}" for key, value in differs.items()), *([f"seed-{seed}"] if seed else [])]
-        if changes:
-            label = "-".join([name, *changes]).replace("/", "_")
-            out, work, stage = paths.run(label), paths.work("runs", label), None
-        else:
-            out = paths.teacher(name) if kind == "teacher" else paths.student(name)
-            work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
+        out = paths.teacher(name) if kind == "teacher" else paths.student(name)
+        work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
         description = describe(dataset, recipe_name, kind=kind, model=model, arguments=arguments)
-        return cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
+        run = cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
+        if not (differs or seed):
+            return run
+        folder = Place(kind, name, differs, seed).find(paths, run.fingerprint)
+        return dataclasses.replace(run, out=paths.run(folder), work=paths.work("runs", folder), stage=None)
 
     @property
     def _rest(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from stages.shared.fitting import Teaching
 from stages.shared.labelling import identity_of, label_clean, make_ready, read_teacher
 from stages.shared.options import kept_name
 from stages.shared.paths import Paths
+from stages.shared.places import settings_as_written
 
 USUAL_TOPK = 5
 
@@ -73,13 +74,13 @@ class Distillation:
         differs = {}
         if self.labels != "cached":
             differs["labels"] = self.labels
-        if self.soft_given and student.soft != recipe.students[name].soft:
-            differs["soft"] = str(student.soft).removesuffix(".0")
+        if student.soft != recipe.students[name].soft:
+            differs |= settings_as_written(student, {"soft"} & self.settings.keys())
         if self.confidence:
             differs["confidence"] = "on"
         if self.num_views not in (None, recipe.views[student.views].count):
             differs["num_views"] = str(self.num_views)
-        return differs | {key: value for key, value in self.settings.items() if key != "soft"}
+        return differs | settings_as_written(student, self.settings.keys() - {"soft"})
 
     def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, name: str, student: StudentRecipe) -> None:
         """Check that a cache holds what this run needs.
