@@ -44,6 +44,8 @@ def command(
     """Turn a data set into one file of uint8 images, unless that is up to date."""
     context = open_context(recipe)
     paths = context.paths
+    if "DVC_STAGE" in os.environ:  # before the stages that DVC makes of the lists: the last may fail after days
+        context.params.require_lists(context.recipe)
     if dry_run:
         any_code = not _can_be_read(context, folder=folder, download=download)
         second = None if fresh or paths.is_prepared else kept.find(kept_data(context), any_code=any_code)

@@ -163,11 +163,9 @@ def work(context: Context) -> tuple[list[Task], list[Finding]]:
         elif isinstance(job, StudentJob):
             student = student_recipe(recipe, job.name, {})
             tasks.append(Task("student", job.name, why, student, student.model))
-    absent = [name for name in context.params.students if name not in recipe.students]
-    absent += [name for name in context.params.teachers if name not in recipe.teachers]
-    if absent:
-        text = f"params.yaml lists {', '.join(absent)}, not in recipe {recipe.name}: `dvc repro` fails on them"
-        way_out = "set `teachers` and `students` (dvc exp run -S ...), or use the commands"
+    if faults := context.params.faults_of_lists(recipe):
+        text = f"`dvc repro` refuses the lists of params.yaml: {'; '.join(faults)}"
+        way_out = f"use the commands, or: {context.params.dvc_command(recipe)}"
         findings.append(Finding("data", WARNING, text, way_out))
     done = sum(task.why is None for task in tasks)
     findings.append(Finding("data", OK, f"{done} of {len(tasks)} stages that train or label are up to date"))
