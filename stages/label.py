@@ -365,10 +365,12 @@ class _Labelling:
                 context.say(f"{plan.path}: not sealed yet, {missing}")
                 return
         clean = label_clean(context, plan.dataset, self._teacher)
-        seal(plan.path, parts=parts, count=count, clean=clean, canaries=make_canaries(self._views, count))
+        canaries = make_canaries(self._views, count)
+        with context.stop.deferred():
+            seal(plan.path, parts=parts, count=count, clean=clean, canaries=canaries)
+            kept.keep(context, dataclasses.replace(plan.result, amounts={"topk": parts.topk, "views": count}))
         what = f"{count} views of {len(plan.dataset.train)} images, {options.kept_name(parts.topk)}"
         context.say(f"{plan.path}: {what}, sealed")
-        kept.keep(context, dataclasses.replace(plan.result, amounts={"topk": parts.topk, "views": count}))
         context.changed(f"label@{self._request.view_recipe}")
 
     def _label(self, view: int) -> None:
