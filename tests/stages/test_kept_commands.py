@@ -174,13 +174,18 @@ def test_data_of_unknown_code_are_kept_where_nothing_else_is(own: Project) -> No
     assert contents(own.path / "data/folder-small/prepared") == prepared
 
 
-def test_dvc_can_adopt_what_is_a_stage_of_its_own_and_is_all_there(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def checkout(project: Project) -> Project:
+    """The project with what DVC looks at."""
     shutil.copy(ROOT / "dvc.yaml", project.path)
     for name in ("pipeline", "stages"):
         (project.path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(project.path)
+    (project.path / ".dvc").mkdir()
+    return project
+
+
+def test_dvc_can_adopt_a_stage_of_its_own_that_is_all_there(checkout: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout.path)
     params = load_params(Path("params.yaml"))
 
     def can(stage: str, recipe: str = "smoke") -> bool:
