@@ -32,7 +32,9 @@ def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
 
 
 def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
-    """Choose the best of the trained candidates by the recipe's rule; where they are gone, put back the former choice.
+    """Choose the best of the trained candidates by the recipe's rule.
+
+    A choice that is gone is put back if candidates are gone too, so that it cannot be made again.
 
     Args:
         context: The command's setting.
@@ -47,18 +49,13 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     """
     from pipeline.training.checkpoints import load_checkpoint
 
-    paths, recipe = context.paths, context.recipe
-    names = tuple(teachers or context.params.candidates(recipe))
-    decides = fingerprint({"select": deciding_values(recipe.select), "teachers": list(names)})
-    outs, claim = (paths.winner, paths.selection), paths.work("select.lock")
-    result = kept.Result(recipe.name, "select", decides, paths.selection, outs, lock=claim)
-    are_there = all((paths.teacher(name) / "metrics.json").is_file() for name in names)
-    if not are_there and not paths.selection.exists() and kept.put_back(context, result):
-        return dict(read_json(paths.selection))
-    comparison = compare(context, teachers)
+    result = _kept_selection(context, teachers)
+    if _are_gone(context, teachers) and kept.put_back(context, result):
+        return dict(read_json(context.paths.selection))
+    paths, comparison = context.paths, compare(context, teachers)
     checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
-    with lock(claim):
+    with lock(paths.work("select.lock")):
         for path in (*(paths.winner / file.name for file in files), paths.selection):
             remove_leftovers(path)
         for file in files:
@@ -93,3 +90,18 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
             f"more common than the others, train more epochs and write {path}.select: {{by: f1}}"
         )
     return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}
+
+
+def _are_gone(context: Context, teachers: Sequence[str] | None) -> bool:
+    """Tell whether there is no selection, and not every candidate that one could be made of."""
+    paths, names = context.paths, teachers or context.params.candidates(context.recipe)
+    return not paths.selection.exists() and not all((paths.teacher(name) / "metrics.json").is_file() for name in names)
+
+
+def _kept_selection(context: Context, teachers: Sequence[str] | None) -> kept.Result:
+    """Describe the selection as it is kept: rule and candidates decide whether it fits."""
+    paths, recipe = context.paths, context.recipe
+    names = list(teachers or context.params.candidates(recipe))
+    decides = fingerprint({"select": deciding_values(recipe.select), "teachers": names})
+    files, claim = (paths.winner, paths.selection), paths.work("select.lock")
+    return kept.Result(recipe.name, "select", decides, paths.selection, files, lock=claim)
