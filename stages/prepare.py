@@ -11,6 +11,7 @@ import click
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import UsageError, printable
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_json
+from pipeline.system.text import counted
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
 from stages.shared.paths import Paths
 
@@ -38,9 +39,9 @@ def command(recipe: str | None, download: bool, folder: Path | None, skip_bad: b
     )
     counts = ", ".join(f"{count} {split}" for split, count in summary["num_samples"].items())
     num_classes = len(summary["class_names"])
-    context.say(f"{paths.dataset}: {counts} images of {num_classes} classes, SHA-256 {summary['sha256']}")
+    context.say(f"{paths.dataset}: {counts} images of {counted(num_classes, 'class')}, SHA-256 {summary['sha256']}")
     if summary["skipped"]:
-        context.say(f"skipped {summary['num_skipped']} bad files; {paths.prepared / 'summary.json'} names them")
+        context.say(f"skipped {counted(summary['num_skipped'], 'bad file')}; see {paths.prepared / 'summary.json'}")
     context.changed("prepare")
     context.end()
 
@@ -108,9 +109,10 @@ def plan_prepare(recipe: Recipe, paths: Paths, *, folder: Path | None, download:
         bad: list[BadFile] = []
         listed = list_folder(folder, bad)
         counts = ", ".join(f"{sum(map(len, classes.values()))} {split}" for split, classes in listed.items())
-        what = f"{counts} images of {len(listed['train'])} classes in {printable(folder)}, which are not opened yet"
+        num_classes = counted(len(listed["train"]), "class")
+        what = f"{counts} images of {num_classes} in {printable(folder)}, which are not opened yet"
         if bad:
-            what += f"; {len(bad)} other files, " + ("left out" if skip_bad else "for which it is refused")
+            what += f"; {counted(len(bad), 'other file')}, " + ("left out" if skip_bad else "for which it is refused")
     elif download and source not in ("digits", "folder"):
         what = f"{source} in {paths.raw}, downloading what is missing"
     else:

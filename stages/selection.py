@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,12 +29,15 @@ def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
     context.end()
 
 
-def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
+def select(
+    context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Choose the best of the trained candidates by the recipe's rule.
 
     Args:
         context: The command's setting.
         teachers: Names of the candidates; None takes those of `teachers` in params.yaml that the recipe has.
+        outs: Where the candidates are that are not the recipe's own runs, by name.
 
     Returns:
         The comparison, as written to selection.json.
@@ -44,8 +48,8 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     """
     from pipeline.training.checkpoints import load_checkpoint
 
-    paths, comparison = context.paths, compare(context, teachers)
-    checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
+    paths, comparison = context.paths, compare(context, teachers, outs)
+    checkpoint = load_checkpoint((outs or {}).get(comparison["winner"], paths.teacher(comparison["winner"])))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
     with lock(paths.work("select.lock")):
         for path in (*(paths.winner / file.name for file in files), paths.selection):
@@ -57,7 +61,9 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     return comparison
 
 
-def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
+def compare(
+    context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
@@ -68,7 +74,7 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
             )
     candidates: list[dict[str, Any]] = []
     for name in names:
-        file = paths.teacher(name) / "metrics.json"
+        file = (outs or {}).get(name, paths.teacher(name)) / "metrics.json"
         if not file.is_file():
             raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
         candidates.append(read_json(file))
