@@ -21,6 +21,7 @@ from pipeline.report.progress import progress_bar
 from pipeline.system.canonical import fingerprint
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import is_locked, lock, remove_leftovers
+from pipeline.system.text import counted
 from stages.shared import kept, options
 from stages.shared.context import Context
 
@@ -145,7 +146,7 @@ class LabelPlan:
     def text(self) -> str:
         """The plan in one line."""
         if self.cache is not None and self.is_up_to_date:
-            return f"{self.path}: up to date, {self.cache.num_views} views"
+            return f"{self.path}: up to date, {counted(self.cache.num_views, 'view')}"
         if not self.fresh and (second := kept.find(self.result)) is not None:
             return f"{self.path}: put back what was finished on {second.when}"
         if not self.missing:
@@ -308,8 +309,9 @@ class _Labelling:
         context, ranks, parts = self._context, self._ranks, self._parts
         mine = [view for view in self._plan.missing if view % ranks.world_size == ranks.rank]
         if num_invalid := parts.num_invalid(mine):
-            what = "are damaged, or of another teacher, precision, device, version or --keep"
-            context.say(f"{parts.directory}: {num_invalid} finished views {what}; labelling them again")
+            found = f"{counted(num_invalid, 'finished view')} {'is' if num_invalid == 1 else 'are'} damaged"
+            what = "or of another teacher, precision, device, version or --keep; labelling again"
+            context.say(f"{parts.directory}: {found}, {what}")
         began = said = time.monotonic()
         with progress_bar(context.console) as bar:
             bar.disable = not (context.console.is_terminal and ranks.is_main)
@@ -345,10 +347,10 @@ class _Labelling:
             else:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                say(f"{len(left)} views to go; ranks at work besides this one: {sorted(busy) or 'none'}")
+                say(f"{counted(len(left), 'view')} to go; ranks at work besides this one: {sorted(busy) or 'none'}")
                 said = time.monotonic()
         if num_taken:
-            say(f"labelled {num_taken} views of ranks that were not at work")
+            say(f"labelled {counted(num_taken, 'view')} of ranks that were not at work")
 
     def seal(self) -> None:
         """Seal the finished views into one file, unless a slice left views before them to other runs."""
@@ -369,8 +371,8 @@ class _Labelling:
         with context.stop.deferred():
             seal(plan.path, parts=parts, count=count, clean=clean, canaries=canaries)
             kept.keep(context, dataclasses.replace(plan.result, amounts={"topk": parts.topk, "views": count}))
-        what = f"{count} views of {len(plan.dataset.train)} images, {options.kept_name(parts.topk)}"
-        context.say(f"{plan.path}: {what}, sealed")
+        what = f"{counted(count, 'view')} of {counted(len(plan.dataset.train), 'image')}"
+        context.say(f"{plan.path}: {what}, {options.kept_name(parts.topk)}, sealed")
         context.changed(f"label@{self._request.view_recipe}")
 
     def _label(self, view: int) -> None:

@@ -15,6 +15,7 @@ from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, PipelineError, UsageError, printable
 from pipeline.system.canonical import canonical_json, fingerprint, is_sha256
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_atomic, write_json
+from pipeline.system.text import counted
 from stages.shared import kept
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
 from stages.shared.paths import Paths
@@ -77,9 +78,9 @@ def command(
     )
     counts = ", ".join(f"{count} {split}" for split, count in summary["num_samples"].items())
     num_classes = len(summary["class_names"])
-    context.say(f"{paths.dataset}: {counts} images of {num_classes} classes, SHA-256 {summary['sha256']}")
+    context.say(f"{paths.dataset}: {counts} images of {counted(num_classes, 'class')}, SHA-256 {summary['sha256']}")
     if summary["skipped"]:
-        context.say(f"skipped {summary['num_skipped']} bad files; {paths.prepared / 'summary.json'} names them")
+        context.say(f"skipped {counted(summary['num_skipped'], 'bad file')}; see {paths.prepared / 'summary.json'}")
     for line in [*remarks(summary), *([] if former is None else _changes(former, summary))]:
         context.say(line)
     keep_prepared(context)
@@ -216,10 +217,12 @@ def plan_prepare(
         if listing.left_out.names:
             lines.append(_not_used(listing.left_out.as_json()))
         counts = ", ".join(f"{count} {split}" for split, count in listing.counts.items())
-        num_classes = len(listing.class_names)
-        what = f"{counts} images of {num_classes} classes in {printable(place)}, which are not opened yet"
+        num_classes = counted(len(listing.class_names), "class")
+        what = f"{counts} images of {num_classes} in {printable(place)}, which are not opened yet"
         if listing.bad:
-            what += f"; {len(listing.bad)} other files, " + ("left out" if skip_bad else "for which it is refused")
+            what += f"; {counted(len(listing.bad), 'other file')}, " + (
+                "left out" if skip_bad else "for which it is refused"
+            )
     elif download and source not in ("digits", "folder"):
         what = f"{source} in {paths.raw}, downloading what is missing"
     else:

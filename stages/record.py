@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
 from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS
@@ -44,8 +44,10 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
         except DataError as error:
             wrong.append(str(error))
             continue
-        added = records.add(directory)
-        click.echo(f"{directory}: " + (f"recorded as {added} in {out}" if added else f"is in {out} already"))
+        added, shown = records.add(directory), printable(out)
+        click.echo(
+            f"{printable(directory)}: " + (f"recorded as {added} in {shown}" if added else f"is in {shown} already")
+        )
     if wrong:  # the others are recorded
         raise DataError("; ".join(wrong))
 

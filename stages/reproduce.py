@@ -15,6 +15,7 @@ from pipeline.config.recipes import Recipe
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from pipeline.models.students import STUDENTS
 from pipeline.report import paper
+from pipeline.system.text import counted
 from stages.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
 from stages.prepare import check_available
 from stages.record import Records
@@ -144,9 +145,8 @@ class Reproduction:
             context.position = self._context.position
             if self._has_data(context):
                 num_recorded += self._do(job, context)
-        self._say(
-            f"{len(self._done)} of {len(self._jobs)} jobs are done; {num_recorded} new records in {self._records.path}"
-        )
+        records = counted(num_recorded, "new record")
+        self._say(f"{len(self._done)} of {len(self._jobs)} jobs are done; {records} in {self._records.path}")
         for context in self._contexts.values():
             context.end()
         self._tell_failures()

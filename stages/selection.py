@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,7 +32,9 @@ def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
     context.end()
 
 
-def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
+def select(
+    context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Choose the best of the trained candidates by the recipe's rule.
 
     A choice that is gone is put back if candidates are gone too, so that it cannot be made again.
@@ -39,6 +42,7 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     Args:
         context: The command's setting.
         teachers: Names of the candidates; None takes those of `teachers` in params.yaml that the recipe has.
+        outs: Where the candidates are that are not the recipe's own runs, by name.
 
     Returns:
         The comparison, as written to selection.json.
@@ -49,11 +53,11 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     """
     from pipeline.training.checkpoints import load_checkpoint
 
-    result = _kept_selection(context, teachers)
-    if _are_gone(context, teachers) and kept.put_back(context, result):
+    result = _kept_selection(context, teachers, outs)
+    if _are_gone(context, teachers, outs) and kept.put_back(context, result):
         return dict(read_json(context.paths.selection))
-    paths, comparison = context.paths, compare(context, teachers)
-    checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
+    paths, comparison = context.paths, compare(context, teachers, outs)
+    checkpoint = load_checkpoint((outs or {}).get(comparison["winner"], paths.teacher(comparison["winner"])))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
     with lock(paths.work("select.lock")):
         for path in (*(paths.winner / file.name for file in files), paths.selection):
@@ -66,7 +70,9 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
     return comparison
 
 
-def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
+def compare(
+    context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
@@ -77,7 +83,7 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
             )
     candidates: list[dict[str, Any]] = []
     for name in names:
-        file = paths.teacher(name) / "metrics.json"
+        file = (outs or {}).get(name, paths.teacher(name)) / "metrics.json"
         if not file.is_file():
             raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
         candidates.append(read_json(file))
@@ -92,16 +98,17 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
     return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}
 
 
-def _are_gone(context: Context, teachers: Sequence[str] | None) -> bool:
+def _are_gone(context: Context, teachers: Sequence[str] | None, outs: Mapping[str, Path] | None) -> bool:
     """Tell whether there is no selection, and not every candidate that one could be made of."""
     paths, names = context.paths, teachers or context.params.candidates(context.recipe)
-    return not paths.selection.exists() and not all((paths.teacher(name) / "metrics.json").is_file() for name in names)
+    candidates = [(outs or {}).get(name, paths.teacher(name)) for name in names]
+    return not paths.selection.exists() and not all((path / "metrics.json").is_file() for path in candidates)
 
 
-def _kept_selection(context: Context, teachers: Sequence[str] | None) -> kept.Result:
+def _kept_selection(context: Context, teachers: Sequence[str] | None, outs: Mapping[str, Path] | None) -> kept.Result:
     """Describe the selection as it is kept: rule and candidates decide whether it fits."""
     paths, recipe = context.paths, context.recipe
-    names = list(teachers or context.params.candidates(recipe))
-    decides = fingerprint({"select": deciding_values(recipe.select), "teachers": names})
+    candidates = {name: str((outs or {}).get(name, "")) for name in teachers or context.params.candidates(recipe)}
+    decides = fingerprint({"select": deciding_values(recipe.select), "teachers": candidates})
     files, claim = (paths.winner, paths.selection), paths.work("select.lock")
     return kept.Result(recipe.name, "select", decides, paths.selection, files, lock=claim)

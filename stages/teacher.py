@@ -22,15 +22,15 @@ from stages.shared.places import settings_as_written
 from stages.shared.runs import Run
 
 
-def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
-    """Return a candidate's recipe.
+def teacher_recipe(recipe: Recipe, name: str, settings: Mapping[str, str] | None = None) -> TeacherRecipe:
+    """Return a candidate's recipe, with fields replaced.
 
     Raises:
-        UsageError: The recipe has no such teacher.
+        UsageError: The recipe has no such teacher, or it has no such field, or a value is not allowed.
     """
     if name not in recipe.teachers:
         raise UsageError(f"teacher {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}")
-    return recipe.teachers[name]
+    return override(recipe.teachers[name], settings or {}, f"teachers.{name}")
 
 
 def train_teacher(
@@ -75,7 +75,7 @@ def train_teacher(
 
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
     """Return a candidate's run, with the arguments of `train_teacher`."""
-    recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
+    recipe = teacher_recipe(context.recipe, name, settings)
     dataset = context.dataset()
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
     views = deciding_values(context.recipe.views["default"], but=("count",))

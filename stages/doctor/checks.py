@@ -19,6 +19,7 @@ from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.layers import Student
 from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import device_name, resolve_precision
+from pipeline.system.text import counted
 from pipeline.training.execution import Execution
 from stages.distill import student_recipe
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, version_of
@@ -99,8 +100,8 @@ def data(context: Context) -> tuple[list[Finding], bool]:
         except FAULTS as error:
             return [Finding("data", PROBLEM, str(error))], False
         counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
-        size = f"{dataset.image_size}x{dataset.image_size}"
-        return [Finding("data", OK, f"{paths.dataset}: {counts} images of {size}, {dataset.num_classes} classes")], True
+        size, classes = f"{dataset.image_size}x{dataset.image_size}", counted(dataset.num_classes, "class")
+        return [Finding("data", OK, f"{paths.dataset}: {counts} images of {size}, {classes}")], True
     try:
         if (second := check_available(context)) is not None:
             return [Finding("data", OK, f"no prepared data; `pipeline prepare` can {second}")], False
@@ -108,7 +109,7 @@ def data(context: Context) -> tuple[list[Finding], bool]:
         return [Finding("data", PROBLEM, str(error))], False
     where = "comes with this package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
     where = f"is in {recipe.dataset.path}" if recipe.dataset.path else where
-    makers = "`pipeline prepare`, teacher-select and DVC make them"
+    makers = f"`pipeline prepare --recipe {recipe.name}`, teacher-select and DVC make them"
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
 
 

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.report.tables import Table
 from pipeline.system.canonical import compare
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_json
 from stages.shared.dvc_file import can_commit
+from stages.shared.hints import with_recipe
 from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
@@ -111,8 +112,9 @@ class Context:
         self.position = None
 
     def say(self, message: str) -> None:
-        """Print one line, unwrapped and without markup."""
-        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        """Print one line, unwrapped, without markup and safe for a terminal; its hints name the recipe."""
+        line = printable(with_recipe(message, self.recipe.name))
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def show(self, table: Table) -> None:
         """Print a table."""

@@ -19,6 +19,7 @@ from pipeline.models.counting import flops_per_image, num_parameters, paper_gmac
 from pipeline.models.students import SHARED_ARGUMENTS, recorded_arguments
 from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
 from pipeline.system.storage import lock, remove_leftovers
+from pipeline.system.text import counted
 from pipeline.training.checkpoints import RunState, read_meta
 from stages.shared import kept
 from stages.shared.paths import Paths
@@ -144,8 +145,7 @@ class Run:
             return State(f"put back what was finished on {second.when} ({why}); writes {self.out}")
         saved = None if fresh else RunState(self.work, self.fingerprint).peek()
         if saved is None:
-            epochs = f"{self.recipe.epochs} epochs" if self.recipe.epochs > 1 else "1 epoch"
-            return State(f"train {epochs} ({why}); writes {self.out}")
+            return State(f"train {counted(self.recipe.epochs, 'epoch')} ({why}); writes {self.out}")
         where = f"epoch {saved['epoch'] + 1} of {self.recipe.epochs}, step {saved['step']}"
         return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
 

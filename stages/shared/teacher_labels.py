@@ -19,6 +19,7 @@ from pipeline.labels.replay import check_canaries
 from pipeline.labels.source import cached_labels, online_labels
 from pipeline.models.students import STUDENTS
 from pipeline.system.canonical import require_equal
+from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
 from pipeline.views.views import Views
 from stages.shared.context import Context
@@ -93,12 +94,12 @@ class Distillation:
         count = recipe.views[view_recipe].count
         if self.num_views is not None and cache.num_views < self.num_views:
             raise DataError(
-                f"{path}: {cache.num_views} views, --views asks for {self.num_views}; "
+                f"{path}: {counted(cache.num_views, 'view')}, --views asks for {self.num_views}; "
                 f"run `{command} --views :{self.num_views}`"
             )
         if self.num_views is None and cache.num_views < count:
             raise DataError(
-                f"{path}: {cache.num_views} views, the recipe asks for {count} "
+                f"{path}: {counted(cache.num_views, 'view')}, the recipe asks for {count} "
                 f"(recipes.{recipe.name}.views.{view_recipe}.count); run `{command}`, or train on fewer with --views"
             )
         if cache.topk == 0 and (student.soft or self.confidence):

@@ -403,7 +403,7 @@ def test_a_users_folder_is_prepared_and_its_bad_files_are_named(tmp_path: Path) 
     out = project.run(*command, code=3)
     assert "torn.png" in out
     assert "--skip-bad" in out
-    assert "skipped 1 bad files" in project.run(*command, "--skip-bad")
+    assert "skipped 1 bad file;" in project.run(*command, "--skip-bad")
     dataset = Dataset.load(project.path / "data/folder/prepared/dataset.h5")
     assert dataset.class_names == ("cat", "dog")
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 28, "val": 4, "test": 8}

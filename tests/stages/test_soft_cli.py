@@ -107,7 +107,7 @@ def test_slices_in_any_order_give_the_bytes_of_one_run(project: Project) -> None
     assert not (project.path / FILE).exists()
     run(project, "label", "--views", "1:2")  # without --keep
     out = run(project, "label", "--views", ":2", *keep)
-    assert "1 finished views are damaged, or of another" in out and "labelled 2/2 views" in out
+    assert "1 finished view is damaged, or of another" in out and "labelled 2/2 views" in out
     assert kept(project).num_views == 2
     out = run(project, "label", "--views", "2:4", *keep)  # 3 is there already, and so is 4
     assert "labelled 1/1 views" in out and "5 views" in out
