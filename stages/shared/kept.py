@@ -349,6 +349,7 @@ class _Entry:
 
     def _remove_all_but(self, kept: Kept | None) -> None:
         """Remove the folders that the JSON does not name: what was kept before, and what killed processes left."""
+        remove_leftovers(self.file)
         with contextlib.suppress(FileNotFoundError):
             for folder in self.folder.iterdir():
                 if kept is None or folder.name != kept.folder:
@@ -383,7 +384,8 @@ def _for_people(date: str) -> str:
 def _entries(recipe: str | None) -> Iterable[_Entry]:
     """Return where something is kept, or lies half kept."""
     pattern = "*" if recipe is None else recipe
-    found = {path.with_suffix("") for path in Paths.kept_of_all().glob(f"{pattern}/*") if path.suffix != ".lock"}
+    paths = [path for path in Paths.kept_of_all().glob(f"{pattern}/*") if not path.name.startswith(".")]
+    found = {path.with_suffix("") for path in paths if path.suffix != ".lock"}
     return [_Entry(path.parent.name, path.name) for path in sorted(found)]
 
 
