@@ -44,10 +44,9 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
         except DataError as error:
             wrong.append(str(error))
             continue
-        added, shown = records.add(directory), printable(out)
-        click.echo(
-            f"{printable(directory)}: " + (f"recorded as {added} in {shown}" if added else f"is in {shown} already")
-        )
+        added = records.add(directory)
+        text = f"recorded as {added} in {out}" if added else f"is in {out} already"
+        click.echo(printable(f"{directory}: {text}"))
     if wrong:  # the others are recorded
         raise DataError("; ".join(wrong))
 

@@ -90,7 +90,8 @@ class Distillation:
             DataError: Too few views, or no probabilities.
         """
         view_recipe = student.views
-        command = "pipeline label" + ("" if view_recipe == "default" else f" --view-recipe {view_recipe}")
+        command = f"pipeline label --recipe {recipe.name}"
+        command += "" if view_recipe == "default" else f" --view-recipe {view_recipe}"
         count = recipe.views[view_recipe].count
         if self.num_views is not None and cache.num_views < self.num_views:
             raise DataError(

@@ -60,11 +60,11 @@ def test_a_file_that_keeps_less_than_is_asked_is_refused_with_the_way_out(projec
     run(project, "label")
     before = (project.path / FILE).read_bytes()
     out = run(project, "label", "--keep", "topk=3", code=3)
-    for word in (FILE, "keeps argmax", "--keep asks for topk=3", "pipeline label --keep topk=3 --fresh"):
+    for word in (FILE, "keeps argmax", "--keep asks for topk=3", "pipeline label --recipe smoke --keep topk=3 --fresh"):
         assert word in out
     project.edit("label: {batch_size: 256", "label: {topk: 4, batch_size: 256")
     out = run(project, "label", code=3)
-    assert "recipes.smoke.label.topk asks for topk=4" in out and "`pipeline label --fresh`" in out
+    assert "recipes.smoke.label.topk asks for topk=4" in out and "`pipeline label --recipe smoke --fresh`" in out
     dry = run(project, "teacher-select", "--teachers", "squeezenet1_1", "--dry-run")
     assert "labels of the views default: refused: " in dry and "keeps argmax" in dry and "asks for topk=4" in dry
     assert (project.path / FILE).read_bytes() == before
@@ -209,7 +209,7 @@ def test_a_student_can_train_on_fewer_views_than_the_recipes(project: Project) -
     out = run(project, "distill", "--student", "deit", code=3)
     assert "2 views, the recipe asks for 4" in out and "--views" in out
     out = run(project, "distill", "--student", "deit", "--views", "3", code=3)
-    for word in ("2 views", "--views asks for 3", "pipeline label --views :3"):
+    for word in ("2 views", "--views asks for 3", "pipeline label --recipe smoke --views :3"):
         assert word in out
     run(project, "distill", "--student", "deit", "--views", "2")
     run(project, "distill", "--student", "deit", "--views", "1")
@@ -247,7 +247,7 @@ def test_a_cache_without_probabilities_names_the_way_out(project: Project) -> No
     run(project, "label")
     for options in (["--soft", "2"], ["--confidence"]):
         out = run(project, "distill", "--student", "deit", *options, code=3)
-        for word in (FILE, "keeps argmax", " ".join(options), "pipeline label --keep topk=5 --fresh"):
+        for word in (FILE, "keeps argmax", " ".join(options), "pipeline label --recipe smoke --keep topk=5 --fresh"):
             assert word in out
 
 
@@ -301,4 +301,4 @@ def test_a_soft_recipe_names_what_its_labels_lack(project: Project) -> None:
     project.edit("label: {batch_size: 256", "label: {topk: 5, batch_size: 256")
     project.edit("      deit: {}", "      deit: {soft: 2}")
     out = run(project, "distill", "--student", "deit", code=3)
-    assert "students.deit.soft: 2 needs the teacher's probabilities; run `pipeline label --fresh`" in out
+    assert "students.deit.soft: 2 needs the teacher's probabilities; run `pipeline label --recipe smoke --fresh`" in out

@@ -138,7 +138,7 @@ def listing(**lists: Any) -> Params:
 def test_names_at_the_top_that_the_recipe_lacks_are_no_error() -> None:
     params = listing(recipe="folder-small")  # it has two teachers and no view recipe mixup
     small = params.select(None)
-    assert params.candidates(small) == ("densenet121", "resnet50")
+    assert params.candidates(small) == ("densenet121", "mobilenet_v3_large")
     assert listing(view_recipes=["mixup", "default"]).labelled(small) == ("default",)
     with pytest.raises(UsageError, match="view_recipes: none of mixup is in recipes.folder-small.views; .* default"):
         listing(view_recipes=["mixup"]).labelled(small)
