@@ -250,6 +250,7 @@ def test_the_space_of_second_names_that_nothing_else_names_is_counted(labelled: 
     shutil.copytree(labelled.path, tmp_path / "copy")  # a copy has no links: what is kept takes space of its own
     entries = [path for path in (tmp_path / "copy/data/work/kept/smoke").iterdir() if path.is_dir()]
     own = sum(file.stat().st_size for entry in entries for file in entry.rglob("*") if file.is_file())
-    out = invoke(Project(tmp_path / "copy"), "doctor")
-    assert f"`pipeline clean --kept` frees {size_text(own)} of what DVC replaced" in out
-    assert "clean --kept" not in invoke(labelled, "doctor")
+    copy = Project(tmp_path / "copy")
+    assert f"`pipeline clean --kept` frees {size_text(own)} of what DVC replaced" in invoke(copy, "doctor")
+    assert f"{size_text(own)} are free now" in invoke(copy, "clean", "--kept")
+    assert "clean --kept" not in invoke(copy, "doctor")
