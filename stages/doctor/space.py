@@ -188,7 +188,7 @@ def disk(artefacts: Iterable[Artefact]) -> Finding:
         return Finding("space", PROBLEM, f"{folder.absolute()} cannot be written to", "mend its rights")
     second_names = kept.space()
     if second_names.own:
-        text += f"; `pipeline clean --kept` frees {size_text(second_names.own)} of what DVC replaced"
+        text += f"; second names of results take {size_text(second_names.own)}, which `pipeline clean --kept` frees"
     if needed > free:
         way_out = "free some, or clone the project on a larger disk (`dvc cache dir` moves DVC's copies alone)"
         return Finding("space", PROBLEM, text, way_out)

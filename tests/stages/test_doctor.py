@@ -251,6 +251,8 @@ def test_the_space_of_second_names_that_nothing_else_names_is_counted(labelled: 
     entries = [path for path in (tmp_path / "copy/data/work/kept/smoke").iterdir() if path.is_dir()]
     own = sum(file.stat().st_size for entry in entries for file in entry.rglob("*") if file.is_file())
     copy = Project(tmp_path / "copy")
-    assert f"`pipeline clean --kept` frees {size_text(own)} of what DVC replaced" in invoke(copy, "doctor")
+    assert f"second names of results take {size_text(own)}, which `pipeline clean --kept` frees" in invoke(
+        copy, "doctor"
+    )
     assert f"{size_text(own)} are free now" in invoke(copy, "clean", "--kept")
     assert "clean --kept" not in invoke(copy, "doctor")
