@@ -389,7 +389,8 @@ def _summarize(recipe: Recipe, dataset: Dataset, findings: Findings) -> dict[str
 def kept_data(context: Context) -> kept.Result:
     """Describe a recipe's prepared data as they are kept: its settings decide whether they fit."""
     out, decides = context.paths.prepared, fingerprint({"settings": deciding_values(context.recipe.dataset)})
-    return kept.Result(context.recipe.name, "prepare", decides, out, (out,), lock=_lock(out))
+    files = (out / "dataset.h5", out / "summary.json")
+    return kept.Result(context.recipe.name, "prepare", decides, out, files, lock=_lock(out))
 
 
 def keep_prepared(context: Context) -> None:

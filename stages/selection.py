@@ -110,5 +110,6 @@ def _kept_selection(context: Context, teachers: Sequence[str] | None, outs: Mapp
     paths, recipe = context.paths, context.recipe
     candidates = {name: str((outs or {}).get(name, "")) for name in teachers or context.params.candidates(recipe)}
     decides = fingerprint({"select": deciding_values(recipe.select), "teachers": candidates})
-    files, claim = (paths.winner, paths.selection), paths.work("select.lock")
+    files = (paths.winner / "best.safetensors", paths.winner / "best.json", paths.selection)
+    claim = paths.work("select.lock")
     return kept.Result(recipe.name, "select", decides, paths.selection, files, lock=claim)

@@ -62,7 +62,7 @@ class Result:
         stage: The stage's name, as `teacher@vgg16`.
         fingerprint: SHA-256 of the settings and inputs that decide it.
         out: Where people find it.
-        paths: Its files, and folders that stand for all files in them. It is complete once the last is there.
+        paths: All of its files. It is complete once the last is there.
         amounts: Of what it may hold more or less, as labelled views: what it holds, or the least that is asked for.
         lock: The lock that its writers hold; None where the caller holds it.
         code: Digest of the code that makes it.
@@ -83,11 +83,8 @@ class Result:
 
     @property
     def files(self) -> list[Path]:
-        """The files that are there, hidden ones left out."""
-        found = []
-        for path in self.paths:
-            found += sorted(path.rglob("*")) if path.is_dir() else [path]
-        return [file for file in found if file.is_file() and not file.name.startswith(".")]
+        """The files that are there."""
+        return [path for path in self.paths if path.is_file()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,14 +308,16 @@ class _Entry:
             if content.pop("format") != FORMAT:
                 return None
             kept = Kept(**content)
-            texts = [kept.fingerprint, kept.code, kept.date, kept.folder, kept.identity]
+            texts = [kept.fingerprint, kept.code, kept.date, kept.folder, kept.identity, *kept.earlier.values()]
+            texts += [file[key] for file in kept.files for key in ("path", "sha256")]
+            numbers = [file["size"] for file in kept.files] + list(kept.amounts.values())
             paths = [Path(file["path"]) for file in kept.files]
-        except (DataError, StorageError, TypeError, ValueError, KeyError):
+        except (DataError, StorageError, TypeError, ValueError, KeyError, AttributeError):
             return None
         # It may come from anywhere with the folder; what it names is replaced.
         is_within = all(not path.is_absolute() and ".." not in path.parts for path in paths)
-        is_ours = all(isinstance(text, str) for text in texts) and re.fullmatch("[0-9a-f]+", kept.folder)
-        return kept if is_within and is_ours and paths else None
+        is_typed = all(isinstance(text, str) for text in texts) and all(isinstance(number, int) for number in numbers)
+        return kept if paths and is_within and is_typed and re.fullmatch("[0-9a-f]+", kept.folder) else None
 
     def replace(self, result: Result) -> None:
         """Keep a result instead of what is kept."""
@@ -326,7 +325,7 @@ class _Entry:
         self._remove_all_but(former)
         root, number = Paths(self.recipe).root, secrets.token_hex(4)
         files = []
-        for file in result.files:
+        for file in result.paths:  # if DVC deletes one meanwhile, the former one stays
             path = file.relative_to(root)
             second = self.folder / number / path
             duplicate(file, second)
@@ -393,7 +392,7 @@ def _identity(result: Result) -> str:
     """Return a digest that tells the result that is there from others; its times do not count."""
     root, telling = Paths(result.recipe).root, {}
     for file in result.files:
-        if file.name != _UNTELLING and file.is_file():
+        if file.name != _UNTELLING:
             with storage_errors(f"read {file}"), file.open("rb") as opened:
                 start = opened.read(_TELLING_BYTES)
             telling[str(file.relative_to(root))] = [file.stat().st_size, hashlib.sha256(start).hexdigest()]

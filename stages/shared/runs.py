@@ -160,7 +160,8 @@ class Run:
         """The outputs, as they are kept where DVC manages them; None elsewhere."""
         if self.stage is None:
             return None
-        paths = tuple(self.out / name for name in (*CHECKPOINTS, *reversed(OUTPUTS)))  # metrics.json is written last
+        checkpoints = CHECKPOINTS if self.keep_last else CHECKPOINTS[:2]
+        paths = tuple(self.out / name for name in (*checkpoints, *reversed(OUTPUTS)))  # metrics.json is written last
         recipe = str(self.description["recipe"])
         return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock)
 

@@ -213,6 +213,16 @@ def test_a_full_disk_costs_the_second_name_and_not_the_result(said: Any, monkeyp
     assert kept.put_back(said, result()) and contents() == marked(b"1")
 
 
+def test_what_is_deleted_while_it_is_kept_takes_no_place(said: Any) -> None:
+    write(b"1")
+    kept.keep(said, result())
+    write(b"2")
+    (OUT / "best.safetensors").unlink()  # as the next `dvc repro` does, which finds the run still at work
+    kept.keep(said, result())
+    assert len(said.lines) == 1 and "best.safetensors" in said.lines[0] and "No such file" in said.lines[0]
+    assert kept.put_back(said, result()) and contents() == marked(b"1")
+
+
 def test_a_damaged_one_is_never_put_back(said: Any) -> None:
     write()
     kept.keep(said, result())
@@ -229,6 +239,9 @@ def test_a_damaged_one_is_never_put_back(said: Any) -> None:
         {"files": [{"path": "../../outside", "size": 1, "sha256": ""}]},
         {"files": []},
         {"files": None},
+        {"files": [{"path": "students/titn/metrics.json"}]},
+        {"amounts": {"views": "3"}},
+        {"earlier": []},
         {"format": 2},
         {"more": 1},
     ],
