@@ -19,12 +19,14 @@ from click.shell_completion import CompletionItem
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError, one_line
+from stages.shared.hints import with_recipe
 from stages.shared.options import STOP
 
 # A command's name, the module below stages/ that defines it as `command`, and one line of help.
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "This machine": (
         ("doctor", "doctor.diagnosis", "Check whether a full run can work here, and estimate its disk and memory."),
+        ("clean", "clean", "Free the disk space of finished results' second names."),
     ),
     "Data": (("prepare", "prepare", "Turn a data set into one file of uint8 images."),),
     "Stage one: teachers and labels": (
@@ -78,6 +80,15 @@ class TableGroup(click.Group):
         for title, rows in TABLE.items():
             with formatter.section(title):
                 formatter.write_dl([(name, line) for name, _, line in rows])
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run a command; the hints of its error name the recipe, which `open_context` notes."""
+        try:
+            return super().invoke(context)
+        except PipelineError as error:
+            if isinstance(context.obj, str):
+                error.args = (with_recipe(str(error), context.obj),)
+            raise
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete a command's name, or one of this group's options."""

@@ -17,6 +17,7 @@ from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
 from stages.shared import options
 from stages.shared.context import Context
+from stages.shared.params import check_model
 from stages.shared.runs import Run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
@@ -30,14 +31,10 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
         UsageError: The recipe has no such student, there is no such architecture or view recipe, or `soft` is set
             for a student without a distillation head.
     """
-    from pipeline.models.students import STUDENTS, check_arguments
-
     if name not in recipe.students:
         raise UsageError(f"--student {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.students)}")
     student = override(recipe.students[name], settings, f"students.{name}")
-    if student.model not in STUDENTS:
-        raise UsageError(f"students.{name}.model: {student.model!r} is no student; choose from {', '.join(STUDENTS)}")
-    check_arguments(student.model, student.arguments, f"students.{name}.arguments")
+    check_model(student, f"students.{name}")
     if student.views not in recipe.views:
         raise UsageError(f"students.{name}.views: {student.views!r}; choose from {', '.join(recipe.views)}")
     if student.soft:

@@ -16,6 +16,7 @@ from pipeline.data.folders import MAX_CLASSES_NAMED, find_labelled_images, read_
 from pipeline.data.images import BadFile, refusal
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
+from pipeline.system.text import counted
 from stages.shared import options
 from stages.shared.context import Context
 
@@ -45,7 +46,7 @@ def command(
     precision: str | None,
     as_json: bool,
 ) -> None:
-    """Score a checkpoint on a recipe's data, or on any folder's.
+    """Score a checkpoint on a recipe's data, by default those it was trained on, or on any folder's.
 
     With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
     name; classes may be absent, others are refused.
@@ -55,8 +56,8 @@ def command(
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
-        context = options.open_context(recipe, device)
         classifier = load(checkpoint, device=device, precision=precision)
+        context = options.open_context(recipe, device, named_by=lambda params: classifier.config.get("recipe"))
         result = evaluate_split(context, classifier, split or "test", per_class=per_class)
     else:
         if recipe is not None or split is not None:
@@ -145,7 +146,7 @@ def evaluate_folder(
         raise refusal(folder, bad)
     supports = meter.confusion.sum(dim=1).tolist()
     if not any(supports):
-        raise DataError(f"{printable(folder)}: none of its {len(files)} images can be read")
+        raise DataError(f"{printable(folder)}: no image can be read, of {len(files)}")
     absent = [name for name, support in zip(classifier.class_names, supports, strict=True) if not support]
     skipped = [dataclasses.asdict(file) for file in bad]
     where = {"data": printable(folder), "absent_classes": absent, "skipped": skipped}
@@ -159,13 +160,13 @@ def scores_table(result: dict[str, Any]) -> Table:
     row += [number(result[key], 3) for key in ("precision", "recall", "f1")]
     columns = ["model", "top-1 %", "top-5 %", "precision", "recall", "F1", "class head %", "distillation head %"]
     where = result["data"] if "data" in result else f"{result['recipe']}, {result['split']}"
-    note = f"{result['num_images']} images, {result['device']}, {result['autocast']}"
+    note = f"{counted(result['num_images'], 'image')}, {result['device']}, {result['autocast']}"
     if result.get("skipped"):
-        note += f"; {len(result['skipped'])} bad files left out"
+        note += f"; {counted(len(result['skipped']), 'bad file')} left out"
     if absent := result.get("absent_classes"):
         names = [*map(printable, absent[:MAX_CLASSES_NAMED]), *(["..."] if len(absent) > MAX_CLASSES_NAMED else [])]
-        note += f"; no images of {len(absent)} classes ({', '.join(names)}), "
-        note += "which count 0 in the means where they are predicted"
+        note += f"; no images of {counted(len(absent), 'class')} ({', '.join(names)}), "
+        note += f"which {'counts' if len(absent) == 1 else 'count'} 0 in the means where they are predicted"
     return Table(f"{result['checkpoint']} on {where}", columns, [[*row, *heads]], note)
 
 

@@ -93,12 +93,11 @@ def command(
     if data is not None:
         console, real = open_console(), from_folder(data, classifier, labelled=int8 or dtype == "bf16")
     else:
-        trained_on = classifier.config.get("recipe")
-        context = open_context(trained_on if recipe is None and isinstance(trained_on, str) else recipe)
+        context = open_context(recipe, named_by=lambda params: classifier.config.get("recipe"))
         console, real = context.console, from_recipe(context, classifier)
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
     config = export(classifier, real, out, formats=names, license=license, say=say)
     if as_json:

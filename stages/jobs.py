@@ -15,6 +15,7 @@ from pipeline.config.recipes import TeacherRecipe
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.labels.cache import LabelCache
 from pipeline.system.storage import read_json
+from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
 from stages.distill import distill, plan_student
 from stages.label import LabelRequest, label, plan_labels
@@ -90,7 +91,7 @@ class TrainingJob(Job):
 
     def amount(self, context: Context) -> str:
         """Its epochs."""
-        return f"train {self.epochs(context)} epochs"
+        return f"train {counted(self.epochs(context), 'epoch')}"
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """See `Run.state`."""
@@ -117,11 +118,13 @@ class TeacherJob(TrainingJob):
         name: The teacher; None is the selected one.
         optimizer: The optimiser, for Figure 5; None is the recipe's.
         keeps: See `SelectJob`; a teacher whose labels are here without it counts as trained.
+        settings: Fields of the recipe to replace, as key and text.
     """
 
     name: str | None = None
     optimizer: str | None = None
     keeps: bool = False
+    settings: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -131,8 +134,8 @@ class TeacherJob(TrainingJob):
 
     def epochs(self, context: Context) -> int:
         """Return the recipe's epochs; of a teacher to be selected, the most of any."""
-        teachers = context.recipe.teachers
-        return max(teachers[name].epochs for name in ([self.name] if self.name else teachers))
+        recipe, names = context.recipe, [self.name] if self.name else context.recipe.teachers
+        return max(teacher_recipe(recipe, name, dict(self.settings)).epochs for name in names)
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """See `Run.state`."""
@@ -158,7 +161,7 @@ class TeacherJob(TrainingJob):
 
     def _settings(self, context: Context) -> dict[str, str]:
         if self.optimizer is None:
-            return {}
+            return dict(self.settings)
         return sweep_settings(teacher_recipe(context.recipe, self._teacher(context)), self.optimizer)
 
 
@@ -170,10 +173,12 @@ class SelectJob(Job):
         names: The candidates.
         keeps: Whether labels and students that are here stay with the teacher that made the labels: no other teacher
             replaces it, and where its checkpoint, too large to be copied along, is not here, it counts as selected.
+        settings: What the candidates' runs replace in their recipes, as key and text.
     """
 
     names: tuple[str, ...] = ()
     keeps: bool = False
+    settings: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -194,13 +199,14 @@ class SelectJob(Job):
         names = self._trained(context)
         if not names:
             return State(f"{self.amount(context)}, once a candidate is trained")
-        comparison = compare(context, names)
+        outs = self._outs(context)
+        comparison = compare(context, names, outs)
         best = comparison["winner"]
         is_kept = cache is not None and makers is not None and makers["sha256"] == cache.provenance["checkpoint_sha256"]
         if is_kept and best != maker:
             text = f"done: {best} has the highest {comparison['by']}; labels and students stay with {maker}'s"
             return State(text, is_done=True)
-        chosen, trained = read_meta(paths.winner), read_meta(paths.teacher(best))
+        chosen, trained = read_meta(paths.winner), read_meta(outs[best])
         if chosen is None or trained is None or chosen["sha256"] != trained["sha256"]:
             return State(self.amount(context))
         former = read_json(paths.selection) if paths.selection.is_file() else {}
@@ -213,7 +219,7 @@ class SelectJob(Job):
 
         def select_trained() -> dict[str, Any]:
             if names := self._trained(context):
-                return select(context, names)
+                return select(context, names, self._outs(context))
             raise DataError(f"none of {', '.join(self.names)} is trained")
 
         with context.joined() as group:
@@ -221,7 +227,13 @@ class SelectJob(Job):
         context.say(f"selected {comparison['winner']} by {comparison['by']}")
 
     def _trained(self, context: Context) -> tuple[str, ...]:
-        return tuple(name for name in self.names if plan_teacher(context, name).why_stale() is None)
+        return tuple(name for name in self.names if self._run(context, name).why_stale() is None)
+
+    def _outs(self, context: Context) -> dict[str, Path]:
+        return {name: self._run(context, name).out for name in self.names}
+
+    def _run(self, context: Context, name: str) -> Run:
+        return plan_teacher(context, name, settings=dict(self.settings))
 
 
 @dataclass(frozen=True)
@@ -241,13 +253,14 @@ class LabelJob(Job):
 
     def amount(self, context: Context) -> str:
         """Its views."""
-        return f"label {context.recipe.views[self.views].count} views"
+        return f"label {counted(context.recipe.views[self.views].count, 'view')}"
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """Return that it is done if every view is labelled and sealed."""
         count, cache = context.recipe.views[self.views].count, None if fresh else labels_of(context, self.views)
         if cache is not None and cache.num_views >= count and cache.topk >= context.recipe.label.topk:
-            return State(f"{context.paths.labels(self.views)}: up to date, {cache.num_views} views", is_done=True)
+            what = f"up to date, {counted(cache.num_views, 'view')}"
+            return State(f"{context.paths.labels(self.views)}: {what}", is_done=True)
         return State(plan_labels(context, LabelRequest(view_recipe=self.views, fresh=fresh)).text)
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
@@ -276,7 +289,7 @@ class StudentJob(TrainingJob):
         """The student, and what differs from the recipe."""
         parts = [f"student {self.name}"]
         parts += [f"labels {self.labels}"] if self.labels != "cached" else []
-        parts += [f"{self.num_views} view{'s' if self.num_views > 1 else ''}"] if self.num_views is not None else []
+        parts += [counted(self.num_views, "view")] if self.num_views is not None else []
         return ", ".join([*parts, f"seed {self.seed}"])
 
     def epochs(self, context: Context) -> int:
@@ -298,19 +311,25 @@ class StudentJob(TrainingJob):
         return Distillation(labels=self.labels, teacher=teacher, num_views=self.num_views)
 
 
-def stage_one(context: Context, names: Sequence[str]) -> list[Job]:
-    """Return the jobs of `teacher-select`: train every candidate, select, label."""
-    recipe = context.recipe.name
-    teachers = tuple(TeacherJob(recipe=recipe, name=name) for name in names)
-    selection = SelectJob(recipe=recipe, after=teachers, names=tuple(names))
-    labels = [LabelJob(recipe=recipe, after=(selection,), views=name) for name in context.params.view_recipes]
+def stage_one(context: Context, names: Sequence[str], settings: Mapping[str, str] | None = None) -> list[Job]:
+    """Return the jobs of `teacher-select`: train every candidate, select, label.
+
+    Args:
+        context: The recipe's context.
+        names: The candidates.
+        settings: Fields of their recipes to replace.
+    """
+    recipe, pairs = context.recipe.name, tuple((settings or {}).items())
+    teachers = tuple(TeacherJob(recipe=recipe, name=name, settings=pairs) for name in names)
+    selection = SelectJob(recipe=recipe, after=teachers, names=tuple(names), settings=pairs)
+    views = context.params.labelled(context.recipe)
+    labels = [LabelJob(recipe=recipe, after=(selection,), views=name) for name in views]
     return [*teachers, selection, *labels]
 
 
 def whole_run(context: Context) -> list[Job]:
     """Return the jobs of `dvc repro` on a recipe, as far as it has the views and students that params.yaml lists."""
     recipe, jobs = context.recipe, stage_one(context, context.params.candidates(context.recipe))
-    jobs = [job for job in jobs if not isinstance(job, LabelJob) or job.views in recipe.views]
     selection = next(job for job in jobs if isinstance(job, SelectJob))
     for name in context.params.students:
         if name in recipe.students:

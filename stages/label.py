@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import time
@@ -17,9 +18,11 @@ from pipeline.errors import DataError, UsageError
 from pipeline.labels.cache import LabelCache
 from pipeline.labels.parts import LabelParts, seal
 from pipeline.report.progress import progress_bar
+from pipeline.system.canonical import fingerprint
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import is_locked, lock, remove_leftovers
-from stages.shared import options
+from pipeline.system.text import counted
+from stages.shared import kept, options
 from stages.shared.context import Context
 
 if TYPE_CHECKING:
@@ -77,7 +80,8 @@ class LabelRequest:
             )
         if self.fresh and (context.ranks.world_size > 1 or self.views is not None):
             why = "under torchrun, whose ranks would" if self.views is None else "with --views, whose slices would"
-            raise UsageError(f"--fresh: not {why} delete each other's work; delete {paths.labels(name)} first")
+            files = f"{paths.labels(name)} and {paths.kept}/label@{name}.json"
+            raise UsageError(f"--fresh: not {why} delete each other's work; delete {files} first")
         return range(start, stop)
 
 
@@ -120,6 +124,7 @@ class LabelPlan:
         dataset: The data set whose training images are labelled.
         checkpoint: The teacher's checkpoint.
         fresh: Whether to delete the parts first.
+        result: The sealed file as it is kept; what is put back holds more views than the one that is there.
     """
 
     path: Path
@@ -130,6 +135,7 @@ class LabelPlan:
     dataset: Dataset
     checkpoint: Checkpoint
     fresh: bool
+    result: kept.Result
 
     @property
     def is_up_to_date(self) -> bool:
@@ -140,7 +146,9 @@ class LabelPlan:
     def text(self) -> str:
         """The plan in one line."""
         if self.cache is not None and self.is_up_to_date:
-            return f"{self.path}: up to date, {self.cache.num_views} views"
+            return f"{self.path}: up to date, {counted(self.cache.num_views, 'view')}"
+        if not self.fresh and (second := kept.find(self.result)) is not None:
+            return f"{self.path}: put back what was finished on {second.when}"
         if not self.missing:
             return f"{self.path}: every view is labelled; seals them"
         is_first = len(self.missing) == len(self.asked)
@@ -171,7 +179,11 @@ def plan_labels(context: Context, request: LabelRequest) -> LabelPlan:
         missing = [view for view in missing if view >= cache.num_views]
         if cache.num_views < views.stop:
             parts.adopt(cache)
-    return LabelPlan(path, views, missing, parts, cache, dataset, checkpoint, fresh)
+    result = kept.Result(
+        recipe.name, f"label@{request.view_recipe}", fingerprint({**identity, "teacher": checkpoint.sha256}), path,
+        (path,), {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
+    )  # fmt: skip
+    return LabelPlan(path, views, missing, parts, cache, dataset, checkpoint, fresh, result)
 
 
 def label(context: Context, request: LabelRequest) -> Path:
@@ -193,7 +205,10 @@ def label(context: Context, request: LabelRequest) -> Path:
     ranks, name = context.ranks, request.view_recipe
     with lock(context.paths.work("labels", f"{name}-{ranks.rank}.lock")):
         plan = plan_labels(context, request)
+        if not request.fresh and not plan.is_up_to_date and kept.put_back(context, plan.result):
+            plan = plan_labels(context, request)
         if plan.is_up_to_date:
+            kept.say_if_older(context, dataclasses.replace(plan.result, amounts={}))
             _clean_up(plan, ranks)
             context.say(f"{plan.text}; --fresh labels them again")
             return plan.path
@@ -294,8 +309,9 @@ class _Labelling:
         context, ranks, parts = self._context, self._ranks, self._parts
         mine = [view for view in self._plan.missing if view % ranks.world_size == ranks.rank]
         if num_invalid := parts.num_invalid(mine):
-            what = "are damaged, or of another teacher, precision, device, version or --keep"
-            context.say(f"{parts.directory}: {num_invalid} finished views {what}; labelling them again")
+            found = f"{counted(num_invalid, 'finished view')} {'is' if num_invalid == 1 else 'are'} damaged"
+            what = "or of another teacher, precision, device, version or --keep; labelling again"
+            context.say(f"{parts.directory}: {found}, {what}")
         began = said = time.monotonic()
         with progress_bar(context.console) as bar:
             bar.disable = not (context.console.is_terminal and ranks.is_main)
@@ -331,10 +347,10 @@ class _Labelling:
             else:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                say(f"{len(left)} views to go; ranks at work besides this one: {sorted(busy) or 'none'}")
+                say(f"{counted(len(left), 'view')} to go; ranks at work besides this one: {sorted(busy) or 'none'}")
                 said = time.monotonic()
         if num_taken:
-            say(f"labelled {num_taken} views of ranks that were not at work")
+            say(f"labelled {counted(num_taken, 'view')} of ranks that were not at work")
 
     def seal(self) -> None:
         """Seal the finished views into one file, unless a slice left views before them to other runs."""
@@ -351,9 +367,12 @@ class _Labelling:
                 context.say(f"{plan.path}: not sealed yet, {missing}")
                 return
         clean = label_clean(context, plan.dataset, self._teacher)
-        seal(plan.path, parts=parts, count=count, clean=clean, canaries=make_canaries(self._views, count))
-        what = f"{count} views of {len(plan.dataset.train)} images, {options.kept_name(parts.topk)}"
-        context.say(f"{plan.path}: {what}, sealed")
+        canaries = make_canaries(self._views, count)
+        with context.stop.deferred():
+            seal(plan.path, parts=parts, count=count, clean=clean, canaries=canaries)
+            kept.keep(context, dataclasses.replace(plan.result, amounts={"topk": parts.topk, "views": count}))
+        what = f"{counted(count, 'view')} of {counted(len(plan.dataset.train), 'image')}"
+        context.say(f"{plan.path}: {what}, {options.kept_name(parts.topk)}, sealed")
         context.changed(f"label@{self._request.view_recipe}")
 
     def _label(self, view: int) -> None:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError, PipelineError, printable
+from pipeline.system.storage import read_json
+from pipeline.system.text import counted
 from stages.shared import options
 from stages.shared.context import Context
+from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
+    from pipeline.config.params import Params
     from pipeline.labels.replay import Replay
 
 
@@ -46,7 +50,7 @@ def inspect(file: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=2))
         return
     for key, value in content.items():
-        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict) else printable(str(value))}")
 
 
 @command.command()
@@ -59,8 +63,11 @@ def inspect(file: Path, as_json: bool) -> None:
 def verify(
     file: Path, recipe: str | None, device: str | None, sample: int, teacher: Path | None, margin: float | None
 ) -> None:
-    """Replay the teacher on some labels; exit 1 if it would give others."""
-    context = options.open_context(recipe, device)
+    """Replay the teacher on some labels; exit 1 if it would give others.
+
+    The recipe is by default that of the file's data and views.
+    """
+    context = options.open_context(recipe, device, named_by=lambda params: _recipe_of(params, file))
     replayed, allowed = _replay(context, file, teacher=teacher, num_samples=sample, margin=margin)
     num_failed = 0
     for difference in replayed.differences:
@@ -71,13 +78,34 @@ def verify(
             f"{difference.replayed}, logit margin {difference.margin:.4g}" + (" (near tie, allowed)" if is_tie else "")
         )
     context.say(
-        f"{file}: {replayed.num_samples} labels replayed, {len(replayed.differences)} differ, "
+        f"{file}: {counted(replayed.num_samples, 'label')} replayed, {len(replayed.differences)} differ, "
         f"{num_failed} by more than {allowed:g}"
     )
     if replayed.probability_error is not None:
         context.say(f"{file}: probabilities differ by at most {replayed.probability_error:.2g}")
     if num_failed:
-        raise PipelineError(f"{file}: {num_failed} labels are not the teacher's; run `pipeline label --fresh`")
+        wrong = counted(num_failed, "label")
+        raise PipelineError(f"{file}: the teacher gives {wrong} otherwise; run `pipeline label --fresh`")
+
+
+def _recipe_of(params: Params, file: Path) -> str | None:
+    """Return the recipe whose prepared data and views a label file is for; None where there is none.
+
+    Of several it is the one whose folder the file is in, else params.yaml's own, if they are among them.
+    """
+    from pipeline.config.recipes import deciding_values
+    from pipeline.labels.cache import LabelCache
+
+    identity = LabelCache.open(file).identity
+
+    def fits(name: str) -> bool:
+        summary = Paths(name).prepared / "summary.json"
+        views = [deciding_values(views, but=("count",)) for views in params.recipes[name].views.values()]
+        is_same = summary.is_file() and read_json(summary).get("sha256") == identity["dataset_sha256"]
+        return is_same and identity["view_recipe"] in views
+
+    names = [name for name in (file.absolute().parent.parent.name, params.recipe) if name in params.recipes]
+    return next(filter(fits, [*names, *params.recipes]), None)
 
 
 def _replay(

@@ -60,7 +60,7 @@ def command(
     for result in predict(classifier, images, topk=topk, left_out=left_out, standard_input=standard_input):
         if isinstance(result, BadFile):
             num_bad += 1
-            click.echo(f"{result.path}: {result.reason}", err=True)
+            click.echo(printable(f"{result.path}: {result.reason}"), err=True)
             continue
         if not as_json and not num_good and (heading := result.heading(width)) is not None:
             click.echo(heading)

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
 from pipeline.training.checkpoints import read_meta
 from stages.reports.runs import FinishedRun
@@ -47,7 +47,8 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
             wrong.append(str(error))
             continue
         added = records.add(directory)
-        click.echo(f"{directory}: " + (f"recorded as {added} in {out}" if added else f"is in {out} already"))
+        text = f"recorded as {added} in {out}" if added else f"is in {out} already"
+        click.echo(printable(f"{directory}: {text}"))
     if wrong:  # the others are recorded
         raise DataError("; ".join(wrong))
 

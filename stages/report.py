@@ -67,7 +67,7 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
         try:
             require_matplotlib()
         except UsageError as error:
-            raise UsageError(f"{error}; or leave them out: pipeline report --no-figures") from None
+            raise UsageError(f"{error}; or leave them out: `pipeline report --no-figures`") from None
     runs = FinishedRuns.read(context.recipe, context.paths)
     runs = replace(runs, others={}) if tracked_only else runs
     comparisons = compare.find_comparisons(runs)
@@ -169,7 +169,7 @@ def lead(runs: FinishedRuns, *, tracked_only: bool) -> str:
         top1 = best.metrics["test"]["top1"]
         parts.append(f"Best student: {best.name}, {top1:.2f} % on test at its best epoch, seed 0.")
     elif not runs.teachers:
-        commands = f"pipeline teacher-select --recipe {recipe.name}, then pipeline distill"
+        commands = f"pipeline teacher-select --recipe {recipe.name}, then pipeline distill --recipe {recipe.name}"
         parts.append(f"Nothing has been run yet: {commands}.")
     parts.append("The paper is arXiv:2502.16762; a difference is our figure minus the paper's.")
     if tracked_only:

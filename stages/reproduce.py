@@ -12,10 +12,11 @@ import click
 
 from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe
-from pipeline.data.sources import check_source
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from pipeline.report import paper
+from pipeline.system.text import counted
 from stages.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
+from stages.prepare import check_available
 from stages.record import Records
 from stages.shared import options
 from stages.shared.context import Context
@@ -143,9 +144,8 @@ class Reproduction:
             context.position = self._context.position
             if self._has_data(context):
                 num_recorded += self._do(job, context)
-        self._say(
-            f"{len(self._done)} of {len(self._jobs)} jobs are done; {num_recorded} new records in {self._records.path}"
-        )
+        records = counted(num_recorded, "new record")
+        self._say(f"{len(self._done)} of {len(self._jobs)} jobs are done; {records} in {self._records.path}")
         for context in self._contexts.values():
             context.end()
         self._tell_failures()
@@ -195,7 +195,7 @@ class Reproduction:
     def _prepare(self, context: Context) -> None:
         if not context.paths.is_prepared:
             if not self._download:
-                check_source(context.recipe, context.paths.raw)
+                check_available(context)
             prepare_from_raw(context, download=self._download)
 
     def _state_of_data(self, context: Context) -> str:
@@ -203,11 +203,10 @@ class Reproduction:
         if self._download:
             return "prepares, downloading what is missing"
         try:
-            check_source(context.recipe, context.paths.raw)
+            return check_available(context) or "prepares"
         except (DataError, UsageError) as error:
             self._lacking[context.recipe.name] = str(error)
             return f"needs data: {error}"
-        return "prepares"
 
     def _tell_failures(self) -> None:
         """End with one line of all that could not be done."""
@@ -307,8 +306,8 @@ def _ablation(params: Params, recipe: Recipe, scope: Scope) -> Iterator[Job]:
 class Chain:
     """What a recipe's students need: teachers, a selection, labels.
 
-    On the paper's data its teacher comes first and labels before any other is trained; on others all candidates are
-    compared first.
+    In the paper's recipes its teacher comes first and labels before any other is trained; in others, also those on its
+    data, all candidates are compared first.
 
     Args:
         params: All of params.yaml.
@@ -317,7 +316,7 @@ class Chain:
 
     def __init__(self, params: Params, recipe: Recipe) -> None:
         self.recipe = recipe
-        is_papers = recipe.dataset.source in paper.TEACHERS and paper.TEACHER in recipe.teachers
+        is_papers = recipe.name in paper.TEACHERS and paper.TEACHER in recipe.teachers
         self.first = (paper.TEACHER,) if is_papers else params.candidates(recipe)
 
     def jobs(self, teachers: Sequence[str], students: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:

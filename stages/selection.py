@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
+from pipeline.config.recipes import deciding_values
 from pipeline.errors import DataError, UsageError
+from pipeline.system.canonical import fingerprint
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
 from pipeline.training.checkpoints import load_checkpoint
 from stages.reports.tables import candidates_table
+from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.options import open_context, recipe_option, teachers_option
 
@@ -28,12 +32,17 @@ def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
     context.end()
 
 
-def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
+def select(
+    context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Choose the best of the trained candidates by the recipe's rule.
+
+    A choice that is gone is put back if candidates are gone too, so that it cannot be made again.
 
     Args:
         context: The command's setting.
         teachers: Names of the candidates; None takes those of `teachers` in params.yaml that the recipe has.
+        outs: Where the candidates are that are not the recipe's own runs, by name.
 
     Returns:
         The comparison, as written to selection.json.
@@ -42,8 +51,11 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         UsageError: The recipe has no such teacher.
         DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
     """
-    paths, comparison = context.paths, compare(context, teachers)
-    checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
+    result = _kept_selection(context, teachers, outs)
+    if _are_gone(context, teachers, outs) and kept.put_back(context, result):
+        return dict(read_json(context.paths.selection))
+    paths, comparison = context.paths, compare(context, teachers, outs)
+    checkpoint = load_checkpoint((outs or {}).get(comparison["winner"], paths.teacher(comparison["winner"])))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
     with lock(paths.work("select.lock")):
         for path in (*(paths.winner / file.name for file in files), paths.selection):
@@ -51,11 +63,14 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
         for file in files:
             write_atomic(paths.winner / file.name, read_bytes(file))
         write_json(paths.selection, comparison)
+        kept.keep(context, result)
     context.changed("select")
     return comparison
 
 
-def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
+def compare(
+    context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
@@ -66,12 +81,33 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
             )
     candidates: list[dict[str, Any]] = []
     for name in names:
-        file = paths.teacher(name) / "metrics.json"
+        file = (outs or {}).get(name, paths.teacher(name)) / "metrics.json"
         if not file.is_file():
             raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
         candidates.append(read_json(file))
     scores = {row["name"]: row["best"][recipe.select.by] for row in candidates if not row["at_chance"]}
     scores = {name: score for name, score in scores.items() if math.isfinite(score)}
     if not scores:
-        raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
+        path = f"recipes.{recipe.name}"
+        raise DataError(
+            f"none of {', '.join(names)} has learned anything; lower {path}.teacher.lr, or, where one class is far "
+            f"more common than the others, train more epochs and write {path}.select: {{by: f1}}"
+        )
     return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}
+
+
+def _are_gone(context: Context, teachers: Sequence[str] | None, outs: Mapping[str, Path] | None) -> bool:
+    """Tell whether there is no selection, and not every candidate that one could be made of."""
+    paths, names = context.paths, teachers or context.params.candidates(context.recipe)
+    candidates = [(outs or {}).get(name, paths.teacher(name)) for name in names]
+    return not paths.selection.exists() and not all((path / "metrics.json").is_file() for path in candidates)
+
+
+def _kept_selection(context: Context, teachers: Sequence[str] | None, outs: Mapping[str, Path] | None) -> kept.Result:
+    """Describe the selection as it is kept: rule and candidates decide whether it fits."""
+    paths, recipe = context.paths, context.recipe
+    candidates = {name: str((outs or {}).get(name, "")) for name in teachers or context.params.candidates(recipe)}
+    decides = fingerprint({"select": deciding_values(recipe.select), "teachers": candidates})
+    files = (paths.winner / "best.safetensors", paths.winner / "best.json", paths.selection)
+    claim = paths.work("select.lock")
+    return kept.Result(recipe.name, "select", decides, paths.selection, files, lock=claim)

@@ -14,21 +14,22 @@ from pipeline.errors import UsageError
 from pipeline.system.storage import sha256_file
 from stages.shared import options
 from stages.shared.context import Context
+from stages.shared.places import settings_as_written
 from stages.shared.runs import Run
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def teacher_recipe(recipe: Recipe, name: str) -> TeacherRecipe:
-    """Return a candidate's recipe.
+def teacher_recipe(recipe: Recipe, name: str, settings: Mapping[str, str] | None = None) -> TeacherRecipe:
+    """Return a candidate's recipe, with fields replaced.
 
     Raises:
-        UsageError: The recipe has no such teacher.
+        UsageError: The recipe has no such teacher, or it has no such field, or a value is not allowed.
     """
     if name not in recipe.teachers:
         raise UsageError(f"teacher {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}")
-    return recipe.teachers[name]
+    return override(recipe.teachers[name], settings or {}, f"teachers.{name}")
 
 
 def train_teacher(
@@ -79,15 +80,16 @@ def train_teacher(
 
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
     """Return a candidate's run, with the arguments of `train_teacher`."""
-    recipe = override(teacher_recipe(context.recipe, name), settings or {}, f"teachers.{name}")
+    recipe = teacher_recipe(context.recipe, name, settings)
     dataset = context.dataset()
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
     views = deciding_values(context.recipe.views["default"], but=("count",))
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
+    differs = settings_as_written(recipe, settings or {})
     return Run.of(
-        dataset, context.recipe.name, "teacher", name, recipe, seed, settings or {}, model=name, arguments=arguments,
+        dataset, context.recipe.name, "teacher", name, recipe, seed, differs, model=name, arguments=arguments,
         inputs=inputs, metric=context.recipe.select.by,
     )  # fmt: skip
 

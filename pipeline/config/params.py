@@ -22,6 +22,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from pipeline.config.recipes import (
     DatasetRecipe,
+    FitRecipe,
     LabelRecipe,
     Recipe,
     RecipeSection,
@@ -35,6 +36,8 @@ from pipeline.system.storage import read_if_exists
 
 T = TypeVar("T", bound=RecipeSection)
 
+RESERVED = frozenset({"kept", "raw", "runs", "work"})
+"""What no recipe may be called: data/ has folders of these names beside those of the recipes."""
 MAX_BYTES = 100_000
 MAX_DIGITS = 30  # of an integer; every range ends below
 MAX_LEVELS = 20  # of nesting; params.yaml has six
@@ -45,6 +48,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 @dataclass(frozen=True)
 class Params:
     """The whole of params.yaml.
+
+    The lists at the top serve every recipe: a command takes the names that its recipe has. DVC, which runs a stage for
+    each name, needs lists that fit: see `faults_of_lists`.
 
     Attributes:
         recipe: Name of the default recipe.
@@ -77,10 +83,58 @@ class Params:
         Raises:
             UsageError: It has none of them.
         """
-        names = tuple(name for name in self.teachers if name in recipe.teachers)
-        if not names:
-            raise UsageError(f"teachers: none of {', '.join(self.teachers)} is in recipes.{recipe.name}.teachers")
-        return names
+        return _those_in(self.teachers, recipe.teachers, "teachers", f"recipes.{recipe.name}.teachers")
+
+    def labelled(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the view recipes of a recipe that are labelled: those of `view_recipes` that it has.
+
+        Raises:
+            UsageError: It has none of them.
+        """
+        return _those_in(self.view_recipes, recipe.views, "view_recipes", f"recipes.{recipe.name}.views")
+
+    def faults_of_lists(self, recipe: Recipe) -> list[str]:
+        """Say why `dvc repro` cannot run a recipe with the lists at the top; empty where it can.
+
+        DVC runs a stage for each name of `teachers`, `view_recipes` and `students`, and fails at the first that the
+        recipe lacks, once those before it have been trained.
+        """
+        path, faults = f"recipes.{recipe.name}", []
+        for key, names, known in (
+            ("teachers", self.teachers, recipe.teachers),
+            ("view_recipes", self.view_recipes, recipe.views),
+            ("students", self.students, recipe.students),
+        ):
+            faults += [f"{key}: {name!r} is not in {path}" for name in names if name not in known]
+        for name, views in self.students.items():
+            if name in recipe.students and views != (own := recipe.students[name].views):
+                faults.append(f"students.{name}: {views!r} differs from {path}.students.{name}.views ({own!r})")
+            elif views in recipe.views and views not in self.view_recipes:
+                faults.append(f"students.{name}: view recipe {views!r} is not in view_recipes")
+        return faults
+
+    def dvc_command(self, recipe: Recipe) -> str:
+        """Return the line by which DVC runs a recipe: as `dvc repro`, with those names of the lists that it has.
+
+        Of a list of which the recipe has no name, all of the recipe's take its place.
+        """
+        teachers = [name for name in self.teachers if name in recipe.teachers] or list(recipe.teachers)
+        students = [name for name in self.students if name in recipe.students] or list(recipe.students)
+        views = [name for name in self.view_recipes if name in recipe.views]
+        views = list(dict.fromkeys([*views, *(recipe.students[name].views for name in students)]))
+        pairs = ", ".join(f"{name}: {recipe.students[name].views}" for name in students)
+        lists = f"-S 'teachers=[{', '.join(teachers)}]' -S 'view_recipes=[{', '.join(views)}]'"
+        # `students={...}` alone would add to the students there.
+        return f"dvc exp run -S recipe={recipe.name} {lists} -S '~students' -S '+students={{{pairs}}}'"
+
+    def require_lists(self, recipe: Recipe) -> None:
+        """Check that `dvc repro` can run a recipe with the lists at the top.
+
+        Raises:
+            UsageError: It cannot; the message ends with the line that does.
+        """
+        if faults := self.faults_of_lists(recipe):
+            raise UsageError(f"params.yaml: {'; '.join(faults)}; run this instead: {self.dvc_command(recipe)}")
 
 
 def load_params(path: Path) -> Params:
@@ -115,9 +169,11 @@ def parse_params(tree: Any) -> Params:
     """
     keys = [field.name for field in dataclasses.fields(Params)]
     top = _section(tree, "params.yaml", keys, required=keys)
-    recipes = {
-        _name(name, "recipes"): _recipe(name, section) for name, section in _mapping(top["recipes"], "recipes").items()
-    }
+    for name in RESERVED & _mapping(top["recipes"], "recipes").keys():
+        raise UsageError(
+            f"recipes.{name}: {name!r} names a folder of data/ that serves every recipe; call it otherwise"
+        )
+    recipes = {_name(name, "recipes"): _recipe(name, section) for name, section in top["recipes"].items()}
     params = Params(
         recipe=_name(top["recipe"], "recipe"),
         teachers=_names(top["teachers"], "teachers"),
@@ -205,25 +261,25 @@ def _view_recipe(section: Any, path: str) -> ViewRecipe:
 
 
 def _check_references(params: Params) -> None:
-    """Check that the names at the top exist in the default recipe, and agree with it."""
-    recipe = params.select(params.recipe)
-    path = f"recipes.{recipe.name}"
-    for kind, names, known in (
-        ("teachers", params.teachers, recipe.teachers),
-        ("view_recipes", params.view_recipes, recipe.views),
-        ("students", tuple(params.students), recipe.students),
+    """Check that the default recipe exists, and that each name at the top is in some recipe."""
+    params.select(params.recipe)
+    recipes = params.recipes.values()
+    for key, names, known in (
+        ("teachers", params.teachers, {name for recipe in recipes for name in recipe.teachers}),
+        ("view_recipes", params.view_recipes, {name for recipe in recipes for name in recipe.views}),
+        ("students", params.students, {name for recipe in recipes for name in recipe.students}),
+        ("students", params.students.values(), {name for recipe in recipes for name in recipe.views}),
     ):
         for name in names:
             if name not in known:
-                raise UsageError(f"{kind}: {name!r} is not in {path}; choose from {', '.join(known)}")
-    for student, views in params.students.items():
-        if views != recipe.students[student].views:
-            raise UsageError(
-                f"students.{student}: {views!r} differs from {path}.students.{student}.views "
-                f"({recipe.students[student].views!r}); make them equal"
-            )
-        if views not in params.view_recipes:
-            raise UsageError(f"students.{student}: view recipe {views!r} is not in view_recipes; add it there")
+                raise UsageError(f"{key}: {name!r} is in no recipe; choose from {', '.join(sorted(known))}")
+
+
+def _those_in(names: typing.Iterable[str], known: typing.Collection[str], key: str, path: str) -> tuple[str, ...]:
+    found = tuple(name for name in names if name in known)
+    if not found:
+        raise UsageError(f"{key}: none of {', '.join(names)} is in {path}; its own are {', '.join(known)}")
+    return found
 
 
 def _without_removed(cls: type[RecipeSection], values: Any, path: str) -> dict[str, Any]:
@@ -241,7 +297,13 @@ def _build(cls: type[T], values: Any, path: str) -> T:
     required = [name for name, field in fields.items() if field.default is field.default_factory]  # both are MISSING
     values = _section(_without_removed(cls, values, path), path, tuple(fields), required=required)
     types = typing.get_type_hints(cls)
-    return cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
+    built = cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
+    if isinstance(built, FitRecipe) and built.warmup_epochs > built.epochs:
+        raise UsageError(
+            f"{path}.warmup_epochs: {built.warmup_epochs:g} is more than {path}.epochs, {built.epochs}, so that lr is "
+            "never reached; make it smaller"
+        )
+    return built
 
 
 def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) -> Any:

@@ -34,7 +34,8 @@ def setting(
             `deciding_values` leaves a field with this value out, so that recorded results stay valid. It is given
             apart from `default`, which may change later. Fields of version 0.1.0 have none and are always written.
         default_factory: Makes the default of a mapping.
-        limits: What `pipeline.config.params` checks values against: `range`, `off` or `choices`.
+        limits: What `pipeline.config.params` checks values against: `range`, `off` or `choices`. Also `decides`: False
+            for a field that `deciding_values` never writes, since something else that is recorded tells more.
     """
     metadata = limits if absent is dataclasses.MISSING else {**limits, "absent": absent}
     if default_factory is not dataclasses.MISSING:
@@ -90,6 +91,8 @@ def deciding_values(section: RecipeSection, *, but: Collection[str] = ()) -> dic
     """
     values = {old.name: old.absent for old in section.removed if old.is_written}
     for field in dataclasses.fields(section):
+        if not field.metadata.get("decides", True):
+            continue
         value = getattr(section, field.name)
         if field.type in ("float", float):
             value = float(value)  # a recipe made in Python may say 10 where the field means 10.0
@@ -112,6 +115,8 @@ class DatasetRecipe(RecipeSection):
         test_fraction: Share cut off as a stratified test split where the source has none (digits, a folder
             without `test/`).
         split_seed: Seed of both splits.
+        path: An image folder or CSV file to read instead of the source's own files, relative to the project; empty for
+            none. It is not compared when data are opened: their SHA-256 is.
     """
 
     source: str = choice(SOURCES)
@@ -119,6 +124,7 @@ class DatasetRecipe(RecipeSection):
     val_fraction: float = number(0.0, 0.9, 0.0)
     test_fraction: float = number(0.01, 0.9, 0.2)
     split_seed: int = number(0, 2**31 - 1, 0)
+    path: str = setting("", absent="", decides=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +177,7 @@ class FitRecipe(RecipeSection):
         momentum: Of sgd and rmsprop; beta1 of adam and adamw.
         weight_decay: L2 penalty; decoupled for adamw.
         schedule: `cosine` to zero at the last step, or `constant`.
-        warmup_epochs: Linear warm-up from 0, in epochs, may be fractional.
+        warmup_epochs: Linear warm-up from 0, in epochs, may be fractional; at most `epochs`.
         clip: Largest gradient norm; 0 leaves gradients alone.
         label_smoothing: Of the ground-truth targets.
         precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the device has units for it (CUDA from Ampere on,

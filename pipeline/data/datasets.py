@@ -32,17 +32,26 @@ class Split:
     Attributes:
         images: `(N, H, W, 3)` uint8 RGB; an array, or images read from a file on demand.
         labels: `(N,)` int64, each in [0, K).
+        paths: `(N,)` UTF-8, each image's path relative to the folder or CSV file it comes from, as
+            `pipeline.errors.printable` writes it; None where images come from elsewhere.
     """
 
     images: Images
     labels: NDArray[np.int64]
+    paths: NDArray[np.bytes_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> Split:
         """Return the samples at `indices`, an `(n,)` int64 array, in its order."""
-        return Split(select(self.images, indices), self.labels[indices])
+        paths = None if self.paths is None else self.paths[indices]
+        return Split(select(self.images, indices), self.labels[indices], paths)
+
+    @property
+    def names(self) -> list[str] | None:
+        """The paths as text, or None."""
+        return None if self.paths is None else [path.decode() for path in self.paths.tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +62,10 @@ class Dataset:
         source: Where the images come from, one of pipeline.config.recipes.SOURCES.
         class_names: K names; a label is an index into them.
         train: The training split.
-        val: The validation split cut off train, or None.
+        val: The validation split, the source's own or cut off train, or None.
         test: The test split.
         sha256: SHA-256, hexadecimal, of class names, splits, shapes, pixels and labels. It depends neither on
-            `source` nor on how the data set is stored.
+            `source` nor on paths nor on how the data set is stored.
     """
 
     source: str
@@ -119,7 +128,8 @@ class Dataset:
             StorageError: The file cannot be written.
         """
         splits = {name: (split.images, split.labels) for name, split in self.splits.items()}
-        write_content(path, Content(self.source, self.class_names, splits, self.sha256))
+        paths = {name: split.paths for name, split in self.splits.items() if split.paths is not None}
+        write_content(path, Content(self.source, self.class_names, splits, self.sha256, paths))
 
     @classmethod
     def from_arrays(
@@ -172,7 +182,7 @@ class Dataset:
             StorageError: The file cannot be read.
         """
         content = read_content(path, max_bytes)
-        splits = {name: Split(*arrays) for name, arrays in content.splits.items()}
+        splits = {name: Split(*arrays, content.paths.get(name)) for name, arrays in content.splits.items()}
         dataset = _make(content.source, content.class_names, splits["train"], splits.get("val"), splits["test"])
         if dataset.sha256 != content.sha256:
             raise DataError(
@@ -241,7 +251,13 @@ def stratified_split(
 
 
 def assemble(
-    source: str, class_names: tuple[str, ...], train: Split, test: Split | None, recipe: DatasetRecipe
+    source: str,
+    class_names: tuple[str, ...],
+    train: Split,
+    test: Split | None,
+    recipe: DatasetRecipe,
+    *,
+    val: Split | None = None,
 ) -> Dataset:
     """Make a data set, cutting the splits that the source lacks and the recipe asks for.
 
@@ -251,17 +267,17 @@ def assemble(
         train: The source's training samples.
         test: Its test samples; None cuts `recipe.test_fraction` off train.
         recipe: Gives the fractions; `val_fraction` is cut off the rest of train.
+        val: The source's validation samples; `recipe.val_fraction` is not applied then.
 
     Raises:
         DataError: There are fewer than two classes, or too few samples to split.
     """
     if len(class_names) < 2:
         raise DataError(f"{source}: {len(class_names)} class, a classifier needs two: add another")
-    val = None
     if test is None:
         rest, cut = stratified_split(train.labels, recipe.test_fraction, recipe.split_seed, class_names)
         train, test = train.take(rest), train.take(cut)
-    if recipe.val_fraction > 0:
+    if val is None and recipe.val_fraction > 0:
         rest, cut = stratified_split(train.labels, recipe.val_fraction, recipe.split_seed, class_names)
         train, val = train.take(rest), train.take(cut)
     return _make(source, class_names, train, val, test)

@@ -2,6 +2,7 @@
 
 It holds, for each split `train`, `val` (where there is one) and `test`, a group with `images` (N, H, W, 3) uint8
 and `labels` (N,) int64, both contiguous and uncompressed, so that images can be mapped into memory where they lie;
+where they come from a folder also `paths` (N,), each image's path relative to it;
 beside them `class_names`, and the attributes `schema`, `source` and `sha256`.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ class Content:
         source: Where the images come from.
         class_names: K names.
         splits: By name, in the order of the file, images `(N, H, W, 3)` uint8 and labels `(N,)` int64.
-        sha256: The recorded SHA-256 of the content, not verified.
+        sha256: The recorded SHA-256 of the content without the paths, not verified.
+        paths: For each split whose images come from a folder, their paths `(N,)`, UTF-8.
     """
 
     source: str
     class_names: tuple[str, ...]
     splits: Mapping[str, tuple[Images, NDArray[np.int64]]]
     sha256: str
+    paths: Mapping[str, NDArray[np.bytes_]] = field(default_factory=dict)
 
 
 def write_content(path: Path, content: Content) -> None:
@@ -70,6 +73,8 @@ def write_content(path: Path, content: Content) -> None:
                         raise sink.error
                 file[f"{name}/images"] = stored
                 file[f"{name}/labels"] = labels.astype("<i8")
+                if name in content.paths:
+                    file[f"{name}/paths"] = content.paths[name]
         if sink.error is not None:
             raise sink.error
 
@@ -107,7 +112,7 @@ def _read(file: h5py.File, path: Path, max_bytes: int | None) -> Content:
     names = [name for name in ("train", "val", "test") if name != "val" or name in file]
     stored = {name: _check(file[f"{name}/images"], 4, "|u1", file_size) for name in names}
     is_mapped = max_bytes is not None and sum(images.nbytes for images in stored.values()) > max_bytes
-    splits = {}
+    splits, paths = {}, {}
     for name in names:
         labels = _check(file[f"{name}/labels"], 1, "<i8", file_size)[()]
         num_samples, height, width, num_channels = stored[name].shape
@@ -116,7 +121,11 @@ def _read(file: h5py.File, path: Path, max_bytes: int | None) -> Content:
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise ValueError(f"{name}: labels outside 0 to {len(class_names) - 1}")
         splits[name] = (_map(stored[name], path) if is_mapped else stored[name][()], labels)
-    return Content(file.attrs["source"].decode(), class_names, splits, file.attrs["sha256"].decode())
+        if "paths" in file[name]:
+            paths[name] = _check(file[f"{name}/paths"], 1, "|S", file_size)[()]
+            if len(paths[name]) != num_samples:
+                raise ValueError(f"{name}: {len(paths[name])} paths of {num_samples} images")
+    return Content(file.attrs["source"].decode(), class_names, splits, file.attrs["sha256"].decode(), paths)
 
 
 def _check(dataset: Any, ndim: int, dtype: str, file_size: int) -> Any:

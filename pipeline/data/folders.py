@@ -1,11 +1,7 @@
 """Folders of images: as a data set (`read_folder`), or found and read batch by batch (`find_images`, `read_images`).
 
-A data set's folder holds `train/<class>/<image>` and perhaps `test/<class>/<image>`; without `test` a split is cut off
-train. Other entries beside `train` and `test` are left alone. Classes, and the images of a class, are ordered by the
-bytes of their names: a folder is the same data set under every locale and file system.
-
-Names that start with a dot and the files `Thumbs.db`, `desktop.ini`, `*.txt` and `*.md` are ignored silently.
-Any other file that cannot be decoded is a bad file, and reported by name.
+pipeline.data.listing says which files of a data set's folder are images. One that cannot be decoded is a bad file, and
+reported by name.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,170 +25,108 @@ from numpy.typing import NDArray
 from pipeline.data.arrays import Images, Spill, SpilledImages
 from pipeline.data.datasets import Split
 from pipeline.data.images import SUFFIXES, BadFile, read_image, refusal
-from pipeline.errors import DataError, UsageError, printable
-from pipeline.system.storage import storage_errors
+from pipeline.data.listing import (
+    NOTE_SUFFIXES,
+    LeftOut,
+    Listing,
+    is_clutter,
+    list_classes,
+    list_entries,
+    one_form,
+    relative_name,
+)
+from pipeline.errors import DataError, UsageError
 from pipeline.system.threads import prefetch
 
 MAX_CLASSES_NAMED = 10
-IGNORED_NAMES = ("thumbs.db", "desktop.ini")
-IGNORED_SUFFIXES = (".txt", ".md")
 READ_AT_ONCE = 4096
 
 
-def list_folder(folder: Path, bad: list[BadFile]) -> dict[str, dict[str, list[Path]]]:
-    """List the images of an image folder without opening them.
+@dataclass
+class Findings:
+    """What a user should know of what was read.
 
-    Args:
-        folder: See `read_folder`.
-        bad: Files that are in no class or are no images are appended to it.
-
-    Returns:
-        For each split, the paths of each class by its name.
-
-    Raises:
-        UsageError: There is no such folder.
-        DataError: It has no `train`, a class of `test` is not in `train`, or a class name is not UTF-8.
-        StorageError: A folder cannot be listed.
+    Attributes:
+        bad: The bad files that were skipped.
+        left_out: What of a folder is not used.
+        unused_alpha: The images whose alpha is 0 everywhere, which was ignored.
+        notes: What was decided, one line each.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--from {folder}: no such folder; it must hold train/<class>/<image>")
-    if not (folder / "train").is_dir():
-        raise DataError(f"{folder}: no folder `train` in it; images go in train/<class>/<image>")
-    listed = {name: _list_classes(folder, name, bad) for name in ("train", "test") if (folder / name).is_dir()}
-    for name in listed.get("test", {}):
-        if name not in listed["train"]:
-            raise DataError(f"{folder / 'test' / name}: a class that `train` does not have; rename or remove it")
-    return listed
+
+    bad: list[BadFile] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    unused_alpha: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_folder(
-    folder: Path, image_size: int, *, skip_bad: bool, spill: Spill | None = None
-) -> tuple[tuple[str, ...], Split, Split | None, list[BadFile]]:
-    """Read an image folder.
+    listing: Listing, image_size: int, *, skip_bad: bool, spill: Spill | None = None
+) -> tuple[dict[str, Split], Findings]:
+    """Read what an image folder or a CSV file lists.
 
     Args:
-        folder: Holds `train/<class>/<image>` and perhaps `test/<class>/<image>`.
+        listing: From `pipeline.data.listing.list_source`.
         image_size: Side of the result's images, pixels.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
         spill: Where images go that are too many for RAM; None keeps any number in RAM.
 
     Returns:
-        Class names (those of `train`, ascending by bytes), train, test or None where there is no `test`, and
-        the bad files that were skipped.
+        `train`, and `val` and `test` where they are listed, with the images' paths; and what was found.
 
     Raises:
-        UsageError: There is no such folder.
-        DataError: It has no `train`, a class of `test` is not in `train`, a class has no image, a class name
-            is not UTF-8, or there are bad files.
-        StorageError: A folder cannot be listed, or images cannot be spilled.
+        DataError: A class has no image, or there are bad files.
+        StorageError: Images cannot be spilled.
     """
-    bad: list[BadFile] = []
-    listed = list_folder(folder, bad)
-    class_names = tuple(listed["train"])
-    num_images = sum(len(paths) for classes in listed.values() for paths in classes.values())
-    if spill is not None and num_images * image_size * image_size * 3 <= spill.max_bytes:
+    findings = Findings(list(listing.bad), listing.left_out, notes=list(listing.notes))
+    if spill is not None and sum(listing.counts.values()) * image_size * image_size * 3 <= spill.max_bytes:
         spill = None
-    splits = {
-        name: _read_split(folder, classes, class_names, image_size, bad, spill) for name, classes in listed.items()
-    }
-    if bad and not skip_bad:
-        raise refusal(folder, bad)
+    splits = {name: _read_split(listing, name, image_size, findings, spill) for name in listing.splits}
+    if findings.bad and not skip_bad:
+        raise refusal(listing.source, findings.bad)
     for split_name, split in splits.items():
-        empty = [name for name in listed[split_name] if class_names.index(name) not in split.labels]
+        labels = set(split.labels.tolist())
+        empty = [name for name in listing.splits[split_name] if listing.class_names.index(name) not in labels]
         if empty or not len(split):
-            path = folder.joinpath(split_name, *empty[:1])
-            raise DataError(f"{path}: no image in it; add some or remove the folder")
-    return class_names, splits["train"], splits.get("test"), bad
+            name = "/".join([split_name, *empty[:1]])
+            raise DataError(f"{listing.source}: {name}: no image in it; add some, or remove it")
+    return splits, findings
 
 
-def _list_classes(folder: Path, split: str, bad: list[BadFile]) -> dict[str, list[Path]]:
-    """List each class's images.
-
-    Args:
-        folder: An image folder.
-        split: The folder in it that holds the classes' folders; empty where that is `folder` itself.
-        bad: Files that are in no class or are no images are appended to it.
-
-    Returns:
-        Class name to images, both ascending by bytes.
-
-    Raises:
-        DataError: A class name is not UTF-8.
-        StorageError: A folder cannot be listed.
-    """
-    classes: dict[str, list[Path]] = {}
-    for entry in _list(folder / split):
-        if not entry.is_dir():
-            bad.append(_bad_file(folder, entry, "not in a class folder"))
-            continue
-        try:
-            entry.name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{entry}: class name is not UTF-8; rename the folder") from None
-        classes[entry.name] = []
-        for path in _list(entry):
-            if path.is_dir():
-                bad.append(_bad_file(folder, path, "a folder inside a class folder"))
-            elif path.suffix.lower() not in SUFFIXES:
-                bad.append(_bad_file(folder, path, f"not one of {' '.join(SUFFIXES)}"))
-            else:
-                classes[entry.name].append(path)
-    return classes
-
-
-def _is_ignored(path: Path) -> bool:
-    """Whether a file is one of those that desktops and authors leave beside images."""
-    if path.name.startswith("."):
-        return True
-    is_known = path.name.lower() in IGNORED_NAMES or path.suffix.lower() in IGNORED_SUFFIXES
-    return is_known and not path.is_dir()
-
-
-def _list(folder: Path) -> list[Path]:
-    """List a folder, ascending by bytes, without ignored files."""
-    with storage_errors(f"list {folder}"):
-        return [entry for entry in sorted(folder.iterdir(), key=os.fsencode) if not _is_ignored(entry)]
-
-
-def _bad_file(folder: Path, path: Path, reason: str) -> BadFile:
-    return BadFile(printable(path.relative_to(folder).as_posix()), reason)
-
-
-def _read_split(
-    folder: Path,
-    classes: dict[str, list[Path]],
-    class_names: tuple[str, ...],
-    image_size: int,
-    bad: list[BadFile],
-    spill: Spill | None,
-) -> Split:
-    """Read the images of a split, in order; append to `bad` those that cannot be read."""
+def _read_split(listing: Listing, name: str, image_size: int, findings: Findings, spill: Spill | None) -> Split:
+    """Read the images of a split, in order; add to the findings those that cannot be read."""
+    classes = listing.splits[name]
     paths = [path for class_paths in classes.values() for path in class_paths]
-    labels = np.array([class_names.index(name) for name in classes], np.int64)
+    labels = np.array([listing.class_names.index(name) for name in classes], np.int64)
     labels = np.repeat(labels, [len(class_paths) for class_paths in classes.values()])
     shape = (len(paths), image_size, image_size, 3)
     if spill is None or not paths:
         images: Images = np.empty(shape, np.uint8)
-        undecoded = _decode(folder, paths, image_size, images)
+        undecoded = _decode(listing, paths, image_size, images, findings)
     else:
         with SpilledImages(spill.folder, shape) as spilled:
-            undecoded = _decode(folder, paths, image_size, spilled)
+            undecoded = _decode(listing, paths, image_size, spilled, findings)
             images = spilled.read()
-    bad += undecoded.values()
-    split = Split(images, labels)
+    findings.bad += undecoded.values()
+    split = Split(images, labels, np.array([relative_name(path, listing.root).encode() for path in paths], np.bytes_))
     return split.take(np.setdiff1d(np.arange(len(paths)), list(undecoded))) if undecoded else split
 
 
-def _decode(folder: Path, paths: list[Path], image_size: int, images: Any) -> dict[int, BadFile]:
+def _decode(
+    listing: Listing, paths: list[Path], image_size: int, images: Any, findings: Findings
+) -> dict[int, BadFile]:
     """Read each image into its row of `images`; return those that cannot be read, by row."""
     bad: dict[int, BadFile] = {}
+    notes: dict[int, list[str]] = {}
 
     def read(index: int) -> BadFile | None:
+        noted: list[str] = []
         try:
-            image = read_image(paths[index], image_size)
+            image = read_image(paths[index], image_size, noted)
         except DataError as error:
-            return _bad_file(folder, paths[index], str(error))
+            return BadFile(relative_name(paths[index], listing.root), str(error))
         images[index] = image
+        if noted:
+            notes[index] = noted
         return None
 
     # Decoding releases the interpreter's lock. Pillow's warnings, of damaged metadata, do not concern the pixels.
@@ -203,6 +137,7 @@ def _decode(folder: Path, paths: list[Path], image_size: int, images: Any) -> di
             for index, problem in zip(block, pool.map(read, block), strict=True):
                 if problem is not None:
                     bad[index] = problem
+    findings.unused_alpha += (relative_name(paths[index], listing.root) for index in sorted(notes))
     return bad
 
 
@@ -259,35 +194,36 @@ def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list
     """Find images that lie in one folder for each class, named after it.
 
     Args:
-        folder: Holds `test/<class>/<image>`; without `test`, or where a class is called so, `<class>/<image>`. Other
-            folders beside `test` are left alone.
-        class_names: The model's classes; a label is an index into them. A class may have no folder.
+        folder: Holds `test/<class>/<image>`, in any case of letters; without `test`, or where a class is called so,
+            `<class>/<image>`. Other folders beside `test` are left alone.
+        class_names: The model's classes; a label is an index into them. A class may have no folder. Names are compared
+            by their Unicode form NFC.
 
     Returns:
-        The images, by class and then by name in the order of their bytes; and the files that are in no class or are no
-        images.
+        The images, by class and then by name in the order of their bytes; and the files that are in no class.
 
     Raises:
         UsageError: There is no such folder.
-        DataError: A folder has the name of no class, or there is no image.
+        DataError: A folder has the name of no class, two have one name, or there is no image.
         StorageError: A folder cannot be listed.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; it must hold <class>/<image>, or test/<class>/<image>")
-    split = "test" if "test" not in class_names and (folder / "test").is_dir() else ""
-    bad: list[BadFile] = []
-    classes = _list_classes(folder, split, bad)
-    labels = {name: label for label, name in enumerate(class_names)}
+    listing = Listing(folder)
+    labels = {one_form(name): label for label, name in enumerate(class_names)}
+    tests = [entry for entry in list_entries(listing, folder) if entry.name.lower() == "test" and entry.is_dir()]
+    within = tests[0] if tests and tests[0].name not in class_names else folder
+    classes = list_classes(listing, within)
     for name in classes:
-        if name not in labels:
+        if one_form(name) not in labels:
             more = ["..."] if len(class_names) > MAX_CLASSES_NAMED else []
             known = ", ".join([*class_names[:MAX_CLASSES_NAMED], *more])
-            path = folder / split / name
+            path = within / name
             raise DataError(f"{path}: not one of the model's {len(class_names)} classes ({known}); rename or remove it")
-    files = [ImageFile(path, label=labels[name]) for name, paths in classes.items() for path in paths]
+    files = [ImageFile(path, label=labels[one_form(name)]) for name, paths in classes.items() for path in paths]
     if not files:
         raise DataError(f"{folder}: no image in it; they go in <class>/<image>, or test/<class>/<image>")
-    return files, bad
+    return files, listing.bad
 
 
 def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) -> Generator[list[ImageFile], None, None]:
@@ -320,6 +256,11 @@ def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) ->
             yield from batches
 
 
+def _is_left_alone(path: Path) -> bool:
+    """Whether a file or folder is one of those that systems and authors leave beside images."""
+    return is_clutter(path) or (path.suffix.lower() in NOTE_SUFFIXES and not path.is_dir())
+
+
 def _walk(folder: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
     """Yield the images below a folder."""
     pending, entered = [folder], set[tuple[int, int]]()
@@ -331,7 +272,7 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
                 if (status.st_dev, status.st_ino) not in entered:
                     entered.add((status.st_dev, status.st_ino))
                     entries = sorted(path.iterdir(), key=os.fsencode, reverse=True)
-                    pending += (entry for entry in entries if not _is_ignored(entry))
+                    pending += (entry for entry in entries if not _is_left_alone(entry))
                 continue
         except OSError as error:
             yield ImageFile(path, problem=f"cannot be read: {error.strerror}")

@@ -14,8 +14,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.errors import DataError
 
 # Pillow reads many more, some of them by starting other programs (EPS).
-FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp", ".tif", ".tiff")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,7 +27,9 @@ UPRIGHT = {
 }
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # JPEG's; resizing goes through an image of `image_size` times the height
+MAX_LEVEL = 65_535  # of 16 bits
 NUM_NAMED = 3
+UNUSED_ALPHA = "alpha is 0 everywhere, and ignored"
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,16 @@ class BadFile:
     reason: str
 
 
-def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
+def read_image(source: Path | bytes, image_size: int, notes: list[str] | None = None) -> NDArray[np.uint8]:
     """Read one image file.
 
-    The format is recognised by content, among FORMATS. A photograph is turned as its EXIF orientation says.
+    The format is recognised by content, among FORMATS. A photograph is turned as its EXIF orientation says. Of several
+    pages the first is read.
 
     Args:
         source: The file, or its content.
         image_size: Side of the result, pixels.
+        notes: See `to_rgb`.
 
     Returns:
         `(image_size, image_size, 3)` uint8 RGB.
@@ -69,7 +73,7 @@ def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if max(image.size) > MAX_SIDE:
                 raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
-            return to_rgb(upright(image), image_size)
+            return to_rgb(upright(image), image_size, notes)
     except UnidentifiedImageError:
         num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
         raise DataError("empty" if num_bytes == 0 else "not an image of a known format") from None
@@ -82,21 +86,23 @@ def read_image(source: Path | bytes, image_size: int) -> NDArray[np.uint8]:
         raise DataError(f"cannot be read: {reason}") from error
 
 
-def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
+def to_rgb(image: Image.Image, image_size: int, notes: list[str] | None = None) -> NDArray[np.uint8]:
     """Convert an image of any mode to RGB and resize it, without keeping its aspect ratio.
 
-    Transparency is composited on white. 16-bit grey is scaled to 8 bits and rounded. An animation gives its
-    first frame. Resizing is PIL's antialiased bilinear; an image of the right size is not resized.
+    Transparency is composited on white, except where all pixels are transparent: such a channel is unused, as in many
+    BMP files of 32 bits, and the image would become white. 16-bit grey is scaled to 8 bits and rounded. An animation
+    gives its first frame. Resizing is PIL's antialiased bilinear; an image of the right size is not resized.
 
     Args:
         image: The image.
         image_size: Side of the result, pixels.
+        notes: UNUSED_ALPHA is appended where that is so.
 
     Returns:
         `(image_size, image_size, 3)` uint8 RGB.
 
     Raises:
-        ValueError: The pixels are floating-point numbers, of unknown range.
+        ValueError: The pixels are floating-point numbers, of unknown range, or whole numbers beyond 16 bits.
 
     Differs: `convert("RGB")`, as in torchvision's ImageFolder, shows whatever colour lies under transparent
         pixels, and clips 16-bit grey to white.
@@ -105,11 +111,17 @@ def to_rgb(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):
         levels = np.array(image, np.int32)
+        if levels.min() < 0 or levels.max() > MAX_LEVEL:
+            raise ValueError(f"grey levels from {levels.min()} to {levels.max()}, outside 0 to {MAX_LEVEL}")
         levels += 128
         levels //= 257
         image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[1] == 0:
+            image.putalpha(255)
+            if notes is not None:
+                notes.append(UNUSED_ALPHA)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if image.size != (image_size, image_size):

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import warnings
 import zlib
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from PIL import Image
 from pipeline.config.recipes import Recipe
 from pipeline.data.arrays import Spill
 from pipeline.data.datasets import Dataset, Split, assemble
-from pipeline.data.folders import read_folder
-from pipeline.data.images import BadFile, to_rgb
+from pipeline.data.folders import Findings, read_folder
+from pipeline.data.images import to_rgb
+from pipeline.data.listing import Listing
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.storage import sha256_file, write_atomic
 
@@ -39,47 +41,108 @@ KNOWN_SIZES = {
     "cifar10": (50000, 10000, 10),
     "cifar100": (50000, 10000, 100),
 }
+# Their classes, in the order of the original files.
+DIGITS = tuple("0123456789")
+KNOWN_CLASSES = {
+    "digits": DIGITS,
+    "mnist": DIGITS,
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "cifar100": tuple(
+        """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+        castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+        elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+        man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+        pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+        tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+        """.split()
+    ),
+}
 
 
 def read_source(
     recipe: Recipe,
     *,
     raw: Path,
-    folder: Path | None = None,
+    folder: Listing | None = None,
     download: bool = False,
     skip_bad: bool = False,
     spill: Spill | None = None,
-) -> tuple[Dataset, list[BadFile]]:
+) -> tuple[Dataset, Findings]:
     """Read what a recipe's `dataset` describes.
 
     Args:
         recipe: The recipe; `recipe.dataset.source` says what to read.
         raw: Folder of torchvision's downloads.
-        folder: An image folder to read instead of the source's own files; the source keeps its name.
+        folder: The listing of an image folder or CSV file to read instead of the source's own files.
         download: Download missing files to `raw`.
         skip_bad: Leave an image folder's bad files out instead of refusing it.
         spill: Where images go that are too many for RAM; None keeps any number in RAM.
 
     Returns:
-        The data set, and the bad files left out.
+        The data set, and what was found.
 
     Raises:
-        UsageError: The source is `folder` and none is given, or it does not exist.
-        DataError: The files are missing, damaged, or no data set.
+        UsageError: The source is `folder` and none is given.
+        DataError: The files are missing, damaged, or no data set; or the folder is not the source, see `check_known`.
         StorageError: Downloading, reading or writing failed.
     """
     source, image_size = recipe.dataset.source, recipe.dataset.image_size
+    val: Split | None = None
     test: Split | None
-    bad: list[BadFile] = []
+    findings = Findings()
     if folder is not None:
-        class_names, train, test, bad = read_folder(folder, image_size, skip_bad=skip_bad, spill=spill)
+        splits, findings = read_folder(folder, image_size, skip_bad=skip_bad, spill=spill)
+        counts = {name: len(split) for name, split in splits.items()}
+        findings.notes += check_known(source, folder.class_names, counts)
+        class_names, train, val, test = folder.class_names, splits["train"], splits.get("val"), splits.get("test")
+        if val is not None and recipe.dataset.val_fraction > 0:
+            findings.notes.append(
+                f"the folder has a validation split: val_fraction {recipe.dataset.val_fraction:g} is not applied"
+            )
     elif source == "folder":
         raise _unnamed_folder(recipe)
     elif source == "digits":
         class_names, train, test = *_read_digits(image_size), None
     else:
         class_names, train, test = _read_torchvision(recipe, raw, download)
-    return assemble(source, class_names, train, test, recipe.dataset), bad
+    return assemble(source, class_names, train, test, recipe.dataset, val=val), findings
+
+
+def check_known(source: str, class_names: Sequence[str], counts: Mapping[str, int]) -> list[str]:
+    """Check that a folder is what its recipe calls it: class names and numbers of images decide.
+
+    A part of the training images is accepted, with all classes and all test images, because its scores can be compared.
+
+    Args:
+        source: One of pipeline.config.recipes.SOURCES; `folder` may be anything.
+        class_names: The folder's classes.
+        counts: Its numbers of images by split.
+
+    Returns:
+        What to say of it: nothing, or one line that it is a part.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if source not in KNOWN_SIZES:
+        return []
+    train, test, num_classes = KNOWN_SIZES[source]
+    given, given_test = counts["train"] + counts.get("val", 0), counts.get("test", 0)
+    way_out = "for images of your own take a recipe with dataset: {source: folder}, as `folder` or `folder-small`"
+    # torchvision calls MNIST's classes `0 - zero`.
+    names = {name.casefold().partition(" - ")[0].replace(" ", "_"): name for name in class_names}
+    unknown = [name for plain, name in names.items() if plain not in KNOWN_CLASSES[source]]
+    if unknown or len(names) != num_classes:
+        what = f"{unknown[0]!r} is none of them" if unknown else f"the folder has {len(names)}"
+        raise DataError(f"dataset.source: {source} has {num_classes} classes, {what}; {way_out}")
+    if given_test != test or given > train:
+        raise DataError(
+            f"dataset.source: {source} has {train} training and {test} test images, the folder {given} and "
+            f"{given_test}; {way_out}"
+        )
+    return [] if given == train else [f"a part of {source}: {given} of {train} training images"]
 
 
 def load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -97,7 +160,7 @@ def load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 def _read_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
     """Read the digits, their 17 levels of grey scaled to 255."""
     levels, labels = load_digits()
-    return tuple("0123456789"), Split(_to_rgb(np.rint(levels * (255 / 16)).astype(np.uint8), image_size), labels)
+    return DIGITS, Split(_to_rgb(np.rint(levels * (255 / 16)).astype(np.uint8), image_size), labels)
 
 
 def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[str, ...], Split, Split]:
@@ -133,7 +196,7 @@ def _ways(recipe: Recipe) -> str:
 def _unnamed_folder(recipe: Recipe) -> UsageError:
     return UsageError(
         f"recipe {recipe.name}: its source is `folder`; say which with "
-        f"`pipeline prepare --recipe {recipe.name} --from FOLDER`"
+        f"`pipeline prepare --recipe {recipe.name} --from FOLDER`, or dataset: {{source: folder, path: FOLDER}}"
     )
 
 
@@ -145,10 +208,17 @@ def check_source(recipe: Recipe, raw: Path) -> None:
         raw: Folder of torchvision's downloads.
 
     Raises:
-        UsageError: The source is `folder`.
+        UsageError: The source is `folder` without a path, or there is nothing at its path.
         DataError: The files are missing.
     """
-    source = recipe.dataset.source
+    source, path = recipe.dataset.source, recipe.dataset.path
+    if path:
+        if not Path(path).exists():
+            raise UsageError(
+                f"recipes.{recipe.name}.dataset.path: {path!r} does not exist; mend it, or name another folder with "
+                f"`pipeline prepare --recipe {recipe.name} --from FOLDER`"
+            )
+        return
     if source == "folder":
         raise _unnamed_folder(recipe)
     if source == "digits":

@@ -13,13 +13,16 @@ import re
 import sys
 import urllib.error
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
 from pipeline.errors import DataError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from torchvision import models
 
 IMAGENET_CLASSES = 1000
 
@@ -67,6 +70,8 @@ def build_teacher(name: str, *, num_classes: int, weights: str = "none", bn_mome
         ever negative, and one that is zero on every image gets no gradient: at 32x32, where the pool averages
         a single value, a fresh head is half dead.
     """
+    from torchvision import models
+
     _check_name(name)
     model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
     if name == "squeezenet1_1":
@@ -92,6 +97,8 @@ def imagenet_weights(name: str) -> models.WeightsEnum:
     Raises:
         UsageError: The name is not in TEACHERS.
     """
+    from torchvision import models
+
     _check_name(name)
     weights: models.WeightsEnum = models.get_model_weights(name)["IMAGENET1K_V1"]
     return weights

@@ -86,27 +86,40 @@ class RunWatcher:
             self._bar.advance(self._task)
 
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
-        """Print one line."""
+        """Print one line; on a terminal it leaves out what does not fit, what matters least first."""
         now = time.monotonic()
         seconds = now - self._epoch_began
-        left = self._left(self._epochs - row["epoch"], seconds) if self._is_whole else ""
-        self._epoch_began, self._is_whole = now, True
-        agreement = "" if row["agreement"] is None else f", agreement {row['agreement']:.2f} %"
-        self._console.print(
-            f"{self.name}: epoch {row['epoch']}/{self._epochs}, lr {row['lr']:.2e}, "
-            f"train loss {row['train_loss']:.4f}, top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %{agreement}, "
-            f"{seconds:.1f} s, {self._num_samples / max(seconds, 1e-9):.0f} images/s{left}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    def _left(self, epochs: int, seconds: float) -> str:
-        """Return the time left in words, for `epochs` more of this run and epochs of `seconds`."""
-        runs = ""
+        epochs, runs = self._epochs - row["epoch"], ""
         if self._position is not None:
-            epochs += self._position.epochs_after
-            runs = f" for all {self._position.label}s"
-        return f", about {_span(epochs * seconds)} left{runs}" if epochs else ""
+            epochs, runs = epochs + self._position.epochs_after, f" for all {self._position.label}s"
+        left = f"about {_span(epochs * seconds)} left" if epochs and self._is_whole else ""
+        self._epoch_began, self._is_whole = now, True
+        parts = {
+            "epoch": f": epoch {row['epoch']}/{self._epochs}",
+            "lr": f", lr {row['lr']:.2e}",
+            "loss": f", train loss {row['train_loss']:.4f}",
+            "top1": f", top-1 {row['top1']:.2f} %",
+            "top5": f", top-5 {row['top5']:.2f} %",
+            "agreement": "" if row["agreement"] is None else f", agreement {row['agreement']:.2f} %",
+            "seconds": f", {seconds:.1f} s",
+            "rate": f", {self._num_samples / max(seconds, 1e-9):.0f} images/s",
+            "left": left and f", {left}{runs}",
+        }
+        name = self.name
+        if self._console.is_terminal:
+            least_first = ("lr", "rate", "top5", "agreement", "seconds")
+            shorter = [
+                *((part, "") for part in least_first),
+                ("left", left and f", {left}"),
+                ("loss", ""),
+                ("left", ""),
+            ]
+            for part, text in shorter:
+                if len(name) + sum(map(len, parts.values())) > self._console.width:
+                    parts[part] = text
+            room = max(1, self._console.width - sum(map(len, parts.values())))
+            name = name if len(name) <= room else f"{name[: room - 1]}…"
+        self._console.print(name + "".join(parts.values()), highlight=False, markup=False, soft_wrap=True)
 
     def warned(self, message: str) -> None:
         """Print a warning."""

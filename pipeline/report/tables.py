@@ -11,6 +11,7 @@ from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from pipeline.errors import printable
 from pipeline.system.text import markdown_text, to_csv
 
 
@@ -40,8 +41,8 @@ class Table:
         shown = self._fitting(width)
         widths = self._widths(shown, width)
         table = RichTable(
-            title=escape(self.title),
-            caption=escape(self.note) or None,
+            title=_safe(self.title),
+            caption=_safe(self.note) or None,
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
@@ -49,9 +50,9 @@ class Table:
         )
         for index in shown:
             justify: JustifyMethod = "left" if index == 0 else "right"
-            table.add_column(escape(self.columns[index]), justify=justify, width=widths[index])
+            table.add_column(_safe(self.columns[index]), justify=justify, width=widths[index])
         for row in self.rows:
-            table.add_row(*(escape(row[index]) for index in shown))
+            table.add_row(*(_safe(row[index]) for index in shown))
         return table
 
     def _fitting(self, width: int) -> list[int]:
@@ -76,7 +77,7 @@ class Table:
 
     def _width(self, index: int) -> int:
         """Return the narrowest width of a column: its longest cell, or the longest word of its heading."""
-        return max(map(len, [*self.columns[index].split(), *(row[index] for row in self.rows)]))
+        return max(map(len, [*self.columns[index].split(), *(printable(row[index]) for row in self.rows)]))
 
     def to_csv(self) -> bytes:
         """Return columns and rows as CSV."""
@@ -91,6 +92,11 @@ class Table:
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
         parts = [f"{'#' * level} {markdown_text(self.title)}", "", line(self.columns), rule, *map(line, self.rows)]
         return "\n".join([*parts, *(["", markdown_text(self.note)] if self.note else []), ""])
+
+
+def _safe(text: str) -> str:
+    """Return a text as markup that any terminal shows as it is."""
+    return escape(printable(text))
 
 
 def _total(widths: Iterable[int]) -> int:

@@ -23,6 +23,11 @@ from pipeline.errors import DataError, StorageError
 
 LOCK_ATTEMPTS = 4
 SECONDS_BETWEEN_ATTEMPTS = 0.05
+# Another disk, a file system or mount without links, too many of them, or a file that is not ours.
+_NO_LINKS = (
+    errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL,
+)  # fmt: skip
+_COPIED_AT_ONCE = 2**22
 
 
 @contextlib.contextmanager
@@ -77,6 +82,43 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
         view = memoryview(data).cast("B")
         while view:
             view = view[os.write(descriptor, view) :]
+
+
+def duplicate(source: Path, path: Path) -> None:
+    """Give a file a second name, a hard link, or a copy where links fail; what is at `path` is replaced whole.
+
+    Both names lead to the same content until one of them is replaced, so neither may be written in place.
+
+    Raises:
+        StorageError: The file cannot be read, or the second name cannot be made; the old content of `path` is unharmed.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with storage_errors(f"keep {source} as {path}"):
+        _make_directory(path.parent)
+        if path.exists() and path.samefile(source):
+            return  # a rename between two names of one file would leave both
+        try:
+            os.link(source.resolve(strict=True), temporary)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _copy(source, path)
+            return
+        try:
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+def _copy(source: Path, path: Path) -> None:
+    with source.open("rb") as file, replacing(path) as descriptor:
+        while block := file.read(_COPIED_AT_ONCE):
+            view = memoryview(block)
+            while view:
+                view = view[os.write(descriptor, view) :]
 
 
 def remove_leftovers(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text as Markdown and as CSV; pipeline.errors.printable makes it safe to print."""
+"""Text as Markdown and as CSV, and counts in words; pipeline.errors.printable makes it safe to print."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 from pipeline.errors import printable
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which is given in the singular: `1 class`, `2 classes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:

@@ -67,14 +67,15 @@ class Predictions:
         heads = () if self.distillation_head is None else (self.distillation_head,)
         group.sum_(self.classes, self.probabilities, self.class_head, *heads)
 
-    def as_csv(self, class_names: Sequence[str], data: EvaluationData) -> bytes:
+    def as_csv(self, class_names: Sequence[str], data: EvaluationData, paths: Sequence[str] | None = None) -> bytes:
         """Return one row for each image of the split that was evaluated, classes by name.
 
-        The columns are PREDICTION_COLUMNS; what does not exist is an empty cell.
+        The columns are PREDICTION_COLUMNS and, where there are paths, `path`; what does not exist is an empty cell.
 
         Args:
             class_names: K names.
             data: The split.
+            paths: N paths, see pipeline.data.datasets.Split.
         """
         nobody = [None] * len(self.classes)
         columns = (data.labels, self.classes, self.class_head, self.distillation_head, data.teacher_labels)
@@ -84,7 +85,9 @@ class Predictions:
         probabilities = (f"{value:.4f}" for value in self.probabilities.tolist())
         samples = range(len(self.classes))
         rows = zip(samples, target, prediction, probabilities, class_head, distillation_head, teacher, strict=True)
-        return to_csv(PREDICTION_COLUMNS, rows)
+        if paths is None:
+            return to_csv(PREDICTION_COLUMNS, rows)
+        return to_csv((*PREDICTION_COLUMNS, "path"), ((*row, path) for row, path in zip(rows, paths, strict=True)))
 
 
 @torch.inference_mode()

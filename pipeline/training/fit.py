@@ -30,6 +30,7 @@ from pipeline.training.checkpoints import RunState
 from pipeline.training.distributed import has_batch_norm, parallel
 from pipeline.training.evaluation import evaluate
 from pipeline.training.execution import Execution
+from pipeline.training.metrics import is_chance
 from pipeline.training.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.resuming import FitResult, Progress, averages, keep_best, load_progress, moments, save_progress
 from pipeline.training.step import CapturedStep, Objective, Step, train_step
@@ -304,15 +305,18 @@ class Fit:
         return self.progress.epoch * len(self.batches) + step
 
     def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
-        """Warn of an epoch after warm-up whose loss is still that of guessing, ln K; the next good one clears it."""
-        result = self.progress.result
-        chance = 100.0 / self.evaluation.num_classes
-        stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and row["top1"] < 1.5 * chance
-        result.at_chance = stuck and row["epoch"] > self.recipe.warmup_epochs
+        """Warn of an epoch after warm-up that gives one class for all, or whose loss is still that of guessing, ln K.
+
+        The next good epoch clears it.
+        """
+        result, recall = self.progress.result, row["recall"]
+        num_present = len(self.evaluation.labels.unique())
+        stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and recall < 1.5 / num_present
+        result.at_chance = (stuck or is_chance(recall, num_present)) and row["epoch"] > self.recipe.warmup_epochs
         if not result.at_chance:
             result.warnings.clear()
         elif not result.warnings:
-            figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %"
+            figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, macro recall {recall:.3f}"
             advice = "if it stays there, lower lr, add warmup_epochs, or set clip to 1.0"
             message = f"epoch {row['epoch']} is still at chance ({figures}); {advice}"
             result.warnings.append(message)

@@ -116,6 +116,18 @@ class Meter:
         )
 
 
+def is_chance(recall: float, num_classes: int) -> bool:
+    """Tell whether a model answers no better than one that gives every image the same class, whose recall is 1 / K.
+
+    Top-1 cannot tell: where 95 % of the images are of one class, that model has 95 %.
+
+    Args:
+        recall: Macro recall in [0, 1].
+        num_classes: Classes K of the images that were scored; nothing can be told of one alone.
+    """
+    return num_classes > 1 and recall <= (1 + 1e-9) / num_classes
+
+
 def confusion_scores(confusion: Tensor) -> tuple[float, float, float, float]:
     """Return top-1 in percent and macro precision, recall and F1 in [0, 1].
 

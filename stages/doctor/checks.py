@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.layers import Student
 from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import device_name, resolve_precision
+from pipeline.system.text import counted
 from pipeline.training.execution import Execution
 from stages.distill import student_recipe
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, version_of
 from stages.jobs import LabelJob, StudentJob, TeacherJob, survey, whole_run
+from stages.prepare import check_available
 from stages.shared.context import Context
+from stages.shared.paths import DATA
 from stages.shared.runs import student_arguments
 
 DVC = Path(".dvc")
@@ -38,10 +42,39 @@ def dvc() -> list[Finding]:
     if not (DVC.is_dir() and Path("dvc.yaml").is_file()):
         what = f"DVC {version}, but this folder has no .dvc and dvc.yaml: `dvc repro` does not work here"
         return [Finding("project", WARNING, what, "run it in a clone of the project, or use the commands alone")]
+    if hindrances := [*_python_of_stages(), *_git()]:
+        return hindrances
     sections = (section.strip("'\" ") for section in _configuration().sections())
     remotes = [section.split()[-1].strip('"') for section in sections if section.startswith("remote ")]
     where = f"remotes {', '.join(remotes)}" if remotes else "no remote: `dvc push` and `dvc pull` have no place to go"
     return [Finding("project", OK, f"DVC {version} in a checkout, {where}")]
+
+
+def _python_of_stages() -> list[Finding]:
+    """Warn unless `python`, by which DVC runs the stages, is this one; a venv's is not while it is not activated."""
+    found = shutil.which("python")
+    if found is not None:
+        asked = subprocess.run([found, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
+        if Path(asked.stdout.strip()) == Path(sys.prefix):
+            return []
+    activate = Path(sys.prefix) / "bin" / "activate"
+    way_out = f"source {activate}" if activate.is_file() else f"put {Path(sys.executable).parent} first on PATH"
+    which = "is not on PATH (python: not found)" if found is None else f"is {found} here, not {sys.executable}"
+    return [Finding("project", WARNING, f"`dvc repro` does not work here: it runs `python`, which {which}", way_out)]
+
+
+def _git() -> list[Finding]:
+    """Warn where DVC misses git, or refuses what lies behind a link, outside of the checkout."""
+    if dvc_setting("core", "no_scm") == "true":
+        return []
+    if not Path(".git").exists():
+        text = "`dvc repro` does not work here: this folder is no git repository, as that of a ZIP archive"
+        return [Finding("project", WARNING, text, "clone the project, or: dvc config core.no_scm true")]
+    if DATA.is_symlink():
+        text = f"`dvc repro` does not work here: {DATA} is a link, and DVC refuses outputs outside the git repository"
+        way_out = "mount the disk at data instead (mount --bind), or clone the project on that disk"
+        return [Finding("project", WARNING, text, way_out)]
+    return []
 
 
 def dvc_setting(section: str, key: str) -> str | None:
@@ -67,14 +100,16 @@ def data(context: Context) -> tuple[list[Finding], bool]:
         except FAULTS as error:
             return [Finding("data", PROBLEM, str(error))], False
         counts = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
-        size = f"{dataset.image_size}x{dataset.image_size}"
-        return [Finding("data", OK, f"{paths.dataset}: {counts} images of {size}, {dataset.num_classes} classes")], True
+        size, classes = f"{dataset.image_size}x{dataset.image_size}", counted(dataset.num_classes, "class")
+        return [Finding("data", OK, f"{paths.dataset}: {counts} images of {size}, {classes}")], True
     try:
-        check_source(recipe, paths.raw)
+        if (second := check_available(context)) is not None:
+            return [Finding("data", OK, f"no prepared data; `pipeline prepare` can {second}")], False
     except FAULTS as error:
         return [Finding("data", PROBLEM, str(error))], False
     where = "comes with this package" if recipe.dataset.source == "digits" else f"is in {paths.raw}"
-    makers = "`pipeline prepare`, teacher-select and DVC make them"
+    where = f"is in {recipe.dataset.path}" if recipe.dataset.path else where
+    makers = f"`pipeline prepare --recipe {recipe.name}`, teacher-select and DVC make them"
     return [Finding("data", OK, f"no prepared data yet; {recipe.dataset.source} {where}, and {makers}")], False
 
 
@@ -129,11 +164,9 @@ def work(context: Context) -> tuple[list[Task], list[Finding]]:
         elif isinstance(job, StudentJob):
             student = student_recipe(recipe, job.name, {})
             tasks.append(Task("student", job.name, why, student, student.model))
-    absent = [name for name in context.params.students if name not in recipe.students]
-    absent += [name for name in context.params.teachers if name not in recipe.teachers]
-    if absent:
-        text = f"params.yaml lists {', '.join(absent)}, not in recipe {recipe.name}: `dvc repro` fails on them"
-        way_out = "set `teachers` and `students` (dvc exp run -S ...), or use the commands"
+    if faults := context.params.faults_of_lists(recipe):
+        text = f"`dvc repro` refuses the lists of params.yaml: {'; '.join(faults)}"
+        way_out = f"use the commands, or: {context.params.dvc_command(recipe)}"
         findings.append(Finding("data", WARNING, text, way_out))
     done = sum(task.why is None for task in tasks)
     findings.append(Finding("data", OK, f"{done} of {len(tasks)} stages that train or label are up to date"))

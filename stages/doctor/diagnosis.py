@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.report.tables import Table
+from pipeline.system.text import counted
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, gpus, size_text, software
 from stages.shared import options
 from stages.shared.paths import PARAMS
@@ -46,7 +47,7 @@ def command(recipe: str | None, device: str | None, as_json: bool) -> None:
             topic = finding.topic
             console.print(f"\n{topic}", style="bold", highlight=False)
         console.print(f"  {finding.mark:8}", style=COLOURS[finding.mark], end="", highlight=False)
-        console.print(finding.line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(finding.line), markup=False, highlight=False, soft_wrap=True)
 
     diagnosis = diagnose(lambda: options.open_context(recipe, device), tell)
     if as_json:
@@ -55,8 +56,8 @@ def command(recipe: str | None, device: str | None, as_json: bool) -> None:
         for table in diagnosis.tables():
             console.print(table.to_rich(console.width))
     if diagnosis.num_problems:
-        word = "problem" if diagnosis.num_problems == 1 else "problems"
-        raise PipelineError(f"{diagnosis.num_problems} {word}: a full run cannot work here as things are; see above")
+        problems = counted(diagnosis.num_problems, "problem")
+        raise PipelineError(f"{problems}: a full run cannot work here as things are; see above")
 
 
 @dataclass
@@ -126,10 +127,10 @@ def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None
     note(software())
     if diagnosis.num_problems:
         return diagnosis
-    from pipeline.config.params import load_params
+    from stages.shared.params import read_params
 
     try:
-        params = load_params(PARAMS)
+        params = read_params(PARAMS)
     except FAULTS as error:
         note([Finding("project", PROBLEM, str(error)), *gpus()])
         return diagnosis

@@ -20,6 +20,7 @@ from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.doctor.checks import DVC, Task, dvc_setting, has_source
 from stages.doctor.software import OK, PROBLEM, WARNING, Finding, size_text
+from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.paths import DATA
 from stages.shared.runs import student_arguments
@@ -185,8 +186,12 @@ def disk(artefacts: Iterable[Artefact]) -> Finding:
     text = f"disk: the recipe needs at most {size_text(needed)} more, {size_text(free)} are free"
     if not os.access(folder, os.W_OK):
         return Finding("space", PROBLEM, f"{folder.absolute()} cannot be written to", "mend its rights")
+    second_names = kept.space()
+    if second_names.own:
+        text += f"; second names of results take {size_text(second_names.own)}, which `pipeline clean --kept` frees"
     if needed > free:
-        return Finding("space", PROBLEM, text, "free some, or have `data` and .dvc/cache on a larger disk")
+        way_out = "free some, or clone the project on a larger disk (`dvc cache dir` moves DVC's copies alone)"
+        return Finding("space", PROBLEM, text, way_out)
     if needed > (1 - MARGIN) * free:
         return Finding("space", WARNING, text, "free some before a long run")
     return Finding("space", OK, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -144,10 +145,10 @@ def teachers_table(recipe: Recipe, teachers: Mapping[str, Sequence[FinishedRun]]
     return _score_table(f"Table 2. Teachers on {recipe.name}", "teacher", models, columns, note)
 
 
-def candidates_table(context: Context, comparison: Mapping[str, Any]) -> Table:
-    """Return Table 2 of the candidates that `select` has compared."""
+def candidates_table(context: Context, comparison: Mapping[str, Any], outs: Mapping[str, Path] | None = None) -> Table:
+    """Return Table 2 of the candidates that `select` has compared; `outs` is as there."""
     names = [candidate["name"] for candidate in comparison["candidates"]]
-    runs = {name: FinishedRun.read(context.paths.teacher(name)) for name in names}
+    runs = {name: FinishedRun.read((outs or {}).get(name, context.paths.teacher(name))) for name in names}
     return teachers_table(
         context.recipe, {name: [run] if run else [] for name, run in runs.items()}, comparison["winner"]
     )

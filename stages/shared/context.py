@@ -13,11 +13,13 @@ from rich.console import Console
 
 from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.report.tables import Table
 from pipeline.system.canonical import compare
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_json
+from stages.shared.dvc_file import can_commit
+from stages.shared.hints import with_recipe
 from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
@@ -110,8 +112,9 @@ class Context:
         self.position = None
 
     def say(self, message: str) -> None:
-        """Print one line, unwrapped and without markup."""
-        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        """Print one line, unwrapped, without markup and safe for a terminal; its hints name the recipe."""
+        line = printable(with_recipe(message, self.recipe.name))
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def show(self, table: Table) -> None:
         """Print a table."""
@@ -159,5 +162,8 @@ class Context:
 
     def end(self) -> None:
         """Name the command by which DVC adopts the replaced outputs; without it, DVC's next run restores its copies."""
-        if self._changed and Path(".dvc").is_dir() and "DVC_STAGE" not in os.environ:
-            self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(self._changed)}")
+        if not self._changed or not Path(".dvc").is_dir() or "DVC_STAGE" in os.environ:
+            return
+        stages = [stage for stage in self._changed if can_commit(stage, self.recipe.name, self.params)]
+        if stages:
+            self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(stages)}")

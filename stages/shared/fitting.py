@@ -35,9 +35,10 @@ from pipeline.training.distributed import Group, has_batch_norm
 from pipeline.training.evaluation import Predictions, evaluate
 from pipeline.training.execution import Execution
 from pipeline.training.fit import Fit, Session
-from pipeline.training.metrics import Scores
+from pipeline.training.metrics import Scores, is_chance
 from pipeline.training.resuming import FitResult, keep_best
 from pipeline.views.views import Views
+from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.runs import NOT_TRAINED, Run, costs
 
@@ -73,9 +74,10 @@ def evaluation_data(
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
     """Return whether a run's result stands, and say so. Rank 0 looks, because it alone writes."""
+    result = run.result
     if fresh:
         return False
-    why = group.on_main(run.why_stale)
+    why = group.on_main(lambda: kept.mend(context, result, run.why_stale()))
     if why is None:
         group.on_main(run.clean_up)
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
@@ -133,6 +135,8 @@ def carry_out(
     if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
         raise stopped(code, f"before {run.name}")
     watcher = RunWatcher(context.console, run.name, len(dataset.train), context.position)
+    if recipe.warmup_epochs == recipe.epochs:
+        watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
     with _claimed(run, group, fresh=fresh) as state:
         context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
         if not group.is_alone:
@@ -164,7 +168,10 @@ def carry_out(
                 metrics = _metrics(run, dataset, teaching, result, scores, execution.precision)
                 where = {**environment(device), "ranks": group.world_size, "execution": execution.as_json()}
                 where["seconds"] = round(fit.progress.seconds, 1)
-                _write(run, result, last, metrics, predictions.as_csv(dataset.class_names, test), where)
+                table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
+                _write(run, result, last, metrics, table, where)
+                if run.result is not None:
+                    kept.keep(context, run.result)
                 state.delete()
 
             group.on_main(end)
@@ -215,13 +222,14 @@ def _metrics(
     def scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
 
+    best = result.curve[result.best_epoch - 1]
     return {
         "name": run.name,
         "kind": run.description["kind"],
         "recipe": run.description["recipe"],
         "differs": dict(run.differs),
         "evaluated_on": dataset.evaluation[0],
-        "best": scores_of(result.curve[result.best_epoch - 1]),
+        "best": scores_of(best),
         "last": scores_of(result.curve[-1]),
         "test": {"epoch": result.best_epoch, **dataclasses.asdict(test_scores)},
         **costs(dict(run.description), dataset.image_size),
@@ -238,7 +246,7 @@ def _metrics(
         "num_test": len(dataset.test),
         "teacher": dict(teaching.teacher) if teaching.teacher else None,
         "distilled": teaching.labels is not None,
-        "at_chance": result.at_chance,
+        "at_chance": result.at_chance or is_chance(best["recall"], len(np.unique(dataset.evaluation[1].labels))),
         "warnings": result.warnings,
     }
 

@@ -13,11 +13,12 @@ from typing import Any
 import click
 from rich.console import Console
 
-from pipeline.config.params import load_params
+from pipeline.config.params import Params
 from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.system.stopping import StopSignal
 from stages.shared.context import Context
+from stages.shared.params import read_params
 from stages.shared.paths import PARAMS, RECORDS
 
 STOP = StopSignal()
@@ -99,25 +100,46 @@ records_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 
+settings_option = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable.",
+)  # fmt: skip
+
+
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --fresh, --seed and --set."""
-    what = "Replace a field of the recipe, as epochs=3; the run goes to data/runs. Repeatable."
-    command = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=what)(command)
+    command = settings_option(command)
     seeds, what = click.IntRange(0, MAX_SEED), "Initialisation and order."
     command = click.option("--seed", default=0, show_default=True, type=seeds, help=what)(command)
     return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
 
 
-def open_context(recipe: str | None = None, device: str | None = None) -> Context:
+def open_context(
+    recipe: str | None = None,
+    device: str | None = None,
+    *,
+    named_by: Callable[[Params], object] | None = None,
+) -> Context:
     """Load params.yaml, choose the recipe, open the console, and check a device that is named.
 
     Under torchrun only rank 0 prints.
 
+    Args:
+        recipe: What `--recipe` names; None takes that of `named_by`, else params.yaml's own.
+        device: What `--device` names.
+        named_by: Returns the recipe that the command's file names; what is no text counts as none.
+
     Raises:
         UsageError: params.yaml or a name is wrong.
     """
-    params = load_params(PARAMS)
+    params = read_params(PARAMS)
+    if recipe is None and named_by is not None and isinstance(named := named_by(params), str):
+        if named not in params.recipes:
+            known = ", ".join(params.recipes)
+            raise UsageError(f"recipe {named}, which the file names, is not in params.yaml; give --recipe, of {known}")
+        recipe = named
     context = Context(params, params.select(recipe), open_console(), STOP, device)
+    click.get_current_context().find_root().obj = context.recipe.name  # for the hints of errors
     context.console.quiet = not context.ranks.is_main
     if device is not None:
         _ = context.device

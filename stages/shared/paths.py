@@ -21,6 +21,11 @@ class Paths:
     recipe: str
 
     @property
+    def root(self) -> Path:
+        """Everything that DVC manages of the recipe."""
+        return DATA / self.recipe
+
+    @property
     def raw(self) -> Path:
         """Downloads, shared by all recipes."""
         return DATA / "raw"
@@ -34,6 +39,11 @@ class Paths:
     def dataset(self) -> Path:
         """The data set."""
         return self.prepared / "dataset.h5"
+
+    @property
+    def prepare_memory(self) -> Path:
+        """What `prepare` remembers of the files that it read: their sizes, times and SHA-256."""
+        return self.work("prepare.json")
 
     @property
     def is_prepared(self) -> bool:
@@ -74,3 +84,13 @@ class Paths:
     def work(self, *parts: str) -> Path:
         """The state of a run under way; never tracked."""
         return DATA.joinpath("work", self.recipe, *parts)
+
+    @staticmethod
+    def kept_of_all() -> Path:
+        """Finished results of every recipe, kept where DVC does not look; see stages.shared.kept."""
+        return DATA / "work" / "kept"
+
+    @property
+    def kept(self) -> Path:
+        """Finished results of the recipe, likewise."""
+        return self.kept_of_all() / self.recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from pipeline.config.recipes import FitRecipe, StudentRecipe, deciding_values
 from pipeline.errors import DataError, StorageError
 from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
 from pipeline.system.storage import lock, remove_leftovers
+from pipeline.system.text import counted
 from pipeline.training.checkpoints import RunState, read_meta
+from stages.shared import kept
 from stages.shared.paths import Paths
+from stages.shared.places import Place
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
@@ -100,15 +104,14 @@ class Run:
             fields: The other attributes.
         """
         paths = Paths(recipe_name)
-        changes = [*(f"{key}-{value}" for key, value in differs.items()), *([f"seed-{seed}"] if seed else [])]
-        if changes:
-            label = "-".join([name, *changes]).replace("/", "_")
-            out, work, stage = paths.run(label), paths.work("runs", label), None
-        else:
-            out = paths.teacher(name) if kind == "teacher" else paths.student(name)
-            work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
+        out = paths.teacher(name) if kind == "teacher" else paths.student(name)
+        work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
         description = describe(dataset, recipe_name, kind=kind, model=model, arguments=arguments)
-        return cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
+        run = cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
+        if not (differs or seed):
+            return run
+        folder = Place(kind, name, differs, seed).find(paths, run.fingerprint)
+        return dataclasses.replace(run, out=paths.run(folder), work=paths.work("runs", folder), stage=None)
 
     @property
     def _rest(self) -> dict[str, Any]:
@@ -135,16 +138,29 @@ class Run:
         why = "--fresh" if fresh else self.why_stale()
         if why is None:
             return State(f"up to date ({self.out})", is_done=True)
+        if not fresh and self.result is not None and (second := kept.find(self.result)) is not None:
+            return State(f"put back what was finished on {second.when} ({why}); writes {self.out}")
         saved = None if fresh else RunState(self.work, self.fingerprint).peek()
         if saved is None:
-            epochs = f"{self.recipe.epochs} epochs" if self.recipe.epochs > 1 else "1 epoch"
-            return State(f"train {epochs} ({why}); writes {self.out}")
+            return State(f"train {counted(self.recipe.epochs, 'epoch')} ({why}); writes {self.out}")
         where = f"epoch {saved['epoch'] + 1} of {self.recipe.epochs}, step {saved['step']}"
         return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
 
     def epochs_to_train(self, *, fresh: bool) -> int:
-        """Return how many epochs training it takes from the beginning: 0 where it is up to date."""
-        return self.recipe.epochs if fresh or self.why_stale() else 0
+        """Return how many epochs training it takes from the beginning: 0 where it is up to date or kept."""
+        if not fresh and (self.why_stale() is None or (self.result is not None and kept.find(self.result))):
+            return 0
+        return self.recipe.epochs
+
+    @property
+    def result(self) -> kept.Result | None:
+        """The outputs, as they are kept where DVC manages them; None elsewhere."""
+        if self.stage is None:
+            return None
+        checkpoints = CHECKPOINTS if self.keep_last else CHECKPOINTS[:2]
+        paths = tuple(self.out / name for name in (*checkpoints, *reversed(OUTPUTS)))  # metrics.json is written last
+        recipe = str(self.description["recipe"])
+        return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock)
 
     @property
     def lock(self) -> Path:

@@ -17,10 +17,12 @@ from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.labels.cache import RELABEL, LabelCache
 from pipeline.system.canonical import require_equal
+from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
 from stages.shared.context import Context
 from stages.shared.options import kept_name
 from stages.shared.paths import Paths
+from stages.shared.places import settings_as_written
 
 if TYPE_CHECKING:
     from pipeline.views.views import Views
@@ -72,13 +74,13 @@ class Distillation:
         differs = {}
         if self.labels != "cached":
             differs["labels"] = self.labels
-        if self.soft_given and student.soft != recipe.students[name].soft:
-            differs["soft"] = str(student.soft).removesuffix(".0")
+        if student.soft != recipe.students[name].soft:
+            differs |= settings_as_written(student, {"soft"} & self.settings.keys())
         if self.confidence:
             differs["confidence"] = "on"
         if self.num_views not in (None, recipe.views[student.views].count):
             differs["num_views"] = str(self.num_views)
-        return differs | {key: value for key, value in self.settings.items() if key != "soft"}
+        return differs | settings_as_written(student, self.settings.keys() - {"soft"})
 
     def check_cache(self, cache: LabelCache, path: Path, recipe: Recipe, name: str, student: StudentRecipe) -> None:
         """Check that a cache holds what this run needs.
@@ -87,16 +89,17 @@ class Distillation:
             DataError: Too few views, or no probabilities.
         """
         view_recipe = student.views
-        command = "pipeline label" + ("" if view_recipe == "default" else f" --view-recipe {view_recipe}")
+        command = f"pipeline label --recipe {recipe.name}"
+        command += "" if view_recipe == "default" else f" --view-recipe {view_recipe}"
         count = recipe.views[view_recipe].count
         if self.num_views is not None and cache.num_views < self.num_views:
             raise DataError(
-                f"{path}: {cache.num_views} views, --views asks for {self.num_views}; "
+                f"{path}: {counted(cache.num_views, 'view')}, --views asks for {self.num_views}; "
                 f"run `{command} --views :{self.num_views}`"
             )
         if self.num_views is None and cache.num_views < count:
             raise DataError(
-                f"{path}: {cache.num_views} views, the recipe asks for {count} "
+                f"{path}: {counted(cache.num_views, 'view')}, the recipe asks for {count} "
                 f"(recipes.{recipe.name}.views.{view_recipe}.count); run `{command}`, or train on fewer with --views"
             )
         if cache.topk == 0 and (student.soft or self.confidence):

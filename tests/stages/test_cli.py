@@ -63,8 +63,12 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     cache, dataset = LabelCache.open(data / "labels/default.h5"), Dataset.load(data / "prepared/dataset.h5")
     assert cache.labels.shape == (2, len(dataset.train))
     assert set(cache.clean) == {"val", "test"}
-    rest = [path for path in (finished.path / "data/work").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    work = finished.path / "data/work"
+    rest = [path for path in work.rglob("*") if path.is_file() and path.suffix != ".lock" and "kept" not in path.parts]
     assert rest == []
+    kept = {path.stem for path in (work / "kept/smoke").glob("*.json")}
+    assert kept == {"prepare", *(f"teacher@{name}" for name in TEACHERS), "select", "label@default", "student@titn",
+                    "student@vit"}  # fmt: skip
 
 
 @pytest.mark.parametrize("model", ["teachers/squeezenet1_1", "students/titn", "students/vit"])
@@ -231,9 +235,7 @@ def test_a_student_refuses_labels_of_another_teacher_than_the_selected(project: 
 
 
 def test_a_student_needs_data_and_labels_alone(project: Project) -> None:
-    shutil.rmtree(project.data / "teachers")
-    shutil.rmtree(project.data / "teacher")
-    shutil.rmtree(project.data / "students")
+    project.forget("teachers", "teacher", "students")
     program = (
         "import sys; sys.modules['pipeline.models.teachers'] = None; sys.argv[1:] = ['distill', '--student', 'titn'];"
         "from stages.cli import main; main()"
@@ -258,7 +260,7 @@ def test_two_ranks_label_the_same_file_as_one(project: Project) -> None:
     project.edit("count: 2", "count: 5")
     project.run("label", "--fresh")
     alone = file.read_bytes()
-    file.unlink()
+    project.forget("labels")
     ranks = [Command(project.path, "label", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0") for rank in "01"]
     assert [rank.finish().code for rank in ranks] == [0, 0]
     assert file.read_bytes() == alone
@@ -401,7 +403,7 @@ def test_a_users_folder_is_prepared_and_its_bad_files_are_named(tmp_path: Path) 
     out = project.run(*command, code=3)
     assert "torn.png" in out
     assert "--skip-bad" in out
-    assert "skipped 1 bad files" in project.run(*command, "--skip-bad")
+    assert "skipped 1 bad file;" in project.run(*command, "--skip-bad")
     dataset = Dataset.load(project.path / "data/folder/prepared/dataset.h5")
     assert dataset.class_names == ("cat", "dog")
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 28, "val": 4, "test": 8}

@@ -113,7 +113,7 @@ def test_stages_wait_for_those_that_they_come_after(empty: Project, labelled: Pr
     assert stages["label@default"] == "label 2 views, after the selection of squeezenet1_1"
     assert stages["student@vit"] == "train 2 epochs, after the labels of the views default"
     shutil.copytree(labelled.path, tmp_path / "copy")
-    (tmp_path / "copy/data/smoke/labels/default.h5").unlink()
+    Project(tmp_path / "copy").forget("labels/default.h5")
     stages = {stage["stage"]: stage["why"] for stage in examine(Project(tmp_path / "copy"))["stages"]}
     assert "label the views 0:2 of" in stages["label@default"] and stages["teacher@squeezenet1_1"] is None
     assert stages["student@vit"].endswith("after the labels of the views default")
@@ -192,12 +192,14 @@ def test_extras_name_the_pip_line_of_what_is_missing(monkeypatch: pytest.MonkeyP
     assert rest.mark == OK and rest.text.endswith("not here: dev")
 
 
-def test_dvc_needs_its_folder_and_names_its_remotes(tmp_path: Path) -> None:
+def test_dvc_needs_its_folder_and_names_its_remotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dvc")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     with contextlib.chdir(tmp_path):
         assert "`dvc repro` does not work here" in checks.dvc()[0].text
         Path(".dvc").mkdir()
         Path("dvc.yaml").touch()
+        Path(".git").mkdir()
         assert "no remote" in checks.dvc()[0].text
         Path(".dvc/config").write_text("[core]\n    remote = disk\n['remote \"disk\"']\n    url = /mnt/dvc\n")
         Path(".dvc/config.local").write_text("[cache]\n    dir = /mnt/cache\n")
@@ -209,3 +211,48 @@ def test_sizes_are_written_for_people() -> None:
     assert [size_text(size) for size in (0, 999, 4_414_464, 6.7e9, 2e12)] == [
         "0 bytes", "999 bytes", "4.41 MB", "6.7 GB", "2 TB",
     ]  # fmt: skip
+
+
+def test_what_keeps_dvc_from_working_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("dvc")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+
+    def dvc() -> list[str]:
+        findings = checks.dvc()
+        assert {finding.mark for finding in findings} <= {WARNING} or "in a checkout" in findings[0].text
+        return [finding.line for finding in findings]
+
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "dvc.yaml").touch()
+    assert "no git repository, as that of a ZIP archive; clone the project, or: dvc config core.no_scm" in dvc()[0]
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    assert "in a checkout" in dvc()[0]
+    (tmp_path / ".dvc/config").unlink()
+    (tmp_path / ".git").mkdir()
+    assert "in a checkout" in dvc()[0]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").symlink_to("elsewhere")
+    assert "data is a link, and DVC refuses outputs outside the git repository" in dvc()[0]
+    (tmp_path / "data").unlink()
+    other = tmp_path / "bin" / "python"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho /other\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}:/usr/bin:/bin")
+    assert f"it runs `python`, which is {other} here, not {sys.executable}; " in dvc()[0]
+    other.unlink()
+    monkeypatch.setenv("PATH", str(other.parent))
+    assert "`dvc repro` does not work here: it runs `python`, which is not on PATH (python: not found)" in dvc()[0]
+
+
+def test_the_space_of_second_names_that_nothing_else_names_is_counted(labelled: Project, tmp_path: Path) -> None:
+    shutil.copytree(labelled.path, tmp_path / "copy")  # a copy has no links: what is kept takes space of its own
+    entries = [path for path in (tmp_path / "copy/data/work/kept/smoke").iterdir() if path.is_dir()]
+    own = sum(file.stat().st_size for entry in entries for file in entry.rglob("*") if file.is_file())
+    copy = Project(tmp_path / "copy")
+    assert f"second names of results take {size_text(own)}, which `pipeline clean --kept` frees" in invoke(
+        copy, "doctor"
+    )
+    assert f"{size_text(own)} are free now" in invoke(copy, "clean", "--kept")
+    assert "clean --kept" not in invoke(copy, "doctor")

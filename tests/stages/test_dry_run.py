@@ -84,6 +84,7 @@ def test_a_result_that_is_made_again_says_why(project: Project) -> None:
 def test_a_damaged_checkpoint_is_trained_again(project: Project, damage: str) -> None:
     student = project.data / "students/vit"
     before = (student / "best.safetensors").read_bytes()
+    project.forget()
     (student / "best.json").write_text(damage)
     assert "its checkpoint is damaged" in dry(project, "distill", "--student", "vit")
     assert "vit: trains again (its checkpoint is damaged)" in invoke(project, "distill", "--student", "vit")
@@ -99,11 +100,11 @@ def test_labels_of_other_views_are_labelled_again(project: Project) -> None:
 
 
 def test_an_interrupted_run_goes_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.rmtree(project.data / "students/vit")
+    project.forget("students/vit")
     monkeypatch.setattr("pipeline.training.fit.Fit._save_is_due", lambda fit: fit.progress.epoch == 1)
     monkeypatch.setattr("pipeline.training.checkpoints.RunState.delete", lambda state: state.wait())
     invoke(project, "distill", "--student", "vit")
-    shutil.rmtree(project.data / "students/vit")
+    project.forget("students/vit")
     out = dry(project, "distill", "--student", "vit")
     assert "vit: interrupted, goes on from epoch 2 of 2, step 9 (not trained)" in out
     assert "train 2 epochs" in dry(project, "distill", "--student", "vit", "--fresh")
@@ -171,7 +172,7 @@ def test_a_folder_is_counted_and_prepared_data_of_other_settings_are_named(proje
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / split / label / "0.png")
     (tmp_path / "images/train/cat/anim.gif").write_text("mine")
     out = dry(project, "prepare", "--from", str(tmp_path / "images"))
-    assert "read 2 train, 1 test images of 2 classes in" in out and "1 other files, for which it is refused" in out
+    assert "read 2 train, 1 test images of 2 classes in" in out and "1 other file, for which it is refused" in out
     assert "of the same settings" in out
     project.edit("split_seed: 0", "split_seed: 1")
     assert "of other settings: split_seed 0 -> 1" in dry(project, "prepare")

@@ -193,7 +193,7 @@ def test_a_damaged_run_is_refused_by_its_file(project: Project) -> None:
         assert "students/titn/metrics.json" in error and wrong in error
     file.write_text(json.dumps(whole))
     (data / "selection.json").write_text("[1]")
-    assert "selection.json: not an object; run `pipeline select`" in invoke(project, *REPORT, code=3)
+    assert "selection.json: not an object; run `pipeline select --recipe" in invoke(project, *REPORT, code=3)
 
 
 def test_data_that_the_paper_has_not_get_the_form_without_its_columns(tmp_path: Path) -> None:

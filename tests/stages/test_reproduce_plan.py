@@ -79,6 +79,14 @@ def test_another_recipe_compares_all_its_teachers_before_it_labels() -> None:
     )  # fmt: skip
 
 
+def test_a_recipe_of_ours_on_the_papers_data_compares_its_teachers_first_too() -> None:
+    planned = titles(recipe="cifar100-best", student="titn")
+    assert planned == of(
+        "cifar100-best", "teacher vgg16", "teacher vgg16_bn", "teacher vgg19", "selection from 3 teachers", LABELS,
+        *students("titn"),
+    )  # fmt: skip
+
+
 def test_seeds_go_round_all_students_one_after_another() -> None:
     expected = [*students("titn", *STUDENTS[1:]), *students("titn", *STUDENTS[1:], seed=1)]
     assert titles(table=5, seeds=(0, 1))[3:] == of("mnist", *expected)

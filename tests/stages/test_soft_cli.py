@@ -60,11 +60,11 @@ def test_a_file_that_keeps_less_than_is_asked_is_refused_with_the_way_out(projec
     run(project, "label")
     before = (project.path / FILE).read_bytes()
     out = run(project, "label", "--keep", "topk=3", code=3)
-    for word in (FILE, "keeps argmax", "--keep asks for topk=3", "pipeline label --keep topk=3 --fresh"):
+    for word in (FILE, "keeps argmax", "--keep asks for topk=3", "pipeline label --recipe smoke --keep topk=3 --fresh"):
         assert word in out
     project.edit("label: {batch_size: 256", "label: {topk: 4, batch_size: 256")
     out = run(project, "label", code=3)
-    assert "recipes.smoke.label.topk asks for topk=4" in out and "`pipeline label --fresh`" in out
+    assert "recipes.smoke.label.topk asks for topk=4" in out and "`pipeline label --recipe smoke --fresh`" in out
     dry = run(project, "teacher-select", "--teachers", "squeezenet1_1", "--dry-run")
     assert "labels of the views default: refused: " in dry and "keeps argmax" in dry and "asks for topk=4" in dry
     assert (project.path / FILE).read_bytes() == before
@@ -100,14 +100,14 @@ def test_the_labels_are_the_same_whatever_is_kept_beside_them(project: Project) 
 def test_slices_in_any_order_give_the_bytes_of_one_run(project: Project) -> None:
     project.edit("count: 2", "count: 5")
     whole = labelled(project, "--keep", "topk=2")
-    (project.path / FILE).unlink()
+    project.forget("labels/default.h5")
     keep = ("--keep", "topk=2")
     out = run(project, "label", "--views", "3:", *keep)
     assert "labelled 2/2 views" in out and f"{FILE}: not sealed yet, the views 0:3 are missing" in out
     assert not (project.path / FILE).exists()
     run(project, "label", "--views", "1:2")  # without --keep
     out = run(project, "label", "--views", ":2", *keep)
-    assert "1 finished views are damaged, or of another" in out and "labelled 2/2 views" in out
+    assert "1 finished view is damaged, or of another" in out and "labelled 2/2 views" in out
     assert kept(project).num_views == 2
     out = run(project, "label", "--views", "2:4", *keep)  # 3 is there already, and so is 4
     assert "labelled 1/1 views" in out and "5 views" in out
@@ -135,7 +135,7 @@ def test_slices_go_beyond_the_recipes_count_and_a_gap_is_named(project: Project)
 def test_the_ranks_of_a_group_share_a_slice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.edit("count: 2", "count: 6")
     whole = labelled(project, "--keep", "topk=2")
-    (project.path / FILE).unlink()
+    project.forget("labels/default.h5")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for views in ("0:3", "3:6"):
         for rank in ("1", "0"):  # rank 0 waits for the other's views
@@ -209,7 +209,7 @@ def test_a_student_can_train_on_fewer_views_than_the_recipes(project: Project) -
     out = run(project, "distill", "--student", "deit", code=3)
     assert "2 views, the recipe asks for 4" in out and "--views" in out
     out = run(project, "distill", "--student", "deit", "--views", "3", code=3)
-    for word in ("2 views", "--views asks for 3", "pipeline label --views :3"):
+    for word in ("2 views", "--views asks for 3", "pipeline label --recipe smoke --views :3"):
         assert word in out
     run(project, "distill", "--student", "deit", "--views", "2")
     run(project, "distill", "--student", "deit", "--views", "1")
@@ -247,7 +247,7 @@ def test_a_cache_without_probabilities_names_the_way_out(project: Project) -> No
     run(project, "label")
     for options in (["--soft", "2"], ["--confidence"]):
         out = run(project, "distill", "--student", "deit", *options, code=3)
-        for word in (FILE, "keeps argmax", " ".join(options), "pipeline label --keep topk=5 --fresh"):
+        for word in (FILE, "keeps argmax", " ".join(options), "pipeline label --recipe smoke --keep topk=5 --fresh"):
             assert word in out
 
 
@@ -301,4 +301,4 @@ def test_a_soft_recipe_names_what_its_labels_lack(project: Project) -> None:
     project.edit("label: {batch_size: 256", "label: {topk: 5, batch_size: 256")
     project.edit("      deit: {}", "      deit: {soft: 2}")
     out = run(project, "distill", "--student", "deit", code=3)
-    assert "students.deit.soft: 2 needs the teacher's probabilities; run `pipeline label --fresh`" in out
+    assert "students.deit.soft: 2 needs the teacher's probabilities; run `pipeline label --recipe smoke --fresh`" in out

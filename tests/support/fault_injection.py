@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CALLS = ("open", "write", "pwrite", "fsync", "ftruncate", "close", "replace", "unlink", "mkdir", "rmdir")
+CALLS = ("open", "write", "pwrite", "fsync", "ftruncate", "close", "link", "replace", "unlink", "mkdir", "rmdir")
 # What fails for want of space; the rest works on a full disk.
-FILLING = ("open", "write", "pwrite", "fsync", "mkdir")
+FILLING = ("open", "write", "pwrite", "fsync", "link", "mkdir")
 # What fails on a file system mounted read-only.
-CHANGING = ("open", "replace", "unlink", "mkdir", "rmdir")
+CHANGING = ("open", "link", "replace", "unlink", "mkdir", "rmdir")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _BY_DESCRIPTOR = ("write", "pwrite", "fsync", "ftruncate", "close")
 _AUDITED = {"os.rename": "replace", "os.remove": "unlink", "os.truncate": "ftruncate"}

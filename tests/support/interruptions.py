@@ -174,12 +174,12 @@ class Interruptions:
 
 
 def files(project: Path) -> dict[str, str]:
-    """Map each file below a project's data to its SHA-256, except locks and run.json, which holds times."""
+    """Map each file below a project's data to its SHA-256, except locks, and what has times: run.json, what is kept."""
     data = project / "data"
     return {
         str(path.relative_to(data)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(data.rglob("*"))
-        if path.is_file() and path.suffix != ".lock" and path.name != "run.json"
+        if path.is_file() and path.suffix != ".lock" and path.name != "run.json" and "kept" not in path.parts
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,12 @@ class Project:
         before, smoke = file.read_text().split("\n  smoke:\n")
         assert old in smoke, old
         file.write_text(before + "\n  smoke:\n" + smoke.replace(old, new, 1))
+
+    def forget(self, *outs: str) -> None:
+        """Delete results of the recipe for good: what is kept too, of any."""
+        shutil.rmtree(self.path / "data/work/kept", ignore_errors=True)
+        for path in (self.data / out for out in outs):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def start(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

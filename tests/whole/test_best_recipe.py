@@ -94,7 +94,7 @@ def test_it_runs_through_all_stages_in_small(project: Project) -> None:
 
 def test_views_of_its_own_need_labels_of_their_own(project: Project) -> None:
     out = run(project, "distill", "--student", "titn-paper-views", code=3)
-    assert "pipeline label --view-recipe paper" in out
+    assert "pipeline label --recipe cifar100-best --view-recipe paper" in out
 
 
 def test_the_papers_views_are_in_its_recipe() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from pipeline.config.params import load_params
 from pipeline.labels.cache import LabelCache
 from tests.support.commands import run
 from tests.support.markdown import blocks, page
@@ -45,9 +48,12 @@ class Checkout(Project):
         return self.shell(str(DVC), *arguments)
 
     def repro(self, *arguments: str) -> set[str]:
-        """Run `dvc repro` and return the names of the stages that ran."""
+        """Run `dvc repro` and return the names of the stages that ran; prepare always does, to look at its source."""
         out = self.dvc("repro", *arguments)
-        return {line.split("'")[1] for line in out.splitlines() if line.startswith("Running stage")}
+        return {line.split("'")[1] for line in out.splitlines() if line.startswith("Running stage")} - {"prepare"}
+
+    def pipeline(self, *arguments: str) -> str:
+        return self.shell(sys.executable, "-m", "stages.cli", *arguments)
 
     def commit(self) -> None:
         self.shell("git", "add", "-A")
@@ -71,7 +77,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     checkout.commit()
     ran = checkout.repro()
     assert ran == {
-        "prepare", "teacher@squeezenet1_1", "teacher@mobilenet_v3_large", "select", "label@default",
+        "teacher@squeezenet1_1", "teacher@mobilenet_v3_large", "select", "label@default",
         "student@titn", "student@vit", "report",
     }  # fmt: skip
     checkout.commit()
@@ -86,7 +92,7 @@ def checkout(reproduced: Checkout, tmp_path: Path) -> Checkout:
 
 def test_a_second_repro_runs_nothing(reproduced: Checkout) -> None:
     assert reproduced.repro() == set()
-    assert "Data and pipelines are up to date" in reproduced.dvc("status")
+    assert reproduced.dvc("status").split() == ["prepare:", "always", "changed"]
     assert all((reproduced.data / "reports" / name).is_file() for name in ("report.html", "report.md", "report.json"))
 
 
@@ -235,18 +241,23 @@ def test_the_page_on_sharing_a_clone_trains_on_what_it_pulls(checkout: Checkout,
     assert clone.repro() == set()
 
 
-def start_labelling(checkout: Checkout) -> subprocess.Popen[bytes]:
-    """Let DVC label 20 views, and return it when some of them are finished."""
-    checkout.edit("count: 2", "count: 20")
+def start_dvc(checkout: Checkout, stage: str) -> subprocess.Popen[bytes]:
+    """Let DVC run a stage in a session of its own."""
     path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
-    process = subprocess.Popen(
-        [DVC, "repro", "label@default"],
+    return subprocess.Popen(
+        [DVC, "repro", stage],
         cwd=checkout.path,
         env=environment(PATH=path, PYTHONPATH="", GIT_CONFIG_GLOBAL="/dev/null"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+
+
+def start_labelling(checkout: Checkout) -> subprocess.Popen[bytes]:
+    """Let DVC label 20 views, and return it when some of them are finished."""
+    checkout.edit("count: 2", "count: 20")
+    process = start_dvc(checkout, "label@default")
     until = time.monotonic() + 120
     while len(parts_of(checkout)) < 3:
         assert process.poll() is None and time.monotonic() < until
@@ -307,3 +318,126 @@ def test_labels_that_rotted_in_dvcs_cache_reach_no_student(checkout: Checkout) -
     assert file.read_bytes() == rotten, "DVC trusts what it has made read-only"
     with pytest.raises(AssertionError, match=r"labels/default\.h5 is not a valid label cache: .*SHA-256 differs"):
         checkout.dvc("repro", "--single-item", "--force", "student@titn")
+
+
+# What DVC deletes and replaces comes back
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
+
+
+def append_comment(checkout: Checkout, name: str) -> None:
+    with (checkout.path / name).open("a") as file:
+        file.write("\n# changed\n")
+
+
+def check_kept(checkout: Checkout) -> None:
+    """Check that nothing has written into a file that has a second name, or into DVC's cache."""
+    for file in (checkout.path / "data/work/kept/smoke").glob("*.json"):
+        entry = json.loads(file.read_text())
+        for part in entry["files"]:
+            data = (file.with_suffix("") / entry["folder"] / part["path"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == part["sha256"], part
+    for file in (checkout.path / ".dvc/cache/files/md5").rglob("*"):
+        if file.is_file() and file.suffix != ".dir":
+            assert hashlib.md5(file.read_bytes()).hexdigest() == file.parent.name + file.name
+
+
+def test_images_that_dvc_deletes_come_back_without_their_folder(checkout: Checkout, tmp_path: Path) -> None:
+    for number in range(24):
+        path = tmp_path / "photos/train" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 2 * number, 255)).save(path)
+    own, params = checkout.path / "data/folder-small/prepared", checkout.path / "params.yaml"
+    checkout.pipeline("prepare", "--recipe", "folder-small", "--from", str(tmp_path / "photos"))
+    shutil.rmtree(tmp_path / "photos")
+    whole = contents(own)
+    recipes = load_params(params)
+    line = shlex.split(recipes.dvc_command(recipes.recipes["folder-small"]))
+    assert line[:3] == ["dvc", "exp", "run"]
+    out = checkout.dvc(*line[1:], "prepare")
+    assert "data/folder-small/prepared: put back as it was finished on" in out and contents(own) == whole
+    out = checkout.dvc("repro", "prepare")  # params.yaml names the recipe now
+    assert "kept, of the same settings; it is of the folder photos" in out and contents(own) == whole
+    checkout.dvc("commit", "-f", "prepare")
+    append_comment(checkout, "stages/prepare.py")
+    shutil.rmtree(own)
+    out = checkout.dvc("repro", "prepare")
+    assert "perhaps by other code than today's" in out and contents(own) == whole
+    checkout.shell("git", "checkout", "-q", "dvc.lock", "params.yaml")
+    checkout.dvc("checkout", "--force")
+    checkout.dvc("exp", "run", *line[3:], "prepare")
+    assert contents(own) == whole
+    assert checkout.repro("prepare") == set() and contents(own) == whole
+
+
+def test_a_newer_result_comes_back_and_changed_code_is_really_run(checkout: Checkout) -> None:
+    vit = checkout.data / "students/vit"
+    older = contents(vit)
+    checkout.edit("      vit: {}\n", "      vit: {epochs: 1}\n")
+    assert "epoch 1/1" in checkout.pipeline("distill", "--student", "vit")
+    newer = contents(vit)
+    checkout.dvc("checkout", "--force", "student@vit")
+    assert contents(vit) == older
+    out = checkout.pipeline("distill", "--student", "vit")
+    assert "put back as it was finished on" in out and "epoch 1/1" not in out and contents(vit) == newer
+    out = checkout.dvc("repro", "student@vit")  # deletes it, for its recipe is another than DVC's
+    assert "put back as it was finished on" in out and "epoch 1/1" not in out and contents(vit) == newer
+    checkout.dvc("exp", "run", "student@vit", "-S", "recipes.smoke.students.vit.epochs=2", "-n", "longer")
+    assert json.loads((vit / "metrics.json").read_text())["epochs"] == 2
+    append_comment(checkout, "pipeline/models/students/vit.py")
+    out = checkout.dvc("repro", "student@vit")
+    assert "epoch 2/2" in out and "put back" not in out
+    check_kept(checkout)
+
+
+def test_what_outlives_its_dvc_is_not_trained_again(checkout: Checkout) -> None:
+    checkout.edit("      vit: {}\n", "      vit: {epochs: 12}\n")
+    process = start_dvc(checkout, "student@vit")
+    work, metrics = checkout.path / "data/work/smoke/students/vit.lock", checkout.data / "students/vit/metrics.json"
+    until = time.monotonic() + 120
+    while metrics.exists() or not work.exists() or not work.read_bytes():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    process.terminate()  # DVC alone
+    process.wait()
+    assert not metrics.exists(), "the test has to be quicker than the training"
+    while work.read_bytes():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    trained = contents(checkout.data / "students/vit")
+    out = checkout.dvc("repro", "student@vit")
+    assert "put back as it was finished on" in out and "epoch 1/12" not in out
+    assert contents(checkout.data / "students/vit") == trained
+
+
+@pytest.mark.parametrize("kind", ["hardlink", "symlink"])
+def test_a_cache_of_links_is_never_written_into(checkout: Checkout, kind: str) -> None:
+    checkout.dvc("config", "cache.type", kind)
+    vit = checkout.data / "students/vit"
+    for epochs, before in ((1, "{}"), (2, "{epochs: 1}")):
+        checkout.edit(f"      vit: {before}\n", f"      vit: {{epochs: {epochs}}}\n")
+        checkout.pipeline("distill", "--student", "vit")
+        checkout.dvc("commit", "-f", "student@vit", "prepare")
+        checkout.dvc("checkout", "--force", "--relink", "student@vit", "prepare")
+        weights = vit / "best.safetensors"
+        assert weights.is_symlink() if kind == "symlink" else not os.access(weights, os.W_OK) or os.getuid() == 0
+        check_kept(checkout)
+    for file in vit.iterdir():
+        file.unlink()
+    assert "put back as it was finished on" in checkout.pipeline("distill", "--student", "vit")
+    assert checkout.repro("student@vit") == set()
+    check_kept(checkout)
+
+
+def test_lists_that_do_not_fit_a_recipe_are_refused_with_the_line_that_works(checkout: Checkout) -> None:
+    with pytest.raises(AssertionError, match="run this instead: dvc exp run -S recipe=cifar100-best -S") as error:
+        checkout.dvc("exp", "run", "-S", "recipe=cifar100-best")
+    checkout.shell("git", "checkout", "-q", "params.yaml")
+    line = re.search(r"run this instead: dvc (exp run .*)", str(error.value))
+    assert line is not None
+    out = checkout.dvc(*shlex.split(line[1]), "--dry")
+    students = load_params(checkout.path / "params.yaml").recipes["cifar100-best"].students
+    ran = {name for name in re.findall(r"student@([\w-]+)", out)}
+    assert ran and ran <= set(students)

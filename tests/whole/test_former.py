@@ -54,8 +54,10 @@ def project(prepared: Project, tmp_path: Path) -> Project:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Map the files below a folder, except locks, to their SHA-256."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
+    """Map the files below a folder, except locks and second names, to their SHA-256."""
+    files = (
+        file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock" and "kept" not in file.parts
+    )
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 

@@ -43,8 +43,7 @@ def test_stage_one_interrupted_at_random_moments_ends_like_an_undisturbed_one(
 ) -> None:
     shutil.copytree(labelled.path, tmp_path / "project")
     project = Project(tmp_path / "project")
-    for folder in ("teachers/squeezenet1_1", "teacher", "labels"):  # leaves what the other teacher needs
-        shutil.rmtree(project.data / folder)
-    (project.data / "selection.json").unlink()
+    # Leaves what the other teacher needs.
+    project.forget("teachers/squeezenet1_1", "teacher", "labels", "selection.json")
     tally = interrupt_at_random(Interruptions(project, tmp_path / "scratch", "teacher-select"), 1, random.Random(5))
     assert tally.wrong == []

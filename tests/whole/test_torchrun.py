@@ -186,17 +186,16 @@ def test_all_of_stage_one_ends_with_the_labels_of_one_process(project: Project) 
     labels = project.data / "labels/default.h5"
     whole = labels.read_bytes()
     for world_size in (2, 3):
-        labels.unlink()
+        project.forget("labels/default.h5")
         finish(project, world_size, "label", *CPU)
         assert labels.read_bytes() == whole
-    for name in ("labels", "teachers", "teacher", "prepared"):
-        shutil.rmtree(project.data / name)
+    project.forget("labels", "teachers", "teacher", "prepared")
     select = ("teacher-select", "--teachers", "squeezenet1_1,mobilenet_v3_large", *CPU)
     said = finish(project, 2, *select)
     assert "gloo cannot add up batch norm's statistics" in said
     assert said.count("Table 2. Teachers on smoke") == 1 and "default.h5: 2 views" in said and "device 2 x " in said
     made = labels.read_bytes()
-    labels.unlink()
+    project.forget("labels/default.h5")
     assert run(project.path, "label", *CPU).code == 0 and labels.read_bytes() == made
     assert "up to date" in finish(project, 2, *select)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,11 @@ def test_own_values_go_over_shared_ones() -> None:
         ("recipes.smoke.views.default.count", None, ["views.default.count", "None"]),
         ("recipes.smoke.dataset", None, ["recipes.smoke.dataset", "not a mapping"]),
         ("recipe", "imagenet", ["imagenet", "digits"]),
-        ("teachers", ["resnet51"], ["resnet51", "resnet50"]),
+        ("teachers", ["resnet51"], ["teachers", "resnet51", "in no recipe", "resnet50"]),
+        ("view_recipes", ["mixpu"], ["view_recipes", "mixpu", "in no recipe", "mixup"]),
+        ("students", {"tint": "default"}, ["students", "tint", "in no recipe", "titn"]),
         ("teachers", ["vgg16", "vgg16"], ["twice"]),
-        ("students", {"titn": "mixup"}, ["students.titn", "'mixup'", "'default'"]),
+        ("students", {"titn": "mixpu"}, ["students", "'mixpu'", "mixup"]),
         ("extra", 1, ["extra", "unknown key"]),
     ],
 )
@@ -108,6 +111,88 @@ def test_what_is_not_allowed_is_refused_by_key_value_and_way_out(path: str, valu
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_a_warm_up_longer_than_the_training_is_refused_with_both_numbers() -> None:
+    tree = copy.deepcopy(TREE)
+    tree["recipes"]["smoke"]["students"]["titn"] = {"warmup_epochs": 2.5}
+    with pytest.raises(UsageError, match=r"smoke\.students\.titn\.warmup_epochs: 2\.5 is more than .*epochs, 2, "):
+        parse_params(tree)
+    tree["recipes"]["smoke"]["students"]["titn"] = {"warmup_epochs": 2}
+    assert parse_params(tree).recipes["smoke"].students["titn"].warmup_epochs == 2.0
+    digits = parse_params(tree).recipes["digits"]
+    assert override(digits.students["titn"], {"epochs": "1"}, "students.titn").warmup_epochs == 1.0
+    with pytest.raises(UsageError, match=r"warmup_epochs: 1\.5 is more than students\.titn\.epochs, 1,"):
+        override(digits.students["titn"], {"epochs": "1", "warmup_epochs": "1.5"}, "students.titn")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "1.0e-03"])
+def test_a_number_may_be_written_with_an_exponent(text: str) -> None:
+    assert override(STUDENT, {"lr": text}, "students.titn").lr == 0.001
+
+
+def listing(**lists: Any) -> Params:
+    return parse_params({**copy.deepcopy(TREE), **lists})
+
+
+def test_names_at_the_top_that_the_recipe_lacks_are_no_error() -> None:
+    params = listing(recipe="folder-small")  # it has two teachers and no view recipe mixup
+    small = params.select(None)
+    assert params.candidates(small) == ("densenet121", "mobilenet_v3_large")
+    assert listing(view_recipes=["mixup", "default"]).labelled(small) == ("default",)
+    with pytest.raises(UsageError, match="view_recipes: none of mixup is in recipes.folder-small.views; .* default"):
+        listing(view_recipes=["mixup"]).labelled(small)
+
+
+def test_dvc_is_told_why_the_lists_do_not_fit_a_recipe() -> None:
+    params = listing(
+        teachers=["vgg16_bn", "resnet50"], view_recipes=["default"], students={"tnt": "mixup", "titn-hard": "paper"}
+    )
+    assert listing().faults_of_lists(params.recipes["digits"]) == []
+    listing().require_lists(params.recipes["digits"])
+    best = params.recipes["cifar100-best"]
+    assert params.faults_of_lists(best) == [
+        "teachers: 'resnet50' is not in recipes.cifar100-best",
+        "students.tnt: 'mixup' differs from recipes.cifar100-best.students.tnt.views ('default')",
+        "students.titn-hard: 'paper' differs from recipes.cifar100-best.students.titn-hard.views ('default')",
+    ]
+    paper = listing(students={"titn-paper-views": "paper"})
+    assert paper.faults_of_lists(best)[-1] == "students.titn-paper-views: view recipe 'paper' is not in view_recipes"
+    with pytest.raises(UsageError, match="params.yaml: teachers: 'resnet50' is not in .* dvc exp run -S recipe=cifar"):
+        params.require_lists(best)
+
+
+@pytest.mark.parametrize("recipe", list(TREE["recipes"]))
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {},
+        {
+            "teachers": ["squeezenet1_1"],
+            "view_recipes": ["paper"],
+            "students": {"titn-hard": "paper", "vit": "mixup"},
+        },
+    ],
+)
+def test_the_line_for_dvc_makes_the_lists_fit(tmp_path: Path, recipe: str, lists: dict[str, Any]) -> None:
+    hydra = pytest.importorskip("dvc.utils.hydra", reason="comes with the extra dvc")
+    file = tmp_path / "params.yaml"
+    YAML().dump({**copy.deepcopy(TREE), **lists}, file)
+    command, _, *changes = shlex.split(load_params(file).dvc_command(load_params(file).recipes[recipe]))[1:]
+    assert (command, changes[::2]) == ("exp", ["-S"] * 5)
+    hydra.apply_overrides(file, changes[1::2])
+    changed = load_params(file)
+    assert changed.recipe == recipe and changed.faults_of_lists(changed.select(None)) == []
+    kept = [name for name in lists.get("students", TREE["students"]) if name in TREE["recipes"][recipe]["students"]]
+    assert list(changed.students) == (kept or list(TREE["recipes"][recipe]["students"]))
+
+
+@pytest.mark.parametrize("name", ["kept", "raw", "runs", "work"])
+def test_a_recipe_may_not_be_called_like_a_shared_folder_of_data(name: str) -> None:
+    tree = copy.deepcopy(TREE)
+    tree["recipes"][name] = tree["recipes"]["smoke"]
+    with pytest.raises(UsageError, match=f"recipes.{name}: '{name}' is a folder of data/ that all recipes share"):
+        parse_params(tree)
 
 
 def test_a_missing_key_is_named() -> None:

@@ -106,10 +106,10 @@ def test_every_call_that_writes_is_among_those_that_are_struck(project: Project)
         labelling.reset(former)
         ended = labelling.run(*(() if former is None else ("--fresh",)))
         assert ended.code == 0
-        named = {"open", "ftruncate", "replace", "unlink", "mkdir", "rmdir"}
+        named = {"open", "ftruncate", "link", "replace", "unlink", "mkdir", "rmdir"}
         struck = [(name, path) for name, path in ended.calls if name in named]
         assert list(ended.audited) == struck and len(struck) > 10
-        assert all(path.startswith(("work/smoke/labels", "smoke/labels")) for _, path in struck)
+        assert all(path.startswith(("work/smoke/labels", "smoke/labels", "work/kept")) for _, path in struck)
 
 
 @pytest.mark.slow

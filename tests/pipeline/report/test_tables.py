@@ -14,6 +14,7 @@ from pipeline.report import paper
 from pipeline.report.progress import Position, RunWatcher
 from pipeline.report.tables import Table, difference, number
 from pipeline.system.stopping import StopSignal
+from pipeline.system.text import counted
 from stages.shared.context import Context
 from tests.support.project import ROOT
 
@@ -100,6 +101,49 @@ def test_a_line_says_how_long_the_rest_of_the_command_takes(monkeypatch: pytest.
         "",
     ]
     assert lines(None, step=4) == ["", ", about 30 s left", ""], "a part of an epoch tells nothing"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("name", ["vit", "mobilenet_v3_large", "a-student-" * 6])
+@pytest.mark.parametrize("position", [None, Position("teacher", 2, 8, epochs_after=1800)])
+def test_an_epoch_is_one_line_of_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int, name: str, position: Position | None
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pipeline.report.progress.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    file = io.StringIO()
+    watcher = RunWatcher(Console(file=file, width=width), name, 50_000, position)
+    watcher.started(300, 10, 0, 0)
+    watcher._console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    clock[0] += 17.25
+    watcher.epoch_ended({**ROW, "epoch": 100, "agreement": 75.0})
+    [line] = file.getvalue().splitlines()
+    assert len(line) <= width and ": epoch 100/300, " in line and ", top-1 50.00 %" in line
+    if width == 200 and name == "vit":
+        assert ", lr 1.00e-01, train loss 1.5000, top-1 50.00 %, top-5 90.00 %, agreement 75.00 %, 17.2 s" in line
+    if width == 80 and name == "mobilenet_v3_large" and position is not None:
+        assert line == "mobilenet_v3_large (teacher 2 of 8): epoch 100/300, top-1 50.00 %"
+    if width == 80 and name == "vit" and position is None:
+        assert line == "vit: epoch 100/300, train loss 1.5000, top-1 50.00 %, 17.2 s, about 58 min left"
+
+
+def test_control_characters_reach_no_terminal() -> None:
+    table = Table("a\x1b[31m title", ["na\x07me"], [["red\x1b[31m\u202e\r"]], note="beep\x07")
+    file = io.StringIO()
+    Console(file=file, width=80).print(table.to_rich(80))
+    params = load_params(ROOT / "params.yaml")
+    Context(params, params.select("smoke"), Console(file=file, width=80), StopSignal()).say("it is \x1b[2J\r\nred")
+    assert all(char.isprintable() or char == "\n" for char in file.getvalue())
+    assert "red\\x1b[31m\\u202e\\r" in file.getvalue() and "it is \\x1b[2J\\r\\nred" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(0, "image", "0 images"), (1, "bad file", "1 bad file"), (2, "bad file", "2 bad files"), (1, "class", "1 class"),
+     (10, "class", "10 classes")],
+)  # fmt: skip
+def test_a_count_agrees_with_its_noun(number: int, noun: str, text: str) -> None:
+    assert counted(number, noun) == text
 
 
 def test_runs_in_turn_know_their_position() -> None:

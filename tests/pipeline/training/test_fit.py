@@ -108,6 +108,7 @@ def make_fit(
     group: Group = ALONE,
     micro_batch: int | None = None,
     ema: float = 0.0,
+    scored_on: EvaluationData | None = None,
     **settings: Any,
 ) -> Fit:
     recipe = FitRecipe(**{"epochs": 4, "batch_size": 16, "lr": 0.05, "optimizer": "sgd", "clip": 1.0, **settings})
@@ -115,7 +116,7 @@ def make_fit(
     return Fit(
         model=model or small_model(),
         data=TrainingData(views, MEAN, STD, VIEW_RECIPE.count, teacher_labels),
-        evaluation=evaluation(),
+        evaluation=scored_on or evaluation(),
         objective=objective,
         recipe=recipe,
         seed=3,
@@ -336,6 +337,28 @@ def test_a_run_that_stays_at_chance_is_warned_about_once_and_marked(tmp_path: Pa
     assert "lower lr" in result.warnings[0]
     learned, _ = run(tmp_path / "other")
     assert not learned.at_chance
+
+
+def test_a_model_that_gives_one_class_for_all_is_at_chance_however_common_that_class_is(tmp_path: Path) -> None:
+    """Of 95/5 data it has 95 % top-1 and a loss far below ln K; its macro recall is 1 / K all the same."""
+
+    class Commonest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(NUM_CLASSES))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return (self.bias + torch.tensor([4.0, 1.0, 0.0])).expand(len(images), -1)
+
+    images, labels = images_and_labels(100, seed=2)
+    labels = torch.where(torch.arange(100) < 95, 0, 1)  # of class 2 there is none
+    watcher, common = Watcher(), EvaluationData(images, labels, MEAN, STD, NUM_CLASSES)
+    low = {"objective": lambda *given: training_loss(*given) * 0.01, "lr": 1e-9}
+    result, _ = run(tmp_path, model=Commonest(), watcher=watcher, scored_on=common, **low)
+    assert (
+        result.curve[-1]["train_loss"] < 0.1 and result.curve[-1]["top1"] == 95.0 and result.curve[-1]["recall"] == 0.5
+    )
+    assert result.at_chance and "macro recall 0.500" in watcher.warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""Images that occur more than once in a data set, found by the SHA-256 of their pixels."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.arrays import chunks
+from pipeline.data.datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How many images are copies of others, pixel by pixel, as they are stored.
+
+    Attributes:
+        in_train: For each split but train, the number of its images that train holds too.
+        repeated: Images that occurred before in the same split.
+        in_two_classes: Different images that occur under two classes or more, in any split.
+        examples: For `in_train`, `repeated` and `in_two_classes` two paths where there are paths and such images.
+    """
+
+    in_train: dict[str, int]
+    repeated: int
+    in_two_classes: int
+    examples: dict[str, list[str]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+def find_copies(dataset: Dataset) -> Copies:
+    """Count the copies in a data set; its images are read once."""
+    splits = dataset.splits
+    keys = {name: _keys(dataset, name) for name in splits}
+    every = np.concatenate(list(keys.values()))
+    labels = np.concatenate([split.labels for split in splits.values()])
+    which = np.repeat(np.arange(len(splits)), [len(split) for split in splits.values()])
+    # Equal images side by side, in the order of splits: train is first.
+    order = np.argsort(every, kind="stable")
+    same = every[order][1:] == every[order][:-1]
+    before, after = order[:-1][same], order[1:][same]
+    pairs = {
+        "in_train": (which[before] == 0) & (which[after] != 0),
+        "repeated": which[before] == which[after],
+        "in_two_classes": labels[before] != labels[after],
+    }
+    examples = {}
+    for kind, is_pair in pairs.items():
+        first = np.flatnonzero(is_pair)[:1]
+        paths = [_path(dataset, int(index)) for end in (after, before) for index in end[first]]
+        if paths and None not in paths:
+            examples[kind] = [path for path in paths if path is not None]
+    return Copies(
+        in_train={name: int(np.isin(keys[name], keys["train"]).sum()) for name in splits if name != "train"},
+        repeated=int(pairs["repeated"].sum()),
+        in_two_classes=len(np.unique(every[after[pairs["in_two_classes"]]])),
+        examples=examples,
+    )
+
+
+def _path(dataset: Dataset, index: int) -> str | None:
+    """Return the path of an image, counted through all splits; None where it has none."""
+    for split in dataset.splits.values():
+        if index < len(split):
+            return None if split.paths is None else bytes(split.paths[index]).decode()
+        index -= len(split)
+    raise IndexError(index)
+
+
+def _keys(dataset: Dataset, split: str) -> NDArray[np.uint64]:
+    """Return the first 64 bits of the SHA-256 of each image, `(N,)`; two of a million differ with 1 - 3e-8."""
+    digests = b"".join(
+        hashlib.sha256(image.data).digest()[:8] for images in chunks(dataset.splits[split].images) for image in images
+    )
+    return np.frombuffer(digests, np.uint64)

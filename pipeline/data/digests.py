@@ -1,0 +1,78 @@
+"""The SHA-256 of what a folder or CSV file lists: has anything changed since it was prepared?
+
+Of each image the relative path, the size and the content count, not the time at which it was written. A content is read
+again only where size or time differ from what is remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.data.listing import Listing
+from pipeline.system.storage import sha256_file
+
+Seen = tuple[int, int, str]
+"""Size in bytes, time of the last change in nanoseconds, SHA-256."""
+
+NOT_A_FILE: Seen = (-1, 0, "")
+READ_AT_ONCE = 4096
+
+
+def digest_listing(listing: Listing, remembered: Mapping[str, Seen]) -> tuple[str, dict[str, Seen]]:
+    """Return the SHA-256 of the images that a source lists, with their splits and classes.
+
+    Args:
+        listing: The source's images; those in no class count by their names.
+        remembered: By relative path, what was returned the last time.
+
+    Returns:
+        64 hexadecimal digits, and what to remember.
+
+    Raises:
+        StorageError: A file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in listing.bad:
+        digest.update(_line("", "", file.path))
+    seen: dict[str, Seen] = {}
+
+    def look(path: Path) -> Seen:
+        return _look(path, remembered.get(path.relative_to(listing.root).as_posix()))
+
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        for split, name, paths in _blocks(listing):
+            for path, found in zip(paths, pool.map(look, paths), strict=True):
+                relative = path.relative_to(listing.root).as_posix()
+                seen[relative] = found
+                digest.update(_line(split, name, relative, found[0], found[2]))
+    return digest.hexdigest(), seen
+
+
+def _blocks(listing: Listing) -> Iterator[tuple[str, str, list[Path]]]:
+    """Yield a split, a class and some of its images at a time: the pool makes a record for each."""
+    for split, classes in listing.splits.items():
+        for name, paths in classes.items():
+            for start in range(0, len(paths), READ_AT_ONCE):
+                yield split, name, paths[start : start + READ_AT_ONCE]
+
+
+def _look(path: Path, former: Seen | None) -> Seen:
+    """Return a file's size, time and SHA-256, which is taken over from before where the other two are the same."""
+    try:
+        status = path.stat()
+    except OSError:
+        return NOT_A_FILE
+    if not stat.S_ISREG(status.st_mode):
+        return NOT_A_FILE  # reading a named pipe would wait for its writer
+    if former is not None and tuple(former[:2]) == (status.st_size, status.st_mtime_ns):
+        return status.st_size, status.st_mtime_ns, former[2]
+    return status.st_size, status.st_mtime_ns, sha256_file(path)
+
+
+def _line(*values: str | int) -> bytes:
+    return (json.dumps(values) + "\n").encode()
