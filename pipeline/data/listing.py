@@ -210,14 +210,14 @@ def is_clutter(path: Path) -> bool:
 
 
 def _leave_out(listing: Listing, path: Path) -> None:
-    kind = f"{path.suffix.lower()} file" if path.suffix else "file without a suffix"
+    kind = f"{path.suffix.lower()} file" if path.suffix else "other file"
     listing.left_out.add(kind, path.relative_to(listing.root).as_posix())
 
 
 def _list_folder(listing: Listing) -> dict[str, Classes]:
     """List a folder's classes by split; a folder without splits is all `train`."""
     source = listing.source
-    entries = list_entries(listing, source)
+    entries = list_entries(Listing(source), source)
     named: dict[str, Path] = {}
     for entry in entries:
         split = SPLIT_NAMES.get(entry.name.lower())
@@ -236,7 +236,7 @@ def _list_folder(listing: Listing) -> dict[str, Classes]:
     if "train" not in named:
         beside = f" beside {' and '.join(folder.name for folder in named.values())}" if named else ""
         raise DataError(f"{source}: no folder `train` in it{beside}; {WAYS}")
-    for entry in entries:
+    for entry in list_entries(listing, source):
         if entry in others and entry.is_dir():
             listing.left_out.add("other folder", entry.name)
         elif entry in others:
