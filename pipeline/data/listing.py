@@ -14,6 +14,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.data.images import SUFFIXES, BadFile
@@ -74,7 +75,7 @@ class Listing:
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def root(self) -> Path:
         """The folder that names of images are relative to."""
         return self.source.parent if self.source.is_file() else self.source
@@ -168,7 +169,8 @@ def list_classes(listing: Listing, folder: Path) -> Classes:
             entry.name.encode()
         except UnicodeEncodeError:
             raise DataError(f"{entry}: class name is not UTF-8; rename the folder") from None
-        images, others = [], 0
+        images: list[Path] = []
+        others = 0
         for path in list_entries(listing, entry):
             if path.suffix.lower() in SUFFIXES and not path.is_dir():
                 images.append(path)
