@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from pipeline.data.folders import MAX_CLASSES_NAMED, find_labelled_images, read_images
+from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
 from pipeline.data.images import BadFile, refusal
+from pipeline.data.listing import relative_name
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
+from pipeline.system.storage import write_atomic
 from pipeline.system.text import counted
 from stages.shared import options
 from stages.shared.context import Context
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--data", type=options.PATH, help="Score on this folder's <class>/* or test/<class>/*.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
 @click.option("--per-class", is_flag=True, help="Show each class too, the worst first.")
+@click.option("--predictions", type=options.PATH, help="Write what is predicted for each image to this CSV file.")
 @options.precision_option
 @options.json_option
 def command(
@@ -43,6 +46,7 @@ def command(
     data: Path | None,
     skip_bad: bool,
     per_class: bool,
+    predictions: Path | None,
     precision: str | None,
     as_json: bool,
 ) -> None:
@@ -58,13 +62,13 @@ def command(
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
         classifier = load(checkpoint, device=device, precision=precision)
         context = options.open_context(recipe, device, named_by=lambda params: classifier.config.get("recipe"))
-        result = evaluate_split(context, classifier, split or "test", per_class=per_class)
+        result = evaluate_split(context, classifier, split or "test", per_class=per_class, rows=predictions)
     else:
         if recipe is not None or split is not None:
             given = "--recipe" if recipe is not None else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
         classifier = load(checkpoint, device=device, precision=precision)
-        result = evaluate_folder(classifier, data, skip_bad=skip_bad, per_class=per_class)
+        result = evaluate_folder(classifier, data, skip_bad=skip_bad, per_class=per_class, rows=predictions)
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -73,7 +77,9 @@ def command(
         console.print(table(result).to_rich(console.width))
 
 
-def evaluate_split(context: Context, classifier: Classifier, split: str, *, per_class: bool = False) -> dict[str, Any]:
+def evaluate_split(
+    context: Context, classifier: Classifier, split: str, *, per_class: bool = False, rows: Path | None = None
+) -> dict[str, Any]:
     """Score a model on a split of the recipe's prepared data.
 
     Args:
@@ -81,6 +87,7 @@ def evaluate_split(context: Context, classifier: Classifier, split: str, *, per_
         classifier: The model, loaded from a file.
         split: `train`, `val` or `test`.
         per_class: Whether to add the scores of each class.
+        rows: A CSV file to write, with the columns of predictions.csv.
 
     Returns:
         Model, split, number of images, `autocast` (`fp32` or `bf16`), the fields of pipeline.training.metrics.Scores;
@@ -90,6 +97,7 @@ def evaluate_split(context: Context, classifier: Classifier, split: str, *, per_
         UsageError: There is no such split.
         DataError: The recipe's classes or image size are not the model's.
     """
+    from pipeline.training.evaluation import Predictions
     from pipeline.training.metrics import Meter
     from stages.shared.fitting import evaluation_data
 
@@ -101,14 +109,24 @@ def evaluate_split(context: Context, classifier: Classifier, split: str, *, per_
             raise DataError(f"{classifier.file}: its {key} is not that of recipe {context.recipe.name}; name its own")
     data = evaluation_data(dataset, dataset.splits[split], classifier.device)
     meter = Meter(dataset.num_classes, classifier.device)
+    predictions = Predictions.of(data)
     for part, images in data.batches(classifier.batch_size, slice(0, len(data.labels))):
-        meter.add(classifier.logits(images), data.labels[part])
+        outputs = classifier.logits(images)
+        meter.add(outputs, data.labels[part])
+        predictions.add(part, outputs)
+    if rows is not None:
+        write_atomic(rows, predictions.as_csv(classifier.class_names, data, dataset.splits[split].names))
     where = {"recipe": context.recipe.name, "split": split}
     return _result(classifier, where, meter, per_class)
 
 
 def evaluate_folder(
-    classifier: Classifier, folder: Path, *, skip_bad: bool = False, per_class: bool = False
+    classifier: Classifier,
+    folder: Path,
+    *,
+    skip_bad: bool = False,
+    per_class: bool = False,
+    rows: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model on a folder of images; nothing else is needed.
 
@@ -117,6 +135,7 @@ def evaluate_folder(
         folder: Laid out as pipeline.data.folders.find_labelled_images reads it.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
         per_class: Whether to add the scores of each class.
+        rows: A CSV file to write, with the columns of predictions.csv; paths are relative to the folder.
 
     Returns:
         What `evaluate_split` returns, with `data` (the folder), `absent_classes` and `skipped` in place of recipe and
@@ -128,10 +147,15 @@ def evaluate_folder(
     """
     import torch
 
+    from pipeline.training.batches import EvaluationData
+    from pipeline.training.evaluation import Predictions
     from pipeline.training.metrics import Meter
 
     files, bad = find_labelled_images(folder, classifier.class_names)
-    meter = Meter(len(classifier.class_names), classifier.device)
+    num_classes, device = len(classifier.class_names), classifier.device
+    meter = Meter(num_classes, device)
+    parts: list[Predictions] = []
+    good_files: list[ImageFile] = []
     # Pillow warns of damaged metadata, which does no harm.
     quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
     with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
@@ -140,13 +164,23 @@ def evaluate_folder(
             good = [file for file in batch if file.pixels is not None]
             if good:
                 images = classifier.place(np.stack([file.pixels for file in good if file.pixels is not None]))
-                labels = torch.tensor([file.label for file in good], device=classifier.device)
-                meter.add(classifier.logits(images), labels)
+                labels, outputs = torch.tensor([file.label for file in good], device=device), classifier.logits(images)
+                meter.add(outputs, labels)
+                parts.append(
+                    Predictions(torch.zeros_like(labels), torch.zeros(len(good), device=device), labels.clone())
+                )
+                parts[-1].add(slice(None), outputs)
+                good_files += (dataclasses.replace(file, pixels=None) for file in good)
     if bad and not skip_bad:
         raise refusal(folder, bad)
     supports = meter.confusion.sum(dim=1).tolist()
     if not any(supports):
         raise DataError(f"{printable(folder)}: no image can be read, of {len(files)}")
+    if rows is not None:
+        labels = torch.tensor([file.label for file in good_files])
+        data = EvaluationData(torch.empty(0), labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), num_classes)
+        names = [relative_name(file.path, folder) for file in good_files]
+        write_atomic(rows, Predictions.joined(parts).as_csv(classifier.class_names, data, names))
     absent = [name for name, support in zip(classifier.class_names, supports, strict=True) if not support]
     skipped = [dataclasses.asdict(file) for file in bad]
     where = {"data": printable(folder), "absent_classes": absent, "skipped": skipped}

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import pipeline
 from pipeline.data.arrays import Images
 from pipeline.data.images import SUFFIXES, read_image
+from pipeline.data.listing import is_clutter, one_form
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
 from pipeline.inference.card import CARD, CONFIG, FILES, SCHEMA, model_card
 from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
@@ -210,7 +211,7 @@ def from_folder(folder: Path, classifier: Classifier, *, labelled: bool) -> Real
     """Return the images at any depth of a folder.
 
     Args:
-        folder: The folder. A name that starts with a dot, of a file or a folder, is passed over.
+        folder: The folder. What is hidden or left by a system is passed over.
         classifier: The model.
         labelled: Whether every image must lie in a folder named after one of the model's classes. Then all images are
             returned, else at most NUM_CHECKED.
@@ -222,20 +223,20 @@ def from_folder(folder: Path, classifier: Classifier, *, labelled: bool) -> Real
     if not folder.is_dir():
         raise UsageError(f"--data {printable(folder)}: no such folder")
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths = [path for path in files if not any(is_clutter(Path(part)) for part in path.relative_to(folder).parts)]
     paths.sort(key=os.fsencode)
     if not paths:
         raise DataError(f"--data {printable(folder)}: no image in it ({' '.join(SUFFIXES)})")
     labels = None
     if labelled:
-        classes = {name: label for label, name in enumerate(classifier.class_names)}
+        classes = {one_form(name): label for label, name in enumerate(classifier.class_names)}
         for path in paths:
-            if path.parent.name not in classes:
+            if one_form(path.parent.name) not in classes:
                 raise DataError(
                     f"{printable(path)}: not in a folder named after a class, without which --int8 and --dtype bf16 "
                     "can't be measured; use <class>/<image>, or leave them out"
                 )
-        labels = np.array([classes[path.parent.name] for path in paths], np.int64)
+        labels = np.array([classes[one_form(path.parent.name)] for path in paths], np.int64)
     elif len(paths) > NUM_CHECKED:
         paths = [paths[row] for row in np.linspace(0, len(paths) - 1, NUM_CHECKED).astype(int)]
     images = np.empty((len(paths), classifier.image_size, classifier.image_size, 3), np.uint8)

@@ -191,7 +191,7 @@ def check_prepared(
         left_out = f"; {_not_used(listing.left_out.as_json())}" if listing.left_out.names else ""
         return State(f"up to date, of the same settings and images{left_out}", is_done=True)
     if is_same or former is None:
-        return State("in place of one of the same settings by a former version")
+        return State("in place of one of the same settings, of the source's own files or by a former version")
     return State(f"in place of one of the same settings and other images, of {former}")
 
 

@@ -21,7 +21,8 @@ class Copies:
         in_train: For each split but train, the number of its images that train holds too.
         repeated: Images that occurred before in the same split.
         in_two_classes: Different images that occur under two classes or more, in any split.
-        examples: For `in_train`, `repeated` and `in_two_classes` two paths where there are paths and such images.
+        examples: For `in_train`, `repeated` and `in_two_classes` the paths of the first such image and of its like,
+            where there are paths.
     """
 
     in_train: dict[str, int]
@@ -50,12 +51,12 @@ def find_copies(dataset: Dataset) -> Copies:
         "repeated": which[before] == which[after],
         "in_two_classes": labels[before] != labels[after],
     }
-    examples = {}
+    examples: dict[str, list[str]] = {}
     for kind, is_pair in pairs.items():
-        first = np.flatnonzero(is_pair)[:1]
-        paths = [_path(dataset, int(index)) for end in (after, before) for index in end[first]]
-        if paths and None not in paths:
-            examples[kind] = [path for path in paths if path is not None]
+        if is_pair.any():
+            first = np.argmin(np.where(is_pair, after, len(every)))
+            paths = [_path(dataset, int(end[first])) for end in (after, before)]
+            examples |= {kind: [path for path in paths if path is not None]} if None not in paths else {}
     return Copies(
         in_train={name: int(np.isin(keys[name], keys["train"]).sum()) for name in splits if name != "train"},
         repeated=int(pairs["repeated"].sum()),

@@ -131,6 +131,7 @@ def to_rgb(image: Image.Image, image_size: int, notes: list[str] | None = None) 
 
 def upright(image: Image.Image) -> Image.Image:
     """Return an image turned as its EXIF orientation says."""
+    image.load()  # Pillow turns a TIFF then, and removes its orientation
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, ValueError, TypeError):

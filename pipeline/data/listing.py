@@ -14,6 +14,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.data.images import SUFFIXES, BadFile
@@ -74,7 +75,7 @@ class Listing:
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def root(self) -> Path:
         """The folder that names of images are relative to."""
         return self.source.parent if self.source.is_file() else self.source
@@ -168,7 +169,8 @@ def list_classes(listing: Listing, folder: Path) -> Classes:
             entry.name.encode()
         except UnicodeEncodeError:
             raise DataError(f"{entry}: class name is not UTF-8; rename the folder") from None
-        images, others = [], 0
+        images: list[Path] = []
+        others = 0
         for path in list_entries(listing, entry):
             if path.suffix.lower() in SUFFIXES and not path.is_dir():
                 images.append(path)
@@ -210,14 +212,14 @@ def is_clutter(path: Path) -> bool:
 
 
 def _leave_out(listing: Listing, path: Path) -> None:
-    kind = f"{path.suffix.lower()} file" if path.suffix else "file without a suffix"
+    kind = f"{path.suffix.lower()} file" if path.suffix else "other file"
     listing.left_out.add(kind, path.relative_to(listing.root).as_posix())
 
 
 def _list_folder(listing: Listing) -> dict[str, Classes]:
     """List a folder's classes by split; a folder without splits is all `train`."""
     source = listing.source
-    entries = list_entries(listing, source)
+    entries = list_entries(Listing(source), source)
     named: dict[str, Path] = {}
     for entry in entries:
         split = SPLIT_NAMES.get(entry.name.lower())
@@ -236,7 +238,7 @@ def _list_folder(listing: Listing) -> dict[str, Classes]:
     if "train" not in named:
         beside = f" beside {' and '.join(folder.name for folder in named.values())}" if named else ""
         raise DataError(f"{source}: no folder `train` in it{beside}; {WAYS}")
-    for entry in entries:
+    for entry in list_entries(listing, source):
         if entry in others and entry.is_dir():
             listing.left_out.add("other folder", entry.name)
         elif entry in others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class Predictions:
         """Return zeros for every image of a split."""
         classes = torch.zeros_like(data.labels)
         return cls(classes, torch.zeros(len(classes), device=classes.device), torch.zeros_like(classes))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Return the predictions of at least one part, one after the other, by the same model."""
+        columns = ([getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls))
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
     def add(self, part: slice, outputs: Outputs) -> None:
         """Fill in a batch: one or two heads' logits, `(B, K)` float each, of the images at `part`."""

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline.report import paper
+from pipeline.system.storage import read_json
 from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.shared.paths import Paths
 
 NOT_RUN = "not run"
 LEFT_OUT = "left out by --no-figures"
@@ -38,6 +40,7 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
         *(["learned from " + _all(sorted(teachers))] if teachers else []),
         f"{_all(values['num_train'] for values in metrics)} training and "
         f"{_all(values['num_test'] for values in metrics)} test images",
+        *_copies(str(metrics[0]["recipe"])),
         f"{sum(values['seconds'] for values in where):.0f} s of training in all",
         "torch " + _all(values["versions"]["torch"] for values in where),
         "commit " + _all(values["commit"] or "unknown" for values in where),
@@ -47,6 +50,19 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
     labels = [f"{run.name}, seed {run.seed}" if counts[run.name] > 1 else run.name for run in runs]
     warnings = [f"{label}: {text}" for label, run in zip(labels, runs, strict=True) for text in run.metrics["warnings"]]
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
+
+
+def _copies(recipe: str) -> list[str]:
+    """Say how many of a recipe's prepared images are copies of others; nothing if there are none or it is unknown."""
+    file = Paths(recipe).prepared / "summary.json"
+    summary = read_json(file) if file.is_file() else None
+    copies = summary.get("copies") if isinstance(summary, dict) else None
+    if not isinstance(copies, dict):
+        return []
+    counts = {f"{name} images that are in train too": count for name, count in copies.get("in_train", {}).items()}
+    counts |= {"images under two classes": copies.get("in_two_classes")}
+    counts |= {"images that repeat one of their split": copies.get("repeated")}
+    return [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def is_held_out(runs: Iterable[FinishedRun]) -> bool:

@@ -171,9 +171,12 @@ def test_a_folder_is_counted_and_prepared_data_of_other_settings_are_named(proje
         (tmp_path / "images" / split / label).mkdir(parents=True)
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / split / label / "0.png")
     (tmp_path / "images/train/cat/anim.gif").write_text("mine")
-    out = dry(project, "prepare", "--from", str(tmp_path / "images"))
+    (tmp_path / "images/train/loose.png").touch()
+    assert "digits has 10 classes" in dry(project, "prepare", "--from", str(tmp_path / "images"), code=3)
+    out = dry(project, "prepare", "--recipe", "folder", "--from", str(tmp_path / "images"))
     assert "read 2 train, 1 test images of 2 classes in" in out and "1 other file, for which it is refused" in out
-    assert "of the same settings" in out
+    assert "not used: 1 .gif file (train/cat/anim.gif)" in out
+    assert "of the same settings" in dry(project, "prepare")
     project.edit("split_seed: 0", "split_seed: 1")
     assert "of other settings: split_seed 0 -> 1" in dry(project, "prepare")
 

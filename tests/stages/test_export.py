@@ -12,6 +12,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from pipeline.models.students import STUDENTS, build_student
 from pipeline.models.teachers import TEACHERS, build_teacher
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.views.views import normalize
+from stages.export import from_folder
 from tests.support.in_process import invoke as run
 from tests.support.project import ROOT, Project
 
@@ -256,6 +258,15 @@ def test_the_cards_examples_run(exported: Project, tmp_path: Path) -> None:
             exec(example, names)
             answers.append(np.asarray(names["probabilities"]).ravel())
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-4)
+
+
+def test_a_folders_classes_are_known_in_either_unicode_form_and_thumbnails_are_passed_over(tmp_path: Path) -> None:
+    for name in ("caf\u00e9/1.png", "dog/2.tif", "dog/@eaDir/2.tif/thumb.jpg", ".hidden/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    classifier: Any = SimpleNamespace(class_names=("dog", "cafe\u0301"), image_size=4)
+    labels = from_folder(tmp_path, classifier, labelled=True).labels
+    assert labels is not None and labels.tolist() == [1, 0]
 
 
 def test_a_transform_prepares_images_as_prepare_does(exported: Project, tmp_path: Path) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.recipes import DatasetRecipe, LabelRecipe, Recipe, SelectRecipe
+from pipeline.config.recipes import DatasetRecipe, LabelRecipe, Recipe, SelectRecipe, deciding_values
 from pipeline.data.datasets import Dataset
+from pipeline.data.sources import load_digits
 from pipeline.errors import DataError, UsageError
-from stages.prepare import prepare
+from pipeline.system.storage import sha256_file
+from stages.prepare import READER, prepare, remarks
+from tests.support.in_process import invoke
+from tests.support.project import Project
 
 
 def make_recipe(source, **settings):
@@ -30,6 +37,7 @@ def folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number, 2 * number, 255)).save(path)
     (tmp_path / "images" / "train" / "cat" / "\udcff.png").write_bytes(b"")
+    (tmp_path / "images" / "train" / "cat" / "notes.json").write_bytes(b"")
     return tmp_path / "images"
 
 
@@ -60,7 +68,7 @@ def test_the_summary_names_what_was_skipped(tmp_path, folder):
     assert written == {
         "recipe": "own",
         "source": "folder",
-        "settings": dataclasses.asdict(recipe.dataset),
+        "settings": deciding_values(recipe.dataset),
         "num_samples": {"train": 24, "val": 8, "test": 8},
         "class_counts": {"train": [12, 12], "val": [4, 4], "test": [4, 4]},
         "class_names": ["cat", "dog"],
@@ -70,7 +78,15 @@ def test_the_summary_names_what_was_skipped(tmp_path, folder):
         "sha256": Dataset.load(tmp_path / "out" / "dataset.h5").sha256,
         "num_skipped": 1,
         "skipped": [{"path": "train/cat/\\xff.png", "reason": "empty"}],
+        "left_out": [{"kind": ".json file", "count": 1, "names": ["train/cat/notes.json"]}],
+        "unused_alpha": None,
+        "notes": [],
+        "copies": {"in_train": {"val": 0, "test": 0}, "repeated": 0, "in_two_classes": 0, "examples": {}},
+        "folder": "images",
+        "source_sha256": summary["source_sha256"],
+        "reader": READER,
     }
+    assert remarks(summary) == ["not used: 1 .json file (train/cat/notes.json)"]
     assert summary["std"][2] == 1.0
 
 
@@ -92,3 +108,184 @@ def test_the_source_folder_without_a_folder_is_wrong_usage(tmp_path):
     with pytest.raises(UsageError, match="--from FOLDER"):
         prepare(make_recipe("folder"), out=tmp_path / "out", raw=tmp_path / "raw")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_path_of_the_recipe_and_a_download_exclude_each_other(tmp_path, folder):
+    with pytest.raises(UsageError, match=r"recipes\.own\.dataset\.path: 'images' and --download"):
+        prepare(make_recipe("cifar10", path="images"), out=tmp_path, raw=tmp_path / "raw", download=True)
+
+
+def test_the_digest_is_of_paths_sizes_and_contents_alone(tmp_path, folder):
+    """The same images elsewhere, of another time, and beside other files are the same source; by hand."""
+    recipe = make_recipe("folder", image_size=8)
+    digests = []
+    for number in range(2):
+        summary = prepare(recipe, out=tmp_path / "out", raw=tmp_path, folder=folder, skip_bad=True)
+        digests.append(summary["source_sha256"])
+        folder = folder.rename(tmp_path / "moved") if number == 0 else folder
+        os.utime(folder / "train/cat/00.png", (1, 1))
+        (folder / "train/cat/notes.json").write_bytes(b"more")
+    digest = hashlib.sha256()
+    for name in ("cat", "dog"):
+        for path in sorted((folder / "train" / name).glob("*.png"), key=os.fsencode):
+            content = path.read_bytes()
+            line = ["train", name, f"train/{name}/{path.name}", len(content), hashlib.sha256(content).hexdigest()]
+            digest.update((json.dumps(line) + "\n").encode())
+    assert digests == [digest.hexdigest()] * 2
+
+
+# --- the check whether it is up to date, through the command ---------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path, folder):
+    """A project whose recipe `smoke` takes its images from a folder in it."""
+    project = Project.create(tmp_path / "project")
+    (folder / "train/cat/\udcff.png").unlink()
+    (folder / "train/cat/notes.json").unlink()
+    folder.rename(project.path / "my-images")
+    project.edit("{source: digits, ", "{source: folder, path: my-images, ")
+    return project
+
+
+def state(project: Project) -> dict[str, tuple[bytes, int]]:
+    """Content and time of what `prepare` wrote."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (project.data / "prepared").iterdir()}
+
+
+def test_a_path_in_the_recipe_is_read_and_what_is_up_to_date_is_left_alone(project):
+    assert "25 train, 7 val, 8 test images" in invoke(project, "prepare")
+    written = state(project)
+    (project.path / "my-images/train/cat/notes.json").write_bytes(b"")
+    out = invoke(project, "prepare")
+    assert "up to date, of the same settings and images; not used: 1 .json file (train/cat/notes.json)" in out
+    assert "up to date" in invoke(project, "prepare", "--dry-run")
+    assert state(project) == written
+    invoke(project, "prepare", "--fresh")
+    after = state(project)
+    assert {name: content for name, (content, _) in after.items()} == {name: old for name, (old, _) in written.items()}
+    assert all(after[name][1] > written[name][1] for name in written)
+
+
+@pytest.mark.parametrize("change", ["new", "gone", "other content", "other class", "renamed"])
+def test_every_change_of_the_images_is_noticed(project, change):
+    invoke(project, "prepare")
+    written, images = state(project), project.path / "my-images/train"
+    first = images / "cat/00.png"
+    if change == "new":
+        shutil.copy(first, images / "dog/more.png")
+    elif change == "gone":
+        first.unlink()
+    elif change == "other content":
+        Image.new("RGB", (8, 8), "white").save(first)
+    elif change == "other class":
+        first.rename(images / "dog/00.png")
+    else:
+        first.rename(images / "cat/0.png")
+    assert "of the same settings and other images, of my-images" in invoke(project, "prepare", "--dry-run")
+    assert state(project) == written
+    out = invoke(project, "prepare")
+    assert ("another data set than before" in out) == (change != "renamed")
+    assert state(project)["summary.json"][0] != written["summary.json"][0]
+    assert "up to date" in invoke(project, "prepare")
+
+
+def test_contents_are_read_again_only_where_size_or_time_changed(project, monkeypatch):
+    invoke(project, "prepare")
+    read: list[str] = []
+
+    def spy(path: Path) -> str:
+        read.append(path.name)
+        return sha256_file(path)
+
+    monkeypatch.setattr("pipeline.data.digests.sha256_file", spy)
+    assert "up to date" in invoke(project, "prepare") and read == []
+    os.utime(project.path / "my-images/train/cat/02.png", (5, 5))
+    assert "up to date" in invoke(project, "prepare") and read == ["02.png"]
+    assert "up to date" in invoke(project, "prepare") and read == ["02.png"]
+    (project.path / "data/work/smoke/prepare.json").write_bytes(b"{")
+    assert "up to date" in invoke(project, "prepare") and len(read) == 41
+
+
+def test_data_whose_source_is_not_here_are_kept_and_that_is_said(project):
+    invoke(project, "prepare")
+    written = state(project)
+    (project.path / "my-images").rename(project.path / "elsewhere")
+    assert "kept, of the same settings; recipes.smoke.dataset.path: my-images does not exist" in invoke(
+        project, "prepare"
+    )
+    assert state(project) == written
+    assert "up to date" in invoke(project, "prepare", "--from", "elsewhere"), "the name of the folder decides nothing"
+    project.edit("path: my-images, ", "")
+    assert "kept, of the same settings; it is of the folder my-images" in invoke(project, "prepare")
+    assert state(project) == written
+    project.edit("split_seed: 0", "split_seed: 1")
+    assert "say which with `pipeline prepare --recipe smoke --from FOLDER`" in invoke(project, "prepare", code=2)
+    project.edit("{source: folder, ", "{source: folder, path: my-images, ")
+    assert "recipes.smoke.dataset.path: 'my-images' does not exist; mend it" in invoke(project, "prepare", code=2)
+    assert "--from nowhere: no such folder" in invoke(project, "prepare", "--from", "nowhere", code=2)
+    assert state(project) == written
+
+
+@pytest.mark.parametrize("name", ["dataset.h5", "summary.json"])
+def test_damaged_data_are_made_again(project, name):
+    invoke(project, "prepare")
+    written, path = state(project), project.data / "prepared" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if name == "dataset.h5" else content[:-9])
+    invoke(project, "prepare")
+    assert state(project)[name][0] == written[name][0]
+
+
+def test_copies_and_unused_alpha_are_said_and_kept_in_the_summary(project):
+    images = project.path / "my-images/train"
+    shutil.copy(images / "cat/00.png", images / "dog/00.png")
+    shutil.copytree(images, project.path / "my-images/test")
+    Image.fromarray(np.full((8, 8, 4), (9, 9, 9, 0), np.uint8)).save(images / "dog/clear.png")
+    out = invoke(project, "prepare")
+    assert "alpha is 0 everywhere, and ignored, in 1 image (train/dog/clear.png)" in out
+    assert "test images are copies of training images, as test/" in out and "scores on them are too high" in out
+    assert "warning: 1 image is under two classes, as " in out
+    summary = json.loads((project.data / "prepared/summary.json").read_text())
+    train, val = (summary["num_samples"][name] for name in ("train", "val"))
+    assert (train, val, summary["num_samples"]["test"]) == (33, 9, 41)
+    assert summary["copies"]["in_two_classes"] == 1 and 30 <= summary["copies"]["in_train"]["test"] <= 34
+    splits = Dataset.load(project.data / "prepared/dataset.h5").splits.values()
+    assert sum(bool((image == 9).all()) for split in splits for image in split.images[:]) == 1
+
+
+def test_a_folder_that_is_not_the_source_is_refused_by_the_command(project):
+    project.edit("{source: folder, ", "{source: cifar10, ")
+    for arguments in (("prepare",), ("prepare", "--dry-run")):
+        out = invoke(project, *arguments, code=3)
+        assert "dataset.source: cifar10 has 10 classes" in out and "source: folder" in out
+
+
+def test_a_folder_of_a_known_source_is_another_data_set_than_its_download(tmp_path):
+    """The digits as files, under the recipe of the digits: accepted, in another order, which is said."""
+    project = Project.create(tmp_path)
+    levels, labels = load_digits()
+    for number, (pixels, label) in enumerate(zip(levels, labels, strict=True)):
+        path = tmp_path / f"digits/train/{label}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)).save(path)
+    invoke(project, "prepare")
+    out = invoke(project, "prepare", "--from", "digits")
+    assert "a folder and a download of the same images are two data sets, since their order differs" in out
+    assert json.loads((project.data / "prepared/summary.json").read_text())["folder"] == "digits"
+    assert "kept" in invoke(project, "prepare")
+
+
+def test_prepared_data_of_a_former_version_are_up_to_date_without_a_folder_and_made_again_with_one(project):
+    invoke(project, "prepare")
+    file = project.data / "prepared/summary.json"
+    summary = json.loads(file.read_text())
+    for key in ("folder", "source_sha256", "reader", "left_out", "unused_alpha", "notes", "copies"):
+        del summary[key]
+    file.write_text(json.dumps(summary))
+    assert "of the same settings, of the source's own files or by a former version" in invoke(
+        project, "prepare", "--dry-run"
+    )
+    project.edit("path: my-images, ", "")
+    assert "up to date" in invoke(project, "prepare")

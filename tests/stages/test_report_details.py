@@ -20,10 +20,12 @@ from pipeline.errors import DataError
 from pipeline.labels.cache import LabelCache
 from pipeline.report.tables import Figure, Table
 from pipeline.system.stopping import StopSignal
+from pipeline.system.storage import write_json
 from pipeline.views import operations
 from pipeline.views.views import Views
 from stages.reports.attention import attention, token_shares
 from stages.reports.classes import by_class
+from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRuns
 from stages.reports.views import Labelled, by_operation, sample_views, teacher_on_views
 from stages.shared.context import Context
@@ -289,3 +291,16 @@ def test_labels_of_other_views_keep_nothing_else_from_the_report(trained: Projec
     assert "left out: The teacher on augmented views: " in out and "default.h5" in out
     text = (project.data / "reports/report.md").read_text()
     assert "### Attention over the patches" in text and "### Sample views" not in text
+
+
+def test_the_conditions_count_the_copies_among_the_prepared_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = finished(tmp_path / "made", "titn", [50.0], recipe="own")
+    assert "that are in train too" not in conditions([run]), "there are no data"
+    copies = {"in_train": {"val": 0, "test": 7}, "in_two_classes": 2, "repeated": 0, "examples": {}}
+    write_json(Paths("own").prepared / "summary.json", {"copies": copies})
+    assert "; 7 test images that are in train too; 2 images under two classes; " in conditions([run])
+    write_json(Paths("own").prepared / "summary.json", {"sha256": "of a former version"})
+    assert "that are in train too" not in conditions([run])

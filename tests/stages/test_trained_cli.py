@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -255,6 +256,27 @@ def test_a_folder_is_scored_by_the_names_of_its_classes(place: Path) -> None:
     assert scores["classes"][-1]["name"] == "ant", "a class without images is not the worst"
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", ["titn", "vit"])
+def test_the_predictions_of_an_evaluation_name_each_image(place: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(place / "images", tmp_path / "images")
+    (tmp_path / "images/bee/0-torn.png").write_bytes(b"")
+    arguments = ("--data", "images", "--skip-bad", "--predictions", "rows.csv", "--json")
+    scores = json.loads(run(tmp_path, "evaluate", str(place / name), *arguments).out)
+    paths = sorted((place / "images").glob("*/*.png"))
+    rows = rows_of(tmp_path / "rows.csv")
+    assert [row["path"] for row in rows] == [path.relative_to(place / "images").as_posix() for path in paths]
+    assert [row["target"] for row in rows] == [path.parent.name for path in paths]
+    assert [row["prediction"] for row in rows] == [top[0][0] for top in answer(place / name, paths).top(1)]
+    assert [row["sample"] for row in rows] == list(map(str, range(9)))
+    assert all(bool(row["distillation_head"]) == (name == "titn") for row in rows)
+    assert 100 * sum(row["prediction"] == row["target"] for row in rows) / 9 == pytest.approx(scores["top1"])
+
+
 def test_bad_files_refuse_a_folder_or_are_left_out_and_counted(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "images", tmp_path / "images/test")
     (tmp_path / "images/test/cat/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -296,7 +318,11 @@ def test_a_recipes_split_is_scored_by_class(tmp_path: Path) -> None:
     meta = describe("vit", "student", tuple(summary["class_names"]))
     meta |= {"image_size": 32, "arguments": {**meta["arguments"], "image_size": 32}}
     checkpoint(tmp_path / "vit", meta)
-    scores = json.loads(run(tmp_path, "evaluate", "vit", "--split", "val", "--per-class", "--json").out)
+    line = ("evaluate", "vit", "--split", "val", "--per-class", "--predictions", "rows.csv", "--json")
+    scores = json.loads(run(tmp_path, *line).out)
+    rows = rows_of(tmp_path / "rows.csv")
+    assert "path" not in rows[0], "the digits are no files"
+    assert [row["prediction"] == row["target"] for row in rows].count(True) == round(scores["top1"] / 100 * len(rows))
     assert (scores["recipe"], scores["split"]) == ("smoke", "val")
     counts = dict(zip(summary["class_names"], summary["class_counts"]["val"], strict=True))
     assert {row["name"]: row["support"] for row in scores["classes"]} == counts

@@ -87,11 +87,15 @@ def originals() -> list[Whole]:
         ("moving.webp", colour, {**more, "lossless": True}), ("lossy.webp", colour, {}), ("rgb.bmp", colour, {}),
         ("palette.bmp", palette, {}), ("rgb.ppm", colour, {}), ("grey.pgm", Image.fromarray(grey), {}),
         ("deep.pgm", Image.fromarray(deep.astype(np.int32)), {}),  # which every Pillow writes
+        ("rgb.tif", colour, {}), ("deep.tif", Image.fromarray(deep), {}),
+        ("moving.tif", colour, {**more, "compression": "tiff_lzw"}),
     ]  # fmt: skip
     wholes = []
     for name, image, options in written:
         stream = io.BytesIO()
-        form = {"jpg": "JPEG", "pgm": "PPM"}.get(name.rpartition(".")[2], name.rpartition(".")[2].upper())
+        form = {"jpg": "JPEG", "pgm": "PPM", "tif": "TIFF"}.get(
+            name.rpartition(".")[2], name.rpartition(".")[2].upper()
+        )
         image.save(stream, form, **options)
         wholes.append(Whole(name, stream.getvalue(), expected(name, rgb, grey, deep, stream.getvalue())))
     return wholes
@@ -102,7 +106,14 @@ def expected(name: str, rgb: Any, grey: Any, deep: Any, data: bytes) -> np.ndarr
     kind, suffix = name.split(".")
     if kind == "deep":
         return np.repeat(np.round(deep / 257).astype(np.uint8)[..., None], 3, axis=2)
-    if suffix in ("png", "webp", "bmp", "ppm", "pgm") and kind in ("rgb", "grey", "moving", "exif", "text", "profile"):
+    if suffix in ("png", "webp", "bmp", "ppm", "pgm", "tif") and kind in (
+        "rgb",
+        "grey",
+        "moving",
+        "exif",
+        "text",
+        "profile",
+    ):
         return np.repeat(grey[..., None], 3, axis=2) if kind == "grey" else rgb
     with Image.open(io.BytesIO(data)) as image:
         if kind in ("alpha", "hole", "glass"):
@@ -129,7 +140,6 @@ def disguises() -> dict[str, bytes]:
     foreign = {}
     for form in (
         "GIF",
-        "TIFF",
         "EPS",
         "PDF",
         "ICO",

@@ -22,6 +22,7 @@ from pipeline.data import arrays as image_arrays
 from pipeline.data.arrays import MappedImages, Selection, Spill, SpilledImages, chunks, select
 from pipeline.data.datasets import Dataset, Split
 from pipeline.data.folders import read_folder
+from pipeline.data.listing import list_source
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
 from pipeline.system.stopping import StopSignal
@@ -235,7 +236,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, folder: Path, monkeyp
 
 def test_bad_files_refuse_a_spilled_folder_and_leave_nothing(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match=": 2 bad: train/cat/100x.bmp"):
-        read_folder(folder, SIDE, skip_bad=False, spill=Spill(tmp_path / "out", 0))
+        read_folder(list_source(folder), SIDE, skip_bad=False, spill=Spill(tmp_path / "out", 0))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -247,7 +248,7 @@ def test_a_full_disk_while_spilling_is_a_storage_error(
 
     monkeypatch.setattr(os, "pwrite", fill_up)
     with pytest.raises(StorageError, match=r"decoded images in .*out: No space left on device; free space"):
-        read_folder(folder, SIDE, skip_bad=True, spill=Spill(tmp_path / "out", 0))
+        read_folder(list_source(folder), SIDE, skip_bad=True, spill=Spill(tmp_path / "out", 0))
     assert list((tmp_path / "out").iterdir()) == []
 
 

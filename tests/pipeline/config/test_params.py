@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from pipeline.config.params import Params, load_params, override, parse_params
-from pipeline.config.recipes import StudentRecipe, deciding_values
+from pipeline.config.recipes import DatasetRecipe, StudentRecipe, deciding_values
 from pipeline.errors import UsageError
 
 FILE = Path(__file__).parents[3] / "params.yaml"
@@ -306,3 +306,8 @@ def test_a_later_field_at_its_absent_value_leaves_former_results_up_to_date() ->
     assert {"model", "epochs", "lr", "micro_batch", "inner_block", "alpha"} <= values.keys()
     used: dict[str, Any] = {"ema": 0.99, "soft": 2.0, "arguments": {"mlp_ratio": 2}}
     assert deciding_values(dataclasses.replace(plain, **used)) == {**values, **used}
+
+
+def test_where_a_folder_lies_decides_nothing() -> None:
+    somewhere, elsewhere = (DatasetRecipe(source="folder", path=path) for path in ("", "my-images"))
+    assert deciding_values(somewhere) == deciding_values(elsewhere) and "path" not in deciding_values(elsewhere)

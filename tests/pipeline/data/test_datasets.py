@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -291,6 +292,30 @@ def test_a_file_that_is_not_a_whole_data_set_is_refused(saved, damage, message):
     with pytest.raises(DataError, match=message) as caught:
         Dataset.load(saved)
     assert "\n" not in str(caught.value) and "pipeline prepare" in str(caught.value)
+
+
+def with_paths(split: Split, name: str) -> Split:
+    return dataclasses.replace(split, paths=np.array([f"{name}/é{i}.png".encode() for i in range(len(split))]))
+
+
+def test_paths_go_with_their_images_through_splits_and_file_and_not_into_the_sha256(tmp_path):
+    recipe = DatasetRecipe(source="folder", test_fraction=0.2, val_fraction=0.25)
+    bare = assemble("folder", NAMES, make_split(60), None, recipe)
+    dataset = assemble("folder", NAMES, with_paths(make_split(60), "train"), None, recipe)
+    assert dataset.sha256 == bare.sha256 and bare.train.names is None
+    for name in ("with", "bare"):
+        (dataset if name == "with" else bare).save(tmp_path / f"{name}.h5")
+    loaded, without = Dataset.load(tmp_path / "with.h5", 0), Dataset.load(tmp_path / "bare.h5")
+    assert loaded.sha256 == without.sha256 and without.test.names is None
+    every = {make_split(60).images[row].tobytes(): f"train/é{row}.png" for row in range(60)}
+    for split in loaded.splits.values():
+        assert split.names == [every[image.tobytes()] for image in split.images[:]]
+    with h5py.File(tmp_path / "with.h5", "r+") as file:
+        paths = file["test/paths"][:-1]
+        del file["test/paths"]
+        file["test/paths"] = paths
+    with pytest.raises(DataError, match="test: 11 paths of 12 images"):
+        Dataset.load(tmp_path / "with.h5")
 
 
 @settings(max_examples=25)

@@ -21,7 +21,8 @@ from PIL import Image
 
 from pipeline.config.recipes import DatasetRecipe, LabelRecipe, Recipe, SelectRecipe
 from pipeline.data import sources
-from pipeline.data.sources import load_digits, read_source
+from pipeline.data.listing import list_source
+from pipeline.data.sources import KNOWN_CLASSES, KNOWN_SIZES, check_known, load_digits, read_source
 from pipeline.errors import DataError, StorageError, UsageError
 
 DIGITS_SHA256 = "67f9bfeb5259416f071d9d2623d1ef6b9b4ca13bf19ef4afa285c9c7bb03c7d5"
@@ -38,8 +39,8 @@ def make_recipe(source, name="own", **settings):
 
 
 def test_digits_are_the_same_data_set_for_everybody(tmp_path):
-    dataset, bad = read_source(make_recipe("digits"), raw=tmp_path)
-    assert dataset.sha256 == DIGITS_SHA256 and bad == []
+    dataset, findings = read_source(make_recipe("digits"), raw=tmp_path)
+    assert dataset.sha256 == DIGITS_SHA256 and findings.bad == []
     assert (len(dataset.train), len(dataset.test), dataset.val) == (1437, 360, None)
     assert dataset.source == "digits" and dataset.class_names == tuple("0123456789")
     assert dataset.train.images.shape == (1437, 32, 32, 3)
@@ -83,20 +84,79 @@ def test_the_source_folder_needs_to_be_told_which(tmp_path):
         read_source(make_recipe("folder", name="flowers"), raw=tmp_path)
 
 
-@pytest.mark.parametrize("source", ["folder", "cifar100"])
-def test_any_source_can_be_read_from_a_folder_and_keeps_its_name(tmp_path, source):
+def test_a_folder_is_read_with_the_paths_of_its_images(tmp_path):
     for number in range(20):
         path = tmp_path / "train" / "ab"[number % 2] / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (7, 5), number).save(path)
-    (tmp_path / "train" / "a" / "broken.png").write_bytes(b"")
-    recipe = make_recipe(source, image_size=6, test_fraction=0.3)
-    with pytest.raises(DataError, match="broken"):
-        read_source(recipe, raw=tmp_path, folder=tmp_path)
-    dataset, bad = read_source(recipe, raw=tmp_path, folder=tmp_path, skip_bad=True)
-    assert dataset.source == source and dataset.class_names == ("a", "b")
+    (tmp_path / "train" / "a" / "03.png").write_bytes(b"")
+    recipe = make_recipe("folder", image_size=6, test_fraction=0.3)
+    with pytest.raises(DataError, match=r"03\.png"):
+        read_source(recipe, raw=tmp_path, folder=list_source(tmp_path))
+    dataset, findings = read_source(recipe, raw=tmp_path, folder=list_source(tmp_path), skip_bad=True)
+    assert dataset.source == "folder" and dataset.class_names == ("a", "b")
     assert dataset.image_size == 6 and (len(dataset.train), len(dataset.test)) == (14, 6)
-    assert [file.path for file in bad] == ["train/a/broken.png"]
+    assert [file.path for file in findings.bad] == ["train/a/03.png"]
+    for split in dataset.splits.values():
+        for pixels, label, name in zip(split.images, split.labels, split.names, strict=True):
+            assert name == f"train/{'ab'[label]}/{pixels[0, 0, 0]:02}.png"
+
+
+def test_a_validation_folder_is_the_validation_split(tmp_path):
+    for split, number in (("train", 6), ("Valid", 2), ("TEST", 3)):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            for index in range(number):
+                Image.new("L", (4, 4), index).save(tmp_path / split / label / f"{index}.png")
+    for fraction, words in ((0.5, ["the folder has a validation split: val_fraction 0.5 is not applied"]), (0.0, [])):
+        recipe = make_recipe("folder", image_size=4, val_fraction=fraction)
+        dataset, findings = read_source(recipe, raw=tmp_path, folder=list_source(tmp_path))
+        assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 12, "val": 4, "test": 6}
+        assert dataset.evaluation[0] == "val" and dataset.val.names[0] == "Valid/a/0.png"
+        assert findings.notes == words
+    shutil.rmtree(tmp_path / "TEST")
+    dataset, _ = read_source(make_recipe("folder", image_size=4), raw=tmp_path, folder=list_source(tmp_path))
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 9, "val": 4, "test": 3}
+
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def test_counts_and_class_names_decide_whether_a_folder_is_a_known_source():
+    everything = {"train": 50_000, "test": 10_000}
+    assert check_known("folder", ["any"], {"train": 1}) == []
+    assert check_known("cifar10", CIFAR10, everything) == []
+    assert check_known("cifar10", CIFAR10, {"train": 45_000, "val": 5_000, "test": 10_000}) == []
+    assert check_known("cifar100", KNOWN_CLASSES["cifar100"], everything) == []
+    assert check_known("mnist", list("0123456789"), {"train": 60_000, "test": 10_000}) == []
+    assert check_known("digits", list("0123456789"), {"train": 1797}) == []
+    part = check_known("cifar10", CIFAR10, {"train": 12_500, "test": 10_000})
+    assert part == ["a part of cifar10: 12500 of 50000 training images"]
+
+
+@pytest.mark.parametrize(
+    ("names", "counts", "words"),
+    [
+        ([*CIFAR10[:9], "lorry"], {"train": 50_000, "test": 10_000}, "10 classes, 'lorry' is none of them"),
+        (CIFAR10[:9], {"train": 50_000, "test": 10_000}, "10 classes, the folder has 9"),
+        ([*CIFAR10[:9], "Ship"], {"train": 50_000, "test": 10_000}, "10 classes, the folder has 9"),
+        (
+            CIFAR10,
+            {"train": 50_001, "test": 10_000},
+            "50000 training and 10000 test images, the folder 50001 and 10000",
+        ),
+        (CIFAR10, {"train": 50_000, "test": 9_999}, "the folder 50000 and 9999"),
+        (CIFAR10, {"train": 60_000}, "the folder 60000 and 0"),
+    ],
+)
+def test_a_folder_that_is_not_the_known_source_is_refused_with_a_way_out(names, counts, words):
+    with pytest.raises(DataError, match=f"{words}; for images of your own take a recipe with .*source: folder"):
+        check_known("cifar10", names, counts)
+
+
+def test_every_known_source_has_the_names_of_its_classes():
+    for source, names in KNOWN_CLASSES.items():
+        assert len(set(names)) == KNOWN_SIZES[source][2] and list(names) == sorted(names)
 
 
 # --- torchvision's sets ------------------------------------------------------------------------------------
@@ -355,7 +415,8 @@ def test_the_real_cifar100_is_what_everybody_has(tmp_path, real_data):
     folder = real_data / "cifar100"
     if not (folder / "train").is_dir():
         pytest.skip("no image folder TITN_DATASETS/cifar100")
-    dataset, bad = read_source(make_recipe("cifar100"), raw=tmp_path, folder=folder)
-    assert (len(dataset.train), len(dataset.test), dataset.num_classes, bad) == (50_000, 10_000, 100, [])
+    dataset, findings = read_source(make_recipe("cifar100"), raw=tmp_path, folder=list_source(folder))
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (50_000, 10_000, 100)
+    assert findings.bad == findings.notes == []
     assert dataset.mean == pytest.approx((0.5071, 0.4865, 0.4409), abs=5e-5)
     assert np.bincount(dataset.train.labels).tolist() == [500] * 100

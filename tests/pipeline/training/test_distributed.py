@@ -22,7 +22,7 @@ from pipeline.system.stopping import StopSignal
 from pipeline.training import fit as training
 from pipeline.training.batches import EvaluationData
 from pipeline.training.distributed import ALONE, Group, join
-from pipeline.training.evaluation import Predictions, evaluate
+from pipeline.training.evaluation import PREDICTION_COLUMNS, Predictions, evaluate
 from pipeline.training.metrics import Scores
 from tests.pipeline.training.test_fit import SIZE, Watcher, make_fit
 from tests.support.ranks import on_ranks
@@ -99,6 +99,21 @@ def test_predictions_of_ranks_are_those_of_one_process() -> None:
     for other_scores, other_rows in on_ranks(3, predict):
         assert other_rows == rows
         assert other_scores.top1 == scores.top1 and other_scores.distillation_top1 == scores.distillation_top1
+
+
+def test_the_paths_of_images_are_a_last_column_where_there_are_any() -> None:
+    data = EvaluationData(
+        torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([0, 2]), (0.5,) * 3, (0.3,) * 3, CLASSES
+    )
+    predictions = Predictions.of(data)
+    names = ["a", "b", "c"]
+    assert predictions.as_csv(names, data, ["cat/1.png", "dog/a, b.png"]).decode().splitlines() == [
+        "sample,target,prediction,probability,class_head,distillation_head,teacher,path",
+        "0,a,a,0.0000,a,,,cat/1.png",
+        '1,c,a,0.0000,a,,,"dog/a, b.png"',
+    ]
+    first = predictions.as_csv(names, data).decode().splitlines()
+    assert first[0] == ",".join(PREDICTION_COLUMNS) and first[1] == "0,a,a,0.0000,a,,"
 
 
 def train_with_batch_norm(group: Group, directory: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor], int, float]:
