@@ -20,6 +20,7 @@ from stages.prepare import check_available
 from stages.record import Records
 from stages.shared import options
 from stages.shared.context import Context
+from stages.shared.hints import with_recipe
 from stages.shared.runs import State
 from stages.teacher_select import prepare_from_raw
 
@@ -125,7 +126,7 @@ class Reproduction:
             if not context.paths.is_prepared:
                 self._say(f"{name} data: {self._state_of_data(context)}")
         for job, state in survey(self._jobs, self._contexts):
-            text = state.text if isinstance(state, State) else f"cannot run: {state}"
+            text = state.text if isinstance(state, State) else with_recipe(f"cannot run: {state}", job.recipe)
             self._say(f"{job.recipe} {job.title}: {'needs data' if job.recipe in self._lacking else text}")
             if isinstance(state, State) and state.is_done:
                 self._done.add(job)
@@ -166,6 +167,7 @@ class Reproduction:
             with context.joined() as group:
                 return group.on_main(lambda: self._record(job.output(context)))
         except PipelineError as error:
+            error.args = (with_recipe(str(error), job.recipe),)
             if error.exit_code not in PASSED_OVER:
                 raise
             self._say(f"{job.recipe} {job.title}: {error}")
@@ -187,8 +189,8 @@ class Reproduction:
         except PipelineError as error:
             if error.exit_code not in (UsageError.exit_code, DataError.exit_code):
                 raise
-            self._lacking[name] = str(error)
-            self._say(f"{name}: left out, {error}")
+            self._lacking[name] = with_recipe(str(error), name)
+            self._say(f"{name}: left out, {self._lacking[name]}")
             return False
         return True
 

@@ -310,7 +310,7 @@ class Fit:
         The next good epoch clears it.
         """
         result, recall = self.progress.result, row["recall"]
-        num_present = len(self.evaluation.labels.unique())
+        num_present = int((self.evaluation.labels.bincount() > 0).sum())
         stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and recall < 1.5 / num_present
         result.at_chance = (stuck or is_chance(recall, num_present)) and row["epoch"] > self.recipe.warmup_epochs
         if not result.at_chance:

@@ -19,6 +19,7 @@ from pipeline.report.tables import Table
 from pipeline.system.text import counted
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, gpus, size_text, software
 from stages.shared import options
+from stages.shared.hints import with_recipe
 from stages.shared.paths import PARAMS
 
 if TYPE_CHECKING:
@@ -120,8 +121,10 @@ def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None
     diagnosis = Diagnosis()
 
     def note(findings: list[Finding]) -> None:
-        diagnosis.findings += findings
         for finding in findings:
+            if diagnosis.recipe is not None:
+                finding = dataclasses.replace(finding, text=with_recipe(finding.text, diagnosis.recipe))
+            diagnosis.findings.append(finding)
             tell(finding)
 
     note(software())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,22 +53,26 @@ class Place(NamedTuple):
     differs: Mapping[str, str]
     seed: int
 
-    def find(self, paths: Paths, fingerprint: str) -> str:
+    def find(self, paths: Paths, has_ended: Callable[[Path], bool], is_under_way: Callable[[Path], bool]) -> str:
         """Return the name of the directory: where this very run is, finished or under way, else where it goes.
 
         Earlier versions wrote settings into the name as they were given, and did not tell all runs apart.
 
         Args:
             paths: Of the recipe.
-            fingerprint: The run's.
+            has_ended: Tells whether a directory holds the outputs of just these settings.
+            is_under_way: Tells whether a directory of data/work holds a saved state of them.
         """
         own = self._own
         if self._is_anothers(paths.run(own)):
             own = self._exact
-        for is_there, folder in ((self._has_ended, paths.run("")), (self._is_under_way, paths.work("runs"))):
-            for path in (folder / own, *_folders(folder)):
-                if is_there(path, fingerprint):
-                    return path.name
+        ended, under_way = paths.run(""), paths.work("runs")
+        for path in (ended / own, *_folders(ended)):
+            if self._is_mine(_read(path / "metrics.json")) and has_ended(path):
+                return path.name
+        for path in (under_way / own, *_folders(under_way)):
+            if self._may_be_mine(path.name) and is_under_way(path):
+                return path.name
         return own
 
     @property
@@ -104,17 +108,10 @@ class Place(NamedTuple):
         metrics = _read(out / "metrics.json")
         return metrics is not None and not self._is_mine(metrics)
 
-    def _has_ended(self, out: Path, fingerprint: str) -> bool:
-        from stages.shared.runs import why_stale
-
-        return self._is_mine(_read(out / "metrics.json")) and why_stale(out, fingerprint, {}) is None
-
-    def _is_under_way(self, work: Path, fingerprint: str) -> bool:
-        from pipeline.training.checkpoints import RunState
-
-        wanted = [self.name, *self.differs, *(["seed"] if self.seed else [])]
-        is_mine = work.name.startswith(self.name) and all(f"-{key}-" in f"-{work.name}" for key in wanted[1:])
-        return is_mine and RunState(work, fingerprint).peek() is not None
+    def _may_be_mine(self, folder: str) -> bool:
+        """Tell by its name alone, which of a state of data/work is all there is, whether a folder may be this run's."""
+        keys = [*self.differs, *(["seed"] if self.seed else [])]
+        return folder.startswith(f"{self.name}-") and all(f"-{key}-" in folder for key in keys)
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -110,7 +110,12 @@ class Run:
         run = cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
         if not (differs or seed):
             return run
-        folder = Place(kind, name, differs, seed).find(paths, run.fingerprint)
+        digest = run.fingerprint
+        folder = Place(kind, name, differs, seed).find(
+            paths,
+            has_ended=lambda out: why_stale(out, digest, {}) is None,
+            is_under_way=lambda work: RunState(work, digest).peek() is not None,
+        )
         return dataclasses.replace(run, out=paths.run(folder), work=paths.work("runs", folder), stage=None)
 
     @property

@@ -23,7 +23,9 @@ def in_a_hurry(params: str) -> str:
     assert all(f"`{word}`" in hurry for word in ("count: 1", "epochs: 1", "depth: 1", "NUM_IMAGES = 200"))
     before, recipe = params.split("\n  folder-small:\n")
     recipe, after = recipe.split("\n\n", 1)
-    recipe = re.sub(r"\b(count|epochs): \d+", r"\1: 1", recipe).replace("depth: 4", "depth: 1")
+    teaching, student = recipe.split("    student:\n")
+    student = re.sub(r"\b(epochs|depth): \d+", r"\1: 1", student)
+    recipe = re.sub(r"\bcount: \d+", "count: 1", teaching) + "    student:\n" + student
     return f"{before}\n  folder-small:\n{recipe}\n\n{after}"
 
 

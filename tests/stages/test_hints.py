@@ -83,6 +83,15 @@ def test_a_recipe_that_params_yaml_lacks_is_named_with_the_way_out(other: Projec
     assert invoke(other, "evaluate", "data/smoke/teacher", "--recipe", "smoke")
 
 
+def test_the_hint_of_a_job_names_the_recipe_of_the_job(other: Project) -> None:
+    (other.data / "labels/default.h5").write_bytes(b"damaged")
+    (other.data / "prepared/dataset.h5").write_bytes(b"damaged")
+    out = invoke(other, "reproduce", "--recipe", "smoke", "--student", "vit", code=3)
+    assert "run `pipeline prepare --recipe smoke` again" in out and "--recipe digits" not in out
+    out = invoke(other, "doctor", "--recipe", "smoke", code=1)
+    assert "run `pipeline prepare --recipe smoke` again" in out
+
+
 def test_the_hint_of_an_error_names_the_recipe_of_the_command(other: Project) -> None:
     (other.data / "labels/default.h5").write_bytes(b"damaged")
     refusal = invoke(other, "distill", "--recipe", "smoke", "--student", "titn", code=3)

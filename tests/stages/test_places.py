@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def name_of(*place: object) -> str:
     """Return the name of a run's directory where nothing has been run yet."""
-    return Place(*place).find(Paths("nothing-was-run"), "0" * 64)  # type: ignore[arg-type]
+    return Place(*place).find(Paths("none"), lambda _: False, lambda _: False)  # type: ignore[arg-type]
 
 
 def folders(project: Project) -> list[str]:
@@ -84,6 +85,15 @@ def test_what_an_earlier_version_put_there_is_not_overwritten(trained: Project) 
     assert "train 1 epoch (not trained); writes data/runs/smoke/vit-epochs-1-seed-1-" in out
     shared.rename(own)
     kept.rename(shared)
+
+
+def test_a_saved_state_named_by_an_earlier_version_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths, place = Paths("own"), Place("student", "titn", {"epochs": "3", "lr": "0.2"}, 1)
+    for name in ("titn-lr-0.20-epochs-3-seed-1", "titn-lr-0.20-epochs-3", "vit-lr-0.20-epochs-3-seed-1"):
+        paths.work("runs", name).mkdir(parents=True)
+    assert place.find(paths, lambda _: True, lambda _: True) == "titn-lr-0.20-epochs-3-seed-1"
+    assert place.find(paths, lambda _: True, lambda _: False) == "titn-epochs-3-lr-0.2-seed-1"
 
 
 def test_many_settings_make_no_name_that_is_too_long(trained: Project) -> None:
