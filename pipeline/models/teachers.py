@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.models.network import decide_in_fp32
 
 IMAGENET_CLASSES = 1000
 
@@ -55,7 +56,7 @@ def build_teacher(name: str, *, num_classes: int, weights: str = "none", bn_mome
 
     Returns:
         Model of `(B, 3, H, W)` float images, H and W at least 32, to `(B, K)` logits, on the CPU, in training
-        mode.
+        mode. In evaluation mode the logits are float32 under autocast too.
 
     Raises:
         UsageError: The name is unknown, or the path does not exist.
@@ -72,6 +73,7 @@ def build_teacher(name: str, *, num_classes: int, weights: str = "none", bn_mome
     if name == "squeezenet1_1":
         assert isinstance(model, models.SqueezeNet)
         model.classifier[2] = nn.Identity()
+    decide_in_fp32(model.get_submodule(TEACHERS[name]))
     if weights == "imagenet":
         _load(model, name, _download(name))
     elif weights != "none":
