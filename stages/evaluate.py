@@ -23,6 +23,7 @@ from pipeline.training.metrics import Meter, class_scores, worst_first
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.fitting import evaluation_data
+from stages.shared.trained import require_same_data
 
 
 @click.command("evaluate")
@@ -86,14 +87,14 @@ def evaluate_split(context: Context, classifier: Classifier, split: str, *, per_
 
     Raises:
         UsageError: There is no such split.
-        DataError: The recipe's classes or image size are not the model's.
+        DataError: The model was trained on other data than are prepared.
     """
     dataset = context.dataset()
     if split not in dataset.splits:
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
-    for key in ("class_names", "image_size"):
-        if getattr(classifier, key) != getattr(dataset, key):
-            raise DataError(f"{classifier.file}: its {key} is not that of recipe {context.recipe.name}; name its own")
+    assert classifier.file is not None, "it has been loaded"
+    way_out = "name its own recipe, train it again, or score it on a folder's images with --data"
+    require_same_data(classifier.config, classifier.file, context.paths, way_out, sha256=dataset.sha256)
     data = evaluation_data(dataset, dataset.splits[split], classifier.device)
     meter = Meter(dataset.num_classes, classifier.device)
     for part, images in data.batches(classifier.batch_size, slice(0, len(data.labels))):

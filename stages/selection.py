@@ -12,6 +12,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
 from stages.shared.context import Context
 from stages.shared.options import open_context, recipe_option, teachers_option
+from stages.shared.trained import require_same_data
 
 
 @click.command("select")
@@ -29,7 +30,7 @@ def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
 
 
 def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
-    """Choose the best of the trained candidates by the recipe's rule.
+    """Choose the best of the trained candidates by the recipe's rule; of equals the one of lower loss, then the first.
 
     Args:
         context: The command's setting.
@@ -40,11 +41,16 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
 
     Raises:
         UsageError: The recipe has no such teacher.
-        DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
+        DataError: A candidate is not trained, or on other data than are prepared; its checkpoint is damaged; or none
+            has learned anything.
     """
-    from pipeline.training.checkpoints import load_checkpoint
+    from pipeline.training.checkpoints import load_checkpoint, read_meta
 
     paths, comparison = context.paths, compare(context, teachers)
+    for name in (row["name"] for row in comparison["candidates"]):
+        if (meta := read_meta(paths.teacher(name))) is not None:
+            way_out = f"run `pipeline teacher {name} --recipe {context.recipe.name}`"
+            require_same_data(meta, paths.teacher(name), paths, way_out)
     checkpoint = load_checkpoint(paths.teacher(comparison["winner"]))
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
     with lock(paths.work("select.lock")):
@@ -59,6 +65,8 @@ def select(context: Context, teachers: Sequence[str] | None = None) -> dict[str,
 
 def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str, Any]:
     """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
+    from pipeline.training.metrics import standing
+
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
     for name in names:
@@ -72,8 +80,8 @@ def compare(context: Context, teachers: Sequence[str] | None = None) -> dict[str
         if not file.is_file():
             raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
         candidates.append(read_json(file))
-    scores = {row["name"]: row["best"][recipe.select.by] for row in candidates if not row["at_chance"]}
-    scores = {name: score for name, score in scores.items() if math.isfinite(score)}
-    if not scores:
+    learned = [row for row in candidates if not row["at_chance"] and math.isfinite(row["best"][recipe.select.by])]
+    if not learned:
         raise DataError(f"none of {', '.join(names)} has learned anything; lower recipes.{recipe.name}.teacher.lr")
-    return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}
+    best = max(learned, key=lambda row: standing(row["best"], recipe.select.by))  # the first of equals
+    return {"winner": best["name"], "by": recipe.select.by, "candidates": candidates}
