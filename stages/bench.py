@@ -17,6 +17,8 @@ from pipeline.errors import UsageError
 from pipeline.inference.card import ROUNDED
 from pipeline.report.tables import Table, number
 from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes
+from stages.shared.paths import Paths
+from stages.shared.trained import Judged, require_same_data
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
@@ -60,7 +62,8 @@ def command(
         for path in checkpoints:
             if str(path) in models:
                 raise UsageError(f"{path}: named twice; name each checkpoint once")
-            models[str(path)] = load(path, device=device, precision=precision)
+            models[str(path)] = model = load(path, device=device, precision=precision)
+            check_data(model)
         costs = [{"checkpoint": name, **costs_of(model)} for name, model in models.items()]
         on = shared_device(models.values())
         load_average = round(os.getloadavg()[0], 2)
@@ -75,13 +78,26 @@ def command(
             console.print(speed_table(speeds, where).to_rich(console.width))
 
 
+def check_data(classifier: Classifier) -> None:
+    """Check that a stage's checkpoint was trained on what is prepared for its recipe here; an export needs no data.
+
+    Raises:
+        DataError: Other data have been prepared since, on which the scores shown would not be those of the model.
+    """
+    recipe = classifier.config.get("recipe")
+    if classifier.format == "checkpoint" and isinstance(recipe, str):
+        assert classifier.file is not None, "it has been loaded"
+        way_out = "train it again, or bench its export"
+        require_same_data(classifier.config, classifier.file, Paths(recipe), way_out)
+
+
 def costs_of(classifier: Classifier) -> dict[str, Any]:
     """Count what a model costs.
 
     Returns:
         Plain JSON values: model, kind, format, precision, device, inner_block, image_size, num_classes, parameters,
-        file_bytes, paper_macs and flops_per_image (of one image), top1 (of its own evaluation while it was trained,
-        percent; None of a quantised one).
+        file_bytes, paper_macs and flops_per_image (of one image), top1 (percent; None of a quantised one) and
+        top1_split (`test` where its score there is known, else the split that chose the checkpoint; None if unknown).
     """
     import torch
 
@@ -92,7 +108,7 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
     assert classifier.file is not None, "it has been loaded"
     with torch.device("meta"):
         plain = build_model(config["kind"], config["model"], config["arguments"])
-    scores = config.get("scores")
+    judged = Judged.of(config, classifier.file)
     return {
         "model": config["model"],
         "kind": config["kind"],
@@ -106,7 +122,8 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
         "file_bytes": classifier.file.stat().st_size,
         "paper_macs": paper_macs(plain, size),
         "flops_per_image": flops_per_image(plain, size),
-        "top1": scores.get("top1") if isinstance(scores, dict) and classifier.format not in ROUNDED else None,
+        "top1": judged.scores.get("top1") if classifier.format not in ROUNDED else None,
+        "top1_split": judged.split,
     }
 
 
@@ -126,11 +143,15 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of what the models cost."""
+    splits = dict.fromkeys(row["top1_split"] for row in rows if row["top1"] is not None)
     cells = [
         {
             "checkpoint": row["checkpoint"],
             "model": row["model"],
-            "top-1 %": number(row["top1"]),
+            **{
+                f"{split or 'unknown split'} top-1 %": number(row["top1"] if row["top1_split"] == split else None)
+                for split in splits
+            },
             "parameters": f"{row['parameters']:,}",
             "file, MB": number(row["file_bytes"] / 1e6, 1),
             "MACs, M": number(row["paper_macs"] / 1e6, 1),
@@ -143,8 +164,8 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         for row in rows
     ]
     note = (
-        "Top-1 on what its own recipe evaluates on. MACs by the paper's convention, FLOPs by PyTorch's counter, both "
-        "of one image and the plain formulation."
+        "Top-1 as it was measured when the model was trained. MACs by the paper's convention, FLOPs by PyTorch's "
+        "counter, both of one image and the plain formulation."
     )
     return Table("What they cost", list(cells[0]), [list(row.values()) for row in cells], note)
 

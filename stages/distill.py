@@ -173,7 +173,7 @@ def command(
             results.append(read_json(out / "metrics.json"))
             best, last, test = (results[-1][key] for key in ("best", "last", "test"))
             context.say(
-                f"{out}: best top-1 {best['top1']:.2f} % in epoch {best['epoch']}, "
+                f"{out}: best {results[-1]['evaluated_on']} top-1 {best['top1']:.2f} % in epoch {best['epoch']}, "
                 f"last {last['top1']:.2f} %, test {test['top1']:.2f} %"
             )
     if seeds:

@@ -21,6 +21,7 @@ from pipeline.system.storage import write_atomic
 from pipeline.system.text import counted
 from stages.shared import options
 from stages.shared.context import Context
+from stages.shared.trained import require_same_data
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
@@ -95,7 +96,7 @@ def evaluate_split(
 
     Raises:
         UsageError: There is no such split.
-        DataError: The recipe's classes or image size are not the model's.
+        DataError: The model was trained on other data than are prepared.
     """
     from pipeline.training.evaluation import Predictions
     from pipeline.training.metrics import Meter
@@ -104,9 +105,9 @@ def evaluate_split(
     dataset = context.dataset()
     if split not in dataset.splits:
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
-    for key in ("class_names", "image_size"):
-        if getattr(classifier, key) != getattr(dataset, key):
-            raise DataError(f"{classifier.file}: its {key} is not that of recipe {context.recipe.name}; name its own")
+    assert classifier.file is not None, "it has been loaded"
+    way_out = "name its own recipe, train it again, or score it on a folder's images with --data"
+    require_same_data(classifier.config, classifier.file, context.paths, way_out, sha256=dataset.sha256)
     data = evaluation_data(dataset, dataset.splits[split], classifier.device)
     meter = Meter(dataset.num_classes, classifier.device)
     predictions = Predictions.of(data)

@@ -29,6 +29,7 @@ from pipeline.system.storage import read_json, remove_leftovers, write_atomic, w
 from pipeline.training.checkpoints import load_checkpoint
 from stages.shared.context import Context
 from stages.shared.options import EXISTING, PATH, json_option, open_console, open_context
+from stages.shared.trained import Judged, read_beside, require_same_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,15 +189,15 @@ def from_recipe(context: Context, classifier: Classifier) -> RealImages:
     """Return a recipe's prepared test images.
 
     Raises:
-        DataError: There is no prepared data, or its classes or image size are not the model's.
+        DataError: There is no prepared data, or the model was trained on other data.
     """
     try:
         dataset = context.dataset()
     except DataError as error:
         raise DataError(f"{error}, or give a folder of images with --data") from error
-    for key in ("class_names", "image_size"):
-        if getattr(dataset, key) != getattr(classifier, key):
-            raise DataError(f"recipe {context.recipe.name}: its {key} is not the model's; give its own with --recipe")
+    assert classifier.file is not None, "it has been loaded"
+    way_out = "name its own with --recipe, train it again, or check it on a folder's images with --data"
+    require_same_data(classifier.config, classifier.file, context.paths, way_out, sha256=dataset.sha256)
     return RealImages(
         images=dataset.test.images,
         labels=dataset.test.labels,
@@ -373,6 +374,7 @@ def _config(
     pixels = {"name": INPUT, "dtype": "uint8", "shape": ["batch", 3, side, side], "channels": "RGB", "range": [0, 255]}
     return {
         **{key: meta.get(key) for key in DESCRIBED},
+        "rules": meta.get("rules", 1),
         **{key: meta.get(key) if isinstance(meta.get(key), dict) else None for key in ("teacher", "training")},
         "warnings": meta["warnings"] if isinstance(meta.get("warnings"), list) else [],
         "schema": SCHEMA,
@@ -386,7 +388,7 @@ def _config(
         "checkpoint_sha256": meta["sha256"],
         "files": {name: dict(entry) for name, entry in entries.items()},
         "checked_on": {"images": real.description, "dataset_sha256": real.sha256},
-        "data_source": real.source if real.sha256 == meta.get("dataset_sha256") else None,
+        "data_source": real.source,
         "license": license,
         "versions": _versions(entries),
         **_results(classifier, real),
@@ -395,33 +397,18 @@ def _config(
 
 def _results(classifier: Classifier, real: RealImages) -> dict[str, Any]:
     """Return the model's scores: on the test split if its metrics.json is there, else on the split that chose it."""
-    metrics, run = (_read_beside(classifier, name) for name in ("metrics.json", "run.json"))
-    split: str | None = "test"
-    scores, selected_on = metrics.get("test"), metrics.get("evaluated_on")
-    of_this = (classifier.config.get("epoch"), classifier.config.get("seed"))
-    if not isinstance(scores, dict) or (scores.get("epoch"), metrics.get("seed")) != of_this:
-        metrics, scores = {}, classifier.config.get("scores")
-        split = selected_on = real.evaluated_on
-    scores = scores if isinstance(scores, dict) else {}
+    assert classifier.file is not None, "it has been loaded"
+    judged, run = Judged.of(classifier.config, classifier.file), read_beside(classifier.file, "run.json")
+    metrics, scores, split = judged.metrics, judged.scores, judged.split or real.evaluated_on
     return {
         "scores": {key: scores[key] for key in RESULTS if type(scores.get(key)) in (int, float)},
         "scores_split": split,
         "scores_precision": metrics.get("precision"),
-        "selected_on": selected_on,
+        "selected_on": metrics.get("evaluated_on") if metrics else split,
         "num_train": metrics.get("num_train"),
         "num_test": metrics.get("num_test"),
         "trained": {key: run.get(key) for key in ("device", "date", "commit", "versions", "seconds")} if run else None,
     }
-
-
-def _read_beside(classifier: Classifier, name: str) -> dict[str, Any]:
-    """Return a JSON file beside a checkpoint; empty where there is none."""
-    assert classifier.file is not None
-    file = classifier.file.with_name(name)
-    content = read_json(file) if file.is_file() else {}
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: not what a stage writes; delete it or train again")
-    return content
 
 
 def _versions(entries: Mapping[str, Any]) -> dict[str, str]:

@@ -18,7 +18,8 @@ from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atom
 from pipeline.training.checkpoints import read_meta
 from stages.reports.runs import FinishedRun
 from stages.shared.options import EXISTING, records_option
-from stages.shared.paths import RECORDS
+from stages.shared.paths import RECORDS, Paths
+from stages.shared.trained import require_same_data
 
 ID_DIGITS = 12
 LOCK_ATTEMPTS = 200
@@ -123,11 +124,13 @@ def record_of(directory: Path) -> dict[str, Any]:
     and a run that was trained again has another.
 
     Raises:
-        DataError: The directory is no finished run, or one of its files is damaged.
+        DataError: The directory is no finished run, one of its files is damaged, or other data are prepared now than
+            it was trained on.
     """
     run, meta = FinishedRun.read(directory), read_meta(directory)
     if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):
         raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")
+    require_same_data(meta, directory, Paths(str(run.metrics["recipe"])), "train it again, or prepare its data again")
     run.curve()
     metrics, teacher = run.metrics, run.metrics["teacher"]
     decided = f"{meta['fingerprint']} {meta['sha256']}"

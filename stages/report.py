@@ -70,6 +70,8 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
             raise UsageError(f"{error}; or leave them out: `pipeline report --no-figures`") from None
     runs = FinishedRuns.read(context.recipe, context.paths)
     runs = replace(runs, others={}) if tracked_only else runs
+    for trained, why in runs.left_out.items():
+        context.say(f"left out: {trained}: {why}")
     comparisons = compare.find_comparisons(runs)
     sections = main_sections(runs, comparisons, with_figures=with_figures)
     written = [item for section in sections for item in section.items if isinstance(item, Table)]
@@ -171,6 +173,8 @@ def lead(runs: FinishedRuns, *, tracked_only: bool) -> str:
     elif not runs.teachers:
         commands = f"pipeline teacher-select --recipe {recipe.name}, then pipeline distill --recipe {recipe.name}"
         parts.append(f"Nothing has been run yet: {commands}.")
+    if runs.left_out:
+        parts.append(f"Left out, for other data are prepared now: {', '.join(runs.left_out)}.")
     parts.append("The paper is arXiv:2502.16762; a difference is our figure minus the paper's.")
     if tracked_only:
         parts.append("Runs in data/runs are left out: DVC does not track them. Without --tracked-only they are shown.")
@@ -220,4 +224,5 @@ def _as_json(runs: FinishedRuns) -> dict[str, Any]:
         "selected": runs.winner,
         "models": metrics({**runs.teachers, **runs.students}),
         "other_runs": metrics(runs.others),
+        "left_out": dict(runs.left_out),
     }

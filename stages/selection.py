@@ -13,11 +13,12 @@ from pipeline.config.recipes import deciding_values
 from pipeline.errors import DataError, UsageError
 from pipeline.system.canonical import fingerprint
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
-from pipeline.training.checkpoints import load_checkpoint
+from pipeline.training.checkpoints import load_checkpoint, read_meta
 from stages.reports.tables import candidates_table
 from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.options import open_context, recipe_option, teachers_option
+from stages.shared.trained import require_same_data
 
 
 @click.command("select")
@@ -35,7 +36,7 @@ def command(recipe: str | None, teachers: tuple[str, ...] | None) -> None:
 def select(
     context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
 ) -> dict[str, Any]:
-    """Choose the best of the trained candidates by the recipe's rule.
+    """Choose the best of the trained candidates by the recipe's rule; of equals the one of lower loss, then the first.
 
     A choice that is gone is put back if candidates are gone too, so that it cannot be made again.
 
@@ -49,13 +50,20 @@ def select(
 
     Raises:
         UsageError: The recipe has no such teacher.
-        DataError: A candidate is not trained, its checkpoint is damaged, or none has learned anything.
+        DataError: A candidate is not trained, or on other data than are prepared; its checkpoint is damaged; or none
+            has learned anything.
     """
     result = _kept_selection(context, teachers, outs)
     if _are_gone(context, teachers, outs) and kept.put_back(context, result):
         return dict(read_json(context.paths.selection))
     paths, comparison = context.paths, compare(context, teachers, outs)
-    checkpoint = load_checkpoint((outs or {}).get(comparison["winner"], paths.teacher(comparison["winner"])))
+    names = [row["name"] for row in comparison["candidates"]]
+    trained = {name: (outs or {}).get(name, paths.teacher(name)) for name in names}
+    for name, out in trained.items():
+        if (meta := read_meta(out)) is not None:
+            way_out = f"run `pipeline teacher {name} --recipe {context.recipe.name}`"
+            require_same_data(meta, out, paths, way_out)
+    checkpoint = load_checkpoint(trained[comparison["winner"]])
     files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
     with lock(paths.work("select.lock")):
         for path in (*(paths.winner / file.name for file in files), paths.selection):
@@ -72,6 +80,8 @@ def compare(
     context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
 ) -> dict[str, Any]:
     """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
+    from pipeline.training.metrics import standing
+
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
     for name in names:
@@ -85,15 +95,15 @@ def compare(
         if not file.is_file():
             raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
         candidates.append(read_json(file))
-    scores = {row["name"]: row["best"][recipe.select.by] for row in candidates if not row["at_chance"]}
-    scores = {name: score for name, score in scores.items() if math.isfinite(score)}
-    if not scores:
+    learned = [row for row in candidates if not row["at_chance"] and math.isfinite(row["best"][recipe.select.by])]
+    if not learned:
         path = f"recipes.{recipe.name}"
         raise DataError(
             f"none of {', '.join(names)} has learned anything; lower {path}.teacher.lr, or, where one class is far "
             f"more common than the others, train more epochs and write {path}.select: {{by: f1}}"
         )
-    return {"winner": max(scores, key=lambda name: scores[name]), "by": recipe.select.by, "candidates": candidates}
+    best = max(learned, key=lambda row: standing(row["best"], recipe.select.by))  # the first of equals
+    return {"winner": best["name"], "by": recipe.select.by, "candidates": candidates}
 
 
 def _are_gone(context: Context, teachers: Sequence[str] | None, outs: Mapping[str, Path] | None) -> bool:

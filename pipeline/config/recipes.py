@@ -263,7 +263,7 @@ class SelectRecipe(RecipeSection):
     """How the winner is chosen.
 
     Attributes:
-        by: The metric that must be highest, of the best epoch on the evaluation split.
+        by: The metric that must be highest, of the best epoch on the evaluation split; of equals the lower loss counts.
     """
 
     by: str = choice(("top1", "top5", "f1"), "top1")

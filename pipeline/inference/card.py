@@ -191,7 +191,9 @@ def _training(config: Mapping[str, Any]) -> str:
     rows = [("data", f"{name}, recipe `{_text(config['recipe'])}`, SHA-256 `{config['dataset_sha256']}`")]
     rows += [("training images", f"{config['num_train']:,}")] if config["num_train"] else []
     if teacher:
-        accuracy = f", top-1 {teacher['top1']:.2f} %" if isinstance(teacher.get("top1"), float) else ""
+        on_test = isinstance(teacher.get("test_top1"), float)
+        top1, split = (teacher["test_top1"], "test") if on_test else (teacher.get("top1"), config["selected_on"])
+        accuracy = f", top-1 {top1:.2f} % on {_split(split)}" if isinstance(top1, float) else ""
         rows.append(("teacher", f"`{_text(teacher.get('name'))}`{accuracy}"))
     elif config["kind"] == "student":
         rows.append(("teacher", "none"))
@@ -209,7 +211,7 @@ def _training(config: Mapping[str, Any]) -> str:
 def _figures(config: Mapping[str, Any]) -> str:
     if not config["scores"]:
         return "## Figures\n\nThe checkpoint came without figures."
-    split = f"the split `{config['scores_split']}`" if config["scores_split"] else "the split that chose the checkpoint"
+    split = _split(config["scores_split"])
     count = f" ({config['num_test']:,} images)" if config["num_test"] and config["scores_split"] == "test" else ""
     precision = f", computed in {config['scores_precision']}" if config["scores_precision"] else ""
     lines = [f"## Figures\n\nOn {split}{count}{precision}, one training run:\n", "| | |", "|---|---:|"]
@@ -219,6 +221,10 @@ def _figures(config: Mapping[str, Any]) -> str:
         else:
             lines.append(f"| {SCORES[key][0]} | {f'{value:.2f} %' if key in PERCENT else f'{value:.3f}'} |")
     return "\n".join(lines)
+
+
+def _split(name: str | None) -> str:
+    return f"the split `{name}`" if name else "the split that chose the checkpoint"
 
 
 def _limits(config: Mapping[str, Any]) -> str:

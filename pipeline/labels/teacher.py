@@ -9,7 +9,7 @@ layout and folding only where two logits nearly tie. Measured on CIFAR-100's tra
 - bf16 against fp32: MobileNetV3 changed 97 and 118 labels (crop and flip; with AutoAugment and CutMix), ResNet-50 26.
   All but 3 of these had a margin below 0.25; the largest was 3.1.
 - bf16 throughout, as torchvision builds the model, tied its two largest logits exactly on 1 to 4 % of the views, since
-  they have 8 significant bits; so `pipeline.models.folding` leaves the last layer in fp32, after which none tied.
+  they have 8 significant bits; so the last layer stays in fp32 (pipeline.models.network), after which none tied.
 
 A batch holds one view only, so that no label depends on where a run was stopped or which rank made it.
 """

@@ -7,8 +7,7 @@ Two foldings, both exact but for rounding:
 - torchvision's VGGs pool their feature map to 7x7. Below 64x64 pixels the map is 1x1, the pooling repeats its 512
   values 49 times, and the first linear layer's 25,088 columns can be added up to 512.
 
-Under autocast the last layer keeps the precision of its weights: rounded to the 8 significant bits of bf16, the two
-largest logits are equal on 1 to 4 % of the views (see `pipeline.labels.teacher`).
+Under autocast the last layer keeps the precision of its weights, see `pipeline.models.network.decide_in_fp32`.
 
 Folded models cannot be trained: a batch norm in training uses the statistics of its batch, and the sum of 49 columns
 would need a learning rate and a weight decay of its own. Checkpoints keep torchvision's shapes.
@@ -19,9 +18,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torchvision.models import VGG
+
+from pipeline.models.network import decide_in_fp32, last_layers
 
 
 def fold(model: nn.Module, image_size: int) -> nn.Module:
@@ -41,22 +42,9 @@ def fold(model: nn.Module, image_size: int) -> nn.Module:
     if isinstance(folded, VGG):
         _fold_pooling(folded, image_size)
     folded = fuse(folded.double(), inplace=True)
-    name, head = [item for item in folded.named_modules() if isinstance(item[1], nn.Linear | nn.Conv2d)][-1]
-    folded.set_submodule(name, _WithoutAutocast(head))
+    for layer in last_layers(folded):
+        decide_in_fp32(layer)
     return folded.to(weight.device, weight.dtype).eval()
-
-
-class _WithoutAutocast(nn.Module):
-    """A layer that autocast leaves in the precision of its weights."""
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.layer(features.to(self.layer.weight.dtype))
-        return logits
 
 
 def _fold_pooling(model: VGG, image_size: int) -> None:

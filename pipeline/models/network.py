@@ -1,4 +1,4 @@
-"""A model that normalises pixels itself and computes in a chosen precision."""
+"""A model that normalises pixels itself and computes in a chosen precision; the last layer is never rounded to bf16."""
 
 from __future__ import annotations
 
@@ -8,6 +8,36 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.system.runtime import autocast
+
+
+def last_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the last linear or convolution layer of a module, in a list that is empty where it has none."""
+    layers: list[nn.Module] = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return layers[-1:]
+
+
+def decide_in_fp32(layer: nn.Module) -> None:
+    """Let a layer that makes logits compute in its weights' precision in evaluation mode, under autocast too.
+
+    Rounded to the 8 significant bits of bf16, the two largest logits are equal on 1 to 4 % of the images (see
+    pipeline.labels.teacher), and of equal ones the lower class counts. So wherever a class is decided, by labelling,
+    evaluation or prediction, the last layer is not rounded. Training is as if this had not been called.
+
+    Args:
+        layer: A linear or convolution layer; called with one that decides so already, this does nothing.
+    """
+    if _in_weights_precision not in layer._forward_hooks.values():
+        layer.register_forward_hook(_in_weights_precision)
+
+
+def _in_weights_precision(layer: nn.Module, inputs: tuple[Tensor, ...], rounded: Tensor) -> Tensor | None:
+    """Compute a layer again that autocast has rounded, in evaluation mode; None keeps its output."""
+    dtype = next(layer.parameters()).dtype
+    if layer.training or rounded.dtype == dtype:
+        return None
+    with torch.autocast(rounded.device.type, enabled=False):
+        exact: Tensor = layer.forward(inputs[0].to(dtype))
+    return exact
 
 
 class Network(nn.Module):
@@ -52,7 +82,7 @@ class Network(nn.Module):
         return (images.float() / 255 - self.mean) / self.std
 
     def logits(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the logits of normalised images `(B, 3, H, W)`; in bf16 they may be bfloat16."""
+        """Return the logits of normalised images `(B, 3, H, W)`, float32 if `decide_in_fp32` knows the last layers."""
         with autocast(inputs.device, self.precision):
             outputs: Tensor | tuple[Tensor, Tensor] = self.module(inputs)
         return outputs

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.models.network import decide_in_fp32
 
 if TYPE_CHECKING:
     from torchvision import models
@@ -58,7 +59,7 @@ def build_teacher(name: str, *, num_classes: int, weights: str = "none", bn_mome
 
     Returns:
         Model of `(B, 3, H, W)` float images, H and W at least 32, to `(B, K)` logits, on the CPU, in training
-        mode.
+        mode. In evaluation mode the logits are float32 under autocast too.
 
     Raises:
         UsageError: The name is unknown, or the path does not exist.
@@ -77,6 +78,7 @@ def build_teacher(name: str, *, num_classes: int, weights: str = "none", bn_mome
     if name == "squeezenet1_1":
         assert isinstance(model, models.SqueezeNet)
         model.classifier[2] = nn.Identity()
+    decide_in_fp32(model.get_submodule(TEACHERS[name]))
     if weights == "imagenet":
         _load(model, name, _download(name))
     elif weights != "none":

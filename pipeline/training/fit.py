@@ -30,7 +30,7 @@ from pipeline.training.checkpoints import RunState
 from pipeline.training.distributed import has_batch_norm, parallel
 from pipeline.training.evaluation import evaluate
 from pipeline.training.execution import Execution
-from pipeline.training.metrics import is_chance
+from pipeline.training.metrics import is_chance, standing
 from pipeline.training.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.resuming import FitResult, Progress, averages, keep_best, load_progress, moments, save_progress
 from pipeline.training.step import CapturedStep, Objective, Step, train_step
@@ -105,7 +105,9 @@ class Fit:
         objective: The loss.
         recipe: Epochs, batch size, optimiser, schedule, clipping.
         seed: Of the order of samples; initialisation is the caller's.
-        metric: The score that decides the best epoch, higher is better.
+        metric: The score that decides the best epoch, higher is better. Of equals the lower loss on the same split
+            counts, then the later epoch.
+        rules: Number of the rules by which results are judged, kept in the state and the result.
         ema: Decay of a moving average of the weights; 0 keeps none. The average is evaluated and becomes the best and
             the last weights; the resumable state holds weights and average.
         execution: How it is computed: precision, micro-batches, CUDA graph, ranks.
@@ -119,6 +121,7 @@ class Fit:
     recipe: FitRecipe
     seed: int = 0
     metric: str = "top1"
+    rules: int = 1
     ema: float = 0.0
     execution: Execution = field(default_factory=Execution)
     session: Session = field(default_factory=Session)
@@ -143,7 +146,8 @@ class Fit:
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1
-        self.progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
+        result = FitResult(rules=self.rules)
+        self.progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device), result=result)
         self.saved_at = time.monotonic()
         weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         self.assumed_seconds = 4 * weights / ASSUMED_BYTES_PER_SECOND
@@ -225,9 +229,9 @@ class Fit:
             "train_loss": float(progress.loss_sum) / self.data.views.num_samples,
             **dataclasses.asdict(scores),
         }
-        best = max((past[self.metric] for past in result.curve), default=-math.inf)
+        best = result.curve[result.best_epoch - 1] if result.best_epoch else None
         result.curve.append(row)
-        if row[self.metric] > best:
+        if best is None or standing(row, self.metric) >= standing(best, self.metric):
             result.best_epoch = progress.epoch + 1
             if self.group.is_main:
                 result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}

@@ -6,7 +6,9 @@ Top-1, top-5 and agreement are percentages, macro precision, recall and F1 lie i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,18 @@ class Scores:
     agreement: float | None
     class_top1: float
     distillation_top1: float | None
+
+
+def standing(scores: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """Return what the better of two epochs, or of two models, has more of: the metric, then minus the loss.
+
+    Args:
+        scores: The fields of Scores, on the split that decides.
+        metric: Which of them decides. What is not finite, or a loss that is not there, is worse than any number.
+    """
+    values = scores[metric], -scores.get("loss", math.inf)
+    metric_value, gain = (value if math.isfinite(value) else -math.inf for value in values)
+    return metric_value, gain
 
 
 @dataclass
@@ -82,8 +96,10 @@ class Meter:
         predicted = likely.argmax(dim=1)
         cells = labels * self.num_classes + predicted
         self.confusion += torch.bincount(cells, minlength=self.num_classes**2).view_as(self.confusion)
-        top = likely.topk(min(5, self.num_classes), dim=1).indices
-        self._top5 += (top == labels[:, None]).any(dim=1).sum()
+        target = likely.gather(1, labels[:, None])
+        is_lower = torch.arange(self.num_classes, device=self.device) < labels[:, None]
+        # Of equal classes the lower comes first, as in argmax; topk would choose any.
+        self._top5 += (((likely > target) | ((likely == target) & is_lower)).sum(dim=1) < 5).sum()
         self._loss += functional.nll_loss(likely.clamp_min(1e-38).log(), labels, reduction="sum").double()
         if teacher_labels is not None:
             self._has_teacher = True

@@ -25,10 +25,11 @@ class FitResult:
 
     Attributes:
         curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
-        best: Weights of the best epoch, the earliest of equals, on the CPU; on rank 0 alone. Replaced, never changed.
+        best: Weights of the best epoch, on the CPU; on rank 0 alone. Replaced, never changed.
         best_epoch: Its number, from 1.
         warnings: What went wrong without ending the run.
         at_chance: Whether the last epoch predicts no better than guessing.
+        rules: Number of the rules by which the epochs were judged; of a run that began under lower ones, theirs.
     """
 
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -36,6 +37,7 @@ class FitResult:
     best_epoch: int = 0
     warnings: list[str] = field(default_factory=list)
     at_chance: bool = False
+    rules: int = 1
 
 
 @dataclass
@@ -91,6 +93,7 @@ def save_progress(
     }
     meta = {"epoch": progress.epoch, "step": progress.step, "curve": result.curve, "best_epoch": result.best_epoch}
     meta |= {"warnings": result.warnings, "at_chance": result.at_chance, "seconds": progress.seconds}
+    meta["rules"] = result.rules
 
     def write() -> None:
         tensors["loss_sum"] = progress.loss_sum
@@ -167,8 +170,9 @@ def load_progress(
         torch.cuda.set_rng_state(cuda, device)
     progress.epoch, progress.step = meta["epoch"], meta["step"]
     progress.result = FitResult(
-        list(meta["curve"]), best, meta["best_epoch"], list(meta["warnings"]), meta["at_chance"]
-    )
+        list(meta["curve"]), best, meta["best_epoch"], list(meta["warnings"]), meta["at_chance"],
+        min(meta.get("rules", 1), progress.result.rules),
+    )  # fmt: skip
 
 
 def _load_optimizer(

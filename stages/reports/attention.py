@@ -15,6 +15,7 @@ from pipeline.training.checkpoints import read_meta
 from pipeline.views.views import normalize
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
+from stages.shared.trained import other_data
 
 NUM_IMAGES = 6
 WITH_BOTH_TOKENS = [name for name, student in STUDENTS.items() if student.has_distillation_head]
@@ -42,7 +43,7 @@ def attention(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
     if not able or not context.paths.is_prepared:
         return []
     dataset = context.dataset()
-    return [_figure(run, dataset) for run, meta in able if meta.get("dataset_sha256") == dataset.sha256]
+    return [_figure(run, dataset) for run, meta in able if not other_data(meta, context.paths, dataset.sha256)]
 
 
 def _figure(run: FinishedRun, dataset: Dataset) -> Figure:

@@ -65,6 +65,11 @@ def _copies(recipe: str) -> list[str]:
     return [f"{count} {what}" for what, count in counts.items() if count]
 
 
+def evaluated_on(runs: Iterable[FinishedRun]) -> str:
+    """Return the split on which the best and the last epoch's scores are, or the splits; `test` without any run."""
+    return _all(run.metrics["evaluated_on"] for run in runs) or "test"
+
+
 def is_held_out(runs: Iterable[FinishedRun]) -> bool:
     """Whether another split than test decided the best epoch of any run, so that its test scores stand apart."""
     return any(run.metrics["evaluated_on"] != "test" for run in runs)
@@ -104,9 +109,9 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
 
 def _teacher(run: FinishedRun) -> str:
     """Return the teacher of a run, with its top-1 and initial weights."""
-    name, top1 = (run.metrics["teacher"][key] for key in ("name", "top1"))
-    began = run.teacher_weights
-    return f"{name} at {top1:.2f} %" + (f" (trained from {began})" if began else "")
+    assert run.teacher_top1 is not None, "it has a teacher"
+    name, (top1, split), began = run.metrics["teacher"]["name"], run.teacher_top1, run.teacher_weights
+    return f"{name} at {top1:.2f} % on {split}" + (f" (trained from {began})" if began else "")
 
 
 def _device(environment: Any) -> str:

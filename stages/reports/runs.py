@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.system.storage import read_json
 from pipeline.training.checkpoints import read_meta
 from stages.shared.paths import Paths
 from stages.shared.runs import OUTPUTS, differences
+from stages.shared.trained import other_data
 
 Form = Mapping[str, Any]
 NUMBER = (int, float)
@@ -123,6 +124,15 @@ class FinishedRun:
         return views
 
     @property
+    def teacher_top1(self) -> tuple[float, str] | None:
+        """Its teacher's top-1 in percent and the split it is on: test where that was measured; None without one."""
+        teacher = self.metrics["teacher"]
+        if not teacher:
+            return None
+        on_test = "test_top1" in teacher  # not in the metrics.json of former versions
+        return (teacher["test_top1"], "test") if on_test else (teacher["top1"], str(self.metrics["evaluated_on"]))
+
+    @property
     def budget(self) -> tuple[Any, ...]:
         """What must be equal in runs that are compared, whatever they learn from."""
         return tuple(self.metrics[key] for key in BUDGET)
@@ -204,6 +214,7 @@ class FinishedRuns:
         students: The runs that follow the recipe, with seed 0, in its order.
         others: Runs that differ from the recipe or have another seed, by their directories' names.
         winner: The selected teacher's name; None before `select`.
+        left_out: Finished runs that were trained on other data than are prepared now: directory to which data.
     """
 
     recipe: Recipe
@@ -212,6 +223,7 @@ class FinishedRuns:
     students: Mapping[str, FinishedRun]
     others: Mapping[str, FinishedRun]
     winner: str | None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, recipe: Recipe, paths: Paths) -> FinishedRuns:
@@ -222,13 +234,24 @@ class FinishedRuns:
         """
         runs = paths.run("")
         others = sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+        left_out: dict[str, str] = {}
+
+        def finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
+            found = {name: FinishedRun.read(path) for name, path in directories.items()}
+            for run in filter(None, found.values()):
+                meta = read_meta(run.directory)  # None where the weights were left elsewhere
+                if meta is not None and (difference := other_data(meta, paths)) is not None:
+                    left_out[str(run.directory)] = difference
+            return {name: run for name, run in found.items() if run and str(run.directory) not in left_out}
+
         return cls(
             recipe=recipe,
             paths=paths,
-            teachers=_finished({name: paths.teacher(name) for name in recipe.teachers}),
-            students=_finished({name: paths.student(name) for name in recipe.students}),
-            others=_finished({path.name: path for path in others}),
+            teachers=finished({name: paths.teacher(name) for name in recipe.teachers}),
+            students=finished({name: paths.student(name) for name in recipe.students}),
+            others=finished({path.name: path for path in others}),
             winner=_winner(paths.selection),
+            left_out=left_out,
         )
 
     def seeds(self, name: str) -> list[FinishedRun]:
@@ -266,8 +289,3 @@ def _winner(path: Path) -> str | None:
     if wrong is not None:
         raise DataError(f"{path}: {wrong}; run `pipeline select`")
     return None if selection is None else str(selection["winner"])
-
-
-def _finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
-    runs = {name: FinishedRun.read(path) for name, path in directories.items()}
-    return {name: run for name, run in runs.items() if run is not None}

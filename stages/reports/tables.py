@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,7 @@ from pipeline.config.recipes import Recipe, StudentRecipe
 from pipeline.report import paper
 from pipeline.report.tables import Table, difference, number, spread
 from stages.distill import student_recipe
-from stages.reports.conditions import NOT_RUN, conditions, is_held_out, missing, outdated, protocol
+from stages.reports.conditions import NOT_RUN, conditions, evaluated_on, is_held_out, missing, outdated, protocol
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
 from stages.shared.runs import student_arguments
@@ -200,14 +200,14 @@ def _with_teachers(runs: FinishedRuns) -> list[Model]:
     return teachers + [Model(name, runs.seeds(name)) for name in runs.recipe.students]
 
 
-def _accuracy(runs: Iterable[FinishedRun], reported: Mapping[str, paper.Reported]) -> list[Column]:
+def _accuracy(runs: Sequence[FinishedRun], reported: Mapping[str, paper.Reported]) -> list[Column]:
     """Return top-1 of the best and the last epoch and top-5; the paper's stand beside the best epoch's on test."""
-    top1 = _reported(reported, "top1")
+    top1, split = _reported(reported, "top1"), evaluated_on(runs)
     is_apart = is_held_out(runs)
     return [
-        Column("best top-1 %", _score("top1", "best"), None if is_apart else top1),
+        Column(f"best {split} top-1 %", _score("top1", "best"), None if is_apart else top1),
         *([Column("test top-1 %", _score("top1"), top1)] if is_apart else []),
-        Column("last top-1 %", _score("top1", "last")),
+        Column(f"last {split} top-1 %", _score("top1", "last")),
         Column("top-5 %", _score("top5"), _reported(reported, "top5"), optional=True),
     ]
 
@@ -272,21 +272,22 @@ def _drop(runs: FinishedRuns, name: str) -> list[str]:
     approach = f"cached labels, {runs.recipe.views[runs.recipe.students[name].views].mixing}"
     if not seeds:
         return [runs.winner or "-", name, approach, NOT_RUN, NOT_RUN, NOT_RUN, number(reported), "-", "-", "-", "-"]
-    teacher = dict(seeds[0].metrics["teacher"])
+    teacher, known = dict(seeds[0].metrics["teacher"]), seeds[0].teacher_top1
+    before = known[0] if known and known[1] == "test" else None  # else it was measured on val alone
     if teacher["name"] in runs.teachers:  # else its costs are unknown
-        metrics = runs.teachers[teacher["name"]].metrics
-        teacher = {**metrics, "top1": metrics["test"]["top1"]}
+        teacher = dict(runs.teachers[teacher["name"]].metrics)
+        before = teacher["test"]["top1"]
     top1 = [run.metrics["test"]["top1"] for run in seeds]
-    change = fmean(top1) - teacher["top1"]
+    change = None if before is None else fmean(top1) - before
     return [
         teacher["name"],
         name,
         approach,
-        number(teacher["top1"]),
+        number(before),
         spread(top1),
-        f"{change:+.2f}",
+        "-" if change is None else f"{change:+.2f}",
         number(reported),
-        difference(change, reported),
+        "-" if change is None else difference(change, reported),
         number(teacher.get("paper_gmacs_1024")),
         number(teacher["parameters"] / 1e6) if "parameters" in teacher else "-",
         number(seeds[0].metrics["parameters"] / 1e6),
@@ -312,9 +313,11 @@ def optimizers_table(
         rates: By optimiser the learning rate, for those that have no run.
     """
     reported = paper.OPTIMIZERS if recipe.dataset.source == "cifar100" else {}
-    columns = ["optimiser", "lr", "best top-1 %", "test top-1 %"]
+    trained = [outcome for outcome in outcomes.values() if isinstance(outcome, FinishedRun)]
+    split = evaluated_on(trained)
+    columns = ["optimiser", "lr", f"best {split} top-1 %", "test top-1 %"]
     columns += ["paper: top-1 %", "difference"] if reported else []
-    columns += ["last top-1 %", "top-5 %", "best epoch"]
+    columns += [f"last {split} top-1 %", "top-5 %", "best epoch"]
     rows = []
     for optimizer, outcome in outcomes.items():
         value = reported.get(optimizer)
@@ -327,7 +330,6 @@ def optimizers_table(
             papers = [number(value), difference(test["top1"], value)]
             rest = [number(last["top1"]), number(test["top5"]), f"{best['epoch']} of {outcome.metrics['epochs']}"]
         rows.append([optimizer, *cells, *(papers if reported else []), *rest])
-    trained = [outcome for outcome in outcomes.values() if isinstance(outcome, FinishedRun)]
     note = f"{conditions(trained)} " if trained else ""
     note += "The paper's teacher is VGG16_bn; it gives no figure for Adam."
     return Table(f"Figure 5 in figures. {winner} by optimiser, {recipe.name}", columns, rows, note, ("top-5 %",))

@@ -40,7 +40,10 @@ from pipeline.training.resuming import FitResult, keep_best
 from pipeline.views.views import Views
 from stages.shared import kept
 from stages.shared.context import Context
-from stages.shared.runs import NOT_TRAINED, Run, costs
+from stages.shared.runs import NOT_TRAINED, RULES, Run, costs
+
+DESCRIBED = ("teacher", "views", "soft", "confidence", "warnings", "evaluated_on", "rules")
+"""Keys of metrics.json that the checkpoints' JSON has too."""
 
 
 def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
@@ -93,7 +96,7 @@ class Teaching:
     Attributes:
         labels: Gives each batch its teacher labels; None where the model does not learn from them.
         clean: The teacher's labels of the clean splits by name, `(n,)` integers.
-        teacher: Its name, SHA-256 and top-1 in percent on the evaluation split.
+        teacher: Its name, its SHA-256, and by its labels `top1` on the evaluation split and `test_top1`, percent.
     """
 
     labels: TeacherLabels | None = None
@@ -151,6 +154,7 @@ def carry_out(
                 recipe=recipe,
                 seed=run.seed,
                 metric=run.metric,
+                rules=RULES,
                 ema=ema,
                 execution=execution,
                 session=Session(state, watcher, context.stop),
@@ -229,6 +233,7 @@ def _metrics(
         "recipe": run.description["recipe"],
         "differs": dict(run.differs),
         "evaluated_on": dataset.evaluation[0],
+        "rules": result.rules,
         "best": scores_of(best),
         "last": scores_of(result.curve[-1]),
         "test": {"epoch": result.best_epoch, **dataclasses.asdict(test_scores)},
@@ -262,7 +267,7 @@ def _write(
     """Write the outputs, metrics.json last: a directory that has it is complete."""
     (run.out / "metrics.json").unlink(missing_ok=True)
     meta = {**run.decided_by, "fingerprint": run.fingerprint}
-    meta |= {key: metrics[key] for key in ("teacher", "views", "soft", "confidence", "warnings")}
+    meta |= {key: metrics[key] for key in DESCRIBED}
     save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
     if last is not None:
         save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from pipeline.config.recipes import ViewRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.data.streaming import place_images
-from pipeline.errors import DataError
 from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
 from pipeline.labels.cache import make_identity, make_provenance
 from pipeline.labels.teacher import Teacher, compile_teacher
 from pipeline.system.runtime import resident_limit, resolve_precision, versions
 from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
+from stages.shared.trained import require_same_data
 
 
 def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
@@ -26,15 +26,11 @@ def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
 
     Raises:
         UsageError: The path does not exist.
-        DataError: It holds no valid teacher, or one of other classes, image size or normalisation.
+        DataError: It holds no valid teacher, or one that was trained on other data.
     """
     checkpoint = load_checkpoint_of(path, "teacher")
-    for key in ("class_names", "image_size", "mean", "std"):
-        value = getattr(dataset, key)
-        if checkpoint.meta.get(key) != (list(value) if isinstance(value, tuple) else value):
-            raise DataError(
-                f"{checkpoint.path}: its {key} is not that of {context.paths.dataset}; train a teacher on this data"
-            )
+    way_out = f"train a teacher on these data: pipeline teacher-select --recipe {context.recipe.name}"
+    require_same_data(checkpoint.meta, checkpoint.path, context.paths, way_out, sha256=dataset.sha256)
     return checkpoint
 
 

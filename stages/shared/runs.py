@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 # Raised where the code gives other results from the same recipe: what was trained before is then trained again. The
 # package's own version may change without that.
 RESULTS_VERSION = "0.1.0"
+# Raised where the same weights are judged in another way, or others are chosen as the best epoch's: what was trained
+# before stays, and its figures are not compared with new ones. What names no number was judged by the first.
+# 2: of equal epochs the lower loss counts, then the later (1: the first); the last layer decides in fp32 (1: in bf16).
+RULES = 2
 NOT_TRAINED = "not trained"
 MAX_NAMED = 3
 # Said in place of values that tell people nothing.

@@ -213,9 +213,12 @@ class TeacherSource:
             clean, name = dict(self.cache.clean), str(self.cache.provenance["teacher"])
         else:
             return Teaching()
-        split, part = dataset.evaluation
-        top1 = 100.0 * float(np.mean(clean[split] == part.labels))
-        return Teaching(labels, clean, {"name": name, "sha256": self.digest, "top1": top1})
+
+        def top1(split: str) -> float:
+            return 100.0 * float(np.mean(clean[split] == dataset.splits[split].labels))
+
+        scores = {"top1": top1(dataset.evaluation[0]), "test_top1": top1("test")}
+        return Teaching(labels, clean, {"name": name, "sha256": self.digest, **scores})
 
 
 def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str) -> LabelCache:

@@ -57,7 +57,7 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     assert (data / "students/titn/last.safetensors").is_file()
     assert {path.name for path in (data / "teacher").iterdir()} == {"best.safetensors", "best.json"}
     selection = json.loads((data / "selection.json").read_text())
-    best = max(selection["candidates"], key=lambda candidate: candidate["best"]["top1"])
+    best = max(selection["candidates"], key=lambda row: (row["best"]["top1"], -row["best"]["loss"]))
     assert selection["winner"] == best["name"]
     assert json.loads((data / "teacher/best.json").read_text())["model"] == best["name"]
     cache, dataset = LabelCache.open(data / "labels/default.h5"), Dataset.load(data / "prepared/dataset.h5")
@@ -94,6 +94,19 @@ def test_the_predictions_of_the_test_images_give_the_scores(finished: Project, m
         expected = test[score]
         assert share(column, other) == (None if expected is None else pytest.approx(expected))
     assert all(1 / dataset.num_classes - 1e-4 <= float(row["probability"]) <= 1.0 for row in rows)
+
+
+def test_a_teacher_has_one_accuracy_wherever_it_is_shown(finished: Project) -> None:
+    student = finished.data / "students/titn"
+    with (student / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    teacher = metrics(student)["teacher"]
+    assert isinstance(teacher, dict)
+    labels = 100 * sum(row["teacher"] == row["target"] for row in rows) / len(rows)
+    scores = metrics(finished.data / "teachers" / teacher["name"])
+    assert isinstance(scores["test"], dict) and isinstance(scores["best"], dict)
+    assert teacher["test_top1"] == pytest.approx(labels) == pytest.approx(scores["test"]["top1"])
+    assert teacher["top1"] == pytest.approx(scores["best"]["top1"]), "on val"
 
 
 def test_every_models_metrics_have_the_same_keys_and_no_times(finished: Project) -> None:

@@ -36,6 +36,7 @@ from pipeline.models.teachers import TEACHERS, build_teacher
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.views.views import normalize
 from stages.export import from_folder
+from stages.shared.runs import RULES
 from tests.support.in_process import invoke as run
 from tests.support.project import ROOT, Project
 
@@ -109,6 +110,13 @@ def test_every_file_is_named_with_its_size_and_digest(exported: Project) -> None
         content = (folder / entry["file"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
     assert entries["onnx-int8"]["bytes"] < entries["onnx"]["bytes"] / 2
+
+
+def test_the_rules_by_which_it_was_judged_go_with_the_model(exported: Project) -> None:
+    files = [exported.path / STUDENT / name for name in ("best.json", "last.json", "metrics.json")]
+    described = [json.loads(file.read_text()) for file in files]
+    assert [(content["rules"], content["evaluated_on"]) for content in described] == [(RULES, "val")] * 3
+    assert (config(exported)["rules"], RULES) == (2, 2)
 
 
 @pytest.mark.parametrize("format", [None, *FORMATS])

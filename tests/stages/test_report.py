@@ -50,19 +50,19 @@ def test_table_2_has_the_papers_figure_beside_each_of_ours(written: Project) -> 
     rows = table(written, "table-2")
     assert [name.removesuffix(" (selected)") for name in rows] == list(recipe("cifar100").teachers)
     row = rows["densenet121"]
-    assert (row["best top-1 %"], row["paper: best top-1 %"], row["best top-1 %: difference"]) == (
+    assert (row["best test top-1 %"], row["paper: best test top-1 %"], row["best test top-1 %: difference"]) == (
         "74.00", "69.06", "+4.94",
     )  # fmt: skip
-    assert row["last top-1 %"] == "73.75" and row["best epoch"] == "19 of 20"
+    assert row["last test top-1 %"] == "73.75" and row["best epoch"] == "19 of 20"
     assert "vgg16_bn (selected)" in rows
 
 
 def test_several_seeds_are_their_mean_and_deviation(written: Project) -> None:
     row = table(written, "table-3")["titn"]
-    assert row["best top-1 %"] == "76.00 ± 1.00 (3)", "75, 76 and 77"
-    assert row["best top-1 %: difference"] == f"{76 - 74.71:+.2f}"
+    assert row["best test top-1 %"] == "76.00 ± 1.00 (3)", "75, 76 and 77"
+    assert row["best test top-1 %: difference"] == f"{76 - 74.71:+.2f}"
     assert row["best epoch"] == "19, 19, 19 of 20"
-    assert table(written, "table-3")["deit"]["best top-1 %"] == "73.00"
+    assert table(written, "table-3")["deit"]["best test top-1 %"] == "73.00"
     assert "seeds vgg16_bn 0, titn 0 1 2, tnt 0," in (written.path / REPORTS / "report.md").read_text()
 
 
@@ -101,7 +101,7 @@ def test_other_runs_are_compared_with_the_recipes_own(written: Project) -> None:
     assert rows["titn"]["differs in"] == "labels none"
     assert (rows["titn"]["the recipe's test top-1 %"], rows["titn"]["difference"]) == ("76.00 ± 1.00 (3)", "-5.00")
     optimizers = table(written, "figure-5-in-figures")
-    assert (optimizers["rmsprop"]["paper: top-1 %"], optimizers["adam"]["best top-1 %"]) == ("73.41", "not run")
+    assert (optimizers["rmsprop"]["paper: top-1 %"], optimizers["adam"]["best test top-1 %"]) == ("73.41", "not run")
 
 
 def test_report_json_has_every_run(written: Project) -> None:
@@ -117,7 +117,7 @@ def test_report_json_has_every_run(written: Project) -> None:
 
 def test_what_is_not_tracked_can_be_left_out(project: Project) -> None:
     invoke(project, *REPORT, "--tracked-only")
-    assert table(project, "table-3")["titn"]["best top-1 %"] == "75.00"
+    assert table(project, "table-3")["titn"]["best test top-1 %"] == "75.00"
     assert "data/runs are left out" in (project.path / REPORTS / "report.md").read_text()
     folder = project.path / REPORTS
     assert not (folder / "tables/other-runs-on-cifar100.csv").exists(), "a former report's tables are deleted"
@@ -158,7 +158,7 @@ def test_a_run_whose_settings_have_changed_is_named_and_is_no_seed_of_the_recipe
     former = {**deciding_values(recipe("cifar100").students["titn"]), "epochs": 20}
     (directory / "best.json").write_text(json.dumps({"sha256": "0" * 64, "training": former}))
     invoke(project, *REPORT, "--no-figures")
-    assert table(project, "table-3")["titn"]["best top-1 %"] == "76.00 ± 1.41 (2)", "75 and 77"
+    assert table(project, "table-3")["titn"]["best test top-1 %"] == "76.00 ± 1.41 (2)", "75 and 77"
     assert (
         "titn was trained before params.yaml changed: epochs 20 -> 600."
         in (project.path / REPORTS / "report.md").read_text()
@@ -171,7 +171,9 @@ def test_rows_stay_where_nothing_has_been_run(tmp_path: Path) -> None:
     out = invoke(project, *REPORT)
     rows = table(project, "table-3")
     assert list(rows) == ["vgg16_bn (the paper's teacher)", *recipe("cifar100").students]
-    assert all(row["best top-1 %"] == "not run" and row["paper: best top-1 %"] != "-" for row in rows.values())
+    assert all(
+        row["best test top-1 %"] == "not run" and row["paper: best test top-1 %"] != "-" for row in rows.values()
+    )
     text = (project.path / REPORTS / "report.md").read_text()
     assert "### Figure 4. Teachers on cifar100 by epoch\n\nnot run: `pipeline teacher-select --recipe cifar100`" in text
     assert "not run: `pipeline distill --recipe cifar100 --student titn`" in text
@@ -229,7 +231,7 @@ def test_tables_say_what_teachers_began_from(project: Project) -> None:
     invoke(project, *REPORT, "--no-figures")
     report = (project.path / REPORTS / "report.md").read_text()
     assert "teachers trained from random weights" in report
-    assert "learned from vgg16_bn at 78.00 % (trained from random weights)" in report
+    assert "learned from vgg16_bn at 78.00 % on test (trained from random weights)" in report
     (teacher / "best.json").write_text(json.dumps({**meta, "training": {"weights": "imagenet"}}))
     invoke(project, *REPORT, "--no-figures")
     assert "teachers trained from ImageNet weights" in (project.path / REPORTS / "report.md").read_text()

@@ -317,6 +317,7 @@ def test_a_recipes_split_is_scored_by_class(tmp_path: Path) -> None:
     summary = json.loads((project.data / "prepared/summary.json").read_text())
     meta = describe("vit", "student", tuple(summary["class_names"]))
     meta |= {"image_size": 32, "arguments": {**meta["arguments"], "image_size": 32}}
+    meta["dataset_sha256"] = summary["sha256"]
     checkpoint(tmp_path / "vit", meta)
     line = ("evaluate", "vit", "--split", "val", "--per-class", "--predictions", "rows.csv", "--json")
     scores = json.loads(run(tmp_path, *line).out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +36,10 @@ FOLDER = Path("data/tiny")
 LABELS = FOLDER / "labels/default.h5"
 # Sums in another order give other last bits. They stay small: what is left of the run is 34 steps at falling rates.
 TOLERANCE = 1e-3
+# What the run's files have had since. It was judged by rules 1 when it was stopped. By these the first of equal epochs
+# was the best; no two epochs are equal here, so it is the same one.
+JUDGED = {"evaluated_on": "val", "rules": 1}
+LATER = {"best.json": JUDGED, "last.json": JUDGED, "metrics.json": JUDGED}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,13 @@ def contents(folder: Path) -> dict[str, str]:
 def without_times(files: dict[str, str]) -> dict[str, str]:
     """Leave out the one file of a run that holds times."""
     return {name: digest for name, digest in files.items() if name != "run.json"}
+
+
+def teachers_test_top1(student: Path) -> float:
+    """Return the share of test images, in percent, whose label by a student's teacher is right."""
+    with (student / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return 100 * sum(row["teacher"] == row["target"] for row in rows) / len(rows)
 
 
 def labels_of(file: Path) -> np.ndarray:
@@ -184,7 +196,12 @@ def test_distill_goes_on_from_the_saved_state_to_the_same_student(project: Proje
     assert meta["fingerprint"] == expected["fingerprint"] == FACTS["run_fingerprints"][STUDENT]
     if machine() == FACTS["machine"]:
         assert meta["sha256"] == FACTS["student_weights_sha256"]
-        assert without_times(contents(student)) == without_times(contents(former))
+        ours, theirs = (without_times(contents(folder)) for folder in (student, former))
+        assert {name for name in theirs if ours[name] != theirs[name]} == LATER.keys()
+        for name, later in LATER.items():
+            values, before = (json.loads((folder / name).read_text()) for folder in (student, former))
+            before["teacher"]["test_top1"] = pytest.approx(teachers_test_top1(former))
+            assert values == {**before, **later}
         return
     ours, theirs = (load_file(folder / "last.safetensors") for folder in (student, former))
     assert ours.keys() == theirs.keys()

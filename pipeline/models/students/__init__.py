@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UsageError
+from pipeline.models.network import decide_in_fp32
 from pipeline.models.students.attention import attention_maps, attention_rollout
 from pipeline.models.students.deit import DeiT
 from pipeline.models.students.fused import cpu as inner_cpp
@@ -61,7 +62,8 @@ def build_student(name: str, **arguments: Any) -> Student:
         arguments: `num_classes`, any other of SHARED_ARGUMENTS, and the student's own.
 
     Returns:
-        The student, randomly initialised from PyTorch's global generator.
+        The student, randomly initialised from PyTorch's global generator. In evaluation mode its logits are float32
+        under autocast too.
 
     Raises:
         UsageError: The name is unknown, the geometry does not divide evenly, or the constructor fails.
@@ -70,10 +72,13 @@ def build_student(name: str, **arguments: Any) -> Student:
     takes = _constructor(name)
     arguments = {key: value for key, value in arguments.items() if key in takes or key not in SHARED_ARGUMENTS}
     try:
-        return STUDENTS[name](**arguments)
+        student = STUDENTS[name](**arguments)
     except (ArithmeticError, RuntimeError, ValueError) as error:  # PyTorch's, of sizes that cannot be
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UsageError(f"model {name} cannot be built with {given}: {' '.join(str(error).split())}") from error
+    for layer in student.logit_layers:
+        decide_in_fp32(layer)
+    return student
 
 
 def recorded_arguments(name: str) -> tuple[str, ...]:

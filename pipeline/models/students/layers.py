@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.errors import UsageError
+from pipeline.models.network import last_layers
 
 ALL = slice(None)
 
@@ -21,7 +22,8 @@ class Student(nn.Module):
     """The base of every student.
 
     A constructor takes by keyword `num_classes`, what it needs of pipeline.models.students.SHARED_ARGUMENTS, and
-    arguments of its own. These are annotated with int, float, str or bool and should have defaults.
+    arguments of its own. These are annotated with int, float, str or bool and should have defaults. Of two heads each
+    is an attribute whose name ends in `head`.
 
     Attributes:
         has_distillation_head: True where `forward` returns (class logits, distillation logits), False where it returns
@@ -35,6 +37,12 @@ class Student(nn.Module):
     has_distillation_head: ClassVar[bool]
     has_pixels: ClassVar[bool] = False
     plain: bool = False
+
+    @property
+    def logit_layers(self) -> list[nn.Module]:
+        """The layers that make the logits: the last of each child whose name ends in `head`, else the last of all."""
+        heads = [child for name, child in self.named_children() if name.endswith("head")]
+        return [layer for head in heads or [self] for layer in last_layers(head)]
 
     def head_tokens(self, num_tokens: int) -> slice:
         """Return which of T tokens the last block returns: the class token and, with two heads, the last; plain, all.

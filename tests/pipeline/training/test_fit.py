@@ -139,10 +139,67 @@ def test_training_learns_and_keeps_the_best_epoch(tmp_path: Path) -> None:
     best = max(row["top1"] for row in result.curve)
     assert best > 80.0
     assert result.curve[result.best_epoch - 1]["top1"] == best
-    assert result.best_epoch == next(row["epoch"] for row in result.curve if row["top1"] == best)
+    ties = [row for row in result.curve if row["top1"] == best]
+    assert result.best_epoch == min(reversed(ties), key=lambda row: row["loss"])["epoch"]
     model = small_model()
     model.load_state_dict(result.best)
     assert evaluate(model, evaluation()).top1 == best
+
+
+class Told(nn.Module):
+    """Answers to the evaluation split as told, epoch by epoch: how many of its images rightly, and how surely."""
+
+    def __init__(self, answers: list[tuple[int, float]]) -> None:
+        super().__init__()
+        self.bias, self.answers = nn.Parameter(torch.zeros(NUM_CLASSES)), iter(answers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            return self.bias.expand(len(images), -1)
+        num_right, sureness = next(self.answers)
+        labels = evaluation().labels
+        labels = torch.where(torch.arange(len(labels)) < num_right, labels, (labels + 1) % NUM_CLASSES)
+        return sureness * nn.functional.one_hot(labels, NUM_CLASSES).float()
+
+
+@pytest.mark.parametrize(
+    ("answers", "best"),
+    [
+        ([(20, 0.5), (20, 1.4), (20, 0.9)], 2),  # of equal top-1 the lower loss; ln 4 is the best sureness
+        ([(30, 4.0), (30, 1.0), (20, 4.0)], 1),  # also where it came first
+        ([(20, 1.0), (20, 1.0), (20, 1.0)], 3),  # of equal loss too the last
+        ([(20, 1.0), (21, 0.1), (20, 1.0)], 2),  # the metric counts more than the loss
+        ([(20, 0.0), (10, 0.0), (0, 0.0)], 3),  # without any sureness all predict class 0 at the same loss
+    ],
+)
+def test_of_epochs_that_tie_the_lower_loss_counts_and_then_the_later(
+    tmp_path: Path, answers: list[tuple[int, float]], best: int
+) -> None:
+    result, _ = run(tmp_path, model=Told(answers), epochs=3)
+    assert result.best_epoch == best
+    for row, (num_right, sureness) in zip(result.curve, answers, strict=True):
+        right, wrong = (math.log(math.exp(sureness) + 2) - gain for gain in (sureness, 0.0))
+        expected = (num_right * right + (30 - num_right) * wrong) / 30
+        assert row["loss"] == pytest.approx(expected, rel=1e-5), "the mean cross-entropy, by hand"
+
+
+def test_a_run_that_began_under_other_rules_keeps_their_number(tmp_path: Path) -> None:
+    def interrupted(directory: Path, rules: int) -> None:
+        stop = StopSignal()
+        fit = make_fit(directory, stop=stop, watcher=Watcher(stop, 6))
+        fit.rules = fit.progress.result.rules = rules
+        with pytest.raises(Interrupted):
+            fit.run()
+
+    def ended(directory: Path, rules: int) -> int:
+        fit = make_fit(directory)
+        fit.rules = fit.progress.result.rules = rules
+        return fit.run().rules
+
+    interrupted(tmp_path / "former", 1)
+    assert ended(tmp_path / "former", 2) == 1
+    interrupted(tmp_path / "new", 2)
+    assert ended(tmp_path / "new", 2) == ended(tmp_path / "whole", 2) == 2
 
 
 def test_a_run_shorter_than_a_minute_leaves_no_state(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top
 from torch.nn import functional
 
 from pipeline.losses import probabilities
-from pipeline.training.metrics import Meter, confusion_scores
+from pipeline.training.metrics import Meter, confusion_scores, standing
 
 
 @settings(max_examples=60)
@@ -64,3 +66,18 @@ def test_agreement_is_none_without_a_teacher() -> None:
 def test_a_class_that_is_never_predicted_counts_zero_precision() -> None:
     confusion = torch.tensor([[2, 0], [2, 0]])
     assert confusion_scores(confusion) == pytest.approx((50.0, 0.25, 0.5, 1 / 3))
+
+
+def test_of_equal_classes_the_lower_comes_first() -> None:
+    meter = Meter(7, torch.device("cpu"))
+    meter.add(torch.zeros(7, 7), torch.arange(7))
+    scores = meter.scores()
+    assert (scores.top1, scores.top5) == (pytest.approx(100 / 7), pytest.approx(500 / 7))
+
+
+def test_what_stands_higher_has_the_better_metric_then_the_lower_loss() -> None:
+    row = {"top1": 50.0, "f1": 0.4, "loss": 1.0}
+    assert standing(row, "top1") == (50.0, -1.0) == standing({**row, "f1": 0.1}, "top1")
+    assert standing({**row, "loss": 0.9}, "top1") > standing(row, "top1") > standing({**row, "top1": 49.0}, "top1")
+    assert standing({**row, "top1": math.nan}, "top1") < standing({**row, "top1": 0.0}, "top1")
+    assert standing({"top1": 50.0}, "top1") < standing(row, "top1"), "a loss that is not there"

@@ -1,0 +1,115 @@
+"""What a trained model's JSON says of its data and of its scores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, printable
+from pipeline.system.storage import read_json
+from stages.shared.paths import Paths
+
+SHORT = 12  # hexadecimal digits of a SHA-256 that people are shown
+
+
+def other_data(meta: Mapping[str, Any], paths: Paths, sha256: str | None = None) -> str | None:
+    """Say in a phrase on which data a model was trained, if not on a recipe's prepared data; None if on these.
+
+    Labels that were corrected, or another split, make other data of the same images: what were training images may be
+    test images now. Where nothing is prepared there is nothing to compare.
+
+    Args:
+        meta: The JSON of the model's checkpoint or export.
+        paths: The recipe's.
+        sha256: Of the prepared data, where they have been loaded; None takes what their summary.json says.
+    """
+    prepared, trained = sha256 or _prepared_sha256(paths), meta.get("dataset_sha256")
+    if prepared is None or trained == prepared:
+        return None
+    these = f"{paths.dataset} (SHA-256 {prepared[:SHORT]})"
+    if not isinstance(trained, str):
+        return f"names no data that it was trained on, so that it cannot be compared with {these}"
+    recipe = printable(str(meta.get("recipe")))
+    return f"trained on other data (recipe {recipe}, SHA-256 {printable(trained[:SHORT])}) than {these}"
+
+
+def require_same_data(
+    meta: Mapping[str, Any], file: Path, paths: Paths, way_out: str, *, sha256: str | None = None
+) -> None:
+    """Check that a model was trained on a recipe's prepared data, wherever the two meet.
+
+    Args:
+        meta: See `other_data`.
+        file: The model's file, for the message.
+        paths: See `other_data`.
+        way_out: What to do otherwise, for the message.
+        sha256: See `other_data`.
+
+    Raises:
+        DataError: It was trained on others, or does not name them.
+    """
+    difference = other_data(meta, paths, sha256)
+    if difference is not None:
+        order = "the order of the images counts too, and a folder's is not that of a download"
+        raise DataError(f"{file}: {difference}; {order}; {way_out}")
+
+
+def _prepared_sha256(paths: Paths) -> str | None:
+    """Return what summary.json says; None without prepared data, or where it is damaged, as loading them will say."""
+    if paths.is_prepared:
+        with contextlib.suppress(DataError):
+            summary = read_json(paths.prepared / "summary.json")
+            sha256 = summary.get("sha256") if isinstance(summary, dict) else None
+            return sha256 if isinstance(sha256, str) else None
+    return None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's scores, and what they are of.
+
+    Attributes:
+        scores: By name; empty where there are none.
+        split: The split that they are on; None where it is not known.
+        metrics: The metrics.json that has them; empty where they come from the checkpoint or the export itself.
+    """
+
+    scores: Mapping[str, Any]
+    split: str | None
+    metrics: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any], file: Path) -> Judged:
+        """Return a model's scores on test where they are known, else on the split that chose the checkpoint.
+
+        Args:
+            meta: The JSON of the model's checkpoint or export.
+            file: Its file, beside which metrics.json may lie.
+
+        Raises:
+            DataError: metrics.json is no JSON object.
+        """
+        metrics = read_beside(file, "metrics.json")
+        split, test = meta.get("scores_split", meta.get("evaluated_on")), metrics.get("test")
+        if isinstance(test, dict) and metrics.get("seed") == meta.get("seed"):
+            if test.get("epoch") == meta.get("epoch"):
+                return cls(test, "test", metrics)
+            split = metrics.get("evaluated_on")
+        scores = meta.get("scores")
+        return cls(scores if isinstance(scores, dict) else {}, split if isinstance(split, str) else None, {})
+
+
+def read_beside(file: Path, name: str) -> dict[str, Any]:
+    """Return a JSON file beside a model's; empty where there is none.
+
+    Raises:
+        DataError: It is no JSON object.
+    """
+    beside = file.with_name(name)
+    content = read_json(beside) if beside.is_file() else {}
+    if not isinstance(content, dict):
+        raise DataError(f"{beside}: not what a stage writes; delete it or train again")
+    return content
