@@ -21,8 +21,6 @@ from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import load
 from pipeline.report.tables import Table, number
 from pipeline.system.storage import write_atomic
-from pipeline.training.batches import EvaluationData
-from pipeline.training.evaluation import Predictions
 from pipeline.training.metrics import Meter, class_scores, worst_first
 from stages.shared import options
 from stages.shared.context import Context
@@ -97,6 +95,8 @@ def evaluate_split(
         UsageError: There is no such split.
         DataError: The recipe's classes or image size are not the model's.
     """
+    from pipeline.training.evaluation import Predictions
+
     dataset = context.dataset()
     if split not in dataset.splits:
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
@@ -141,6 +141,9 @@ def evaluate_folder(
         UsageError: There is no such folder.
         DataError: A folder has the name of no class, or there are bad files.
     """
+    from pipeline.training.batches import EvaluationData
+    from pipeline.training.evaluation import Predictions
+
     files, bad = find_labelled_images(folder, classifier.class_names)
     num_classes, device = len(classifier.class_names), classifier.device
     meter = Meter(num_classes, device)
