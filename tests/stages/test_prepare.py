@@ -161,6 +161,7 @@ def test_a_path_in_the_recipe_is_read_and_what_is_up_to_date_is_left_alone(proje
     assert "up to date, of the same settings and images; not used: 1 .json file (train/cat/notes.json)" in out
     assert "up to date" in invoke(project, "prepare", "--dry-run")
     assert state(project) == written
+    (project.path / "my-images/train/cat/notes.json").unlink()
     invoke(project, "prepare", "--fresh")
     after = state(project)
     assert {name: content for name, (content, _) in after.items()} == {name: old for name, (old, _) in written.items()}
