@@ -88,10 +88,10 @@ def verify(
         raise PipelineError(f"{file}: the teacher gives {wrong} otherwise; run `pipeline label --fresh`")
 
 
-def _recipe_of(params: Params, file: Path) -> str | None:
-    """Return the recipe whose prepared data and views a label file is for; None where there is none.
+def _recipe_of(params: Params, file: Path) -> str:
+    """Return the recipe whose prepared data and views a label file is for.
 
-    Of several it is the one whose folder the file is in, else params.yaml's own, if they are among them.
+    Of several, and where there is none, it is the one whose folder the file is in, else params.yaml's own.
     """
     from pipeline.config.recipes import deciding_values
     from pipeline.labels.cache import LabelCache
@@ -105,7 +105,7 @@ def _recipe_of(params: Params, file: Path) -> str | None:
         return is_same and identity["view_recipe"] in views
 
     names = [name for name in (file.absolute().parent.parent.name, params.recipe) if name in params.recipes]
-    return next(filter(fits, [*names, *params.recipes]), None)
+    return next(filter(fits, [*names, *params.recipes]), names[0])
 
 
 def _replay(

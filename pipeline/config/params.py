@@ -170,9 +170,7 @@ def parse_params(tree: Any) -> Params:
     keys = [field.name for field in dataclasses.fields(Params)]
     top = _section(tree, "params.yaml", keys, required=keys)
     for name in RESERVED & _mapping(top["recipes"], "recipes").keys():
-        raise UsageError(
-            f"recipes.{name}: {name!r} names a folder of data/ that serves every recipe; call it otherwise"
-        )
+        raise UsageError(f"recipes.{name}: {name!r} is a folder of data/ that all recipes share; call it otherwise")
     recipes = {_name(name, "recipes"): _recipe(name, section) for name, section in top["recipes"].items()}
     params = Params(
         recipe=_name(top["recipe"], "recipe"),
