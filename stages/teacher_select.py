@@ -53,9 +53,9 @@ def teacher_select(
     names = check_names(context, teachers, optimizers, settings)
     jobs = stage_one(context, names, settings)
     if fresh and context.ranks.world_size > 1:
-        old = f"{context.paths.labels('default').parent} and {context.paths.kept}/label@*.json"
+        files = f"{context.paths.labels('default').parent} and {context.paths.kept}/label@*.json"
         raise UsageError(
-            f"--fresh: not under torchrun, whose ranks would delete each other's labels; delete {old} first, "
+            f"--fresh: not under torchrun, whose ranks would delete each other's labels; delete {files} first, "
             "and train with `teacher NAME --fresh`"
         )
     with context.joined() as group:

@@ -120,7 +120,7 @@ class Kept:
     def first_other(self, root: Path) -> Path | None:
         """Return a file below a folder that is missing or not what was kept; None where all are."""
         for file in self.files:
-            path = root / str(file["path"])
+            path: Path = root / file["path"]
             if not path.is_file() or path.stat().st_size != file["size"] or sha256_file(path) != file["sha256"]:
                 return path
         return None
