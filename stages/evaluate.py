@@ -47,8 +47,9 @@ def command(
     precision: str | None,
     as_json: bool,
 ) -> None:
-    """Score a checkpoint on a recipe's data, by default those it was trained on, or on any folder's.
+    """Score a checkpoint on a recipe's data, or on any folder's.
 
+    The recipe is by default the one that it was trained on.
     With --data neither recipe nor prepared data are needed. Its folders are matched with the checkpoint's classes by
     name; classes may be absent, others are refused.
     """
