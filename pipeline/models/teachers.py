@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.models import TEACHERS
 from pipeline.models.network import decide_in_fp32
 
 if TYPE_CHECKING:
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
 IMAGENET_CLASSES = 1000
 
 StateDict = dict[str, Tensor]
-
-
-TEACHERS = {
-    "densenet121": "classifier",
-    "mobilenet_v3_large": "classifier.3",
-    "resnet50": "fc",
-    "wide_resnet50_2": "fc",
-    "squeezenet1_1": "classifier.1",
-    "vgg16": "classifier.6",
-    "vgg16_bn": "classifier.6",
-    "vgg19": "classifier.6",
-}
-"""Torchvision's name of the architecture to the name of the layer that makes the logits."""
 
 
 def build_teacher(name: str, *, num_classes: int, weights: str = "none", bn_momentum: float = 0.0) -> nn.Module:

@@ -15,7 +15,7 @@ def read_params(path: Path) -> Params:
     Raises:
         UsageError: The file or a name in it is wrong.
     """
-    from pipeline.models.teachers import TEACHERS
+    from pipeline.models import TEACHERS
 
     params = load_params(path)
     for recipe in params.recipes.values():

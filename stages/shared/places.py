@@ -89,7 +89,7 @@ class Place(NamedTuple):
     @property
     def _own(self) -> str:
         """The plain name, where it is a name for a folder and tells of this run alone."""
-        from pipeline.models.teachers import TEACHERS
+        from pipeline.models import TEACHERS
 
         texts = [f"-{text}-" for text in (self.name, *self.differs.values())]
         is_clear = not any(f"-{key}-" in text for key in _KEYS for text in texts)
