@@ -96,7 +96,7 @@ def command(
         console, real = context.console, from_recipe(context, classifier)
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
     config = export(classifier, real, out, formats=names, license=license, say=say)
     if as_json:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
 from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS
@@ -45,7 +45,8 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
             wrong.append(str(error))
             continue
         added = records.add(directory)
-        click.echo(f"{directory}: " + (f"recorded as {added} in {out}" if added else f"is in {out} already"))
+        done = f"recorded as {added} in {out}" if added else f"is in {out} already"
+        click.echo(printable(f"{directory}: {done}"))
     if wrong:  # the others are recorded
         raise DataError("; ".join(wrong))
 
@@ -117,15 +118,17 @@ def record_of(directory: Path) -> dict[str, Any]:
     """Return the record of a finished run.
 
     Its `id` is a digest of the run's fingerprint and of its weights: the same run has the same id whoever records it,
-    and a run that was trained again has another.
+    and a run that was trained again has another. Its `description` is everything that decided the result, see
+    stages.shared.runs.describe_finished: records with equal ones but for the seed may be averaged. Records of former
+    versions have none, and stand alone.
 
     Raises:
         DataError: The directory is no finished run, or one of its files is damaged.
     """
-    from pipeline.training.checkpoints import read_meta
     from stages.reports.runs import FinishedRun
 
-    run, meta = FinishedRun.read(directory), read_meta(directory)
+    run = FinishedRun.read(directory)
+    meta = run.meta if run else None
     if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):
         raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")
     run.curve()
@@ -137,6 +140,7 @@ def record_of(directory: Path) -> dict[str, Any]:
         "id": hashlib.sha256(decided.encode()).hexdigest()[:ID_DIGITS],
         **{key: metrics.get(key) for key in METRICS},
         "overrides": run.differs,
+        "description": run.description,
         "teacher": teacher and {"name": teacher["name"], "top1": teacher["top1"]},
         "weights": weights if run.kind == "teacher" else "random",
         **{epoch: {key: metrics[epoch][key] for key in SCORES} for epoch in ("best", "last", "test")},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.report.tables import Table
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, gpus, size_text, software
 from stages.shared import options
@@ -46,7 +46,7 @@ def command(recipe: str | None, device: str | None, as_json: bool) -> None:
             topic = finding.topic
             console.print(f"\n{topic}", style="bold", highlight=False)
         console.print(f"  {finding.mark:8}", style=COLOURS[finding.mark], end="", highlight=False)
-        console.print(finding.line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(finding.line), markup=False, highlight=False, soft_wrap=True)
 
     diagnosis = diagnose(lambda: options.open_context(recipe, device), tell)
     if as_json:

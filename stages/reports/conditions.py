@@ -1,34 +1,38 @@
-"""The notes below tables and figures: the conditions of the runs, and what is missing."""
+"""What is said of runs: their conditions, what is missing, and what was left out and why."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.report import paper
 from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.shared.runs import differences
 
 NOT_RUN = "not run"
 LEFT_OUT = "left out by --no-figures"
+MIXINGS = {"none": "no mixing", "cutmix": "CutMix", "mixup": "MixUp"}
+MAX_REASONS = 6
+NOT_DESCRIBED = "its checkpoint does not say how it was trained"
 
 
 def conditions(runs: Sequence[FinishedRun]) -> str:
     """Return in one line which epoch counts, device, precision, epochs, batch, views, seeds, teacher and images.
 
     Args:
-        runs: At least one; those of the same model differ by their seeds alone.
+        runs: At least one.
     """
     metrics = [run.metrics for run in runs]
     where = [run.environment for run in runs]
-    teachers = {_teacher(run) for run in runs if run.metrics["teacher"]}
+    teachers = {_teacher(run, runs) for run in runs if run.metrics["teacher"]}
     began = [run.initial_weights for run in runs if run.kind == "teacher"]
     views = {values["views"] for values in metrics if values["views"]}
     parts = [
         "Best epoch by "
         + _all(f"{values['evaluated_on']} accuracy" for values in metrics)
-        + ("; all but best and last top-1 are on test" if is_held_out(runs) else ", as in the paper"),
-        "device " + _all(map(_device, where)),
+        + ("; all but best and last top-1 are on test" if is_held_out(runs) else ", on the images that are scored"),
+        "device " + _all(map(device_of, where)),
         "precision " + _all(values["precision"] for values in metrics),
         "epochs " + _all(values["epochs"] for values in metrics),
         "effective batch " + _all(values["batch_size"] for values in metrics),
@@ -63,16 +67,44 @@ def outdated(runs: FinishedRuns, names: Iterable[str]) -> str:
     )
 
 
+def left_out(base: FinishedRun | None, runs: Iterable[FinishedRun]) -> str:
+    """Say in one line which runs of a model were left out, and in what they differ from those that were not.
+
+    Args:
+        base: One that was not left out.
+        runs: Those that were.
+    """
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(f"{why_apart(base, run)}", []).append(run.seed)
+        name = run.name
+    if not seeds:
+        return ""
+    parts = [f"{_numbered('seed', sorted(of_reason))} ({why})" for why, of_reason in seeds.items()]
+    more = [f"{len(parts) - MAX_REASONS} more"] if len(parts) > MAX_REASONS else []
+    return f" Left out, {name}: {', '.join([*parts[:MAX_REASONS], *more])}."
+
+
+def why_apart(base: FinishedRun | None, run: FinishedRun) -> str:
+    """Say in what two runs of a model differ but for the seed."""
+    if run.description is None or base is None or base.description is None:
+        return NOT_DESCRIBED if run.description is None else "the recipe's run does not say how it was trained"
+    return ", ".join(differences(base.settings(), run.settings())) or "the same run again"
+
+
+def _numbered(what: str, numbers: Sequence[int]) -> str:
+    """Return `seed 0`, or `seeds 0 1`."""
+    return f"{what}{'' if len(numbers) == 1 else 's'} {' '.join(map(str, numbers))}"
+
+
 def missing(names: Sequence[str], command: str) -> str:
     """Name the models that have not been run, and the command that runs the first, with `{}` in place of its name."""
     return f" Not run: {', '.join(names)}. To run: {command.format(names[0])}" if names else ""
 
 
 def protocol(source: str) -> str:
-    """Say how the paper's figures for a data set were reached, or that it has none."""
-    if source in paper.PROTOCOL:
-        return f" The paper: {paper.PROTOCOL[source]}."
-    return " The paper has no figures for these data."
+    """Say how the paper's figures for a data set were reached; nothing where it has none."""
+    return f" The paper: {paper.PROTOCOL[source]}." if source in paper.PROTOCOL else ""
 
 
 def _seeds(runs: Sequence[FinishedRun]) -> str:
@@ -86,14 +118,14 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
     return f"seeds {models}: mean ± sample standard deviation (number of seeds)"
 
 
-def _teacher(run: FinishedRun) -> str:
-    """Return the teacher of a run, with its top-1 and initial weights."""
-    name, top1 = (run.metrics["teacher"][key] for key in ("name", "top1"))
-    began = run.teacher_weights
+def _teacher(run: FinishedRun, runs: Iterable[FinishedRun]) -> str:
+    """Return the teacher of a run, with its top-1; with its initial weights where it is among the runs."""
+    name, sha256, top1 = (run.metrics["teacher"][key] for key in ("name", "sha256", "top1"))
+    began = next((other.initial_weights for other in runs if other.sha256 == sha256), None)
     return f"{name} at {top1:.2f} %" + (f" (trained from {began})" if began else "")
 
 
-def _device(environment: Any) -> str:
+def device_of(environment: Mapping[str, Any]) -> str:
     """Return a run's device, with the number of ranks if there were several."""
     ranks = environment.get("ranks", 1)  # not in the run.json of former versions
     return str(environment["device"]) if ranks == 1 else f"{ranks} x {environment['device']}"
