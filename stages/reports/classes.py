@@ -101,15 +101,15 @@ class Answers:
 
 
 def by_class(runs: FinishedRuns) -> list[Figure | Table]:
-    """Show confusion, worst classes and agreement of the best student and the selected teacher.
+    """Show confusion, worst classes and agreement of the best student and of its teacher.
 
     Raises:
         DataError: A run's predictions are damaged.
     """
-    best = max(runs.students.values(), key=lambda run: float(run.metrics["test"]["top1"]), default=None)
+    best = runs.best_student
     student = Answers.read(best) if best else None
-    winner = runs.teachers.get(runs.winner or "")
-    teacher = Answers.read(winner) if winner else None
+    beside = runs.teacher_beside(best)
+    teacher = Answers.read(beside) if beside else None
     shown: list[Figure | Table] = []
     for answers in (student, teacher):
         if answers is not None:

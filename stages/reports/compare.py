@@ -28,8 +28,6 @@ VARIED = {"labels": ("inputs.labels", "inputs.topk"), "views": ("inputs.views.co
 """The places in a description in which the runs of a question differ."""
 TAUGHT = (*(f"inputs.{key}" for key in LESSON), "training.soft")
 """The places that mean nothing without a teacher: a run without one is the control of all with an equal rest."""
-SAME = ("dataset_sha256", "rules")
-"""What must be equal even where runs of other settings stand beside each other."""
 LABELS = ("none", "cached", "online")
 BUDGET = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "parameters")
 """Fields of metrics.json that report.json gives with a comparison."""
@@ -431,7 +429,7 @@ def variants_tables(runs: FinishedRuns) -> list[Table]:
             columns += [f"{score} top-1 %", f"{score} top-1 %: difference to {base}", "95 % interval"]
             for row in rows:
                 cells = _cells(arms[row[0]], arms[base], score)
-                row += [cells[0], *(cells[2:] if is_comparable(first, arms[row[0]].first) else ["-", "-"])]
+                row += [cells[0], *(cells[2:] if first.is_comparable(arms[row[0]].first) else ["-", "-"])]
         note = f"A variant differs from {base} in what is named, as both were trained; differences are paired by seed."
         if any(len(arm.runs) == 1 for arm in arms.values()):
             note += " A single seed has no interval: the difference may be chance."
@@ -442,12 +440,6 @@ def variants_tables(runs: FinishedRuns) -> list[Table]:
 
 def _distill(runs: FinishedRuns) -> str:
     return f"pipeline distill --student {{}} --recipe {runs.recipe.name}"
-
-
-def is_comparable(one: FinishedRun, other: FinishedRun) -> bool:
-    """Whether the scores of two runs are of the same images and by the same rules, so that they may be subtracted."""
-    first, second = one.description, other.description
-    return first is not None and second is not None and all(first[key] == second[key] for key in SAME)
 
 
 def others_table(runs: FinishedRuns) -> Table | None:
@@ -462,7 +454,7 @@ def others_table(runs: FinishedRuns) -> Table | None:
         run, reference = group[0], first.get(group[0].name)
         best, last, test = ([one.metrics[key]["top1"] for one in group] for key in ("best", "last", "test"))
         usual = [one.metrics["test"]["top1"] for one in recipes[run.name]]
-        change = fmean(test) - fmean(usual) if reference and is_comparable(reference, run) else None
+        change = fmean(test) - fmean(usual) if reference and reference.is_comparable(run) else None
         rows.append([
             run.name,
             _differs(reference, run),

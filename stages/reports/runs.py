@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipeline.config.recipes import Recipe, deciding_values
@@ -19,6 +20,8 @@ from stages.shared.runs import OUTPUTS, describe_finished, differences
 Form = Mapping[str, Any]
 SWEPT = ("training.optimizer", "training.lr")
 """The places in a description in which runs of Figure 5 differ."""
+SAME = ("dataset_sha256", "rules")
+"""The places in which even the runs of two models must be equal, or their scores say nothing of each other."""
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
 SCORES = {
@@ -139,6 +142,11 @@ class FinishedRun:
         """
         settings = self.settings(*but)
         return f"{self.name} {json.dumps(settings, sort_keys=True)}" if settings else str(self.directory)
+
+    def is_comparable(self, other: FinishedRun) -> bool:
+        """Whether both runs' scores are of the same images and by the same rules, so that they may be subtracted."""
+        first, second = self.description, other.description
+        return first is not None and second is not None and all(first[key] == second[key] for key in SAME)
 
     @property
     def labels(self) -> str:
@@ -318,6 +326,21 @@ class FinishedRuns:
         teacher = run.metrics["teacher"] or {}
         found = self.teachers.get(teacher.get("name"))
         return found if found is not None and found.sha256 == teacher["sha256"] else None
+
+    @property
+    def best_student(self) -> FinishedRun | None:
+        """The student with the highest top-1 on the split that decides, over its seeds; the first of equals."""
+
+        def score(run: FinishedRun) -> float:
+            return fmean(float(one.metrics["best"]["top1"]) for one in self.seeds(run.name))
+
+        return max(self.students.values(), key=score, default=None)
+
+    def teacher_beside(self, student: FinishedRun | None) -> FinishedRun | None:
+        """Return the teacher that a student learned from; where it did not, and without one, the selected teacher."""
+        if student is not None and student.metrics["distilled"]:
+            return self.teacher_of(student)
+        return self.teachers.get(self.winner or "")
 
     def outdated(self, run: FinishedRun) -> list[str]:
         """Say which settings of a run that follows the recipe have since changed in params.yaml."""

@@ -348,11 +348,11 @@ def _drop(runs: FinishedRuns, name: str, *, is_papers: bool) -> list[str]:
     if not seeds:
         papers = [number(reported), "-"] if is_papers else []
         return [runs.winner or "-", name, "-", NOT_RUN, NOT_RUN, NOT_RUN, *papers, "-", "-", "-"]
-    teacher = dict(seeds[0].metrics["teacher"])
-    if found := runs.teacher_of(seeds[0]):  # else its costs are unknown
+    teacher = {**seeds[0].metrics["teacher"], "top1": None}
+    if found := runs.teacher_of(seeds[0]):  # else its costs and its accuracy on test are unknown
         teacher = {**found.metrics, "top1": found.metrics["test"]["top1"]}
     top1 = [run.metrics["test"]["top1"] for run in seeds]
-    change = fmean(top1) - teacher["top1"]
+    change = fmean(top1) - teacher["top1"] if found and found.is_comparable(seeds[0]) else None
     flops = teacher["flops_per_image"] / 1e9 if "flops_per_image" in teacher else None
     return [
         teacher["name"],
@@ -360,8 +360,8 @@ def _drop(runs: FinishedRuns, name: str, *, is_papers: bool) -> list[str]:
         _approach(seeds[0]),
         number(teacher["top1"]),
         spread(top1),
-        f"{change:+.2f}",
-        *([number(reported), difference(change, reported)] if is_papers else []),
+        "-" if change is None else f"{change:+.2f}",
+        *([number(reported), "-" if change is None else difference(change, reported)] if is_papers else []),
         number(teacher.get("paper_gmacs_1024")) if is_papers else number(flops, 3),
         number(teacher["parameters"] / 1e6) if "parameters" in teacher else "-",
         number(seeds[0].metrics["parameters"] / 1e6),

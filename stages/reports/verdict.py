@@ -13,7 +13,7 @@ from pipeline.report.figures import Cell, sheet
 from pipeline.report.page import Missing
 from pipeline.report.tables import Figure, Table, difference, number, spread
 from stages.reports.classes import Answers
-from stages.reports.compare import Comparison, is_comparable
+from stages.reports.compare import Comparison
 from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
@@ -23,22 +23,7 @@ NUM_COLUMNS = 4
 BATCH = 64
 MOST_FLOPS = 2e10  # of a timed batch on a CPU, about a second
 ROUNDS = 3
-
-
-def best_student(runs: FinishedRuns) -> FinishedRun | None:
-    """Return the student with the highest top-1 on the split that decides, over its seeds; the first of equals."""
-
-    def score(run: FinishedRun) -> float:
-        return fmean(float(one.metrics["best"]["top1"]) for one in runs.seeds(run.name))
-
-    return max(runs.students.values(), key=score, default=None)
-
-
-def teacher_beside(runs: FinishedRuns, student: FinishedRun | None) -> FinishedRun | None:
-    """Return the teacher that a student learned from; for one that did not, and without one, the selected teacher."""
-    if student is not None and student.metrics["distilled"]:
-        return runs.teacher_of(student)
-    return runs.teachers.get(runs.winner or "")
+KINDS = ("teacher", "student")
 
 
 def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str) -> Table | Missing:
@@ -46,17 +31,19 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
 
     Args:
         runs: The recipe's.
-        speeds: Images a second by model, see `speeds_here`.
+        speeds: Images a second of `teacher` and `student`, see `speeds_here`.
         why_not: Why there are none.
     """
-    student = best_student(runs)
-    teacher = teacher_beside(runs, student)
+    student = runs.best_student
+    teacher = runs.teacher_beside(student)
     if student is None and teacher is None:
-        recipe = runs.recipe.name
-        commands = f"pipeline teacher-select --recipe {recipe}; then pipeline distill --recipe {recipe}"
-        return Missing("Verdict", "no student trained, no teacher selected", f"{commands} --student {next(iter(runs.recipe.students))}")
+        recipe, first = runs.recipe.name, next(iter(runs.recipe.students))
+        commands = (
+            f"pipeline teacher-select --recipe {recipe}; then pipeline distill --recipe {recipe} --student {first}"
+        )
+        return Missing("Verdict", "no student trained, no teacher selected", commands)
     models = [teacher, student]
-    seeds = [runs.seeds(model.name) if model else [] for model in models]
+    seeds = [[teacher] if teacher else [], runs.seeds(student.name) if student else []]
 
     def row(what: str, values: Sequence[float | None], digits: int, *, scale: float = 1.0) -> list[str]:
         known = [None if value is None else value / scale for value in values]
@@ -68,7 +55,7 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
 
     top1 = [[run.metrics["test"]["top1"] for run in of_model] for of_model in seeds]
     change = "-"
-    if teacher and student and is_comparable(teacher, student):
+    if teacher and student and teacher.is_comparable(student):
         change = f"{difference(fmean(top1[1]), fmean(top1[0]))} points"
     agreement = spread([run.metrics["test"]["agreement"] for run in seeds[1]])
     rows = [
@@ -77,16 +64,13 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
         row("parameters, M", of_metrics("parameters"), 2, scale=1e6),
         row("FLOPs of one image, M", of_metrics("flops_per_image"), 1, scale=1e6),
         row("file of weights, MB", [_file_bytes(model) for model in models], 1, scale=1e6),
-        row("images/s here", [speeds.get(model.name) if model else None for model in models], 0),
+        row("images/s here", list(map(speeds.get, KINDS)), 0),
         row("training, s", [float(model.environment["seconds"]) if model else None for model in models], 0),
     ]
     columns = ["", *(f"{kind} {model.name if model else '-'}" for kind, model in zip(KINDS, models, strict=True))]
     shown = [*runs.teachers.values(), *(run for name in runs.recipe.students for run in runs.seeds(name))]
     note = f"{why_not} Conditions of this report: {conditions(shown)}{_strangers(runs)}"
     return Table("Verdict", [*columns, "the student's"], rows, note.strip())
-
-
-KINDS = ("teacher", "student")
 
 
 def _file_bytes(run: FinishedRun | None) -> float | None:
@@ -107,7 +91,7 @@ def speeds_here(context: Context, runs: FinishedRuns) -> tuple[dict[str, float],
     """Time the best student and its teacher in turns, for a few seconds, where both have their weights here.
 
     Returns:
-        Images a second by model, and a sentence on how they were measured, or why not.
+        Images a second of `teacher` and `student`, and a sentence on how they were measured, or why not.
 
     Raises:
         DataError: A checkpoint is damaged.
@@ -116,13 +100,14 @@ def speeds_here(context: Context, runs: FinishedRuns) -> tuple[dict[str, float],
     from pipeline.inference.speed import measure_speed
     from pipeline.system.runtime import device_name
 
-    student = best_student(runs)
-    models = [model for model in (teacher_beside(runs, student), student) if model is not None]
-    if len(models) < 2 or not all(_file_bytes(model) for model in models):
+    student = runs.best_student
+    found = zip(KINDS, (runs.teacher_beside(student), student), strict=True)
+    models = {kind: model for kind, model in found if model is not None and _file_bytes(model)}
+    if len(models) < 2:
         return {}, "images/s are left out: the weights of both are not here."
-    most = max(float(model.metrics["flops_per_image"]) for model in models)
+    most = max(float(model.metrics["flops_per_image"]) for model in models.values())
     size = BATCH if context.device.type != "cpu" else int(max(1, min(BATCH, MOST_FLOPS // max(most, 1.0))))
-    loaded = {model.name: load(model.directory, device=context.device_name) for model in models}
+    loaded = {kind: load(model.directory, device=context.device_name) for kind, model in models.items()}
     load_average = os.getloadavg()[0]
     measured = measure_speed(loaded, [size], rounds=ROUNDS)
     how = f"images/s: batches of {size}, in turns on {device_name(context.device)}, "
@@ -132,15 +117,14 @@ def speeds_here(context: Context, runs: FinishedRuns) -> tuple[dict[str, float],
 
 def lead(runs: FinishedRuns, comparisons: Sequence[Comparison], *, tracked_only: bool) -> str:
     """Return the report's first paragraph: the verdict in words."""
-    recipe, student = runs.recipe, best_student(runs)
-    teacher = teacher_beside(runs, student)
+    recipe, student = runs.recipe, runs.best_student
+    teacher = runs.teacher_beside(student)
     parts = [f"Data: {recipe.dataset.source}."]
     if teacher is not None:
-        parts.append(f"Selected teacher: {_scored(runs, teacher)} on test.")
+        parts.append(f"Teacher: {teacher.name}, {number(teacher.metrics['test']['top1'])} % on test.")
     if student is not None:
-        parts.append(
-            f"Best student: {_scored(runs, student)} on test at its best epoch. {_helped(runs, student, comparisons)}"
-        )
+        parts.append(f"Best student: {_scored(runs, student)} on test at its best epoch.")
+        parts += [] if tracked_only else [_helped(runs, student, comparisons)]  # controls are in data/runs
     elif teacher is None:
         parts.append(
             f"Nothing has been run yet: pipeline teacher-select --recipe {recipe.name}, then pipeline distill."
@@ -164,14 +148,13 @@ def _helped(runs: FinishedRuns, student: FinishedRun, comparisons: Sequence[Comp
     if not student.metrics["distilled"]:
         return "It does not learn from the teacher."
     for comparison in comparisons:
-        taught = [arm for arm in comparison.arms if arm.first == student or student in arm.runs.values()]
+        taught = [arm for arm in comparison.arms if student in arm.runs.values()]
         if comparison.question == "labels" and taught and comparison.controls:
             score = comparison.top1[-1] if comparison.top1[-1] == "test" else "best"
             minus = taught[0].minus(comparison.controls[0], score)
             if minus is not None:
-                interval = (
-                    "" if minus.interval is None else " (95 % interval {:+.2f} to {:+.2f})".format(*minus.interval)
-                )
+                ends = minus.interval and " to ".join(f"{end:+.2f}" for end in minus.interval)
+                interval = f" (95 % interval {ends})" if ends else ""
                 return (
                     f"The teacher's label changed its top-1 by {minus.mean:+.2f} points{interval}, {minus.count} seeds."
                 )
@@ -185,7 +168,7 @@ def worst_mistakes(context: Context, runs: FinishedRuns) -> list[Figure | Table]
     Raises:
         DataError: Predictions or data are damaged.
     """
-    student = best_student(runs)
+    student = runs.best_student
     answers = Answers.read(student) if student else None
     if student is None or answers is None or not context.paths.is_prepared:
         return []

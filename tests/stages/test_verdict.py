@@ -11,7 +11,7 @@ from pipeline.report.page import Missing
 from pipeline.report.tables import Table
 from stages.reports.compare import find_comparisons
 from stages.reports.runs import FinishedRun
-from stages.reports.verdict import best_student, lead, teacher_beside, verdict_table
+from stages.reports.verdict import lead, verdict_table
 from tests.support.finished_runs import SCORES, finished, finished_runs, recipe
 
 TEACHER = {"name": "vgg16_bn", "sha256": "0" * 64, "top1": 71.0}
@@ -39,7 +39,7 @@ def test_teacher_and_student_stand_side_by_side(tmp_path: Path) -> None:
     (titn[0].directory / "best.safetensors").write_bytes(b"x" * 500_000)
     worse = student(tmp_path, 70.5, name="deit")
     runs = finished_runs(recipe("digits"), teacher(tmp_path), *titn, worse, winner="vgg16_bn")
-    table = verdict_table(runs, {"vgg16_bn": 100.0, "titn": 250.0}, "")
+    table = verdict_table(runs, {"teacher": 100.0, "student": 250.0}, "")
     assert isinstance(table, Table)
     assert [list(table.columns), *map(list, table.rows)] == [
         ["", "teacher vgg16_bn", "student titn", "the student's"],
@@ -65,7 +65,7 @@ def test_scores_by_other_rules_are_not_subtracted(tmp_path: Path) -> None:
 def test_a_teacher_that_was_trained_again_is_not_the_students(tmp_path: Path) -> None:
     taught = student(tmp_path, 70.0, teacher={**TEACHER, "sha256": "b" * 64})
     runs = finished_runs(recipe("digits"), teacher(tmp_path), taught, winner="vgg16_bn")
-    assert best_student(runs) is taught and teacher_beside(runs, taught) is None
+    assert runs.best_student is taught and runs.teacher_beside(taught) is None
     table = verdict_table(runs, {}, "")
     assert isinstance(table, Table) and table.rows[0][1:] == ["-", "70.00", "-"]
 
@@ -73,7 +73,7 @@ def test_a_teacher_that_was_trained_again_is_not_the_students(tmp_path: Path) ->
 def test_the_split_that_decides_chooses_the_best_student(tmp_path: Path) -> None:
     """titn is better on validation, vit on test: to choose by test would flatter."""
     titn, vit = student(tmp_path, 70.0, best=scores(75.0)), student(tmp_path, 73.0, name="vit", best=scores(74.0))
-    assert best_student(finished_runs(recipe("digits"), vit, titn)) is titn
+    assert finished_runs(recipe("digits"), vit, titn).best_student is titn
 
 
 def test_the_first_paragraph_says_whether_the_label_helped(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_first_paragraph_says_whether_the_label_helped(tmp_path: Path) -> No
     none = [student(tmp_path, 69.0 + 2 * seed, seed, differs={"labels": "none"}, distilled=False) for seed in range(2)]
     runs = finished_runs(recipe("digits"), teacher(tmp_path), *cached, *none, winner="vgg16_bn")
     text = lead(runs, find_comparisons(runs), tracked_only=False)
-    assert "Selected teacher: vgg16_bn, 72.00 % (seed 0) on test." in text
+    assert "Teacher: vgg16_bn, 72.00 % on test." in text
     assert "Best student: titn, 70.50 ± 0.71 % (2 seeds) on test" in text
     # 1 and 0: mean 0.5, deviation 0.7071, t of one degree 12.706: 12.706 x 0.7071 / sqrt(2) = 6.353.
     assert "changed its top-1 by +0.50 points (95 % interval -5.85 to +6.85), 2 seeds." in text and "paper" not in text
