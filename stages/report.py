@@ -74,6 +74,8 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
             raise UsageError(f"{error}; or leave them out: pipeline report --no-figures") from None
     runs = FinishedRuns.read(context.recipe, context.paths)
     runs = replace(runs, others={}) if tracked_only else runs
+    for trained, why in runs.left_out.items():
+        context.say(f"left out: {trained}: {why}")
     comparisons = compare.find_comparisons(runs)
     opening, closing = opening_section(context, runs, with_figures=with_figures), closing_section(runs)
     main = main_sections(runs, comparisons, with_figures=with_figures)
@@ -230,4 +232,5 @@ def _as_json(runs: FinishedRuns) -> dict[str, Any]:
         "selected": runs.winner,
         "models": metrics({**runs.teachers, **runs.students}),
         "other_runs": metrics(runs.others),
+        "left_out": dict(runs.left_out),
     }

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.report import paper
-from stages.reports.runs import FinishedRun, FinishedRuns
+from pipeline.system.storage import read_json
+from stages.reports.runs import FinishedRun, FinishedRuns, misfit
+from stages.shared.paths import Paths
 from stages.shared.runs import differences
 
 NOT_RUN = "not run"
@@ -51,6 +53,22 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
     labels = [f"{run.name}, seed {run.seed}" if counts[run.name] > 1 else run.name for run in runs]
     warnings = [f"{label}: {text}" for label, run in zip(labels, runs, strict=True) for text in run.metrics["warnings"]]
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
+
+
+def copies(paths: Paths) -> str:
+    """Warn of test and validation images that are copies of training images, as `prepare` has counted them.
+
+    Raises:
+        DataError: summary.json is damaged.
+    """
+    summary = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
+    if misfit(summary, {"copies": {"in_train": dict}}) is not None:
+        return ""  # nothing is prepared, or by a former version
+    found = {split: count for split, count in summary["copies"]["in_train"].items() if isinstance(count, int) and count}
+    return "".join(
+        f" Warning: {count} {split} images are copies of training images; scores on them are too high."
+        for split, count in found.items()
+    )
 
 
 def is_held_out(runs: Iterable[FinishedRun]) -> bool:

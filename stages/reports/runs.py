@@ -5,19 +5,20 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.system.storage import read_json
 from stages.shared.paths import Paths
 from stages.shared.runs import OUTPUTS, describe_finished, differences
 
 Form = Mapping[str, Any]
+SHORT = 12  # hexadecimal digits of a SHA-256 that people are shown
 SWEPT = ("training.optimizer", "training.lr")
 """The places in a description in which runs of Figure 5 differ."""
 SAME = ("dataset_sha256", "rules")
@@ -253,7 +254,8 @@ class FinishedRuns:
         students: The runs that follow the recipe, with seed 0, in its order.
         others: Runs that differ from the recipe or have another seed, by their directories' names.
         winner: The selected teacher's name; None before `select`.
-        strangers: Runs on other data than the prepared ones, which are in none of the above.
+        left_out: Finished runs on other data than are prepared now, which are in none of the above: directory to which
+            data. Where nothing is prepared, the data of most runs count.
     """
 
     recipe: Recipe
@@ -262,7 +264,7 @@ class FinishedRuns:
     students: Mapping[str, FinishedRun]
     others: Mapping[str, FinishedRun]
     winner: str | None
-    strangers: Sequence[FinishedRun] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, recipe: Recipe, paths: Paths) -> FinishedRuns:
@@ -278,10 +280,16 @@ class FinishedRuns:
             _finished({name: paths.student(name) for name in recipe.students}),
             _finished({path.name: path for path in others}),
         ]
-        data = _data(paths, [run for group in finished for run in group.values()])
-        strangers = [run for group in finished for run in group.values() if _data_of(run) not in (None, data)]
-        kept = [{name: run for name, run in group.items() if run not in strangers} for group in finished]
-        return cls(recipe, paths, *kept, _winner(paths.selection), strangers)
+        every = [run for group in finished for run in group.values()]
+        data, these = _data(paths, every)
+        left_out = {
+            str(run.directory): f"trained on other data (recipe {printable(str(run.metrics['recipe']))}, SHA-256 "
+            f"{printable(trained[:SHORT])}) than {these}"
+            for run in every
+            if (trained := _data_of(run)) not in (None, data)
+        }
+        kept = [{name: run for name, run in group.items() if str(run.directory) not in left_out} for group in finished]
+        return cls(recipe, paths, *kept, _winner(paths.selection), left_out)
 
     @property
     def num_classes(self) -> int | None:
@@ -355,13 +363,13 @@ def _data_of(run: FinishedRun) -> str | None:
     return run.description["dataset_sha256"] if run.description else None
 
 
-def _data(paths: Paths, runs: Iterable[FinishedRun]) -> str | None:
-    """Return the SHA-256 of the prepared data; where there are none, that of most runs."""
+def _data(paths: Paths, runs: Iterable[FinishedRun]) -> tuple[str | None, str]:
+    """Return the SHA-256 of the prepared data, and their name; where there are none, of the data of most runs."""
     summary = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
     if misfit(summary, {"sha256": str}) is None:
-        return str(summary["sha256"])
+        return summary["sha256"], f"{paths.dataset} (SHA-256 {printable(summary['sha256'][:SHORT])})"
     known = Counter(data for run in runs if (data := _data_of(run)) is not None)
-    return known.most_common(1)[0][0] if known else None
+    return known.most_common(1)[0][0] if known else None, "most runs of this recipe"
 
 
 def _winner(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from pipeline.report.page import Missing
 from pipeline.report.tables import Figure, Table, difference, number, spread
 from stages.reports.classes import Answers
 from stages.reports.compare import Comparison
-from stages.reports.conditions import conditions
+from stages.reports.conditions import conditions, copies
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
 
@@ -69,7 +69,7 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
     ]
     columns = ["", *(f"{kind} {model.name if model else '-'}" for kind, model in zip(KINDS, models, strict=True))]
     shown = [*runs.teachers.values(), *(run for name in runs.recipe.students for run in runs.seeds(name))]
-    note = f"{why_not} Conditions of this report: {conditions(shown)}{_strangers(runs)}"
+    note = f"{why_not} Conditions of this report: {conditions(shown)}{copies(runs.paths)}"
     return Table("Verdict", [*columns, "the student's"], rows, note.strip())
 
 
@@ -77,14 +77,6 @@ def _file_bytes(run: FinishedRun | None) -> float | None:
     """Return the size of a run's best weights; None where they are not here."""
     file = run.directory / "best.safetensors" if run else None
     return float(file.stat().st_size) if file is not None and file.is_file() else None
-
-
-def _strangers(runs: FinishedRuns) -> str:
-    """Name the runs that were left out of the whole report."""
-    if not runs.strangers:
-        return ""
-    named = ", ".join(run.directory.name for run in runs.strangers)
-    return f" Left out of the report, trained on other data than the prepared ones: {named}."
 
 
 def speeds_here(context: Context, runs: FinishedRuns) -> tuple[dict[str, float], str]:
@@ -129,6 +121,8 @@ def lead(runs: FinishedRuns, comparisons: Sequence[Comparison], *, tracked_only:
         parts.append(
             f"Nothing has been run yet: pipeline teacher-select --recipe {recipe.name}, then pipeline distill."
         )
+    if runs.left_out:
+        parts.append(f"Left out, for other data are prepared now: {', '.join(runs.left_out)}.")
     if runs.recipe.dataset.source in paper.TABLES:
         parts.append("The paper is arXiv:2502.16762; a difference is our figure minus the paper's.")
     if tracked_only:

@@ -222,10 +222,14 @@ def test_runs_on_other_data_are_in_no_table(tmp_path: Path) -> None:
     with contextlib.chdir(project.path):
         runs = FinishedRuns.read(recipe("cifar100"), Paths("cifar100"))
     assert "deit" not in runs.students and [run.seed for run in runs.seeds("tnt")] == [0]
-    assert {run.name for run in runs.strangers} == {"tnt", "deit"}
-    invoke(project, "report", "--recipe", "cifar100", "--no-figures")
+    assert list(runs.left_out) == ["data/cifar100/students/deit", "data/runs/cifar100/tnt-seed-1"]
+    out = invoke(project, "report", "--recipe", "cifar100", "--no-figures")
+    assert "students/deit: trained on other data (recipe cifar100, SHA-256 eeeeeeeeeeee) than most runs" in out
     text = (project.path / "data/cifar100/reports/report.md").read_text()
-    assert "trained on other data than the prepared ones: deit, tnt-seed-1." in text and "99.00" not in text
+    assert (
+        "Left out, for other data are prepared now: data/cifar100/students/deit, data/runs/cifar100/tnt-seed-1." in text
+        and "99.00" not in text
+    )
 
 
 def test_what_differs_otherwise_is_a_comparison_of_its_own(tmp_path: Path) -> None:

@@ -95,6 +95,19 @@ def test_without_any_run_it_says_what_to_run() -> None:
     assert isinstance(shown, Missing) and "pipeline teacher-select --recipe folder" in shown.command
 
 
+def test_copies_of_training_images_among_the_test_images_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepared = Path("data/digits/prepared")
+    prepared.mkdir(parents=True)
+    (prepared / "dataset.h5").touch()
+    (prepared / "summary.json").write_text('{"copies": {"in_train": {"val": 0, "test": 3}}}')
+    shown = verdict_table(finished_runs(recipe("digits"), teacher(tmp_path / "runs"), winner="vgg16_bn"), {}, "")
+    assert isinstance(shown, Table)
+    assert shown.note.endswith(" Warning: 3 test images are copies of training images; scores on them are too high.")
+
+
 @pytest.mark.parametrize("winner", [None, "vgg16_bn"])
 def test_a_teacher_alone_is_shown(tmp_path: Path, winner: str | None) -> None:
     shown = verdict_table(finished_runs(recipe("digits"), teacher(tmp_path), winner=winner), {}, "")
