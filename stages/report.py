@@ -94,7 +94,7 @@ def opening_section(context: Context, runs: FinishedRuns, *, with_figures: bool 
         DataError: A curve is damaged.
     """
     title, speeds = "Worst mistakes", {}
-    why_not = f"images/s are {LEFT_OUT}; `pipeline bench` measures them."
+    why_not = f"images/s are {LEFT_OUT}; pipeline bench measures them."
     mistakes: Sequence[Item] = [Missing(title, LEFT_OUT)]
     if with_figures:
         try:
@@ -119,7 +119,9 @@ def main_sections(
     others = compare.others_table(runs)
     shown_students: list[Item] = [*tables.students_tables(runs), *compare.variants_tables(runs)]
     shown_students += [tables.drops_table(runs), *([others] if others else [])]
-    shown_teachers: list[Item] = [tables.all_teachers(runs), teachers, optimizers]
+    shown_teachers: list[Item] = [tables.all_teachers(runs), teachers]
+    if isinstance(optimizers, Figure) or runs.recipe.dataset.source in paper.TABLES:
+        shown_teachers.append(optimizers)
     if runs.winner and sum(isinstance(outcome, FinishedRun) for outcome in outcomes.values()) > 1:
         shown_teachers.append(tables.optimizers_table(runs.recipe, runs.winner, outcomes, {}))
     answers = compare.comparison_items(comparisons, with_figures=with_figures)

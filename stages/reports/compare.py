@@ -39,10 +39,7 @@ SCORES = {
     "agreement": "agreement on test %",
 }
 MAX_MARKED_SEEDS = 7  # of more no single seed is drawn
-DRAWN = (
-    "Filled: the mean over seeds, with its 95 % interval where there are several; hollow: the single seeds. Under the "
-    "conditions of the table below."
-)
+DRAWN = "Filled: the mean over seeds, with its 95 % interval where there are several; hollow: the single seeds."
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,7 +98,7 @@ def left_out(base: FinishedRun | None, runs: Iterable[FinishedRun]) -> str:
         name = run.name
     if not seeds:
         return ""
-    parts = [f"{_numbered('seed', sorted(of_reason))} ({why})" for why, of_reason in seeds.items()]
+    parts = [f"{_numbered('seed', sorted(set(of_reason)))} ({why})" for why, of_reason in seeds.items()]
     more = [f"{len(parts) - MAX_REASONS} more"] if len(parts) > MAX_REASONS else []
     return f" Left out, {name}: {', '.join([*parts[:MAX_REASONS], *more])}."
 

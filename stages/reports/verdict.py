@@ -18,6 +18,7 @@ from stages.reports.conditions import conditions, copies
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
 
+TITLE = "Teacher and student side by side"
 NUM_MISTAKES = 12
 NUM_COLUMNS = 4
 BATCH = 64
@@ -41,7 +42,7 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
         commands = (
             f"pipeline teacher-select --recipe {recipe}; then pipeline distill --recipe {recipe} --student {first}"
         )
-        return Missing("Verdict", "no student trained, no teacher selected", commands)
+        return Missing(TITLE, "no student trained, no teacher selected", commands)
     models = [teacher, student]
     seeds = [[teacher] if teacher else [], runs.seeds(student.name) if student else []]
 
@@ -70,7 +71,7 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
     columns = ["", *(f"{kind} {model.name if model else '-'}" for kind, model in zip(KINDS, models, strict=True))]
     shown = [*runs.teachers.values(), *(run for name in runs.recipe.students for run in runs.seeds(name))]
     note = f"{why_not} Conditions of this report: {conditions(shown)}{copies(runs.paths)}"
-    return Table("Verdict", [*columns, "the student's"], rows, note.strip())
+    return Table(TITLE, [*columns, "the student's"], rows, note.strip())
 
 
 def _file_bytes(run: FinishedRun | None) -> float | None:
@@ -104,14 +105,14 @@ def speeds_here(context: Context, runs: FinishedRuns) -> tuple[dict[str, float],
     measured = measure_speed(loaded, [size], rounds=ROUNDS)
     how = f"images/s: batches of {size}, in turns on {device_name(context.device)}, "
     how += f"{', '.join(dict.fromkeys(one.precision for one in loaded.values()))}, load {load_average:.1f} before; "
-    return {speed.name: speed.images_per_second for speed in measured}, f"{how}`pipeline bench` measures longer."
+    return {speed.name: speed.images_per_second for speed in measured}, f"{how}pipeline bench measures longer."
 
 
 def lead(runs: FinishedRuns, comparisons: Sequence[Comparison], *, tracked_only: bool) -> str:
     """Return the report's first paragraph: the verdict in words."""
     recipe, student = runs.recipe, runs.best_student
     teacher = runs.teacher_beside(student)
-    parts = [f"Data: {recipe.dataset.source}."]
+    parts = [f"Data: {_data(runs)}."]
     if teacher is not None:
         parts.append(f"Teacher: {teacher.name}, {number(teacher.metrics['test']['top1'])} % on test.")
     if student is not None:
@@ -128,6 +129,13 @@ def lead(runs: FinishedRuns, comparisons: Sequence[Comparison], *, tracked_only:
     if tracked_only:
         parts.append("Runs in data/runs are left out: DVC does not track them. Without --tracked-only they are shown.")
     return " ".join(parts)
+
+
+def _data(runs: FinishedRuns) -> str:
+    """Name the data; one's own images by the number of their classes."""
+    if runs.recipe.dataset.source != "folder":
+        return runs.recipe.dataset.source
+    return f"your images, {runs.num_classes} classes" if runs.num_classes else "your images"
 
 
 def _scored(runs: FinishedRuns, run: FinishedRun) -> str:
@@ -149,9 +157,8 @@ def _helped(runs: FinishedRuns, student: FinishedRun, comparisons: Sequence[Comp
             if minus is not None:
                 ends = minus.interval and " to ".join(f"{end:+.2f}" for end in minus.interval)
                 interval = f" (95 % interval {ends})" if ends else ""
-                return (
-                    f"The teacher's label changed its top-1 by {minus.mean:+.2f} points{interval}, {minus.count} seeds."
-                )
+                seeds = "1 seed" if minus.count == 1 else f"{minus.count} seeds"
+                return f"The teacher's label changed its top-1 by {minus.mean:+.2f} points{interval}, {seeds}."
     command = f"pipeline distill --recipe {runs.recipe.name} --student {student.name} --labels none"
     return f"Whether the teacher's label helped is not known without a control: {command}."
 

@@ -18,7 +18,7 @@ LINE = 0.165  # inches, height of a line of a caption
 CHARACTER = 0.077  # inches, width of a character of it, about
 GAP = 0.14  # inches, between columns and between rows
 HEADING = 0.5  # inches
-SHARE = 0.6  # of the colour of a weight; the rest is the image in grey
+SHARE = 0.5  # of the colour of a weight; the rest is the image in grey
 FRAME = "#E8550F"  # an orange that neither dark nor light images have at their border, and dark in greyscale
 OUTSIDE = 0.035  # inches, from the edge of an image to the middle of its frame
 MAX_SIDE = 1.25  # inches, of an image
@@ -77,7 +77,7 @@ def sheet(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str]) -> byte
 
 
 def overlaid(image: NDArray[np.uint8], weights: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Lay weights over an image, which shows through in grey, in the colours of `inferno`: 0 dark, 1 light yellow.
+    """Lay weights over an image, which shows through in grey, in the colours of `plasma`: 0 dark blue, 1 light yellow.
 
     Args:
         image: `(H, W, 3)` uint8.
@@ -90,7 +90,7 @@ def overlaid(image: NDArray[np.uint8], weights: NDArray[np.float64]) -> NDArray[
 
     height, width = image.shape[:2]
     scale = np.kron(weights, np.ones((height // weights.shape[0], width // weights.shape[1])))[..., None]
-    tint = 255 * colormaps["inferno"](scale[..., 0])[..., :3]
+    tint = 255 * colormaps["plasma"](scale[..., 0])[..., :3]
     grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]
     laid: NDArray[np.uint8] = np.rint((1 - SHARE) * grey + SHARE * tint).astype(np.uint8)
     return laid
