@@ -15,6 +15,7 @@ import click
 
 from pipeline.errors import DataError, printable
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
+from stages.reports.runs import FinishedRun
 from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS
 
@@ -125,8 +126,6 @@ def record_of(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: The directory is no finished run, or one of its files is damaged.
     """
-    from stages.reports.runs import FinishedRun
-
     run = FinishedRun.read(directory)
     meta = run.meta if run else None
     if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):

@@ -17,12 +17,9 @@ from pipeline.report.page import Item, Missing, Section, file_names
 from pipeline.report.tables import Figure, Table
 from pipeline.system.storage import read_json, write_atomic, write_json
 from stages.reports import compare, tables, verdict
-from stages.reports.attention import attention
-from stages.reports.classes import by_class
 from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.figures import figures
 from stages.reports.runs import FinishedRun, FinishedRuns
-from stages.reports.views import teacher_on_views
 from stages.shared.context import Context
 from stages.shared.options import PATH, open_context, recipe_option
 
@@ -143,6 +140,10 @@ def closing_section(runs: FinishedRuns) -> Section:
 
 def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
     """Return the report's sections on classes, augmented views and attention."""
+    from stages.reports.attention import attention
+    from stages.reports.classes import by_class
+    from stages.reports.views import teacher_on_views
+
     distill = f"pipeline distill --recipe {runs.recipe.name} --student {next(iter(runs.recipe.students))}"
     label = f"pipeline label --recipe {runs.recipe.name}"
 

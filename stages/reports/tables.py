@@ -8,11 +8,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from pipeline.config.recipes import Recipe
-from pipeline.models.counting import num_parameters
-from pipeline.models.students import STUDENTS, build_student
 from pipeline.report import paper
 from pipeline.report.tables import Table, difference, number, spread
 from stages.distill import student_recipe
@@ -127,6 +123,11 @@ def settings_table(recipe: Recipe, num_classes: int | None) -> Table:
 
 
 def _settings_row(recipe: Recipe, name: str, num_classes: int | None, *, is_papers: bool) -> list[str]:
+    import torch
+
+    from pipeline.models.counting import num_parameters
+    from pipeline.models.students import STUDENTS, build_student
+
     student, image_size = student_recipe(recipe, name, {}), recipe.dataset.image_size
     reported = paper.SETTINGS.get(name) if is_papers else None
     cells = [name]
@@ -316,6 +317,8 @@ def _reported(rows: Mapping[str, paper.Reported], key: str) -> dict[str, float]:
 
 def drops_table(runs: FinishedRuns) -> Table:
     """Return accuracy lost from teacher to student; on the paper's data its Table 6: ours, then the paper's."""
+    from pipeline.models.students import STUDENTS
+
     recipe, source = runs.recipe, runs.recipe.dataset.source
     is_papers = source in paper.TABLES
     models = {name: student_recipe(recipe, name, {}).model for name in recipe.students}

@@ -12,7 +12,6 @@ from pipeline.report import paper
 from pipeline.report.figures import Cell, sheet
 from pipeline.report.page import Missing
 from pipeline.report.tables import Figure, Table, difference, number, spread
-from stages.reports.classes import Answers
 from stages.reports.compare import Comparison
 from stages.reports.conditions import conditions, copies
 from stages.reports.runs import FinishedRun, FinishedRuns
@@ -169,6 +168,8 @@ def worst_mistakes(context: Context, runs: FinishedRuns) -> list[Figure | Table]
     Raises:
         DataError: Predictions or data are damaged.
     """
+    from stages.reports.classes import Answers
+
     student = runs.best_student
     answers = Answers.read(student) if student else None
     if student is None or answers is None or not context.paths.is_prepared:
