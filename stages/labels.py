@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.errors import DataError, PipelineError, printable
+from pipeline.errors import DataError, PipelineError
 from stages.shared import options
 from stages.shared.context import Context
 
@@ -46,7 +46,7 @@ def inspect(file: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=2))
         return
     for key, value in content.items():
-        click.echo(printable(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}"))
+        click.echo(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
 
 
 @command.command()

@@ -11,7 +11,6 @@ from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from pipeline.errors import printable
 from pipeline.system.text import markdown_text, to_csv
 
 
@@ -37,15 +36,12 @@ class Table:
         assert all(len(row) == len(self.columns) for row in self.rows), "a row has a cell for every column"
 
     def to_rich(self, width: int) -> RichTable:
-        """Return the table for a console of `width` characters, without the `optional` columns that do not fit.
-
-        Control characters in its texts are escaped.
-        """
+        """Return the table for a console of `width` characters, without the `optional` columns that do not fit."""
         shown = self._fitting(width)
         widths = self._widths(shown, width)
         table = RichTable(
-            title=_safe(self.title),
-            caption=_safe(self.note) or None,
+            title=escape(self.title),
+            caption=escape(self.note) or None,
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
@@ -53,9 +49,9 @@ class Table:
         )
         for index in shown:
             justify: JustifyMethod = "left" if index == 0 else "right"
-            table.add_column(_safe(self.columns[index]), justify=justify, width=widths[index])
+            table.add_column(escape(self.columns[index]), justify=justify, width=widths[index])
         for row in self.rows:
-            table.add_row(*(_safe(row[index]) for index in shown))
+            table.add_row(*(escape(row[index]) for index in shown))
         return table
 
     def _fitting(self, width: int) -> list[int]:
@@ -80,7 +76,7 @@ class Table:
 
     def _width(self, index: int) -> int:
         """Return the narrowest width of a column: its longest cell, or the longest word of its heading."""
-        return max(map(len, map(printable, [*self.columns[index].split(), *(row[index] for row in self.rows)])))
+        return max(map(len, [*self.columns[index].split(), *(row[index] for row in self.rows)]))
 
     def to_csv(self) -> bytes:
         """Return columns and rows as CSV."""
@@ -95,11 +91,6 @@ class Table:
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
         parts = [f"{'#' * level} {markdown_text(self.title)}", "", line(self.columns), rule, *map(line, self.rows)]
         return "\n".join([*parts, *(["", markdown_text(self.note)] if self.note else []), ""])
-
-
-def _safe(text: str) -> str:
-    """Return text that a terminal shows as it is."""
-    return escape(printable(text))
 
 
 def _total(widths: Iterable[int]) -> int:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import DataError, printable
+from pipeline.errors import DataError
 from pipeline.report.tables import Table
 from pipeline.system.canonical import compare
 from pipeline.system.stopping import StopSignal
@@ -110,8 +110,8 @@ class Context:
         self.position = None
 
     def say(self, message: str) -> None:
-        """Print one line, unwrapped and without markup; file names and texts of data in it do nothing to a terminal."""
-        self.console.print(printable(message), highlight=False, soft_wrap=True, markup=False)
+        """Print one line, unwrapped and without markup."""
+        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def show(self, table: Table) -> None:
         """Print a table."""
