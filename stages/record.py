@@ -15,6 +15,7 @@ import click
 
 from pipeline.errors import DataError, printable
 from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
+from pipeline.training.checkpoints import read_meta
 from stages.reports.runs import FinishedRun
 from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS
@@ -46,8 +47,8 @@ def command(directories: tuple[Path, ...], out: Path) -> None:
             wrong.append(str(error))
             continue
         added = records.add(directory)
-        done = f"recorded as {added} in {out}" if added else f"is in {out} already"
-        click.echo(printable(f"{directory}: {done}"))
+        text = f"recorded as {added} in {out}" if added else f"is in {out} already"
+        click.echo(printable(f"{directory}: {text}"))
     if wrong:  # the others are recorded
         raise DataError("; ".join(wrong))
 
@@ -126,8 +127,7 @@ def record_of(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: The directory is no finished run, or one of its files is damaged.
     """
-    run = FinishedRun.read(directory)
-    meta = run.meta if run else None
+    run, meta = FinishedRun.read(directory), read_meta(directory)
     if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):
         raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")
     run.curve()
