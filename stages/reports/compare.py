@@ -19,7 +19,16 @@ from pipeline.report.figures import DotRow, Panel, Repeats, dots, over_counts
 from pipeline.report.intervals import Estimate, estimate, paired_difference
 from pipeline.report.page import Item, Missing
 from pipeline.report.tables import Figure, Table, difference, number, spread
-from stages.reports.conditions import LEFT_OUT, NOT_DESCRIBED, NOT_RUN, is_held_out, left_out, missing, why_apart
+from stages.reports.conditions import (
+    LEFT_OUT,
+    NOT_DESCRIBED,
+    NOT_RUN,
+    evaluated_on,
+    is_held_out,
+    left_out,
+    missing,
+    why_apart,
+)
 from stages.reports.runs import FinishedRun, FinishedRuns, one_for_each_seed, pools
 from stages.shared.runs import LESSON, changes, differences
 
@@ -31,7 +40,7 @@ TAUGHT = (*(f"inputs.{key}" for key in LESSON), "training.soft")
 LABELS = ("none", "cached", "online")
 BUDGET = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "parameters")
 """Fields of metrics.json that report.json gives with a comparison."""
-TOP1 = {"last": "last epoch", "best": "best epoch", "test": "best epoch, on test"}
+TOP1 = {"last": "last epoch", "best": "best epoch", "test": "best epoch"}
 """Parts of metrics.json whose top-1 is compared, and their names for people."""
 SCORES = {
     **{score: f"top-1 %, {name}" for score, name in TOP1.items()},
@@ -155,6 +164,11 @@ class Comparison:
         teachers = {(run.metrics["teacher"] or {}).get("sha256") for run in self.runs}
         loss = ["last_train_loss"] if self.question == "views" else []
         return [*self.top1, *loss, *(["agreement"] if len(teachers) == 1 else [])]
+
+    def of(self, score: str, names: Mapping[str, str] = TOP1) -> str:
+        """Return a score's name for people, of top-1 with the split that it is on."""
+        split = "test" if score == "test" else evaluated_on(self.runs)
+        return f"{names[score]}, on {split}" if score in TOP1 else names[score]
 
     def name(self, arm: Arm) -> str:
         """Return an arm's name among the others."""
@@ -285,7 +299,12 @@ def _table(comparison: Comparison) -> Table:
     minus = f"difference to {'none' if comparison.question == 'labels' else _views(reference)}"
     columns = [comparison.question, "score", "seeds", "mean", "95 % interval", minus, f"{minus}: 95 % interval"]
     rows = [
-        [comparison.name(arm), SCORES[score], " ".join(map(str, arm.runs)), *_cells(arm, reference, score)]
+        [
+            comparison.name(arm),
+            comparison.of(score, SCORES),
+            " ".join(map(str, arm.runs)),
+            *_cells(arm, reference, score),
+        ]
         for score in comparison.scores
         for arm in comparison.arms
     ]
@@ -322,7 +341,7 @@ def _figure(comparison: Comparison) -> Figure:
         for arm in comparison.arms
         for seed in arm.runs
     ]
-    data = Table(title, ["views", "labels", "seed", *(SCORES[score] for score in shown)], rows)
+    data = Table(title, ["views", "labels", "seed", *(comparison.of(score, SCORES) for score in shown)], rows)
     name = "-".join([comparison.question, student, *comparison.settings])
     return Figure(name, title, png, alt, DRAWN, data)
 
@@ -337,7 +356,7 @@ def _draw_labels(comparison: Comparison) -> bytes:
             values, mean = arm.scores(score), arm.mean(score)
             assert mean is not None, "every run has a top-1"
             marks = [mean.mean, *(values.get(seed) for seed in shown)]
-            rows.append(DotRow(f"labels {comparison.name(arm)}", marks, [mean.interval], TOP1[score]))
+            rows.append(DotRow(f"labels {comparison.name(arm)}", marks, [mean.interval], comparison.of(score)))
     return dots(rows, ["mean, 95 % interval", *(f"seed {seed}" for seed in shown)], x_label="top-1, %")
 
 
@@ -351,7 +370,9 @@ def _draw_views(comparison: Comparison) -> bytes:
     def series(name: str, arms: Sequence[Arm], score: str) -> Repeats:
         return Repeats(name, {arm.views or 0: list(_known(arm.scores(score)).values()) for arm in arms})
 
-    panels = [Panel(TOP1[score], [series(name, arms, score) for name, arms in parts]) for score in comparison.top1]
+    panels = [
+        Panel(comparison.of(score), [series(name, arms, score) for name, arms in parts]) for score in comparison.top1
+    ]
     return over_counts(panels, x_label="number of views", y_label="top-1, %")
 
 
@@ -394,7 +415,7 @@ def _change(comparison: Comparison, arm: Arm, what: str) -> str:
             True: "more than the seeds scatter: the interval excludes 0",
             False: "no more than the seeds scatter: the interval includes 0",
         }[minus.excludes_zero]
-        parts.append(f"{TOP1[score]} {minus.mean:+.2f} points ({verdict})")
+        parts.append(f"{comparison.of(score)} {minus.mean:+.2f} points ({verdict})")
     return f"{what}: {'; '.join(parts)}."
 
 
@@ -422,8 +443,9 @@ def variants_tables(runs: FinishedRuns) -> list[Table]:
         first = arms[base].first
         columns = ["student", "differs in"]
         rows = [[name, "-" if name == base else why_apart(first, arm.first)] for name, arm in arms.items()]
-        for score in ("best", "test") if is_held_out(arm.first for arm in arms.values()) else ("best",):
-            columns += [f"{score} top-1 %", f"{score} top-1 %: difference to {base}", "95 % interval"]
+        split = evaluated_on(arm.first for arm in arms.values())
+        for score, heading in {"best": f"best {split}", **({"test": "test"} if split != "test" else {})}.items():
+            columns += [f"{heading} top-1 %", f"{heading} top-1 %: difference to {base}", "95 % interval"]
             for row in rows:
                 cells = _cells(arms[row[0]], arms[base], score)
                 row += [cells[0], *(cells[2:] if first.is_comparable(arms[row[0]].first) else ["-", "-"])]
@@ -463,10 +485,12 @@ def others_table(runs: FinishedRuns) -> Table | None:
         ])  # fmt: skip
     if not rows:
         return None
-    columns = ["model", "differs in", "seeds", "epochs", "best top-1 %", "last top-1 %", "test top-1 %"]
+    split = evaluated_on(shown)
+    deciding = [f"best {split} top-1 %", f"last {split} top-1 %"]
+    columns = ["model", "differs in", "seeds", "epochs", *deciding, "test top-1 %"]
     columns += ["the recipe's test top-1 %", "difference"]
     note = "Seeds share a row where all else is equal. Compared by test accuracy at the best epoch."
-    return Table(f"Other runs on {runs.recipe.name}", columns, rows, note, ("epochs", "last top-1 %", "best top-1 %"))
+    return Table(f"Other runs on {runs.recipe.name}", columns, rows, note, ("epochs", *reversed(deciding)))
 
 
 def _differs(reference: FinishedRun | None, run: FinishedRun) -> str:

@@ -55,6 +55,11 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
 
 
+def evaluated_on(runs: Iterable[FinishedRun]) -> str:
+    """Return the split on which the best and the last epoch's scores are, or the splits; `test` without any run."""
+    return _all(run.metrics["evaluated_on"] for run in runs) or "test"
+
+
 def copies(paths: Paths) -> str:
     """Warn of test and validation images that are copies of training images, as `prepare` has counted them.
 

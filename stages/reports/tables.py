@@ -351,11 +351,13 @@ def _drop(runs: FinishedRuns, name: str, *, is_papers: bool) -> list[str]:
     if not seeds:
         papers = [number(reported), "-"] if is_papers else []
         return [runs.winner or "-", name, "-", NOT_RUN, NOT_RUN, NOT_RUN, *papers, "-", "-", "-"]
-    teacher = {**seeds[0].metrics["teacher"], "top1": None}
+    recorded = seeds[0].metrics["teacher"]
+    teacher = {**recorded, "top1": recorded.get("test_top1")}
     if found := runs.teacher_of(seeds[0]):  # else its costs and its accuracy on test are unknown
         teacher = {**found.metrics, "top1": found.metrics["test"]["top1"]}
     top1 = [run.metrics["test"]["top1"] for run in seeds]
-    change = fmean(top1) - teacher["top1"] if found and found.is_comparable(seeds[0]) else None
+    is_comparable = teacher["top1"] is not None and (found is None or found.is_comparable(seeds[0]))
+    change = fmean(top1) - teacher["top1"] if is_comparable else None
     flops = teacher["flops_per_image"] / 1e9 if "flops_per_image" in teacher else None
     return [
         teacher["name"],

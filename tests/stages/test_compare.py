@@ -77,7 +77,7 @@ def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> 
     table = tables(comparison)[f"{LABELS}titn"]
     assert [row[:2] for row in table.rows] == [
         [labels, score]
-        for score in ("top-1 %, last epoch", "top-1 %, best epoch", "agreement on test %")
+        for score in ("top-1 %, last epoch, on test", "top-1 %, best epoch, on test", "agreement on test %")
         for labels in ("none", "cached", "online")
     ]
     cached = row(table, 1)
@@ -88,10 +88,10 @@ def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> 
     assert list(table.rows[2][2:]) == ["0", "40.50", "-", "+0.50", "-"]
     assert table.rows[4][3] == "44.10 ± 2.10 (3)", "the best epoch's"
     assert (
-        "Cached minus none: last epoch +1.10 points (more than the seeds scatter: the interval excludes 0)"
+        "Cached minus none: last epoch, on test +1.10 points (more than the seeds scatter: the interval excludes 0)"
         in table.note
     )
-    assert "Online minus none: last epoch +0.50 points (one pair of seeds, no interval)" in table.note
+    assert "Online minus none: last epoch, on test +0.50 points (one pair of seeds, no interval)" in table.note
     assert "over 3 seeds, which change initialisation and order, not the data" in table.note
     assert "A single seed has no interval." in table.note and "left out" not in table.note
 
@@ -99,7 +99,7 @@ def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> 
 def test_what_the_seeds_scatter_is_no_difference(tmp_path: Path) -> None:
     table = tables(find(*labelled(tmp_path, [40.0, 42.0, 44.0], [44.0, 41.0, 43.0])))[f"{LABELS}titn"]
     assert (
-        "Cached minus none: last epoch +0.67 points (no more than the seeds scatter: the interval includes 0)"
+        "Cached minus none: last epoch, on test +0.67 points (no more than the seeds scatter: the interval includes 0)"
         in table.note
     )
 
@@ -189,7 +189,7 @@ def test_the_same_run_under_another_spelling_counts_once(tmp_path: Path) -> None
     assert table is not None and len(table.rows) == 1
     shown = dict(zip(table.columns, table.rows[0], strict=True))
     assert (shown["differs in"], shown["seeds"]) == ("lr 0.1 -> 0.2, alpha 0.5 -> 0.9", "0 1")
-    assert shown["last top-1 %"] == "51.00 ± 1.41 (2)", "50 and 52; with 50 twice 50.67 ± 1.15"
+    assert shown["last test top-1 %"] == "51.00 ± 1.41 (2)", "50 and 52; with 50 twice 50.67 ± 1.15"
 
 
 def test_a_copied_run_counts_once(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_views_are_compared_with_the_loss_that_shows_overfitting(tmp_path: Path)
     assert loss["score"] == "train loss, last epoch" and loss["mean"] == "0.750 ± 0.433 (3)"
     assert untaught["difference to 1 view"] == "-", "of other targets"
     assert row(table, 12)["score"] == "agreement on test %" and row(table, 12)["mean"] == "-"
-    assert "12 views minus 1: last epoch +11.00 points (more than the seeds scatter" in table.note
+    assert "12 views minus 1: last epoch, on test +11.00 points (more than the seeds scatter" in table.note
     assert "over 2 or 3 seeds" in table.note and "without a teacher it is of other targets" in table.note
     assert table.rows[7][3:5] == ["38.00 ± 0.00 (2)", "38.00 to 38.00"]
     assert tables(find(*runs[:3], *runs[7:])) == {}, "one number of views"
@@ -286,7 +286,7 @@ def test_where_test_decides_no_epoch_its_scores_stand_apart(tmp_path: Path) -> N
     test = {"test": {**scores(33.0), "agreement": 80.0}, "evaluated_on": "val"}
     runs = [run(tmp_path, 40.0, differs=differs, **test) for differs in ({}, {"labels": "none"}, {"num_views": "2"})]
     shown = tables(find(*runs))
-    top1 = ["top-1 %, last epoch", "top-1 %, best epoch", "top-1 %, best epoch, on test"]
+    top1 = ["top-1 %, last epoch, on val", "top-1 %, best epoch, on val", "top-1 %, best epoch, on test"]
     assert [row[1] for row in shown[f"{LABELS}titn"].rows][::2] == [*top1, "agreement on test %"]
     few = {row[1]: row[3] for row in shown[f"{VIEWS}titn"].rows if row[0] == "2"}
     assert (few["top-1 %, best epoch, on test"], few["agreement on test %"]) == ("33.00", "80.00")
