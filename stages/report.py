@@ -90,7 +90,8 @@ def opening_section(context: Context, runs: FinishedRuns, *, with_figures: bool 
     Raises:
         DataError: A curve is damaged.
     """
-    title, speeds = "Worst mistakes", {}
+    title = "Worst mistakes"
+    speeds: dict[str, float] = {}
     why_not = f"images/s are {LEFT_OUT}; pipeline bench measures them."
     mistakes: Sequence[Item] = [Missing(title, LEFT_OUT)]
     if with_figures:

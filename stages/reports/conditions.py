@@ -66,7 +66,7 @@ def copies(paths: Paths) -> str:
     Raises:
         DataError: summary.json is damaged.
     """
-    summary = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
+    summary: Any = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
     if misfit(summary, {"copies": {"in_train": dict}}) is not None:
         return ""  # nothing is prepared, or by a former version
     found = {split: count for split, count in summary["copies"]["in_train"].items() if isinstance(count, int) and count}

@@ -282,18 +282,18 @@ class FinishedRuns:
         ]
         every = [run for group in finished for run in group.values()]
         data, these = _data(paths, every)
-        left_out = {
-            str(run.directory): f"trained on other data (recipe {printable(str(run.metrics['recipe']))}, SHA-256 "
-            f"{printable(trained[:SHORT])}) than {these}"
-            for run in every
-            if (trained := _data_of(run)) not in (None, data)
-        }
+        left_out: dict[str, str] = {}
+        for run in every:
+            trained, of = _data_of(run), printable(str(run.metrics["recipe"]))
+            if trained is not None and trained != data:
+                which = f"recipe {of}, SHA-256 {printable(trained[:SHORT])}"
+                left_out[str(run.directory)] = f"trained on other data ({which}) than {these}"
         kept = [{name: run for name, run in group.items() if str(run.directory) not in left_out} for group in finished]
-        return cls(recipe, paths, *kept, _winner(paths.selection), left_out)
+        return cls(recipe, paths, kept[0], kept[1], kept[2], _winner(paths.selection), left_out)
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the data have; None where neither the prepared data nor a run says."""
+        """How many classes the data have; None where no run says."""
         finished = [*self.teachers.values(), *self.students.values(), *self.others.values()]
         described = [run.description["arguments"].get("num_classes") for run in finished if run.description]
         return next((count for count in described if isinstance(count, int)), None)
@@ -360,12 +360,12 @@ class FinishedRuns:
 
 def _data_of(run: FinishedRun) -> str | None:
     """Return the SHA-256 of a run's data; None where it is not known."""
-    return run.description["dataset_sha256"] if run.description else None
+    return str(run.description["dataset_sha256"]) if run.description else None
 
 
 def _data(paths: Paths, runs: Iterable[FinishedRun]) -> tuple[str | None, str]:
     """Return the SHA-256 of the prepared data, and their name; where there are none, of the data of most runs."""
-    summary = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
+    summary: Any = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
     if misfit(summary, {"sha256": str}) is None:
         return summary["sha256"], f"{paths.dataset} (SHA-256 {printable(summary['sha256'][:SHORT])})"
     known = Counter(data for run in runs if (data := _data_of(run)) is not None)

@@ -64,7 +64,7 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
         row("parameters, M", of_metrics("parameters"), 2, scale=1e6),
         row("FLOPs of one image, M", of_metrics("flops_per_image"), 1, scale=1e6),
         row("file of weights, MB", [_file_bytes(model) for model in models], 1, scale=1e6),
-        row("images/s here", list(map(speeds.get, KINDS)), 0),
+        row("images/s here", [speeds.get(kind) for kind in KINDS], 0),
         row("training, s", [float(model.environment["seconds"]) if model else None for model in models], 0),
     ]
     columns = ["", *(f"{kind} {model.name if model else '-'}" for kind, model in zip(KINDS, models, strict=True))]
