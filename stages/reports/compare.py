@@ -201,7 +201,7 @@ def _answers(question: str, reference: FinishedRun | None, runs: Sequence[Finish
 
     Runs without a teacher are controls of those with one; those that are not have their numbers of views compared too.
     """
-    known = [run for run in runs if run.description is not None]
+    known = [run for run in runs if run.description is not None and run.labels in LABELS]
     if not known:
         return []
     base = reference if reference in known else known[0]
@@ -223,7 +223,8 @@ def _compare(
     """Compare runs that differ in what is asked about and in the seed alone, beside their controls."""
     varied = VARIED[question]
     asked = "labels" if question == "labels" else "num_views"
-    given = [f"{key} {value}" for key, value in base.differs.items() if key != asked]  # none for the recipe's run
+    given = [f"{key} {value}" for key, value in base.differs.items() if key != asked]
+    recipes = None if base.differs else base.key(*TAUGHT)
     comparisons = []
     for group in pools(runs, *varied):
         alike = group[0].key(*TAUGHT, *varied)
@@ -231,7 +232,7 @@ def _compare(
         if controls if question == "labels" else len(arms) > 1:
             settings = [*given, *changes(base.settings(*varied), group[0].settings(*varied))]
             shown = [*controls, *arms] if question == "labels" else [*arms, *controls]
-            comparisons.append(Comparison(question, settings, shown, base.key(*TAUGHT)))
+            comparisons.append(Comparison(question, settings, shown, recipes))
     return comparisons
 
 
