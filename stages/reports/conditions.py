@@ -36,8 +36,8 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
         + ("; all but best and last top-1 are on test" if is_held_out(runs) else ", on the images that are scored"),
         "device " + _all(map(device_of, where)),
         "precision " + _all(values["precision"] for values in metrics),
-        "epochs " + _all(values["epochs"] for values in metrics),
-        "effective batch " + _all(values["batch_size"] for values in metrics),
+        "epochs " + _by_kind(runs, "epochs"),
+        "effective batch " + _by_kind(runs, "batch_size"),
         *(["views " + _all(sorted(views))] if views else []),
         _seeds(runs),
         *(["teachers trained from " + _all(filter(None, began))] if any(began) else []),
@@ -128,6 +128,14 @@ def missing(names: Sequence[str], command: str) -> str:
 def protocol(source: str) -> str:
     """Say how the paper's figures for a data set were reached; nothing where it has none."""
     return f" The paper: {paper.PROTOCOL[source]}." if source in paper.PROTOCOL else ""
+
+
+def _by_kind(runs: Sequence[FinishedRun], key: str) -> str:
+    """Return the values of metrics.json, those of teachers and of students apart where they are not the same."""
+    kinds = [_all(run.metrics[key] for run in runs if run.kind == kind) for kind in ("teacher", "student")]
+    if all(kinds) and kinds[0] != kinds[1]:
+        return f"{kinds[0]} of the teachers and {kinds[1]} of the students"
+    return kinds[0] or kinds[1]
 
 
 def _seeds(runs: Sequence[FinishedRun]) -> str:

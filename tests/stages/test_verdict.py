@@ -10,6 +10,7 @@ import pytest
 from pipeline.report.page import Missing
 from pipeline.report.tables import Table
 from stages.reports.compare import find_comparisons
+from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRun
 from stages.reports.verdict import lead, verdict_table
 from tests.support.finished_runs import SCORES, finished, finished_runs, recipe
@@ -93,6 +94,13 @@ def test_without_any_run_it_says_what_to_run() -> None:
     runs = finished_runs(recipe("folder"))
     shown = verdict_table(runs, {}, "")
     assert isinstance(shown, Missing) and "pipeline teacher-select --recipe folder" in shown.command
+
+
+def test_conditions_of_teachers_and_students_are_told_apart_where_they_differ(tmp_path: Path) -> None:
+    runs = [teacher(tmp_path, batch_size=32), finished(tmp_path, "titn", [1.0, 2.0], batch_size=32)]
+    said = conditions(runs)
+    assert "epochs 1 of the teachers and 2 of the students; effective batch 32; " in said
+    assert "epochs 2; effective batch 32; " in conditions(runs[1:])
 
 
 def test_copies_of_training_images_among_the_test_images_are_told(
