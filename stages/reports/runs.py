@@ -331,8 +331,8 @@ class FinishedRuns:
 
     def teacher_of(self, run: FinishedRun) -> FinishedRun | None:
         """Return the teacher whose labels a run has, by its SHA-256; None where another has taken its place."""
-        teacher = run.metrics["teacher"] or {}
-        found = self.teachers.get(teacher.get("name"))
+        teacher = run.metrics["teacher"]
+        found = self.teachers.get(str(teacher["name"])) if teacher else None
         return found if found is not None and found.sha256 == teacher["sha256"] else None
 
     @property
