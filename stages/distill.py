@@ -15,6 +15,8 @@ from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_v
 from pipeline.errors import UsageError
 from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
+from stages.reports.conditions import why_apart
+from stages.reports.runs import FinishedRun, pools
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.params import check_model
@@ -161,7 +163,7 @@ def command(
     def plan(this_seed: int) -> Run:
         return plan_student(context, student, distillation, seed=this_seed)[0]
 
-    results = []
+    results, finished = [], []
     with context.joined():  # torchrun's ranks meet once for all seeds
         if dry_run:
             for this_seed in several:
@@ -171,15 +173,18 @@ def command(
         for this_seed in context.in_turn("seed", several, later):
             out = distill(context, student, distillation, seed=this_seed, fresh=fresh)
             results.append(read_json(out / "metrics.json"))
+            finished.append(FinishedRun.read(out))
             best, last, test = (results[-1][key] for key in ("best", "last", "test"))
             context.say(
                 f"{out}: best {results[-1]['evaluated_on']} top-1 {best['top1']:.2f} % in epoch {best['epoch']}, "
                 f"last {last['top1']:.2f} %, test {test['top1']:.2f} %"
             )
-    if seeds:
-        best, last, test = (spread([one[key]["top1"] for one in results]) for key in ("best", "last", "test"))
+    alike = pools(run for run in finished if run is not None) if seeds else []
+    for group in alike:  # several where a result of before was judged by other rules, or computed otherwise
+        best, last, test = (spread([run.metrics[key]["top1"] for run in group]) for key in ("best", "last", "test"))
+        why = "" if group is alike[0] else f" (apart from the first: {why_apart(alike[0][0], group[0])})"
         context.say(
-            f"{student}, seeds {listed}, mean ± standard deviation (number): "
-            f"top-1 % of the best epochs {best}, of the last {last}, on test {test}"
+            f"{student}, seeds {','.join(str(run.seed) for run in group)}, mean ± standard deviation (number): "
+            f"top-1 % of the best epochs {best}, of the last {last}, on test {test}{why}"
         )
     context.end()

@@ -121,7 +121,9 @@ def record_of(directory: Path) -> dict[str, Any]:
     """Return the record of a finished run.
 
     Its `id` is a digest of the run's fingerprint and of its weights: the same run has the same id whoever records it,
-    and a run that was trained again has another.
+    and a run that was trained again has another. Its `description` is everything that decided the result, see
+    stages.shared.runs.describe_finished: records with equal ones but for the seed may be averaged. Records of former
+    versions have none, and stand alone.
 
     Raises:
         DataError: The directory is no finished run, one of its files is damaged, or other data are prepared now than
@@ -140,6 +142,7 @@ def record_of(directory: Path) -> dict[str, Any]:
         "id": hashlib.sha256(decided.encode()).hexdigest()[:ID_DIGITS],
         **{key: metrics.get(key) for key in METRICS},
         "overrides": run.differs,
+        "description": run.description,
         "teacher": teacher and {"name": teacher["name"], "top1": teacher["top1"]},
         "weights": weights if run.kind == "teacher" else "random",
         **{epoch: {key: metrics[epoch][key] for key in SCORES} for epoch in ("best", "last", "test")},

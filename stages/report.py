@@ -16,14 +16,15 @@ from pipeline.report.figures import require_matplotlib
 from pipeline.report.page import Item, Missing, Section, file_names
 from pipeline.report.tables import Figure, Table
 from pipeline.system.storage import read_json, write_atomic, write_json
-from stages.reports import compare, tables
+from stages.reports import compare, tables, verdict
 from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.figures import figures
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
 from stages.shared.options import PATH, open_context, recipe_option
 
-COMPARED = "Runs that differ in one setting, at an equal budget, over all seeds that have been run."
+COMPARED = "Runs that differ in one setting and the seed alone, over all seeds that have been run."
+NO_IMAGES = "the student's predictions, or the prepared data that it was trained on, are not here"
 OWN_FILE = re.compile(r"tables/[a-z0-9-]+\.csv|figures/[a-z0-9-]+\.png")
 
 
@@ -73,12 +74,34 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
     for trained, why in runs.left_out.items():
         context.say(f"left out: {trained}: {why}")
     comparisons = compare.find_comparisons(runs)
-    sections = main_sections(runs, comparisons, with_figures=with_figures)
-    written = [item for section in sections for item in section.items if isinstance(item, Table)]
-    sections += detail_sections(context, runs, with_figures=with_figures)
+    opening, closing = opening_section(context, runs, with_figures=with_figures), closing_section(runs)
+    main = main_sections(runs, comparisons, with_figures=with_figures)
+    written = [item for section in (opening, *main) for item in section.items if isinstance(item, Table)]
+    sections = [opening, *main, *detail_sections(context, runs, with_figures=with_figures), closing]
     content = {**_as_json(runs), "comparisons": compare.as_json(comparisons)}
-    _write(directory, f"Report on {runs.recipe.name}", lead(runs, tracked_only=tracked_only), sections, content)
+    text = verdict.lead(runs, comparisons, tracked_only=tracked_only)
+    _write(directory, f"Report on {runs.recipe.name}", text, sections, content)
     return written
+
+
+def opening_section(context: Context, runs: FinishedRuns, *, with_figures: bool = True) -> Section:
+    """Return what the report opens with: the verdict, the students' curve, the worst mistakes.
+
+    Raises:
+        DataError: A curve is damaged.
+    """
+    title = "Worst mistakes"
+    speeds: dict[str, float] = {}
+    why_not = f"images/s are {LEFT_OUT}; pipeline bench measures them."
+    mistakes: Sequence[Item] = [Missing(title, LEFT_OUT)]
+    if with_figures:
+        try:
+            speeds, why_not = verdict.speeds_here(context, runs)
+        except (DataError, UsageError) as error:
+            why_not = f"images/s are left out: {error}."
+        mistakes = _unless_stale(context, title, verdict.worst_mistakes, runs) or [Missing(title, NO_IMAGES)]
+    curve = figures(runs, with_figures=with_figures)[-1]
+    return Section("Verdict", [verdict.verdict_table(runs, speeds, why_not), curve, *mistakes])
 
 
 def main_sections(
@@ -89,21 +112,31 @@ def main_sections(
     Raises:
         DataError: A curve is damaged.
     """
-    teachers, optimizers, students = figures(runs, with_figures=with_figures)
+    teachers, optimizers, _ = figures(runs, with_figures=with_figures)
     outcomes = tables.optimizer_runs(runs)
-    shown_teachers: list[Item] = [tables.all_teachers(runs), teachers, optimizers]
+    others = compare.others_table(runs)
+    shown_students: list[Item] = [*tables.students_tables(runs), *compare.variants_tables(runs)]
+    shown_students += [tables.drops_table(runs), *([others] if others else [])]
+    shown_teachers: list[Item] = [tables.all_teachers(runs), teachers]
+    if isinstance(optimizers, Figure) or runs.recipe.dataset.source in paper.TABLES:
+        shown_teachers.append(optimizers)
     if runs.winner and sum(isinstance(outcome, FinishedRun) for outcome in outcomes.values()) > 1:
         shown_teachers.append(tables.optimizers_table(runs.recipe, runs.winner, outcomes, {}))
-    shown_students: list[Item] = [*tables.students_tables(runs), students, *compare.variants_tables(runs)]
-    others = compare.others_table(runs)
-    shown_students += [tables.drops_table(runs), *([others] if others else [])]
     answers = compare.comparison_items(comparisons, with_figures=with_figures)
     return [
-        Section("What was run", [overview_table(runs), tables.settings_table(runs.recipe)]),
-        Section("Teachers", shown_teachers),
         Section("Students", shown_students),
         *([Section("Comparisons", answers, COMPARED)] if answers else []),
+        Section("Teachers", shown_teachers),
     ]
+
+
+def closing_section(runs: FinishedRuns) -> Section:
+    """Return what the report closes with: settings, every run as it was trained, and the paper's tables."""
+    finished = [*runs.teachers.values(), *runs.students.values(), *runs.others.values()]
+    shown: list[Item] = [tables.settings_table(runs.recipe, runs.num_classes)]
+    shown += [tables.runs_table(finished)] if finished else []
+    shown += [overview_table(runs)] if runs.recipe.dataset.source in paper.TABLES else []
+    return Section("Settings", shown)
 
 
 def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool) -> list[Section]:
@@ -112,7 +145,7 @@ def detail_sections(context: Context, runs: FinishedRuns, *, with_figures: bool)
     from stages.reports.classes import by_class
     from stages.reports.views import teacher_on_views
 
-    distill = f"pipeline distill --recipe {runs.recipe.name} --student titn"
+    distill = f"pipeline distill --recipe {runs.recipe.name} --student {next(iter(runs.recipe.students))}"
     label = f"pipeline label --recipe {runs.recipe.name}"
 
     def section(name: str, title: str, draw: Callable[[], Sequence[Item]], how: str) -> Section:
@@ -149,36 +182,15 @@ def overview_table(runs: FinishedRuns) -> Table:
         ["Table 2, Figure 4", "teachers", num_teachers],
         ["Figure 5", "the selected teacher by optimiser", ", ".join(sweep) if len(sweep) > 1 else NOT_RUN],
     ]
-    if source not in paper.TABLES:
-        rows.append(["in the form of Table 3", f"students on {recipe.name}", num_students])
     for other, table in paper.TABLES.items():
         name, where = (recipe.name, num_students) if other == source else (other, f"pipeline report --recipe {other}")
         rows.append([f"{table}, {paper.FIGURES[other]}", f"students on {name}", where])
     rows.append(["Table 6", "accuracy lost from teacher to student", num_students])
-    note = "A report covers one recipe; the paper's tables of other data sets are in the reports of their recipes."
+    note = (
+        "The paper is arXiv:2502.16762; a difference is our figure minus the paper's. A report covers one recipe; the "
+    )
+    note += "paper's tables of other data sets are in the reports of their recipes."
     return Table("The paper's tables and figures", ("in the paper", "what", "here"), rows, note)
-
-
-def lead(runs: FinishedRuns, *, tracked_only: bool) -> str:
-    """Return the report's first paragraph: the best results."""
-    recipe = runs.recipe
-    parts = [f"Data: {recipe.dataset.source}."]
-    winner = runs.teachers.get(runs.winner or "")
-    if winner is not None:
-        parts.append(f"Selected teacher: {winner.name}, {winner.metrics['test']['top1']:.2f} % on test.")
-    if runs.students:
-        best = max(runs.students.values(), key=lambda run: run.metrics["test"]["top1"])
-        top1 = best.metrics["test"]["top1"]
-        parts.append(f"Best student: {best.name}, {top1:.2f} % on test at its best epoch, seed 0.")
-    elif not runs.teachers:
-        commands = f"pipeline teacher-select --recipe {recipe.name}, then pipeline distill --recipe {recipe.name}"
-        parts.append(f"Nothing has been run yet: {commands}.")
-    if runs.left_out:
-        parts.append(f"Left out, for other data are prepared now: {', '.join(runs.left_out)}.")
-    parts.append("The paper is arXiv:2502.16762; a difference is our figure minus the paper's.")
-    if tracked_only:
-        parts.append("Runs in data/runs are left out: DVC does not track them. Without --tracked-only they are shown.")
-    return " ".join(parts)
 
 
 def _write(directory: Path, title: str, text: str, sections: Sequence[Section], content: Mapping[str, Any]) -> None:

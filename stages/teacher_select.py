@@ -15,7 +15,7 @@ from stages.jobs import LabelJob, SelectJob, TeacherJob, labels_of, stage_one, s
 from stages.prepare import check_available, keep_prepared, prepare, put_back_prepared, remarks
 from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
-from stages.reports.tables import candidates_table, optimizers_table
+from stages.reports.tables import candidates_table, optimizers_table, with_conditions
 from stages.selection import select
 from stages.shared import options
 from stages.shared.context import Context
@@ -172,7 +172,8 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
             outcomes[optimizer] = "diverged"
             continue
         outcomes[optimizer] = FinishedRun.read(out) or NOT_RUN
-    return optimizers_table(context.recipe, winner, outcomes, rates)
+    trained = [outcome for outcome in outcomes.values() if isinstance(outcome, FinishedRun)]
+    return with_conditions(optimizers_table(context.recipe, winner, outcomes, rates), trained)
 
 
 @click.command("teacher-select")

@@ -70,10 +70,12 @@ def to_html(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     Args:
         title: Of the page.
         lead: One paragraph below it.
-        sections: Each with a line in the table of contents.
+        sections: Each with a line in the table of contents, which follows the first. The first one's first item, the
+            page's verdict, stands in a box.
     """
     names = iter(file_names(item for section in sections for item in section.items))
-    contents, bodies = [], []
+    contents: list[str] = []
+    bodies: list[str] = []
     for index, section in enumerate(sections, 1):
         entries = [(next(names), item) for item in section.items]
         first = {item.title: name for name, item in reversed(entries)}  # a figure's table has its title
@@ -86,9 +88,9 @@ def to_html(title: str, lead: str, sections: Sequence[Section]) -> bytes:
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f"<header><h1>{_text(title)}</h1><p>{_text(lead)}</p></header>"
+        f"<header><h1>{_text(title)}</h1><p>{_text(lead)}</p></header><main>{''.join(bodies[:1])}"
         f'<nav aria-label="Contents"><h2>Contents</h2><ol>{"".join(contents)}</ol></nav>'
-        f"<main>{''.join(bodies)}</main></body></html>\n"
+        f"{''.join(bodies[1:])}</main></body></html>\n"
     )
     return page.encode("utf-8", "backslashreplace")
 
@@ -216,8 +218,9 @@ a { color: #0b4f8a; }
 article { margin: 1.75rem 0; }
 article.missing { padding: .6rem 1rem; border: 1px dashed #767676; }
 article.missing p { margin: 0; }
+#section-1 > article:first-of-type { padding: 1rem 1.25rem; border: 2px solid #1a1a1a; border-radius: 4px; }
 code { font: .875em/1.4 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
-img { display: block; width: 54rem; max-width: 100%; height: auto; margin: .5rem 0; }
+img { display: block; width: 720px; max-width: 100%; height: auto; margin: .5rem 0; }
 .note { font-size: .8125rem; color: #444; }
 .wide { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; font-size: .8125rem; line-height: 1.35;

@@ -26,9 +26,9 @@ COLUMNS = (
     "distillation token,\nrollout",
 )
 EXPLANATION = (
-    "Light patches get the most attention; what is missing to 100 % goes to the two tokens themselves. Last block: "
-    "mean over heads. Rollout (arXiv:2005.00928): attention through all blocks, each of which also passes on half of "
-    "its input; MLPs, and what pixel tokens add to patches, are left out."
+    "Yellow patches get the most attention, blue ones the least; what is missing to 100 % goes to the two tokens "
+    "themselves. Last block: mean over heads. Rollout (arXiv:2005.00928): attention through all blocks, each of which "
+    "also passes on half of its input; MLPs, and what pixel tokens add to patches, are left out."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.report.figures import DotRow, dots, heat_map
 from pipeline.report.tables import Figure, Table, number
-from pipeline.training.checkpoints import read_meta
+from pipeline.system.text import from_cell, to_cell
 from pipeline.training.metrics import ClassScores, class_scores, worst_first
 from stages.reports.runs import FinishedRun, FinishedRuns
 
@@ -30,6 +31,8 @@ class Answers:
         targets: `(N,)` int64.
         predictions: `(N,)` int64.
         teacher: `(N,)` int64, the teacher's labels of the same images; None where there are none.
+        probabilities: `(N,)` float64 in [0, 1], the model's of its predictions.
+        paths: N paths of the images' files as in predictions.csv; empty where the data do not know them.
     """
 
     run: FinishedRun
@@ -37,6 +40,8 @@ class Answers:
     targets: NDArray[np.int64]
     predictions: NDArray[np.int64]
     teacher: NDArray[np.int64] | None
+    probabilities: NDArray[np.float64]
+    paths: Sequence[str]
 
     @classmethod
     def read(cls, run: FinishedRun) -> Answers | None:
@@ -51,12 +56,16 @@ class Answers:
         path = run.directory / "predictions.csv"
         try:
             columns = {key: [row[key] for row in rows] for key in ("target", "prediction", "teacher")}
+            probabilities = np.array([float(row["probability"]) for row in rows])
         except KeyError as error:
             raise DataError(f"{path}: no column {error.args[0]}; train the model again") from None
-        names = (read_meta(run.directory) or {}).get("class_names")
-        if names is None:
-            names = sorted({*columns["target"], *columns["prediction"], *columns["teacher"]} - {""})
-        index = {name: number_ for number_, name in enumerate(names)}
+        except ValueError as error:
+            raise DataError(f"{path}: a probability is no number ({error}); train the model again") from None
+        names = (run.meta or {}).get("class_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            names = sorted(map(from_cell, {*columns["target"], *columns["prediction"], *columns["teacher"]} - {""}))
+        index = {name: label for label, name in enumerate(names)}  # files of former versions escaped nothing
+        index |= {to_cell(name): label for label, name in enumerate(names)}
         if not any(columns["teacher"]):
             del columns["teacher"]
         arrays = {}
@@ -65,7 +74,9 @@ class Answers:
             if unknown is not None:
                 raise DataError(f"{path}: {key} {unknown!r} is none of the model's classes; train the model again")
             arrays[key] = np.array([index[value] for value in values], dtype=np.int64)
-        return cls(run, tuple(names), arrays["target"], arrays["prediction"], arrays.get("teacher"))
+        paths = [from_cell(row["path"]) for row in rows] if rows[0].get("path") else ()
+        labels = (arrays["target"], arrays["prediction"], arrays.get("teacher"))
+        return cls(run, tuple(names), *labels, probabilities, paths)
 
     @property
     def title(self) -> str:
@@ -90,15 +101,15 @@ class Answers:
 
 
 def by_class(runs: FinishedRuns) -> list[Figure | Table]:
-    """Show confusion, worst classes and agreement of the best student and the selected teacher.
+    """Show confusion, worst classes and agreement of the best student and of its teacher.
 
     Raises:
         DataError: A run's predictions are damaged.
     """
-    best = max(runs.students.values(), key=lambda run: float(run.metrics["test"]["top1"]), default=None)
+    best = runs.best_student
     student = Answers.read(best) if best else None
-    winner = runs.teachers.get(runs.winner or "")
-    teacher = Answers.read(winner) if winner else None
+    beside = runs.teacher_beside(best)
+    teacher = Answers.read(beside) if beside else None
     shown: list[Figure | Table] = []
     for answers in (student, teacher):
         if answers is not None:

@@ -1,15 +1,15 @@
 """Comparisons of finished runs, paired by seed.
 
-Two questions are asked about every student, each at an equal budget: does the teacher's label help, and how does the
-number of views matter? Two more tables compare a recipe's students that are variants of one another, and all other
-runs of data/runs with the recipe's.
+Two questions are asked about every student: does the teacher's label help, and how does the number of views matter? The
+runs that answer one are equal in everything that decides a result, but for the seed and what is asked about; see
+stages.shared.runs.describe_finished. Two more tables compare a recipe's students that are variants of one another, and
+all other runs of data/runs with the recipe's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -19,17 +19,28 @@ from pipeline.report.figures import DotRow, Panel, Repeats, dots, over_counts
 from pipeline.report.intervals import Estimate, estimate, paired_difference
 from pipeline.report.page import Item, Missing
 from pipeline.report.tables import Figure, Table, difference, number, spread
-from stages.reports.conditions import LEFT_OUT, NOT_RUN, conditions, is_held_out
-from stages.reports.runs import BUDGET, FinishedRun, FinishedRuns
-from stages.shared.runs import differences
+from stages.reports.conditions import (
+    LEFT_OUT,
+    NOT_DESCRIBED,
+    NOT_RUN,
+    evaluated_on,
+    is_held_out,
+    left_out,
+    missing,
+    why_apart,
+)
+from stages.reports.runs import FinishedRun, FinishedRuns, one_for_each_seed, pools
+from stages.shared.runs import LESSON, changes, differences
 
 QUESTIONS = {"labels": "Does the teacher's label help?", "views": "How does the number of views matter?"}
-VARIED = {"labels": "labels", "views": "num_views"}
-"""The setting in which the runs of a question differ."""
+VARIED = {"labels": ("inputs.labels", "inputs.topk"), "views": ("inputs.views.count",)}
+"""The places in a description in which the runs of a question differ."""
+TAUGHT = (*(f"inputs.{key}" for key in LESSON), "training.soft")
+"""The places that mean nothing without a teacher: a run without one is the control of all with an equal rest."""
 LABELS = ("none", "cached", "online")
-NEED_A_TEACHER = ("soft", "confidence")
-"""Settings that have no effect without a teacher."""
-TOP1 = {"last": "last epoch", "best": "best epoch", "test": "best epoch, on test"}
+BUDGET = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "parameters")
+"""Fields of metrics.json that report.json gives with a comparison."""
+TOP1 = {"last": "last epoch", "best": "best epoch", "test": "best epoch"}
 """Parts of metrics.json whose top-1 is compared, and their names for people."""
 SCORES = {
     **{score: f"top-1 %, {name}" for score, name in TOP1.items()},
@@ -37,10 +48,7 @@ SCORES = {
     "agreement": "agreement on test %",
 }
 MAX_MARKED_SEEDS = 7  # of more no single seed is drawn
-DRAWN = (
-    "Filled: the mean over seeds, with its 95 % interval where there are several; hollow: the single seeds. Under the "
-    "conditions of the table below."
-)
+DRAWN = "Filled: the mean over seeds, with its 95 % interval where there are several; hollow: the single seeds."
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +63,8 @@ class Arm:
 
     @classmethod
     def of(cls, runs: Iterable[FinishedRun]) -> Arm:
-        """Gather runs; of two runs with the same seed the first counts."""
-        by_seed: dict[int, FinishedRun] = {}
-        for run in runs:
-            by_seed.setdefault(run.seed, run)
-        return cls(dict(sorted(by_seed.items())))
+        """Gather runs of one pool; of two runs with the same seed the first counts."""
+        return cls({run.seed: run for run in one_for_each_seed(runs)})
 
     @property
     def first(self) -> FinishedRun:
@@ -85,7 +90,9 @@ class Arm:
         if score == "last_train_loss":
             return {seed: run.curve()[-1].get("train_loss") for seed, run in self.runs.items()}
         if score == "agreement":
-            return {seed: run.metrics["test"]["agreement"] for seed, run in self.runs.items()}
+            teachers = {(run.metrics["teacher"] or {}).get("sha256") for run in self.runs.values()}
+            is_one = len(teachers) == 1
+            return {seed: run.metrics["test"]["agreement"] if is_one else None for seed, run in self.runs.items()}
         return {seed: float(run.metrics[score]["top1"]) for seed, run in self.runs.items()}
 
     def mean(self, score: str) -> Estimate | None:
@@ -109,15 +116,17 @@ class Comparison:
 
     Attributes:
         question: `labels` or `views`.
-        settings: The settings in which all runs differ from the recipe.
+        settings: The settings in which all runs differ from the recipe's run, as that was trained.
         arms: The reference first: that without labels, or that with the fewest views.
-        left_out: Runs of the same settings with another budget or teacher, or with a seed that was counted already.
+        recipes: The key of the recipe's run; None without one.
+        left_out: A line on the student's runs that answer nothing; empty where there are none.
     """
 
     question: str
-    settings: Mapping[str, str]
+    settings: Sequence[str]
     arms: Sequence[Arm]
-    left_out: int
+    recipes: str | None = None
+    left_out: str = ""
 
     @property
     def taught(self) -> list[Arm]:
@@ -137,7 +146,7 @@ class Comparison:
     @property
     def title(self) -> str:
         """The student and the settings in which all its runs differ from the recipe."""
-        return ", ".join([self.runs[0].name, *(f"{key} {value}" for key, value in self.settings.items())])
+        return ", ".join([self.runs[0].name, *self.settings])
 
     @property
     def figure_title(self) -> str:
@@ -156,11 +165,17 @@ class Comparison:
         loss = ["last_train_loss"] if self.question == "views" else []
         return [*self.top1, *loss, *(["agreement"] if len(teachers) == 1 else [])]
 
+    def of(self, score: str, names: Mapping[str, str] = TOP1) -> str:
+        """Return a score's name for people, of top-1 with the split that it is on."""
+        split = "test" if score == "test" else evaluated_on(self.runs)
+        return f"{names[score]}, on {split}" if score in TOP1 else names[score]
+
     def name(self, arm: Arm) -> str:
         """Return an arm's name among the others."""
         if self.question == "labels":
-            return arm.labels
-        is_the_recipes = all("num_views" not in run.differs for run in arm.runs.values())
+            topk = arm.first.settings()["inputs"].get("topk")
+            return f"{arm.labels}, top {topk}" if topk else arm.labels
+        is_the_recipes = arm.first.key(*TAUGHT) == self.recipes
         name = f"{arm.views} (the recipe's)" if is_the_recipes else str(arm.views)
         return f"{name}, no teacher" if arm in self.controls else name
 
@@ -171,78 +186,64 @@ class Comparison:
 def find_comparisons(runs: FinishedRuns) -> list[Comparison]:
     """Return what a recipe's students answer: first about labels, then about views."""
     students = [run for run in (*runs.students.values(), *runs.others.values()) if run.kind == "student"]
-    students = [run for run in students if run.labels in LABELS]
     names = dict.fromkeys([*runs.recipe.students, *(run.name for run in students)])
-    by_name = [[run for run in students if run.name == name] for name in names]
-    return [answer for question in QUESTIONS for group in by_name for answer in _answers(question, group)]
+    by_name = {name: [run for run in students if run.name == name] for name in names}
+    return [
+        answer
+        for question in QUESTIONS
+        for name, group in by_name.items()
+        for answer in _answers(question, runs.reference(name), group)
+    ]
 
 
-def _answers(question: str, runs: Sequence[FinishedRun]) -> list[Comparison]:
-    """Compare one student's runs, once for each set of settings that they share.
+def _answers(question: str, reference: FinishedRun | None, runs: Sequence[FinishedRun]) -> list[Comparison]:
+    """Compare one student's runs, once for each set of settings that they share; the first says what was left out.
 
     Runs without a teacher are controls of those with one; those that are not have their numbers of views compared too.
     """
-    untaught = [run for run in runs if run.labels == "none"]
-    if question == "labels":
-        return _compare(question, [run for run in runs if run.metrics["distilled"]], untaught)
-    answers = _compare(question, [run for run in runs if run.labels != "none"], untaught)
-    shown = {id(run) for answer in answers for run in answer.runs}
-    return answers + _compare(question, [run for run in untaught if id(run) not in shown], [])
+    known = [run for run in runs if run.description is not None and run.labels in LABELS]
+    if not known:
+        return []
+    base = reference if reference in known else known[0]
+    untaught = [run for run in known if run.labels == "none"]
+    answers = _compare(question, base, [run for run in known if run not in untaught], untaught)
+    if question == "views":
+        shown = [run for answer in answers for run in answer.runs]
+        answers += _compare(question, base, [run for run in untaught if run not in shown], [])
+    if answers:
+        shown = [run for answer in answers for run in answer.runs]
+        line = left_out(base, [run for run in runs if run not in shown])
+        answers[0] = dataclasses.replace(answers[0], left_out=line)
+    return answers
 
 
-def _compare(question: str, runs: Sequence[FinishedRun], untaught: Sequence[FinishedRun]) -> list[Comparison]:
-    """Compare runs that differ in the question's setting alone, at the budget that most arms and runs have."""
+def _compare(
+    question: str, base: FinishedRun, runs: Sequence[FinishedRun], untaught: Sequence[FinishedRun]
+) -> list[Comparison]:
+    """Compare runs that differ in what is asked about and in the seed alone, beside their controls."""
     varied = VARIED[question]
-    ignored = ("labels", varied, *NEED_A_TEACHER)
-
-    def budget(run: FinishedRun) -> tuple[Any, ...]:
-        return (*run.budget, run.views if question == "labels" else None)
-
+    asked = "labels" if question == "labels" else "num_views"
+    given = [f"{key} {value}" for key, value in base.differs.items() if key != asked]
+    recipes = None if base.differs else base.key(*TAUGHT)
     comparisons = []
-    for group in _grouped(runs, lambda run: _without(run.differs, varied)):
-        settings = _without(group[0].differs, varied)
-        alike = [
-            run
-            for run in untaught
-            if group[0].metrics["distilled"] and _without(run.differs, *ignored) == _without(settings, *ignored)
-        ]
-        candidates = []
-        for members in _grouped(group, lambda run: (budget(run), run.lesson)):
-            arms, controls = _arms(members), _arms(run for run in alike if budget(run) == budget(members[0]))
-            if controls if question == "labels" else len(arms) > 1:
-                candidates.append((arms, controls))
-        if candidates:
-            arms, controls = max(candidates, key=lambda pair: (len(pair[0]), *map(_num_runs, pair)))
-            left_out = len(group) + len(alike) - _num_runs([*arms, *controls])
+    for group in pools(runs, *varied):
+        alike = group[0].key(*TAUGHT, *varied)
+        arms, controls = _arms(group), _arms(run for run in untaught if run.key(*TAUGHT, *varied) == alike)
+        if controls if question == "labels" else len(arms) > 1:
+            settings = [*given, *changes(base.settings(*varied), group[0].settings(*varied))]
             shown = [*controls, *arms] if question == "labels" else [*arms, *controls]
-            comparisons.append(Comparison(question, settings, shown, left_out))
+            comparisons.append(Comparison(question, settings, shown, recipes))
     return comparisons
-
-
-def _known(values: Mapping[int, float | None]) -> dict[int, float]:
-    return {seed: value for seed, value in values.items() if value is not None}
-
-
-def _without(settings: Mapping[str, str], *names: str) -> dict[str, str]:
-    return {key: value for key, value in settings.items() if key not in names}
-
-
-def _grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Any]) -> list[list[FinishedRun]]:
-    """Group runs by a key, a JSON value, in the order in which the keys first appear."""
-    groups: dict[str, list[FinishedRun]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(key(run), sort_keys=True), []).append(run)
-    return list(groups.values())
 
 
 def _arms(runs: Iterable[FinishedRun]) -> list[Arm]:
     """Group runs into arms, sorted by labels, then by views."""
-    arms = [Arm.of(group) for group in _grouped(runs, lambda run: (run.labels, run.views))]
+    arms = [Arm.of(group) for group in pools(runs)]
     return sorted(arms, key=lambda arm: (LABELS.index(arm.labels), arm.views or 0))
 
 
-def _num_runs(arms: Sequence[Arm]) -> int:
-    return sum(len(arm.runs) for arm in arms)
+def _known(values: Mapping[int, float | None]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if value is not None}
 
 
 # What is shown of them
@@ -259,10 +260,10 @@ def as_json(comparisons: Iterable[Comparison]) -> dict[str, Any]:
         first, reference = comparison.runs[0], comparison.arms[0]
         values[comparison.question].append({
             "student": first.name,
-            "settings": dict(comparison.settings),
+            "settings": list(comparison.settings),
             "budget": {key: first.metrics[key] for key in BUDGET},
             "teacher": comparison.taught[0].first.metrics["teacher"],
-            "left_out": comparison.left_out,
+            "left_out": comparison.left_out.strip(),
             "reference": {"labels": reference.labels, "views": reference.views},
             "ways": [_arm_as_json(arm, comparison) for arm in (*comparison.controls, *comparison.taught)],
         })  # fmt: skip
@@ -299,7 +300,12 @@ def _table(comparison: Comparison) -> Table:
     minus = f"difference to {'none' if comparison.question == 'labels' else _views(reference)}"
     columns = [comparison.question, "score", "seeds", "mean", "95 % interval", minus, f"{minus}: 95 % interval"]
     rows = [
-        [comparison.name(arm), SCORES[score], " ".join(map(str, arm.runs)), *_cells(arm, reference, score)]
+        [
+            comparison.name(arm),
+            comparison.of(score, SCORES),
+            " ".join(map(str, arm.runs)),
+            *_cells(arm, reference, score),
+        ]
         for score in comparison.scores
         for arm in comparison.arms
     ]
@@ -336,8 +342,8 @@ def _figure(comparison: Comparison) -> Figure:
         for arm in comparison.arms
         for seed in arm.runs
     ]
-    data = Table(title, ["views", "labels", "seed", *(SCORES[score] for score in shown)], rows)
-    name = "-".join([comparison.question, student, *(f"{key}-{value}" for key, value in comparison.settings.items())])
+    data = Table(title, ["views", "labels", "seed", *(comparison.of(score, SCORES) for score in shown)], rows)
+    name = "-".join([comparison.question, student, *comparison.settings])
     return Figure(name, title, png, alt, DRAWN, data)
 
 
@@ -351,7 +357,7 @@ def _draw_labels(comparison: Comparison) -> bytes:
             values, mean = arm.scores(score), arm.mean(score)
             assert mean is not None, "every run has a top-1"
             marks = [mean.mean, *(values.get(seed) for seed in shown)]
-            rows.append(DotRow(f"labels {arm.labels}", marks, [mean.interval], TOP1[score]))
+            rows.append(DotRow(f"labels {comparison.name(arm)}", marks, [mean.interval], comparison.of(score)))
     return dots(rows, ["mean, 95 % interval", *(f"seed {seed}" for seed in shown)], x_label="top-1, %")
 
 
@@ -365,7 +371,9 @@ def _draw_views(comparison: Comparison) -> bytes:
     def series(name: str, arms: Sequence[Arm], score: str) -> Repeats:
         return Repeats(name, {arm.views or 0: list(_known(arm.scores(score)).values()) for arm in arms})
 
-    panels = [Panel(TOP1[score], [series(name, arms, score) for name, arms in parts]) for score in comparison.top1]
+    panels = [
+        Panel(comparison.of(score), [series(name, arms, score) for name, arms in parts]) for score in comparison.top1
+    ]
     return over_counts(panels, x_label="number of views", y_label="top-1, %")
 
 
@@ -374,10 +382,12 @@ def _views(arm: Arm) -> str:
 
 
 def _note(comparison: Comparison) -> str:
-    """Return the note below the table: differences, intervals, what was left out, conditions."""
+    """Return the note below the table: differences, intervals, what was left out."""
     controls = comparison.controls
     if comparison.question == "labels":
-        parts = [_change(comparison, arm, f"{arm.labels.capitalize()} minus none") for arm in comparison.taught]
+        parts = [
+            _change(comparison, arm, f"{comparison.name(arm).capitalize()} minus none") for arm in comparison.taught
+        ]
     else:
         most = comparison.taught[-1]
         parts = [_change(comparison, most, f"{_views(most)} minus {comparison.arms[0].views}")]
@@ -389,14 +399,9 @@ def _note(comparison: Comparison) -> str:
             "Differences are paired by seed."
         )
     parts += ["A single seed has no interval."] if counts[0] == 1 else []
-    metrics = comparison.runs[0].metrics
-    parts.append(
-        f"Equal budget: the same epochs, batch, images and parameters, {metrics['optimizer']} at {metrics['lr']:g}."
-    )
-    if comparison.left_out:
-        runs = "1 run is" if comparison.left_out == 1 else f"{comparison.left_out} runs are"
-        parts.append(f"{runs} left out: another budget or teacher, or a seed that is counted already.")
-    return " ".join([*parts, conditions(comparison.runs)])
+    asked = "labels" if comparison.question == "labels" else "number of views"
+    parts.append(f"All runs are equal but for the {asked} and the seed: data, settings, views and precision.")
+    return " ".join(parts) + comparison.left_out
 
 
 def _change(comparison: Comparison, arm: Arm, what: str) -> str:
@@ -411,71 +416,87 @@ def _change(comparison: Comparison, arm: Arm, what: str) -> str:
             True: "more than the seeds scatter: the interval excludes 0",
             False: "no more than the seeds scatter: the interval includes 0",
         }[minus.excludes_zero]
-        parts.append(f"{TOP1[score]} {minus.mean:+.2f} points ({verdict})")
+        parts.append(f"{comparison.of(score)} {minus.mean:+.2f} points ({verdict})")
     return f"{what}: {'; '.join(parts)}."
 
 
 # The recipe's variants, and all other runs
 
 
-def variants(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Return by student its variants, the recipe's later students of the same model, with what differs in each."""
-    by_base: dict[str, dict[str, str]] = {}
+def variants(recipe: Recipe) -> dict[str, list[str]]:
+    """Return by student its variants: the recipe's later students of the same model."""
+    by_base: dict[str, list[str]] = {}
     bases: dict[str, str] = {}
     for name, student in recipe.students.items():
         base = bases.setdefault(student.model, name)
         if base != name:
-            former = {"student": dataclasses.asdict(recipe.students[base])}
-            changed = differences(former, {"student": dataclasses.asdict(student)})
-            by_base.setdefault(base, {})[name] = ", ".join(changed)
+            by_base.setdefault(base, []).append(name)
     return by_base
 
 
 def variants_tables(runs: FinishedRuns) -> list[Table]:
     """Return a table for each student that has been run together with a variant of it."""
     tables = []
-    for base, changes in variants(runs.recipe).items():
-        seeds = {name: runs.seeds(name) for name in (base, *changes)}
-        arms = {name: Arm.of(of_seeds) for name, of_seeds in seeds.items() if of_seeds}
+    for base, others in variants(runs.recipe).items():
+        arms = {name: Arm.of(of_seeds) for name in (base, *others) if (of_seeds := runs.seeds(name))}
         if base not in arms or len(arms) == 1:
             continue
-        trained = [run for arm in arms.values() for run in arm.runs.values()]
-        columns, rows = ["student", "differs in"], [[name, changes.get(name, "-")] for name in seeds]
-        for score in ("best", "test") if is_held_out(trained) else ("best",):
-            columns += [f"{score} top-1 %", f"{score} top-1 %: difference to {base}", "95 % interval"]
+        first = arms[base].first
+        columns = ["student", "differs in"]
+        rows = [[name, "-" if name == base else why_apart(first, arm.first)] for name, arm in arms.items()]
+        split = evaluated_on(arm.first for arm in arms.values())
+        for score, heading in {"best": f"best {split}", **({"test": "test"} if split != "test" else {})}.items():
+            columns += [f"{heading} top-1 %", f"{heading} top-1 %: difference to {base}", "95 % interval"]
             for row in rows:
-                cells = _cells(arms[row[0]], arms[base], score) if row[0] in arms else [NOT_RUN, "-", "-", "-"]
-                row += [cells[0], *cells[2:]]
-        note = f"A variant changes what is named, and nothing else of {base}; differences are paired by seed. "
+                cells = _cells(arms[row[0]], arms[base], score)
+                row += [cells[0], *(cells[2:] if first.is_comparable(arms[row[0]].first) else ["-", "-"])]
+        note = f"A variant differs from {base} in what is named, as both were trained; differences are paired by seed."
         if any(len(arm.runs) == 1 for arm in arms.values()):
-            note += "A single seed has no interval: the difference may be chance. "
-        tables.append(Table(f"Variants of {base}", columns, rows, note + conditions(trained)))
+            note += " A single seed has no interval: the difference may be chance."
+        note += missing([name for name in others if name not in arms], _distill(runs))
+        tables.append(Table(f"Variants of {base}", columns, rows, note))
     return tables
 
 
+def _distill(runs: FinishedRuns) -> str:
+    return f"pipeline distill --student {{}} --recipe {runs.recipe.name}"
+
+
 def others_table(runs: FinishedRuns) -> Table | None:
-    """Return the runs of data/runs that differ from the recipe, one row for all seeds of a setting; None without any.
+    """Return the runs of data/runs that differ from the recipe's, one row for all seeds of a setting; None without any.
 
     Each row is compared with the recipe's runs of the same model, by test accuracy at the best epoch.
     """
-    shown = [run for run in runs.others.values() if run not in runs.seeds(run.name)]
-    if not shown:
-        return None
-    columns = ["model", "differs in", "seeds", "epochs", "best top-1 %", "last top-1 %", "test top-1 %"]
-    columns += ["the recipe's test top-1 %", "difference"]
-    rows = []
-    for group in _grouped(sorted(shown, key=lambda run: run.seed), lambda run: (run.name, run.differs, run.basis)):
-        best, last, test = ([run.metrics[key]["top1"] for run in group] for key in ("best", "last", "test"))
-        reference = [run.metrics["test"]["top1"] for run in runs.seeds(group[0].name)]
-        differs = ", ".join(f"{key} {value}" for key, value in group[0].differs.items())
+    rows, recipes = [], {name: runs.seeds(name) for name in {run.name for run in runs.others.values()}}
+    first = {name: seeds[0] for name, seeds in recipes.items() if seeds}
+    shown = [run for run in runs.others.values() if run.name not in first or run.key() != first[run.name].key()]
+    for group in map(one_for_each_seed, pools(sorted(shown, key=lambda run: run.seed))):
+        run, reference = group[0], first.get(group[0].name)
+        best, last, test = ([one.metrics[key]["top1"] for one in group] for key in ("best", "last", "test"))
+        usual = [one.metrics["test"]["top1"] for one in recipes[run.name]]
+        change = fmean(test) - fmean(usual) if reference and reference.is_comparable(run) else None
         rows.append([
-            group[0].name,
-            differs or "settings that the recipe has changed since",
-            " ".join(str(run.seed) for run in group),
-            str(group[0].metrics["epochs"]),
+            run.name,
+            _differs(reference, run),
+            " ".join(str(one.seed) for one in group),
+            str(run.metrics["epochs"]),
             *map(spread, (best, last, test)),
-            spread(reference) if reference else NOT_RUN,
-            difference(fmean(test), fmean(reference)) if reference else "-",
+            spread(usual) if usual else NOT_RUN,
+            "-" if change is None else difference(change, 0.0),
         ])  # fmt: skip
-    note = "Compared by test accuracy at the best epoch. " + conditions(shown)
-    return Table(f"Other runs on {runs.recipe.name}", columns, rows, note, ("epochs", "last top-1 %", "best top-1 %"))
+    if not rows:
+        return None
+    split = evaluated_on(shown)
+    deciding = [f"best {split} top-1 %", f"last {split} top-1 %"]
+    columns = ["model", "differs in", "seeds", "epochs", *deciding, "test top-1 %"]
+    columns += ["the recipe's test top-1 %", "difference"]
+    note = "Seeds share a row where all else is equal. Compared by test accuracy at the best epoch."
+    return Table(f"Other runs on {runs.recipe.name}", columns, rows, note, ("epochs", *reversed(deciding)))
+
+
+def _differs(reference: FinishedRun | None, run: FinishedRun) -> str:
+    """Say in what a run differs from the recipe's, as both were trained; else what its command gave."""
+    if reference and reference.description and run.description:
+        return ", ".join(differences(reference.settings(), run.settings()))
+    given = ", ".join(f"{key} {value}" for key, value in run.differs.items())
+    return given if run.description else f"{given or 'unknown'} ({NOT_DESCRIBED})"

@@ -12,7 +12,7 @@ from pipeline.report import paper
 from pipeline.report.figures import Series, lines, smoothing
 from pipeline.report.page import Missing
 from pipeline.report.tables import Figure, Table, number, spread
-from stages.reports.conditions import LEFT_OUT, NOT_RUN, conditions
+from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.runs import FinishedRun, FinishedRuns
 
 SPLITS = {"test": "test", "val": "validation"}
@@ -48,10 +48,10 @@ class Curve:
 
 
 def figures(runs: FinishedRuns, *, with_figures: bool = True) -> list[Figure | Missing]:
-    """Draw Figure 4, Figure 5 and the one of Figures 6 to 8 that is on the recipe's data.
+    """Draw teachers, optimisers and students by epoch: Figure 4, Figure 5 and the one of Figures 6 to 8 on these data.
 
     Returns:
-        All three, also those that are missing; the last has no number where the paper lacks the recipe's data.
+        All three, also those that are missing; on data that the paper lacks they have no numbers.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -62,40 +62,31 @@ def figures(runs: FinishedRuns, *, with_figures: bool = True) -> list[Figure | M
     students = _curves(runs, runs.recipe.students, paper.STUDENTS.get(source, {}))
     winner, select = runs.winner or "The selected teacher", f"pipeline teacher-select --recipe {recipe}"
     sweep = f"{select} --optimizers {','.join(paper.OPTIMIZERS)}"
-    distill = f"pipeline distill --recipe {recipe} --student titn"
+    distill = f"pipeline distill --recipe {recipe} --student {next(iter(runs.recipe.students))}"
 
-    def draw(figure: str | None, what: str, kind: str, curves: Sequence[Curve], command: str) -> Figure | Missing:
+    def draw(number_: str, what: str, kind: str, curves: Sequence[Curve], command: str) -> Figure | Missing:
+        figure = number_ if source in paper.FIGURES else ""
         title = f"{figure}. {what}" if figure else what
         if not with_figures:
             return Missing(title, LEFT_OUT)
         if not curves:
             return Missing(title, NOT_RUN, command)
-        return _figure(figure.lower().replace(" ", "-") if figure else "students", title, kind, curves)
+        return _figure(figure.lower().replace(" ", "-") if figure else f"{kind}s", title, kind, curves)
 
     return [
         draw("Figure 4", f"Teachers on {recipe} by epoch", "teacher", teachers, select),
         draw("Figure 5", f"{winner} on {recipe} by optimiser", "optimiser", _optimizer_curves(runs), sweep),
-        draw(paper.FIGURES.get(source), f"Students on {recipe} by epoch", "student", students, distill),
+        draw(paper.FIGURES.get(source, ""), f"Students on {recipe} by epoch", "student", students, distill),
     ]
 
 
 def _optimizer_curves(runs: FinishedRuns) -> list[Curve]:
     """Return a curve for each optimiser and rate of the selected teacher; none unless several optimisers were run."""
-    if runs.winner is None:
-        return []
-    by_optimizer: dict[str, list[FinishedRun]] = {}
-    for run in [*runs.seeds(runs.winner), *runs.others.values()]:
-        is_sweep = "optimizer" in run.differs and set(run.differs) <= {"optimizer", "lr"}
-        if run.name == runs.winner and run.kind == "teacher" and (is_sweep or not run.differs):
-            same = by_optimizer.setdefault(f"{run.metrics['optimizer']}, lr {run.metrics['lr']:g}", [])
-            if run not in same and (not same or run.basis == same[0].basis):
-                same.append(run)
-    if not any("optimizer" in run.differs for same in by_optimizer.values() for run in same):
+    by_name = {f"{of[0].metrics['optimizer']}, lr {of[0].metrics['lr']:g}": of for of in runs.sweep()}
+    if len({of[0].metrics["optimizer"] for of in by_name.values()}) < 2:
         return []
     reported = paper.OPTIMIZERS if runs.recipe.dataset.source == "cifar100" else {}
-    return [
-        Curve(name, by_optimizer[name], reported.get(name.split(",")[0])) for name in sorted(by_optimizer, key=_rank)
-    ]
+    return [Curve(name, by_name[name], reported.get(name.split(",")[0])) for name in sorted(by_name, key=_rank)]
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -146,7 +137,7 @@ def _note(curves: Sequence[Curve], split: str, has_paper: bool) -> str:
         parts.append(f"bold: running mean of {' or '.join(map(str, sorted(widths)))} epochs")
     if has_paper:
         parts.append("dotted: the paper's highest test accuracies")
-    return f"{'; '.join(parts)}. {conditions(runs)}"
+    return f"{'; '.join(parts)}."
 
 
 def _data(title: str, curves: Sequence[Curve]) -> Table:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.system.storage import read_json
-from pipeline.training.checkpoints import read_meta
 from stages.shared.paths import Paths
-from stages.shared.runs import OUTPUTS, differences
-from stages.shared.trained import other_data
+from stages.shared.runs import OUTPUTS, describe_finished, differences
 
 Form = Mapping[str, Any]
+SHORT = 12  # hexadecimal digits of a SHA-256 that people are shown
+SWEPT = ("training.optimizer", "training.lr")
+"""The places in a description in which runs of Figure 5 differ."""
+SAME = ("dataset_sha256", "rules")
+"""The places in which even the runs of two models must be equal, or their scores say nothing of each other."""
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
 SCORES = {
@@ -35,7 +41,6 @@ ENVIRONMENT: Form = {
     "device": str, "seconds": NUMBER, "commit": (str, type(None)), "date": str, "versions": {"torch": str},
 }  # fmt: skip
 """What a report needs of metrics.json and run.json at least."""
-BUDGET = ("epochs", "batch_size", "optimizer", "lr", "num_train", "num_test", "parameters")
 
 
 def misfit(content: object, form: Form) -> str | None:
@@ -67,11 +72,13 @@ class FinishedRun:
         directory: Where its outputs lie.
         metrics: Its metrics.json, see stages.shared.fitting.
         environment: Its run.json: device, versions, commit, date, seconds.
+        meta: Its best.json, the checkpoint's JSON; None where it has none. The weights may be elsewhere.
     """
 
     directory: Path
     metrics: Mapping[str, Any]
     environment: Mapping[str, Any]
+    meta: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, directory: Path) -> FinishedRun | None:
@@ -90,7 +97,11 @@ class FinishedRun:
                 wrong = inner and f"teacher: {inner}"
             if wrong is not None:
                 raise DataError(f"{directory / file}: {wrong}; train the model again")
-        return cls(directory, metrics, environment)
+        checkpoint = directory / "best.json"
+        meta = read_json(checkpoint) if checkpoint.is_file() else None
+        if meta is not None and misfit(meta, {"sha256": str}):
+            raise DataError(f"{checkpoint}: names no SHA-256; train the model again")
+        return cls(directory, metrics, environment, meta)
 
     @property
     def name(self) -> str:
@@ -109,13 +120,40 @@ class FinishedRun:
 
     @property
     def differs(self) -> dict[str, str]:
-        """What differs from the recipe but for the seed, as key and value."""
-        return dict(self.metrics.get("differs", {}))
+        """What differed from params.yaml when it was trained, but for the seed, as the command gave it."""
+        return dict(self.metrics["differs"])
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """Everything that decided its result, see stages.shared.runs.describe_finished; None where it is not known."""
+        return describe_finished(self.meta, self.metrics)
+
+    def settings(self, *but: str) -> dict[str, Any]:
+        """Return its description without the seed and without other parts; without a description, nothing.
+
+        Args:
+            but: Places in the description, as `inputs.views.count`.
+        """
+        return {} if self.description is None else _without(self.description, ("seed", *but))
+
+    def key(self, *but: str) -> str:
+        """Return a text that is equal for runs of the same name that differ in the seed and in `but` at most.
+
+        A run without a description is equal to itself alone.
+        """
+        settings = self.settings(*but)
+        return f"{self.name} {json.dumps(settings, sort_keys=True)}" if settings else str(self.directory)
+
+    def is_comparable(self, other: FinishedRun) -> bool:
+        """Whether both runs' scores are of the same images and by the same rules, so that they may be subtracted."""
+        first, second = self.description, other.description
+        return first is not None and second is not None and all(first[key] == second[key] for key in SAME)
 
     @property
     def labels(self) -> str:
-        """`none`, `cached` or `online`; a teacher counts as `cached`."""
-        return self.differs.get("labels", "cached")
+        """`none` where it does not learn from a teacher, else `cached` or `online`; of teachers `none`."""
+        description = self.description or {"inputs": {}}
+        return str(description["inputs"].get("labels", "none"))
 
     @property
     def views(self) -> int | None:
@@ -133,39 +171,18 @@ class FinishedRun:
         return (teacher["test_top1"], "test") if on_test else (teacher["top1"], str(self.metrics["evaluated_on"]))
 
     @property
-    def budget(self) -> tuple[Any, ...]:
-        """What must be equal in runs that are compared, whatever they learn from."""
-        return tuple(self.metrics[key] for key in BUDGET)
-
-    @property
-    def lesson(self) -> tuple[Any, ...] | None:
-        """What a student learns from its teacher: temperature, weighting, whose labels; None without one."""
-        if not self.metrics["distilled"]:
-            return None
-        return (self.metrics["soft"], self.metrics.get("confidence"), (self.metrics["teacher"] or {}).get("sha256"))
-
-    @property
-    def basis(self) -> tuple[Any, ...]:
-        """What must be equal in runs of the same model and settings that differ by their seeds alone."""
-        same = [self.metrics.get(key) for key in ("views", "soft", "confidence", "distilled")]
-        teacher = self.metrics.get("teacher")
-        return (*self.budget, *same, teacher["sha256"] if teacher else None)
+    def sha256(self) -> str | None:
+        """SHA-256 of its best weights; None where its checkpoint is missing."""
+        return str(self.meta["sha256"]) if self.meta else None
 
     @property
     def initial_weights(self) -> str | None:
-        """The weights before its training, as `random weights`; None where its checkpoint does not say.
-
-        Raises:
-            DataError: Its checkpoint's JSON is damaged.
-        """
-        return _initial_weights(read_meta(self.directory), self.kind)
-
-    @property
-    def teacher_weights(self) -> str | None:
-        """Its teacher's weights before training; None without the teacher's checkpoint."""
-        teacher = self.metrics["teacher"]
-        meta = read_meta(Paths(str(self.metrics["recipe"])).teacher(teacher["name"])) if teacher else None
-        return _initial_weights(meta, "teacher") if meta and meta["sha256"] == teacher["sha256"] else None
+        """The weights before its training, as `random weights`; None where its checkpoint does not say."""
+        training = self.meta.get("training") if self.meta else None
+        if not isinstance(training, dict):
+            return None
+        weights = str(training.get("weights", "none")) if self.kind == "teacher" else "none"
+        return {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, f"the weights {weights}")
 
     def curve(self) -> list[dict[str, float | None]]:
         """Read one row an epoch: epoch (from 1), lr, train_loss and the fields of pipeline.training.metrics.Scores.
@@ -203,9 +220,41 @@ class FinishedRun:
         return rows
 
 
+def _without(tree: Mapping[str, Any], places: Iterable[str]) -> dict[str, Any]:
+    """Return a tree of JSON values without some of its parts."""
+    here = {place for place in places if "." not in place}
+    kept = {key: value for key, value in tree.items() if key not in here}
+    for place in places:
+        key, _, rest = place.partition(".")
+        if rest and isinstance(kept.get(key), Mapping):
+            kept[key] = _without(kept[key], (rest,))
+    return kept
+
+
+def pools(runs: Iterable[FinishedRun], *but: str) -> list[list[FinishedRun]]:
+    """Group runs that are equal in everything but the seed and `but`, in the order in which they first appear.
+
+    Args:
+        runs: Runs.
+        but: See `FinishedRun.key`.
+    """
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.key(*but), []).append(run)
+    return list(groups.values())
+
+
+def one_for_each_seed(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """Return runs by ascending seed; of several with the same seed, which are the same run, the first."""
+    by_seed: dict[int, FinishedRun] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, run)
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
 @dataclass(frozen=True)
 class FinishedRuns:
-    """Everything of a recipe that has been run.
+    """Everything of a recipe that has been run, on the same data.
 
     Attributes:
         recipe: The recipe.
@@ -214,7 +263,8 @@ class FinishedRuns:
         students: The runs that follow the recipe, with seed 0, in its order.
         others: Runs that differ from the recipe or have another seed, by their directories' names.
         winner: The selected teacher's name; None before `select`.
-        left_out: Finished runs that were trained on other data than are prepared now: directory to which data.
+        left_out: Finished runs on other data than are prepared now, which are in none of the above: directory to which
+            data. Where nothing is prepared, the data of most runs count.
     """
 
     recipe: Recipe
@@ -234,52 +284,101 @@ class FinishedRuns:
         """
         runs = paths.run("")
         others = sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+        finished = [
+            _finished({name: paths.teacher(name) for name in recipe.teachers}),
+            _finished({name: paths.student(name) for name in recipe.students}),
+            _finished({path.name: path for path in others}),
+        ]
+        every = [run for group in finished for run in group.values()]
+        data, these = _data(paths, every)
         left_out: dict[str, str] = {}
+        for run in every:
+            trained, of = _data_of(run), printable(str(run.metrics["recipe"]))
+            if trained is not None and trained != data:
+                which = f"recipe {of}, SHA-256 {printable(trained[:SHORT])}"
+                left_out[str(run.directory)] = f"trained on other data ({which}) than {these}"
+        kept = [{name: run for name, run in group.items() if str(run.directory) not in left_out} for group in finished]
+        return cls(recipe, paths, kept[0], kept[1], kept[2], _winner(paths.selection), left_out)
 
-        def finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
-            found = {name: FinishedRun.read(path) for name, path in directories.items()}
-            for run in filter(None, found.values()):
-                meta = read_meta(run.directory)  # None where the weights were left elsewhere
-                if meta is not None and (difference := other_data(meta, paths)) is not None:
-                    left_out[str(run.directory)] = difference
-            return {name: run for name, run in found.items() if run and str(run.directory) not in left_out}
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the data have; None where no run says."""
+        finished = [*self.teachers.values(), *self.students.values(), *self.others.values()]
+        described = [run.description["arguments"].get("num_classes") for run in finished if run.description]
+        return next((count for count in described if isinstance(count, int)), None)
 
-        return cls(
-            recipe=recipe,
-            paths=paths,
-            teachers=finished({name: paths.teacher(name) for name in recipe.teachers}),
-            students=finished({name: paths.student(name) for name in recipe.students}),
-            others=finished({path.name: path for path in others}),
-            winner=_winner(paths.selection),
-            left_out=left_out,
-        )
+    def reference(self, name: str) -> FinishedRun | None:
+        """Return the recipe's run of a teacher or student; without one, its first run with another seed."""
+        others = [run for run in self.others.values() if run.name == name and not run.differs]
+        first = min(others, key=lambda run: run.seed, default=None)
+        return self.teachers.get(name) or self.students.get(name) or first
 
     def seeds(self, name: str) -> list[FinishedRun]:
-        """Return the runs of a teacher or student under the recipe, by ascending seed.
+        """Return the recipe's runs of a teacher or student, by ascending seed: all that equal `reference`."""
+        reference = self.reference(name)
+        if reference is None:
+            return []
+        equal = [run for run in self.others.values() if run.key() == reference.key()]
+        return one_for_each_seed([reference, *equal])
 
-        A run with another `basis` than the recipe's first run is left out.
+    def sweep(self) -> list[list[FinishedRun]]:
+        """Return the selected teacher's runs by optimiser and learning rate, in which alone they differ, its own first.
+
+        Each list has a run for each seed. Empty before `select`.
         """
-        seed_0 = self.teachers.get(name) or self.students.get(name)
-        others = [run for run in self.others.values() if run.name == name and not run.differs]
-        runs = sorted([*([seed_0] if seed_0 else []), *others], key=lambda run: run.seed)
-        return [run for run in runs if run.basis == runs[0].basis]
+        selected = self.seeds(self.winner or "")
+        if not selected:
+            return []
+        alike = selected[0].key(*SWEPT)
+        others = [run for run in self.others.values() if run.key(*SWEPT) == alike]
+        return [one_for_each_seed(group) for group in pools([*selected, *others])]
+
+    def apart(self, name: str) -> list[FinishedRun]:
+        """Return the runs of a name that follow params.yaml but for the seed, or did, and are none of `seeds`."""
+        seeds = self.seeds(name)
+        return [run for run in self.others.values() if run.name == name and not run.differs and run not in seeds]
+
+    def teacher_of(self, run: FinishedRun) -> FinishedRun | None:
+        """Return the teacher whose labels a run has, by its SHA-256; None where another has taken its place."""
+        teacher = run.metrics["teacher"]
+        found = self.teachers.get(str(teacher["name"])) if teacher else None
+        return found if found is not None and found.sha256 == teacher["sha256"] else None
+
+    @property
+    def best_student(self) -> FinishedRun | None:
+        """The student with the highest top-1 on the split that decides, over its seeds; the first of equals."""
+
+        def score(run: FinishedRun) -> float:
+            return fmean(float(one.metrics["best"]["top1"]) for one in self.seeds(run.name))
+
+        return max(self.students.values(), key=score, default=None)
+
+    def teacher_beside(self, student: FinishedRun | None) -> FinishedRun | None:
+        """Return the teacher that a student learned from; where it did not, and without one, the selected teacher."""
+        if student is not None and student.metrics["distilled"]:
+            return self.teacher_of(student)
+        return self.teachers.get(self.winner or "")
 
     def outdated(self, run: FinishedRun) -> list[str]:
         """Say which settings of a run that follows the recipe have since changed in params.yaml."""
         now = self.recipe.teachers.get(run.name) if run.kind == "teacher" else self.recipe.students.get(run.name)
-        meta = read_meta(run.directory)
-        if now is None or meta is None or not isinstance(meta.get("training"), dict):
+        if now is None or run.meta is None or not isinstance(run.meta.get("training"), dict):
             return []
-        return differences(meta, {"training": deciding_values(now)})
+        return differences(run.meta, {"training": deciding_values(now)})
 
 
-def _initial_weights(meta: Mapping[str, Any] | None, kind: str) -> str | None:
-    """Read from a checkpoint's JSON the weights before its training."""
-    training = meta.get("training") if meta else None
-    if not isinstance(training, dict):
-        return None
-    weights = training.get("weights", "none") if kind == "teacher" else "none"
-    return {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, f"the weights {weights}")
+def _data_of(run: FinishedRun) -> str | None:
+    """Return the SHA-256 of a run's data; None where it is not known."""
+    return str(run.description["dataset_sha256"]) if run.description else None
+
+
+def _data(paths: Paths, runs: Iterable[FinishedRun]) -> tuple[str | None, str]:
+    """Return the SHA-256 of the prepared data, and their name; where there are none, of the data of most runs."""
+    summary: Any = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
+    if misfit(summary, {"sha256": str}) is None:
+        return summary["sha256"], f"{paths.dataset} (SHA-256 {printable(summary['sha256'][:SHORT])})"
+    known = Counter(data for run in runs if (data := _data_of(run)) is not None)
+    return known.most_common(1)[0][0] if known else None, "most runs of this recipe"
 
 
 def _winner(path: Path) -> str | None:
@@ -289,3 +388,8 @@ def _winner(path: Path) -> str | None:
     if wrong is not None:
         raise DataError(f"{path}: {wrong}; run `pipeline select`")
     return None if selection is None else str(selection["winner"])
+
+
+def _finished(directories: Mapping[str, Path]) -> dict[str, FinishedRun]:
+    runs = {name: FinishedRun.read(path) for name, path in directories.items()}
+    return {name: run for name, run in runs.items() if run is not None}

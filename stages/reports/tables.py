@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
-from pipeline.config.recipes import Recipe, StudentRecipe
+from pipeline.config.recipes import Recipe
 from pipeline.report import paper
 from pipeline.report.tables import Table, difference, number, spread
 from stages.distill import student_recipe
-from stages.reports.conditions import NOT_RUN, conditions, evaluated_on, is_held_out, missing, outdated, protocol
+from stages.reports.conditions import (
+    MIXINGS,
+    NOT_RUN,
+    conditions,
+    device_of,
+    evaluated_on,
+    is_held_out,
+    left_out,
+    missing,
+    outdated,
+    protocol,
+)  # fmt: skip
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
 from stages.shared.runs import student_arguments
@@ -89,28 +101,37 @@ def _score_table(title: str, heading: str, models: Sequence[Model], columns: Seq
     return Table(title, headings, [model.cells(columns) for model in models], note, optional)
 
 
-def settings_table(recipe: Recipe) -> Table:
-    """Return Table 1 of a recipe's students, with their parameters at the paper's 100 classes."""
+def settings_table(recipe: Recipe, num_classes: int | None) -> Table:
+    """Return Table 1 of a recipe's students, with their parameters.
+
+    Args:
+        recipe: The recipe.
+        num_classes: Of its data; None where it is not known. Beside the paper's figures its 100 classes count.
+    """
+    is_papers = recipe.dataset.source in paper.TABLES
+    classes = NUM_CLASSES if is_papers else num_classes
     columns = ["student", "image size", "patch dimension", "pixel dimension", "patch size", "pixel size", "depth"]
-    columns += ["parameters, M", "paper: Table 1", "Table 1: difference", "paper: Table 3", "Table 3: difference"]
-    rows = [_settings_row(recipe, name, student_recipe(recipe, name, {})) for name in recipe.students]
-    note = f"Sizes in pixels; where the paper's setting differs, it follows in brackets. Parameters at {NUM_CLASSES} "
-    note += "classes, as the paper counts them. Its Tables 1 and 3 disagree on ViT and DeiT; ours follow Table 3."
+    columns += ["parameters, M"]
+    note = f"Sizes in pixels. Parameters at {classes} classes." if classes else "Sizes in pixels."
+    title = "Settings and parameters of the students"
+    if is_papers:
+        columns += ["paper: Table 1", "Table 1: difference", "paper: Table 3", "Table 3: difference"]
+        title = f"Table 1. {title}"
+        note = f"Sizes in pixels; where the paper's setting differs, it follows in brackets. Parameters at {classes} "
+        note += "classes, as the paper counts them. Its Tables 1 and 3 disagree on ViT and DeiT; ours follow Table 3."
+    rows = [_settings_row(recipe, name, classes, is_papers=is_papers) for name in recipe.students]
     optional = ("image size", "depth", "Table 1: difference", "paper: Table 1", "pixel size", "pixel dimension")
-    return Table("Table 1. Settings and parameters of the students", columns, rows, note, optional)
+    return Table(title, columns, rows, note, optional)
 
 
-def _settings_row(recipe: Recipe, name: str, student: StudentRecipe) -> list[str]:
+def _settings_row(recipe: Recipe, name: str, num_classes: int | None, *, is_papers: bool) -> list[str]:
     import torch
 
     from pipeline.models.counting import num_parameters
     from pipeline.models.students import STUDENTS, build_student
 
-    image_size = recipe.dataset.image_size
-    arguments = student_arguments(student, num_classes=NUM_CLASSES, image_size=image_size)
-    with torch.device("meta"):
-        count = num_parameters(build_student(student.model, **arguments)) / 1e6
-    reported = paper.SETTINGS.get(name)
+    student, image_size = student_recipe(recipe, name, {}), recipe.dataset.image_size
+    reported = paper.SETTINGS.get(name) if is_papers else None
     cells = [name]
     for key in SETTINGS:
         ours, theirs = image_size if key == "image_size" else getattr(student, key), getattr(reported, key, None)
@@ -118,10 +139,43 @@ def _settings_row(recipe: Recipe, name: str, student: StudentRecipe) -> list[str
             cells.append("-")
         else:
             cells.append(str(ours) if theirs in (None, ours) else f"{ours} ({theirs})")
+    if num_classes is None:
+        return [*cells, "-"]
+    arguments = student_arguments(student, num_classes=num_classes, image_size=image_size)
+    with torch.device("meta"):
+        count = num_parameters(build_student(student.model, **arguments)) / 1e6
+    if not is_papers:
+        return [*cells, number(count)]
     table1 = reported.parameters if reported else None
     table3 = paper.COSTS[name].parameters if name in paper.COSTS else None
     counts = [cell for value in (table1, table3) for cell in (number(value), difference(count, value))]
     return [*cells, number(count), *counts]
+
+
+def runs_table(runs: Sequence[FinishedRun]) -> Table:
+    """Return how each run was trained: what `conditions` says of all of them, run by run."""
+    columns = ["run", "seed", "epochs", "batch", "optimiser", "lr", "views", "teacher", "precision", "rules", "seconds"]
+    columns += ["device", "commit", "date"]
+    rows = []
+    for run in runs:
+        metrics, where = run.metrics, run.environment
+        trained = [str(metrics[key]) for key in ("seed", "epochs", "batch_size", "optimizer")]
+        learned = metrics["teacher"]["name"] if metrics["distilled"] and metrics["teacher"] else "-"
+        rows.append([
+            ", ".join([run.name, *(f"{key} {value}" for key, value in run.differs.items())]),
+            *trained,
+            f"{metrics['lr']:g}",
+            "-" if metrics["views"] is None else str(metrics["views"]),
+            learned,
+            metrics["precision"],
+            str(metrics.get("rules", 1)),
+            f"{where['seconds']:.0f}",
+            device_of(where),
+            where["commit"] or "unknown",
+            where["date"][:10],
+        ])  # fmt: skip
+    optional = ("commit", "date", "device", "rules", "views", "optimiser")
+    return Table("The runs as they were trained", columns, rows, optional=optional)
 
 
 def teachers_table(recipe: Recipe, teachers: Mapping[str, Sequence[FinishedRun]], winner: str | None) -> Table:
@@ -133,31 +187,51 @@ def teachers_table(recipe: Recipe, teachers: Mapping[str, Sequence[FinishedRun]]
         winner: The selected teacher; None before `select`.
     """
     trained = [run for runs in teachers.values() for run in runs]
-    reported = paper.TEACHERS.get(recipe.dataset.source, {})
-    columns = [*_accuracy(trained, reported), *_averages({}), *_costs({})]  # Table 3 has the paper's
+    source = recipe.dataset.source
+    reported = paper.TEACHERS.get(source, {})
+    columns = [*_accuracy(trained, reported), *_averages({}), *_costs(source)]
     models = []
     for name, runs in teachers.items():
         at_chance = any(run.metrics["at_chance"] for run in runs)
         models.append(Model(name, runs, " (selected)" if name == winner else " (at chance)" if at_chance else ""))
-    note = conditions(trained) + protocol(recipe.dataset.source) if trained else "No teacher has been run."
+    note = protocol(source) if trained else "No teacher has been run."
     absent = [name for name, runs in teachers.items() if not runs]
     note += missing(absent, f"pipeline teacher {{}} --recipe {recipe.name}")
-    return _score_table(f"Table 2. Teachers on {recipe.name}", "teacher", models, columns, note)
+    title = numbered("Table 2", f"Teachers on {recipe.name}", source)
+    return _score_table(title, "teacher", models, columns, note.strip())
 
 
 def candidates_table(context: Context, comparison: Mapping[str, Any], outs: Mapping[str, Path] | None = None) -> Table:
     """Return Table 2 of the candidates that `select` has compared; `outs` is as there."""
     names = [candidate["name"] for candidate in comparison["candidates"]]
     runs = {name: FinishedRun.read((outs or {}).get(name, context.paths.teacher(name))) for name in names}
-    return teachers_table(
-        context.recipe, {name: [run] if run else [] for name, run in runs.items()}, comparison["winner"]
+    by_name = {name: [run] if run else [] for name, run in runs.items()}
+    return with_conditions(
+        teachers_table(context.recipe, by_name, comparison["winner"]), [run for run in runs.values() if run]
     )
+
+
+def with_conditions(table: Table, runs: Sequence[FinishedRun]) -> Table:
+    """Return a table that stands alone, with the conditions of its runs in its note; a report has these once."""
+    return replace(table, note=f"{table.note} {conditions(runs)}".strip()) if runs else table
+
+
+def numbered(number_: str, title: str, source: str) -> str:
+    """Put the paper's number before a title, where the paper has these data."""
+    return f"{number_}. {title}" if source in paper.TABLES else title
 
 
 def all_teachers(runs: FinishedRuns) -> Table:
     """Return Table 2 of every teacher that the recipe has."""
     table = teachers_table(runs.recipe, {name: runs.seeds(name) for name in runs.recipe.teachers}, runs.winner)
-    return replace(table, note=table.note + outdated(runs, runs.teachers))
+    return replace(
+        table, note=(table.note + outdated(runs, runs.teachers) + _apart(runs, runs.recipe.teachers)).strip()
+    )
+
+
+def _apart(runs: FinishedRuns, names: Iterable[str]) -> str:
+    """Say which seeds of the recipe's models are not counted with the others, and why."""
+    return "".join(left_out(runs.reference(name), runs.apart(name)) for name in names)
 
 
 def students_tables(runs: FinishedRuns) -> list[Table]:
@@ -167,26 +241,26 @@ def students_tables(runs: FinishedRuns) -> list[Table]:
     trained = [run for model in models for run in model.runs]
     reported = {**paper.TEACHERS.get(source, {}), **paper.STUDENTS.get(source, {})}
     absent = [name for name in recipe.students if not runs.seeds(name)]
-    note = conditions(trained) + protocol(source) if trained else "Nothing has been run."
-    note += outdated(runs, [model.name for model in models])
+    note = protocol(source) if trained else "Nothing has been run."
+    note += outdated(runs, [model.name for model in models]) + _apart(runs, recipe.students)
     note += missing(absent, f"pipeline distill --student {{}} --recipe {recipe.name}")
-    title = paper.TABLES.get(source, "Table 3")  # data that the paper lacks get the form of Table 3
+    table = paper.TABLES.get(source, "")
     scores = [*_accuracy(trained, reported), *_averages(reported)]
     heads = [
         Column("class head %", _score("class_top1")),
         Column("distillation head %", _score("distillation_top1")),
         Column("agreement with the teacher %", _score("agreement")),
     ]
+    costs = _costs(source, paper.COSTS if source == "cifar100" else {})
+    more = "Heads and agreement on test, at the best epoch."
+    more += (f" {GMACS}" if table else "") + (IMAGENETS_HEAD if source == "cifar100" else "")
+    titles = [
+        numbered(table, f"Teacher and students on {recipe.name}", source),
+        numbered(f"{table}, continued", f"Heads, agreement and costs on {recipe.name}", source),
+    ]
     return [
-        _score_table(f"{title}. Teacher and students on {recipe.name}", "model", models, scores, note),
-        _score_table(
-            f"{title}, continued. Heads, agreement and costs on {recipe.name}",
-            "model",
-            models,
-            [*heads, *_costs(paper.COSTS if source == "cifar100" else {})],
-            f"Under the conditions of {title}; heads and agreement on test, at the best epoch. {GMACS}"
-            + (IMAGENETS_HEAD if source == "cifar100" else ""),
-        ),
+        _score_table(titles[0], "model", models, scores, note.strip()),
+        _score_table(titles[1], "model", models, [*heads, *costs], more),
     ]
 
 
@@ -225,13 +299,14 @@ def _score(key: str, epoch: str = "test") -> Callable[[Mapping[str, Any]], float
     return lambda metrics: metrics[epoch][key]
 
 
-def _costs(given: Mapping[str, paper.Costs]) -> list[Column]:
-    """Return parameters, the paper's GMACs and true FLOPs; the paper gives its own for 100 classes alone."""
+def _costs(source: str, given: Mapping[str, paper.Costs] = MappingProxyType({})) -> list[Column]:
+    """Return parameters and FLOPs, on the paper's data also its GMACs; it gives its own for 100 classes alone."""
     gmacs = {name: costs.gmacs_1024 for name, costs in given.items()}
     parameters = {name: costs.parameters for name, costs in given.items()}
+    papers = Column("paper GMACs, batch 1024", lambda run: run["paper_gmacs_1024"], gmacs, optional=True, varies=False)
     return [
         Column("parameters, M", lambda run: run["parameters"] / 1e6, parameters, optional=True, varies=False),
-        Column("paper GMACs, batch 1024", lambda run: run["paper_gmacs_1024"], gmacs, optional=True, varies=False),
+        *([papers] if source in paper.TABLES else []),
         Column("GFLOPs of one image", lambda run: run["flops_per_image"] / 1e9, None, 3, optional=True, varies=False),
     ]
 
@@ -243,55 +318,68 @@ def _reported(rows: Mapping[str, paper.Reported], key: str) -> dict[str, float]:
 
 
 def drops_table(runs: FinishedRuns) -> Table:
-    """Return Table 6, accuracy lost from teacher to student: ours with a distillation head, then the paper's."""
+    """Return accuracy lost from teacher to student; on the paper's data its Table 6: ours, then the paper's."""
     from pipeline.models.students import STUDENTS
 
-    recipe = runs.recipe
+    recipe, source = runs.recipe, runs.recipe.dataset.source
+    is_papers = source in paper.TABLES
     models = {name: student_recipe(recipe, name, {}).model for name in recipe.students}
     distilled = [name for name, model in models.items() if STUDENTS[model].has_distillation_head]
-    rows = [_drop(runs, name) for name in distilled]
-    rows += [_published_drop(transfer) for transfer in reversed(paper.TRANSFERS)]
-    columns = ["teacher", "student", "approach", "teacher top-1 %", "student top-1 %", "change", "paper: change"]
-    columns += ["change: difference", "teacher's FLOPs, G", "teacher's parameters, M", "student's parameters, M"]
-    trained = [run for name in distilled for run in runs.seeds(name)]
-    note = f"Our rows: {recipe.name}, test accuracy at the best epoch; the teacher's FLOPs as the paper counts its: "
-    note += "10^9 multiply-accumulates of a batch of 1024. "
-    note += conditions(trained) if trained else "No distilled student has been run."
-    note += " The paper's change is computed from its Tables 3 to 5 in our rows, and as printed in its rows, where "
-    note += "those of ResNet56 and DeiT are not the differences of the printed accuracies. Table 4 gives the paper's "
-    note += "TITN 92.03 %, Table 6 92.05 %."
+    columns = ["teacher", "student", "approach", "teacher top-1 %", "student top-1 %", "change"]
+    columns += ["paper: change", "change: difference"] if is_papers else []
+    columns += ["teacher's FLOPs, G", "teacher's parameters, M", "student's parameters, M"]
+    rows = [_drop(runs, name, is_papers=is_papers) for name in distilled]
+    note = f"{'Our rows: ' if is_papers else ''}{recipe.name}, test accuracy at the best epoch"
+    if is_papers:
+        rows += [_published_drop(transfer) for transfer in reversed(paper.TRANSFERS)]
+        note += "; the teacher's FLOPs as the paper counts its: 10^9 multiply-accumulates of a batch of 1024. "
+        note += "The paper's change is computed from its Tables 3 to 5 in our rows, and as printed in its rows, where "
+        note += "those of ResNet56 and DeiT are not the differences of the printed accuracies. Table 4 gives the "
+        note += "paper's TITN 92.03 %, Table 6 92.05 %."
+    else:
+        note += "; the teacher's FLOPs are of one image."
+    if not any(run.metrics["distilled"] for name in distilled for run in runs.seeds(name)):
+        note += " No distilled student has been run."
     optional = ("teacher's FLOPs, G", "student's parameters, M", "teacher's parameters, M", "approach")
-    return Table(f"Table 6. Accuracy lost from teacher to student, {recipe.name}", columns, rows, note, optional)
+    title = numbered("Table 6", f"Accuracy lost from teacher to student, {recipe.name}", source)
+    return Table(title, columns, rows, note, optional)
 
 
-def _drop(runs: FinishedRuns, name: str) -> list[str]:
+def _drop(runs: FinishedRuns, name: str, *, is_papers: bool) -> list[str]:
     """Return the row of one of our students."""
     source, seeds = runs.recipe.dataset.source, [run for run in runs.seeds(name) if run.metrics["distilled"]]
     teachers, students = paper.TEACHERS.get(source, {}), paper.STUDENTS.get(source, {})
     reported = students[name].top1 - teachers[paper.TEACHER].top1 if name in students else None
-    approach = f"cached labels, {runs.recipe.views[runs.recipe.students[name].views].mixing}"
     if not seeds:
-        return [runs.winner or "-", name, approach, NOT_RUN, NOT_RUN, NOT_RUN, number(reported), "-", "-", "-", "-"]
-    teacher, known = dict(seeds[0].metrics["teacher"]), seeds[0].teacher_top1
-    before = known[0] if known and known[1] == "test" else None  # else it was measured on val alone
-    if teacher["name"] in runs.teachers:  # else its costs are unknown
-        teacher = dict(runs.teachers[teacher["name"]].metrics)
-        before = teacher["test"]["top1"]
+        papers = [number(reported), "-"] if is_papers else []
+        return [runs.winner or "-", name, "-", NOT_RUN, NOT_RUN, NOT_RUN, *papers, "-", "-", "-"]
+    recorded = seeds[0].metrics["teacher"]
+    teacher = {**recorded, "top1": recorded.get("test_top1")}
+    if found := runs.teacher_of(seeds[0]):  # else its costs and its accuracy on test are unknown
+        teacher = {**found.metrics, "top1": found.metrics["test"]["top1"]}
     top1 = [run.metrics["test"]["top1"] for run in seeds]
-    change = None if before is None else fmean(top1) - before
+    is_comparable = teacher["top1"] is not None and (found is None or found.is_comparable(seeds[0]))
+    change = fmean(top1) - teacher["top1"] if is_comparable else None
+    flops = teacher["flops_per_image"] / 1e9 if "flops_per_image" in teacher else None
     return [
         teacher["name"],
         name,
-        approach,
-        number(before),
+        _approach(seeds[0]),
+        number(teacher["top1"]),
         spread(top1),
         "-" if change is None else f"{change:+.2f}",
-        number(reported),
-        "-" if change is None else difference(change, reported),
-        number(teacher.get("paper_gmacs_1024")),
+        *([number(reported), "-" if change is None else difference(change, reported)] if is_papers else []),
+        number(teacher.get("paper_gmacs_1024")) if is_papers else number(flops, 3),
         number(teacher["parameters"] / 1e6) if "parameters" in teacher else "-",
         number(seeds[0].metrics["parameters"] / 1e6),
     ]
+
+
+def _approach(run: FinishedRun) -> str:
+    """Say where the labels of a run came from, and how its images were mixed."""
+    views = run.settings().get("inputs", {}).get("views")
+    mixing = views.get("mixing") if isinstance(views, Mapping) else None
+    return f"{run.labels} labels, {MIXINGS.get(str(mixing), mixing)}" if mixing else "-"
 
 
 def _published_drop(row: paper.Transfer) -> list[str]:
@@ -330,25 +418,22 @@ def optimizers_table(
             papers = [number(value), difference(test["top1"], value)]
             rest = [number(last["top1"]), number(test["top5"]), f"{best['epoch']} of {outcome.metrics['epochs']}"]
         rows.append([optimizer, *cells, *(papers if reported else []), *rest])
-    note = f"{conditions(trained)} " if trained else ""
-    note += "The paper's teacher is VGG16_bn; it gives no figure for Adam."
-    return Table(f"Figure 5 in figures. {winner} by optimiser, {recipe.name}", columns, rows, note, ("top-5 %",))
+    note = "The paper's teacher is VGG16_bn; it gives no figure for Adam." if reported else ""
+    title = numbered("Figure 5 in figures", f"{winner} by optimiser, {recipe.name}", recipe.dataset.source)
+    return Table(title, columns, rows, note, ("top-5 %",))
 
 
 def optimizer_runs(runs: FinishedRuns) -> dict[str, FinishedRun | str]:
     """Return the selected teacher's runs by optimiser, the paper's optimisers whether they were run or not.
 
-    Of an optimiser's several rates the one with the best epoch counts.
+    Of an optimiser's several rates the one with the best epoch counts, and of its seeds that of the selected teacher.
     """
-    selected = runs.teachers.get(runs.winner or "")
     outcomes: dict[str, FinishedRun | str] = {name: NOT_RUN for name in paper.OPTIMIZERS}
+    selected = runs.teachers.get(runs.winner or "")
     if selected is None:
         return outcomes
-    for run in runs.others.values():
-        optimizer = run.differs.get("optimizer")
-        is_sweep = run.name == selected.name and set(run.differs) <= {"optimizer", "lr"} and run.seed == selected.seed
-        if optimizer and is_sweep:
-            former = outcomes.get(optimizer)
-            if not isinstance(former, FinishedRun) or former.metrics["best"]["top1"] < run.metrics["best"]["top1"]:
-                outcomes[optimizer] = run
+    for run in (run for rate in runs.sweep() for run in rate if run.seed == selected.seed):
+        former = outcomes.get(run.metrics["optimizer"])
+        if not isinstance(former, FinishedRun) or former.metrics["best"]["top1"] < run.metrics["best"]["top1"]:
+            outcomes[run.metrics["optimizer"]] = run
     return outcomes | {selected.metrics["optimizer"]: selected}

@@ -21,6 +21,7 @@ from pipeline.views import operations
 from pipeline.views.augment import SUB_POLICY
 from pipeline.views.scores import EVERYTHING, OperationMeter, OperationScores, wilson_interval
 from pipeline.views.views import Views
+from stages.reports.conditions import MIXINGS
 from stages.reports.runs import FinishedRuns
 from stages.shared.context import Context
 from stages.shared.fitting import make_views
@@ -66,7 +67,7 @@ class Labelled:
     @property
     def note(self) -> str:
         """Whose labels of which views these are."""
-        mixing = {"none": "no mixing", "cutmix": "CutMix", "mixup": "MixUp"}[self.views.recipe.mixing]
+        mixing = MIXINGS[self.views.recipe.mixing]
         precision = self.cache.provenance["precision"]
         return f"Views {self.name} ({mixing}); labels of {self.teacher}, {precision}, from the label cache"
 

@@ -32,10 +32,15 @@ RULES = 2
 NOT_TRAINED = "not trained"
 MAX_NAMED = 3
 # Said in place of values that tell people nothing.
-_PHRASES = {"dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights"}
+_PHRASES = {
+    "dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights",
+    "rules": "judged by other rules",
+}  # fmt: skip
 # Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 
+LESSON = ("labels", "teacher", "topk", "confidence")
+"""Keys of `Run.inputs` that decide nothing where a student does not learn from its teacher."""
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
 OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
 
@@ -213,6 +218,39 @@ def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str |
     return ", ".join(named[:MAX_NAMED]) + more if named else "trained under other settings, or by another version"
 
 
+def describe_finished(meta: object, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return everything that decided a finished run's result, alike for runs that can only differ by chance.
+
+    The order and spelling of `--set`, the recipe's name and a precision chosen as `auto` leave no trace in it. Of a
+    student that did not learn from its teacher the teacher is not part of it.
+
+    Args:
+        meta: The checkpoint's JSON: `Run.decided_by` and more.
+        metrics: The run's metrics.json.
+
+    Returns:
+        kind, model, arguments, dataset_sha256, training (the recipe as trained, with the precision that was used),
+        inputs (`views`, the view recipe; `teacher`, its SHA-256; `labels` and whatever else), seed, version and rules;
+        None where the checkpoint does not say: such a run can be shown, and compared with no other.
+    """
+    if not isinstance(meta, dict):
+        return None
+    kinds = {"kind": str, "model": str, "arguments": dict, "dataset_sha256": str, "training": dict, "inputs": dict}
+    if not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
+        return None
+    inputs = dict(meta["inputs"])
+    if meta["kind"] == "student" and not metrics["distilled"]:
+        inputs = {key: value for key, value in inputs.items() if key not in LESSON} | {"labels": "none"}
+    return {
+        **{key: meta[key] for key in kinds},
+        "training": {**meta["training"], "precision": metrics["precision"]},
+        "inputs": inputs,
+        "seed": metrics["seed"],
+        "version": meta.get("version"),
+        "rules": metrics.get("rules", 1),
+    }
+
+
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the fields in which two trees of JSON values differ, as `lr 0.1 -> 0.05`.
 
@@ -222,25 +260,36 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         former: The former values. Parts that `now` lacks, such as a checkpoint's scores, are no settings.
         now: The values asked for. Parts that `former` lacks are named too.
     """
-    named: dict[str, str] = {}
+    return [f"{name} {before} -> {after}" if before else after for name, before, after in _differences(former, now)]
+
+
+def changes(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the same fields as `differences`, each with its value in `now` alone, as `lr 0.05`."""
+    return [f"{name} {after}" if before else after for name, before, after in _differences(former, now)]
+
+
+def _differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return each field that differs, with both values in words; where these tell nothing, none and a phrase."""
+    named: dict[str, tuple[str, str, str]] = {}
     for difference in compare({part: former[part] for part in now if part in former}, now):
-        name, text = _named(difference)
-        named.setdefault(name, text)
-    if "other data" in named.values():
-        named = {name: text for name, text in named.items() if name not in _CONSEQUENCES}
-    return list(named.values())
+        key, *words = _named(difference)
+        named.setdefault(key, (words[0], words[1], words[2]))
+    follows: tuple[str, ...] = _CONSEQUENCES if "dataset_sha256" in named else ()
+    if "none" in named.get("labels", ()):
+        follows += (*LESSON[1:], "soft")
+    return [words for key, words in named.items() if key not in follows]
 
 
-def _named(difference: Difference) -> tuple[str, str]:
-    """Return the field of a difference, and the difference in words."""
+def _named(difference: Difference) -> tuple[str, str, str, str]:
+    """Return the field of a difference, and in words its place and both values."""
     keys = [key for key in difference.place if isinstance(key, str)]
     key = ".".join(keys[-2:]) if keys[-2:-1] == ["views"] else keys[-1]
     if key in _PHRASES:
-        return key, _PHRASES[key]
+        return key, key, "", _PHRASES[key]
     if difference.before is MISSING and isinstance(difference.after, Mapping):
-        return key, f"{key} not recorded"
+        return key, key, "", f"{key} not recorded"
     index = "".join(f"[{part}]" for part in difference.place if isinstance(part, int))
-    return key, f"{key}{index} {_text(difference.before)} -> {_text(difference.after)}"
+    return key, f"{key}{index}", _text(difference.before), _text(difference.after)
 
 
 def _text(value: Any) -> str:

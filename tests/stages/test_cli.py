@@ -189,7 +189,15 @@ def test_the_report_names_every_model_and_its_conditions(project: Project) -> No
     for name in (*TEACHERS, "titn", "vit"):
         assert f"| {name}" in text
         assert name in out
-    for word in ("device", "precision fp32", "effective batch 128", "views 2", "seed 0", "epochs 2", "teacher "):
+    for word in (
+        "device",
+        "precision fp32",
+        " and 128 of the students",
+        "views 2",
+        "seed 0",
+        " and 2 of the students",
+        "teacher ",
+    ):
         assert word in text, word
     figures = json.loads((project.data / "reports/report.json").read_text())
     assert set(figures["models"]) == {*TEACHERS, "titn", "vit"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,12 @@ from stages.reports.compare import (
     as_json,
     comparison_items,
     find_comparisons,
+    others_table,
     variants,
     variants_tables,
 )  # fmt: skip
-from stages.reports.runs import FinishedRun
+from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.shared.paths import Paths
 from tests.pipeline.report.test_figures import check
 from tests.support import report_project
 from tests.support.finished_runs import finished, finished_runs, recipe
@@ -73,7 +77,7 @@ def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> 
     table = tables(comparison)[f"{LABELS}titn"]
     assert [row[:2] for row in table.rows] == [
         [labels, score]
-        for score in ("top-1 %, last epoch", "top-1 %, best epoch", "agreement on test %")
+        for score in ("top-1 %, last epoch, on test", "top-1 %, best epoch, on test", "agreement on test %")
         for labels in ("none", "cached", "online")
     ]
     cached = row(table, 1)
@@ -84,10 +88,10 @@ def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> 
     assert list(table.rows[2][2:]) == ["0", "40.50", "-", "+0.50", "-"]
     assert table.rows[4][3] == "44.10 ± 2.10 (3)", "the best epoch's"
     assert (
-        "Cached minus none: last epoch +1.10 points (more than the seeds scatter: the interval excludes 0)"
+        "Cached minus none: last epoch, on test +1.10 points (more than the seeds scatter: the interval excludes 0)"
         in table.note
     )
-    assert "Online minus none: last epoch +0.50 points (one pair of seeds, no interval)" in table.note
+    assert "Online minus none: last epoch, on test +0.50 points (one pair of seeds, no interval)" in table.note
     assert "over 3 seeds, which change initialisation and order, not the data" in table.note
     assert "A single seed has no interval." in table.note and "left out" not in table.note
 
@@ -95,7 +99,7 @@ def test_labels_are_compared_by_seed_against_hand_arithmetic(tmp_path: Path) -> 
 def test_what_the_seeds_scatter_is_no_difference(tmp_path: Path) -> None:
     table = tables(find(*labelled(tmp_path, [40.0, 42.0, 44.0], [44.0, 41.0, 43.0])))[f"{LABELS}titn"]
     assert (
-        "Cached minus none: last epoch +0.67 points (no more than the seeds scatter: the interval includes 0)"
+        "Cached minus none: last epoch, on test +0.67 points (no more than the seeds scatter: the interval includes 0)"
         in table.note
     )
 
@@ -107,15 +111,58 @@ def test_seeds_that_have_no_partner_have_no_difference(tmp_path: Path) -> None:
     assert "Cached minus none: no seed in common, no difference." in table.note
 
 
-@pytest.mark.parametrize(
-    "change", [{"epochs": 2, "lr": 0.2}, {"batch_size": 64}, {"optimizer": "adamw"}, {"num_train": 9}, {"views": 5}]
-)
-def test_runs_of_another_budget_are_left_out_and_counted(tmp_path: Path, change: dict[str, Any]) -> None:
+OTHER_SETTINGS = [
+    ({"lr": 0.2}, "lr 0.1 -> 0.2"),
+    ({"batch_size": 64}, "batch_size 1024 -> 64"),
+    ({"optimizer": "adamw"}, "optimizer sgd -> adamw"),
+    ({"trained": {"alpha": 0.9}}, "alpha 0.5 -> 0.9"),
+    ({"trained": {"label_smoothing": 0.1}}, "label_smoothing none -> 0.1"),
+    ({"trained": {"weight_decay": 0.01}}, "weight_decay none -> 0.01"),
+    ({"trained": {"clip": 1.0}}, "clip none -> 1"),
+    ({"trained": {"warmup_epochs": 5.0}}, "warmup_epochs none -> 5"),
+    ({"view_recipe": {"crop": 2}}, "views.crop none -> 2"),
+    ({"data": "e" * 64}, "other data"),
+    ({"precision": "bf16"}, "precision fp32 -> bf16"),
+    ({"rules": 2}, "judged by other rules"),
+    ({"is_described": False}, "its checkpoint does not say how it was trained"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), OTHER_SETTINGS)
+def test_runs_under_other_settings_are_no_seeds_of_the_others(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    """They would have made 56 of 42 and 70, and -28 of the difference."""
     runs = labelled(tmp_path, [40.0, 42.0], [41.0, 43.0])
-    strangers = [run(tmp_path, 90.0, 2, differs=differs, **change) for differs in ({}, {"labels": "none"})]
-    table = tables(find(*runs, *strangers))[f"{LABELS}titn"]
+    stranger = run(tmp_path, 85.0, 2, **change)
+    table = tables(find(*runs, stranger))[f"{LABELS}titn"]
     assert table.rows[1][2:4] == ["0 1", "42.00 ± 1.41 (2)"]
-    assert "2 runs are left out: another budget or teacher" in table.note
+    assert f"Left out, titn: seed 2 ({why})." in table.note
+    finished_ = finished_runs(recipe("cifar100"), *runs, stranger)
+    assert finished_.seeds("titn") == [runs[2], runs[3]]
+    other = others_table(finished_)
+    assert other is not None and [row[2] for row in other.rows] == ["0 1", "2"]
+    cell = other.rows[1][1]
+    assert cell == why or (why.startswith("its checkpoint") and cell == f"unknown ({why})")
+
+
+def test_a_control_under_former_settings_is_none(tmp_path: Path) -> None:
+    """50 under the former rate and 60 with labels made +10; under the same rate the control has 70."""
+    former = run(tmp_path, 50.0, differs={"labels": "none"}, lr=0.2)
+    cached = run(tmp_path, 60.0)
+    assert find(former, cached) == []
+    comparison = find(former, cached, run(tmp_path, 70.0, differs={"labels": "none"}))
+    (table,) = tables(comparison).values()
+    assert table.rows[1][3:6] == ["60.00", "-", "-10.00"]
+    assert "Left out, titn: seed 0 (lr 0.1 -> 0.2, labels cached -> none)." in table.note
+
+
+def test_each_set_of_settings_has_its_own_control(tmp_path: Path) -> None:
+    runs = [*labelled(tmp_path, [40.0], [41.0]), run(tmp_path, 60.0, 1, lr=0.2)]
+    runs.append(run(tmp_path, 63.0, 1, differs={"labels": "none"}, lr=0.2))
+    shown = tables(find(*runs))
+    assert {title: table.rows[1][5] for title, table in shown.items()} == {
+        f"{LABELS}titn": "+1.00", f"{LABELS}titn, lr 0.2": "-3.00",
+    }  # fmt: skip
+    assert "Left out" not in shown[f"{LABELS}titn"].note
 
 
 def test_runs_of_another_teacher_are_left_out_but_no_control_for_its(tmp_path: Path) -> None:
@@ -123,8 +170,26 @@ def test_runs_of_another_teacher_are_left_out_but_no_control_for_its(tmp_path: P
     other = {**TEACHER, "sha256": "b" * 64}
     none = [run(tmp_path, 40.0 + seed, seed, differs={"labels": "none"}, teacher=other) for seed in range(2)]
     cached = [run(tmp_path, 41.0 + seed, seed) for seed in range(2)]
-    table = tables(find(*none, *cached, run(tmp_path, 90.0, 2, teacher=other)))[f"{LABELS}titn"]
-    assert (table.rows[0][2], table.rows[1][2]) == ("0 1", "0 1") and "1 run is left out" in table.note
+    shown = tables(find(*none, *cached, run(tmp_path, 90.0, 2, teacher=other)))
+    table = shown[f"{LABELS}titn"]
+    assert (table.rows[0][2], table.rows[1][2]) == ("0 1", "0 1") and table.rows[1][3] == "41.50 ± 0.71 (2)"
+    assert list(shown) == [f"{LABELS}titn", f"{LABELS}titn, another teacher"]
+    assert shown[f"{LABELS}titn, another teacher"].rows[1][2:] == ["2", "90.00", "-", "-", "-"], "no seed in common"
+
+
+def test_the_same_run_under_another_spelling_counts_once(tmp_path: Path) -> None:
+    changed = {"lr": 0.2, "trained": {"alpha": 0.9}}
+    runs = [
+        run(tmp_path, 41.0),
+        run(tmp_path, 50.0, differs={"lr": "0.2", "alpha": "0.9"}, **changed),
+        run(tmp_path, 50.0, differs={"alpha": "0.90", "lr": "0.20"}, **changed),
+        run(tmp_path, 52.0, 1, differs={"alpha": ".9", "lr": "2e-1"}, **changed),
+    ]
+    table = others_table(finished_runs(recipe("cifar100"), *runs))
+    assert table is not None and len(table.rows) == 1
+    shown = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (shown["differs in"], shown["seeds"]) == ("lr 0.1 -> 0.2, alpha 0.5 -> 0.9", "0 1")
+    assert shown["last test top-1 %"] == "51.00 ± 1.41 (2)", "50 and 52; with 50 twice 50.67 ± 1.15"
 
 
 def test_a_copied_run_counts_once(tmp_path: Path) -> None:
@@ -132,7 +197,39 @@ def test_a_copied_run_counts_once(tmp_path: Path) -> None:
     copy = run(tmp_path, 90.0, 1)
     finished_ = finished_runs(recipe("cifar100"), *runs)
     (comparison,) = find_comparisons(replace(finished_, others={**finished_.others, "copy": copy}))
-    assert comparison.arms[1].scores("last") == {0: 41.0, 1: 43.0} and comparison.left_out == 1
+    assert comparison.arms[1].scores("last") == {0: 41.0, 1: 43.0}
+    assert comparison.left_out == " Left out, titn: seed 1 (the same run again)."
+
+
+def test_runs_without_a_description_stand_alone(tmp_path: Path) -> None:
+    """Two of them, alike as far as is known, are neither a mean nor compared with anything."""
+    runs = [run(tmp_path, 40.0 + seed, seed, is_described=False) for seed in range(3)]
+    runs += [run(tmp_path, 50.0, seed, differs={"lr": "0.2"}, lr=0.2, is_described=False) for seed in range(2)]
+    finished_ = finished_runs(recipe("cifar100"), *runs)
+    assert find_comparisons(finished_) == [] and finished_.seeds("titn") == runs[:1]
+    table = others_table(finished_)
+    assert table is not None and [row[2] for row in table.rows] == ["0", "1", "1", "2"]
+    assert not any("±" in cell for row in table.rows for cell in row)
+    assert {row[-1] for row in table.rows} == {"-"}
+
+
+def test_runs_on_other_data_are_in_no_table(tmp_path: Path) -> None:
+    """Most runs are on the data `d`, so these count while nothing is prepared."""
+    project = report_project.create(tmp_path / "project", seeds=1)
+    report_project.add(project, "tnt", 99.0, seed=1, data="e" * 64)
+    shutil.rmtree(project.path / "data/cifar100/students/deit")
+    report_project.add(project, "deit", 99.0, data="e" * 64)
+    with contextlib.chdir(project.path):
+        runs = FinishedRuns.read(recipe("cifar100"), Paths("cifar100"))
+    assert "deit" not in runs.students and [run.seed for run in runs.seeds("tnt")] == [0]
+    assert list(runs.left_out) == ["data/cifar100/students/deit", "data/runs/cifar100/tnt-seed-1"]
+    out = invoke(project, "report", "--recipe", "cifar100", "--no-figures")
+    assert "students/deit: trained on other data (recipe cifar100, SHA-256 eeeeeeeeeeee) than most runs" in out
+    text = (project.path / "data/cifar100/reports/report.md").read_text()
+    assert (
+        "Left out, for other data are prepared now: data/cifar100/students/deit, data/runs/cifar100/tnt-seed-1." in text
+        and "99.00" not in text
+    )
 
 
 def test_what_differs_otherwise_is_a_comparison_of_its_own(tmp_path: Path) -> None:
@@ -170,7 +267,7 @@ def test_views_are_compared_with_the_loss_that_shows_overfitting(tmp_path: Path)
     assert loss["score"] == "train loss, last epoch" and loss["mean"] == "0.750 ± 0.433 (3)"
     assert untaught["difference to 1 view"] == "-", "of other targets"
     assert row(table, 12)["score"] == "agreement on test %" and row(table, 12)["mean"] == "-"
-    assert "12 views minus 1: last epoch +11.00 points (more than the seeds scatter" in table.note
+    assert "12 views minus 1: last epoch, on test +11.00 points (more than the seeds scatter" in table.note
     assert "over 2 or 3 seeds" in table.note and "without a teacher it is of other targets" in table.note
     assert table.rows[7][3:5] == ["38.00 ± 0.00 (2)", "38.00 to 38.00"]
     assert tables(find(*runs[:3], *runs[7:])) == {}, "one number of views"
@@ -189,7 +286,7 @@ def test_where_test_decides_no_epoch_its_scores_stand_apart(tmp_path: Path) -> N
     test = {"test": {**scores(33.0), "agreement": 80.0}, "evaluated_on": "val"}
     runs = [run(tmp_path, 40.0, differs=differs, **test) for differs in ({}, {"labels": "none"}, {"num_views": "2"})]
     shown = tables(find(*runs))
-    top1 = ["top-1 %, last epoch", "top-1 %, best epoch", "top-1 %, best epoch, on test"]
+    top1 = ["top-1 %, last epoch, on val", "top-1 %, best epoch, on val", "top-1 %, best epoch, on test"]
     assert [row[1] for row in shown[f"{LABELS}titn"].rows][::2] == [*top1, "agreement on test %"]
     few = {row[1]: row[3] for row in shown[f"{VIEWS}titn"].rows if row[0] == "2"}
     assert (few["top-1 %, best epoch, on test"], few["agreement on test %"]) == ("33.00", "80.00")
@@ -239,34 +336,41 @@ def test_the_report_has_the_section_and_its_figures_for_machines(tmp_path: Path)
 
 
 def test_variants_are_later_students_of_the_same_model() -> None:
-    changes = variants(recipe("cifar100"))
-    assert changes == {
-        "titn": {"titn-large-patch": "patch_size 8 -> 16, pixel_size 2 -> 4", "titn-mixup": "views default -> mixup"}
-    }
+    assert variants(recipe("cifar100")) == {"titn": ["titn-large-patch", "titn-mixup"]}
 
 
-def test_every_variant_of_our_own_recipe_names_what_it_leaves_out() -> None:
-    changes = variants(recipe("cifar100-best"))["titn"]
-    assert changes["titn-hard"] == "soft 2 -> 0"
-    assert changes["titn-no-ema"] == "ema 0.9995 -> 0"
-    assert all(changes.values())
+def test_a_variant_differs_in_what_it_was_trained_with_whatever_params_yaml_says_now(tmp_path: Path) -> None:
+    base = finished(tmp_path, "titn", [70.0], trained={"alpha": 0.7})
+    mixup = finished(tmp_path, "titn-mixup", [71.0], view_recipe={"mixing": "mixup"}, trained={"alpha": 0.6})
+    (table,) = variants_tables(finished_runs(recipe("cifar100"), base, mixup))
+    assert [row[:2] for row in table.rows] == [
+        ["titn", "-"], ["titn-mixup", "alpha 0.7 -> 0.6, views.mixing cutmix -> mixup"],
+    ]  # fmt: skip
+    assert table.rows[1][3] == "+1.00" and "Not run: titn-large-patch." in table.note
+
+
+@pytest.mark.parametrize("change", [{"rules": 2}, {"data": "e" * 64}, {"is_described": False}])
+def test_a_variant_that_was_scored_otherwise_has_no_difference(tmp_path: Path, change: dict[str, Any]) -> None:
+    runs = [finished(tmp_path, "titn", [70.0]), finished(tmp_path, "titn-mixup", [71.0], **change)]
+    (table,) = variants_tables(finished_runs(recipe("cifar100"), *runs))
+    assert table.rows[1][2:] == ["71.00", "-", "-"]
 
 
 def test_a_variants_difference_is_paired_by_seed(tmp_path: Path) -> None:
     runs = finished_runs(
         recipe("cifar100-best"),
-        *(finished(tmp_path, "titn", [value], seed=seed) for seed, value in enumerate((70.0, 72.0, 74.0))),
+        *(finished(tmp_path, "titn", [value], seed=seed, soft=2.0) for seed, value in enumerate((70.0, 72.0, 74.0))),
         *(finished(tmp_path, "titn-hard", [value], seed=seed) for seed, value in enumerate((69.0, 71.5, 72.5))),
-        finished(tmp_path, "titn-sgd", [71.0]),
+        finished(tmp_path, "titn-sgd", [71.0], soft=2.0, optimizer="sgd", lr=0.2),
     )
     (table,) = variants_tables(runs)
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["titn"] == ["-", "72.00 ± 2.00 (3)", "-", "-"]
     # -1, -0.5, -1.5: mean -1, deviation 0.5, t of 2 degrees 4.3027, so 4.3027 x 0.5 / sqrt(3) on both sides.
-    assert rows["titn-hard"] == ["soft 2 -> 0", "71.00 ± 1.80 (3)", "-1.00 ± 0.50 (3)", "-2.24 to +0.24"]
+    assert rows["titn-hard"] == ["soft 2 -> none", "71.00 ± 1.80 (3)", "-1.00 ± 0.50 (3)", "-2.24 to +0.24"]
     assert rows["titn-sgd"][1:] == ["71.00", "+1.00", "-"]
-    assert rows["titn-long"] == ["epochs 300 -> 600", "not run", "-", "-"]
-    assert table.note is not None and "A single seed has no interval" in table.note
+    assert "titn-long" not in rows and "titn-long" in table.note.partition("Not run: ")[2]
+    assert "A single seed has no interval" in table.note
 
 
 def test_test_scores_stand_beside_where_a_validation_split_decides(tmp_path: Path) -> None:

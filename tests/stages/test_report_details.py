@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -20,13 +22,14 @@ from pipeline.errors import DataError
 from pipeline.labels.cache import LabelCache
 from pipeline.report.tables import Figure, Table
 from pipeline.system.stopping import StopSignal
-from pipeline.system.storage import write_json
+from pipeline.system.text import to_csv
 from pipeline.views import operations
 from pipeline.views.views import Views
 from stages.reports.attention import attention, token_shares
 from stages.reports.classes import by_class
 from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRuns
+from stages.reports.verdict import speeds_here, worst_mistakes
 from stages.reports.views import Labelled, by_operation, sample_views, teacher_on_views
 from stages.shared.context import Context
 from stages.shared.fitting import make_views
@@ -36,6 +39,7 @@ from tests.stages.test_soft_cli import run
 from tests.support.finished_runs import finished, finished_runs, recipe
 from tests.support.project import Project
 
+MISTAKES = "Worst mistakes of titn"
 CAT, DOG, COW = "cat", "dog", "$cow|"
 
 
@@ -54,6 +58,11 @@ def named(items: Sequence[Figure | Table]) -> tuple[dict[str, Figure], dict[str,
 
 def details(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
     return [*by_class(runs), *teacher_on_views(context, runs), *attention(context, runs)]
+
+
+def replace_note(item: Figure | Table) -> Figure | Table:
+    """Give a figure whose note stands below the table that follows it a note, as `named` expects."""
+    return dataclasses.replace(item, note=item.note or "below")
 
 
 def cells(table: Table | None) -> list[list[str]]:
@@ -117,7 +126,7 @@ def test_without_a_teachers_labels_there_is_no_agreement_and_without_predictions
     ("text", "words"),
     [
         ("sample,target\n0,cat\n", "no column prediction"),
-        ("sample,target,prediction,teacher\n0,cat,cat,\n1,dog,cat,dog\n", "teacher '' is none"),
+        ("sample,target,prediction,probability,teacher\n0,cat,cat,1,\n1,dog,cat,1,dog\n", "teacher '' is none"),
     ],
 )
 def test_damaged_predictions_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -217,6 +226,42 @@ def test_attention_adds_up(shown: tuple[dict[str, Figure], dict[str, Table]]) ->
     assert len(maps) == 6 * 4 and (sums > 0).all() and (sums <= 1.001).all()
 
 
+def test_the_worst_mistakes_are_the_wrong_answers_with_the_highest_probability(
+    trained: Project, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.path, tmp_path / "project")
+    project = Project(tmp_path / "project")
+    file = project.data / "students/titn/predictions.csv"
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    wrong = [row for row in rows if row["prediction"] != row["target"]]
+    worst = sorted(wrong, key=lambda row: -float(row["probability"]))[:12]
+    assert len(wrong) >= 12, "the student of a few seconds"
+    expected = [
+        [row["target"], row["prediction"], f"{100 * float(row['probability']):.0f}", row["teacher"]] for row in worst
+    ]
+    for paths in ([], [f"=a/{row['sample']}.png" for row in rows]):
+        if paths:
+            headings = [*(key for key in rows[0] if key != "path"), "path"]
+            cells_ = [[*(row[key] for key in headings[:-1]), path] for row, path in zip(rows, paths, strict=True)]
+            file.write_bytes(to_csv(headings, cells_))
+        with opened(project) as (context, runs):
+            figures, tables = named([replace_note(item) for item in worst_mistakes(context, runs)])
+        assert list(figures) == ["worst-mistakes"] and f"{len(wrong)} of them wrong" in tables[MISTAKES].note
+        assert [row[1:] for row in cells(tables[MISTAKES])] == expected
+        named_ = [row[0] for row in cells(tables[MISTAKES])]
+        assert not paths or named_ == [paths[int(row["sample"])] for row in worst]
+
+
+def test_the_speed_of_teacher_and_student_is_measured_where_their_weights_are(trained: Project) -> None:
+    with opened(trained) as (context, runs):
+        speeds, how = speeds_here(context, runs)
+        assert speeds.keys() == {"teacher", "student"} and min(speeds.values()) > 0 and "batches of 64" in how
+        (runs.students["titn"].directory / "best.safetensors").rename("elsewhere")
+        assert speeds_here(context, runs) == ({}, "images/s are left out: the weights of both are not here.")
+        Path("elsewhere").rename(runs.students["titn"].directory / "best.safetensors")
+
+
 def test_views_that_do_not_mix_are_shown_beside_each_other(trained: Project) -> None:
     cache = LabelCache.open(trained.data / "labels/default.h5")
     with opened(trained) as (context, _):
@@ -291,16 +336,3 @@ def test_labels_of_other_views_keep_nothing_else_from_the_report(trained: Projec
     assert "left out: The teacher on augmented views: " in out and "default.h5" in out
     text = (project.data / "reports/report.md").read_text()
     assert "### Attention over the patches" in text and "### Sample views" not in text
-
-
-def test_the_conditions_count_the_copies_among_the_prepared_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = finished(tmp_path / "made", "titn", [50.0], recipe="own")
-    assert "that are in train too" not in conditions([run]), "there are no data"
-    copies = {"in_train": {"val": 0, "test": 7}, "in_two_classes": 2, "repeated": 0, "examples": {}}
-    write_json(Paths("own").prepared / "summary.json", {"copies": copies})
-    assert "; 7 test images that are in train too; 2 images under two classes; " in conditions([run])
-    write_json(Paths("own").prepared / "summary.json", {"sha256": "of a former version"})
-    assert "that are in train too" not in conditions([run])

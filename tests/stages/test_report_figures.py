@@ -44,7 +44,7 @@ def test_what_is_there_of_the_teachers_is_drawn_beside_the_papers(tmp_path: Path
         [["1", "30.0000", "20.0000"], ["2", "", "60.0000"], ["3", "70.5000", ""]],
     )
     assert figure.title == "Figure 4. Teachers on cifar100 by epoch"
-    assert "vgg16_bn 70.50" in figure.alt and "epochs 3, 2" in figure.note and "dotted: the paper's" in figure.note
+    assert "vgg16_bn 70.50" in figure.alt and "dotted: the paper's" in figure.note
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_several_seeds_are_a_mean_with_a_band(tmp_path: Path) -> None:
     other = finished(tmp_path, "titn", [99.0] * 5, seed=3)  # from before the recipe's epochs changed
     figure = draw(*seeds, other)["figure-6"]
     assert rows(figure)[0] == ["epoch", "titn, seed 0", "titn, seed 1", "titn, seed 2"]
-    assert "a band of one standard deviation" in figure.note and "titn 0 1 2" in figure.note
+    assert "a band of one standard deviation" in figure.note
     assert "Highest, in percent: titn 62.00 ± 2.00 (3)." in figure.alt
 
 

@@ -16,7 +16,7 @@ from stages.record import Records, record_of
 from tests.stages.test_time_limits import ticking  # noqa: F401
 from tests.support.in_process import invoke
 from tests.support.interruptions import files, small_project
-from tests.support.project import Project
+from tests.support.project import ROOT, Project
 
 DEIT = ("reproduce", "--recipe", "smoke", "--student", "deit")
 RECORDS = "results/runs.jsonl"
@@ -53,6 +53,10 @@ def test_a_record_says_what_was_reached_and_how(reproduced: Project) -> None:
         assert set(deit[epoch]) == {"epoch", "top1", "top5", "precision", "recall", "f1"}
     for key in ("commit", "device", "date", "seconds", "versions"):
         assert deit[key] == run[key]
+    described, meta = deit["description"], json.loads((reproduced.data / "students/deit/best.json").read_text())
+    assert described["dataset_sha256"] == json.loads((reproduced.data / "prepared/summary.json").read_text())["sha256"]
+    assert described["inputs"]["teacher"] == json.loads((reproduced.data / "teacher/best.json").read_text())["sha256"]
+    assert described["training"] == {**meta["training"], "precision": "fp32"} and described["seed"] == 0
     chosen = json.loads((reproduced.data / "selection.json").read_text())["winner"]
     assert deit["teacher"] == {"name": chosen, "top1": metrics["teacher"]["top1"]}
     kept = ("recipe", "kind", "overrides", "seed", "epochs", "views", "precision", "evaluated_on", "weights")
@@ -184,6 +188,11 @@ def test_a_line_that_was_cut_is_left_out_and_another_that_is_none_is_refused(pro
     assert "line 1 is no record" in invoke(project, *DEIT, code=3)
     with pytest.raises(DataError, match="line 1"):
         Records(file).add(project.data / "students/deit")
+
+
+def test_the_records_of_this_repository_are_read_and_have_no_description() -> None:
+    kept = Records(ROOT / RECORDS).read()
+    assert len(kept) == 28 and not any("description" in record for record in kept)
 
 
 def test_a_run_that_was_trained_again_is_another_record(project: Project) -> None:

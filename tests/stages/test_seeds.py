@@ -39,6 +39,17 @@ def test_seeds_run_one_after_another_and_end_with_their_mean(project: Project) -
     assert again.count("up to date") == 2 and said in again
 
 
+def test_seeds_that_were_judged_by_other_rules_are_not_averaged_with_the_others(project: Project) -> None:
+    invoke(project, *COMMAND, "--seeds", "4,5")
+    (file,) = project.path.glob("data/runs/smoke/*seed-5*/metrics.json")
+    metrics = json.loads(file.read_text())
+    file.write_text(json.dumps({**metrics, "rules": metrics.get("rules", 1) + 1}))
+    *_, first, second = invoke(project, *COMMAND, "--seeds", "4,5").strip().splitlines()
+    assert "deit, seeds 4, mean" in first and "deit, seeds 5, mean" in second
+    assert "±" not in (first + second).replace("mean ±", "")
+    assert second.endswith("(apart from the first: judged by other rules)")
+
+
 def test_one_seed_is_no_spread(project: Project) -> None:
     invoke(project, *COMMAND, "--seed", "2")
     assert "±" not in invoke(project, *COMMAND, "--seeds", "2").splitlines()[-1].partition("(number):")[2]

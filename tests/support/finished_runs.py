@@ -26,6 +26,10 @@ SCORES = {
 }  # fmt: skip
 
 
+DATA = "d" * 64
+TRAINING = ("epochs", "batch_size", "optimizer", "lr")
+
+
 def recipe(name: str) -> Recipe:
     return load_params(ROOT / "params.yaml").recipes[name]
 
@@ -39,11 +43,23 @@ def finished(
     seed: int = 0,
     differs: Mapping[str, str] | None = None,
     predictions: Sequence[Sequence[object]] = (),
+    trained: Mapping[str, Any] | None = None,
+    view_recipe: Mapping[str, Any] | None = None,
+    data: str = DATA,
+    is_described: bool = True,
     **metrics: Any,
 ) -> FinishedRun:
-    """Write a run whose top-1 by epoch is `curve`."""
+    """Write a run whose top-1 by epoch is `curve`.
+
+    `trained` are fields of its recipe as trained beside those of `metrics`, `view_recipe` those of its views; `data` is
+    the SHA-256 of its data. The checkpoint's JSON says all of it, unless `is_described` is false; it has no weights.
+    """
     label = "-".join([name, *(f"{key}-{value}" for key, value in (differs or {}).items()), f"seed-{seed}"])
     out = folder / label
+    count = 0
+    while out.exists():
+        count += 1
+        out = folder / f"{label}-{count}"
     out.mkdir(parents=True)
     known = [value for value in curve if value is not None]
     best = {**SCORES, "epoch": curve.index(max(known)) + 1 if known else 1, "top1": max(known, default=0.0)}
@@ -57,6 +73,19 @@ def finished(
         **metrics,
     }  # fmt: skip
     (out / "metrics.json").write_text(json.dumps(content))
+    if is_described:
+        training = {**{key: content[key] for key in TRAINING}, "precision": "auto", **(trained or {})}
+        inputs: dict[str, Any] = {"views": {"count": content["views"], "mixing": "cutmix", **(view_recipe or {})}}
+        if kind == "student":
+            training |= {"alpha": 0.5, **(trained or {})} | ({"soft": content["soft"]} if content["soft"] else {})
+            inputs |= {"labels": (differs or {}).get("labels", "cached")}
+            inputs |= {"teacher": content["teacher"] and content["teacher"]["sha256"]}
+        meta = {
+            "sha256": "0" * 64 if kind == "teacher" else "5" * 64, "kind": kind, "model": name.partition("-")[0],
+            "arguments": {"num_classes": 100}, "dataset_sha256": data, "training": training, "inputs": inputs,
+            "seed": seed, "version": "0.1.0",
+        }  # fmt: skip
+        (out / "best.json").write_text(json.dumps(meta))
     (out / "run.json").write_text(json.dumps(ENVIRONMENT))
     rows = [(epoch, 0.1, 1.0, value, value) for epoch, value in enumerate(curve, start=1)]
     (out / "curve.csv").write_bytes(to_csv(("epoch", "lr", "train_loss", "top1", "top5"), rows))
@@ -74,6 +103,6 @@ def finished_runs(of: Recipe, *runs: FinishedRun, winner: str | None = None) -> 
         paths=Paths(of.name),
         teachers={run.name: run for run in recipe_runs if run.kind == "teacher"},
         students={run.name: run for run in recipe_runs if run.kind == "student"},
-        others={run.directory.name: run for run in runs if run not in recipe_runs},
+        others={str(run.directory): run for run in runs if run not in recipe_runs},
         winner=winner,
     )

@@ -33,7 +33,12 @@ DECIDING = {
         "pipeline/system/canonical.py",
     },
     "student": {*DATA, *VIEWS, *TRAINING, "pipeline/labels/source.py", "pipeline/models/students/titn.py"},
-    "report": {"pipeline/report/tables.py", "pipeline/models/counting.py", "stages/reports/tables.py"},
+    "report": {
+        "pipeline/report/tables.py",
+        "pipeline/models/counting.py",
+        "stages/reports/tables.py",
+        "stages/shared/runs.py",
+    },
 }
 SHOWING = {
     "README.md",

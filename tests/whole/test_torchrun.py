@@ -193,7 +193,7 @@ def test_all_of_stage_one_ends_with_the_labels_of_one_process(project: Project) 
     select = ("teacher-select", "--teachers", "squeezenet1_1,mobilenet_v3_large", *CPU)
     said = finish(project, 2, *select)
     assert "gloo cannot add up batch norm's statistics" in said
-    assert said.count("Table 2. Teachers on smoke") == 1 and "default.h5: 2 views" in said and "device 2 x " in said
+    assert said.count("Teachers on smoke") == 1 and "default.h5: 2 views" in said and "device 2 x " in said
     made = labels.read_bytes()
     project.forget("labels/default.h5")
     assert run(project.path, "label", *CPU).code == 0 and labels.read_bytes() == made

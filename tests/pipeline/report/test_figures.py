@@ -6,6 +6,7 @@ import builtins
 import io
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,17 @@ def test_a_hundred_classes_fit() -> None:
     names = [f"class number {index}" for index in range(100)]
     check(heat_map(shades, names, x_label="x", y_label="y", bar_label="%"))
     check(dots([DotRow(name, [50.0, None]) for name in names[:40]], ["a", "b"], x_label="%"))
+
+
+@pytest.mark.parametrize("shade", [0, 255])
+def test_a_marked_image_has_a_frame_that_is_seen_beside_black_and_white(shade: int) -> None:
+    """No pixel of the frame is as dark as ink; the frame of before was black, and lost on black images."""
+    cell = Cell(np.full((8, 8, 3), shade, np.uint8), ["a"])
+    plain, marked = (decode(sheet([[cell], [one]], [""])) for one in (cell, replace(cell, marked=True)))
+    orange = (np.abs(marked.astype(int) - (0xE8, 0x55, 0x0F)).max(axis=-1) < 24).sum()
+    # Four sides of 1.25 + 0.07 inches, 3 points thick, at 150 dots an inch: 4 x 198 x 6.25 = 4950.
+    assert 4000 < orange < 6000
+    assert not (np.abs(plain.astype(int) - (0xE8, 0x55, 0x0F)).max(axis=-1) < 24).any()
 
 
 @pytest.mark.parametrize("shade", [0, 255])

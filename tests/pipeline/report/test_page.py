@@ -92,6 +92,15 @@ def test_the_contents_lead_to_every_section_and_item() -> None:
     assert {"table-2", "table-2-2", "figure-6", "figure-7"} <= set(ids)
 
 
+def test_the_verdict_comes_before_the_contents_in_a_box_and_pictures_are_at_most_720_pixels_wide() -> None:
+    page = to_html("Title", "Lead", SECTIONS).decode()
+    places = [page.index(part) for part in ("<p>Lead</p>", 'id="section-1"', 'id="table-2"', "<nav", 'id="section-2"')]
+    assert places == sorted(places)
+    style = re.sub(r"\s+", " ", page)
+    assert "#section-1 > article:first-of-type { padding: 1rem 1.25rem; border: 2px solid" in style
+    assert "img { display: block; width: 720px; max-width: 100%;" in style
+
+
 def test_ours_the_papers_and_the_difference_have_one_heading() -> None:
     page = to_html("Title", "Lead", SECTIONS).decode()
     assert '<th scope="colgroup" colspan="3" class="group"><span class="kept">top-1</span> %</th>' in page
