@@ -27,7 +27,6 @@ from pipeline.views import operations
 from pipeline.views.views import Views
 from stages.reports.attention import attention, token_shares
 from stages.reports.classes import by_class
-from stages.reports.conditions import conditions
 from stages.reports.runs import FinishedRuns
 from stages.reports.verdict import speeds_here, worst_mistakes
 from stages.reports.views import Labelled, by_operation, sample_views, teacher_on_views
