@@ -92,7 +92,7 @@ def test_a_saved_state_named_by_an_earlier_version_is_found(tmp_path: Path, monk
     paths, place = Paths("own"), Place("student", "titn", {"epochs": "3", "lr": "0.2"}, 1)
     for name in ("titn-lr-0.20-epochs-3-seed-1", "titn-lr-0.20-epochs-3", "vit-lr-0.20-epochs-3-seed-1"):
         paths.work("runs", name).mkdir(parents=True)
-    assert place.find(paths, lambda _: True, lambda _: True) == "titn-lr-0.20-epochs-3-seed-1"
+    assert place.find(paths, lambda _: True, lambda work: work.is_dir()) == "titn-lr-0.20-epochs-3-seed-1"
     assert place.find(paths, lambda _: True, lambda _: False) == "titn-epochs-3-lr-0.2-seed-1"
 
 
