@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 import stages
-from pipeline.config.params import Params
+from pipeline.config.params import Params, load_yaml
+from pipeline.errors import UsageError
 from pipeline.system.canonical import fingerprint
 from stages.shared.paths import DATA
 
@@ -75,9 +73,9 @@ def _own_definitions() -> Mapping[str, Mapping[str, Any]]:
 def _definitions(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     """Return the stages that a folder's dvc.yaml defines, those of a `foreach` once; none where it cannot be read."""
     try:
-        tree = YAML(typ="safe", pure=True).load((folder / _DVC_FILE).read_text())
+        tree = load_yaml((folder / _DVC_FILE).read_text(), _DVC_FILE)
         return {name: stage.get("do", stage) for name, stage in tree["stages"].items()}
-    except (OSError, UnicodeDecodeError, YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, UnicodeDecodeError, UsageError, KeyError, TypeError, AttributeError):
         return {}
 
 
