@@ -16,7 +16,7 @@ WINGS = ("errors", "system", "config", "data", "views", "losses", "labels", "tra
 LEAVES = {"models": ("labels", "inference"), "report": ()}
 HOMES = {
     "h5py": {"pipeline/data/file.py", "pipeline/labels/file.py"},
-    "ruamel": {"pipeline/config/params.py", "stages/shared/dvc_file.py"},
+    "ruamel": {"pipeline/config/params.py"},
     "sklearn": set(),  # its digits are in pipeline/data; the tests use more of it
     "onnx": {"pipeline/inference/exporting.py"},
     "onnxruntime": {"pipeline/inference/exporting.py"},
