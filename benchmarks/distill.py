@@ -21,8 +21,8 @@ from pipeline.inference.speed import interleave, quartiles
 from pipeline.labels.cache import LabelCache
 from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
 from pipeline.labels.teacher import label_view
+from pipeline.models import TEACHERS
 from pipeline.models.students import STUDENTS
-from pipeline.models.teachers import TEACHERS
 from pipeline.system.runtime import keep_freed_memory, resolve_precision
 from pipeline.views.views import Views
 

@@ -16,7 +16,7 @@ from benchmarks.measure import Row, begin, compare, option_parser, positive
 from benchmarks.synthetic import MEAN, STD, images_and_labels
 from pipeline.inference.speed import interleave
 from pipeline.labels.teacher import Teacher, label_view
-from pipeline.models.teachers import TEACHERS
+from pipeline.models import TEACHERS
 from pipeline.system.runtime import resolve_precision
 from pipeline.views.views import Views, normalize
 

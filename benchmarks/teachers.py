@@ -16,7 +16,7 @@ from benchmarks.measure import Row, begin, compare, option_parser, positive
 from pipeline.config.recipes import TeacherRecipe
 from pipeline.inference.speed import interleave
 from pipeline.losses import objective
-from pipeline.models.teachers import TEACHERS
+from pipeline.models import TEACHERS
 from pipeline.system.runtime import keep_freed_memory, resolve_precision
 from pipeline.training.batches import Batch
 from pipeline.training.optimization import build_optimizer

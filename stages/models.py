@@ -27,8 +27,8 @@ def command(classes: int, as_json: bool) -> None:
 
 def list_models(num_classes: int, image_size: int = 32) -> list[dict[str, Any]]:
     """Return name, kind and costs of every student and teacher."""
+    from pipeline.models import TEACHERS
     from pipeline.models.students import STUDENTS
-    from pipeline.models.teachers import TEACHERS
 
     geometry = {"num_classes": num_classes, "image_size": image_size}
     students = {name: (name, geometry) for name in STUDENTS}

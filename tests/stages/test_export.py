@@ -30,9 +30,10 @@ from pipeline.inference import exporting
 from pipeline.inference.card import FILES
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.losses import probabilities
+from pipeline.models import TEACHERS
 from pipeline.models.network import Network
 from pipeline.models.students import STUDENTS, build_student
-from pipeline.models.teachers import TEACHERS, build_teacher
+from pipeline.models.teachers import build_teacher
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.views.views import normalize
 from stages.export import from_folder

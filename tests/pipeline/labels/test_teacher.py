@@ -21,8 +21,9 @@ from pipeline.errors import NumericalError, UsageError
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, Replay, check_canaries, make_canaries, replay
 from pipeline.labels.teacher import Teacher, compile_teacher, label_view
+from pipeline.models import TEACHERS
 from pipeline.models.folding import fold
-from pipeline.models.teachers import TEACHERS, build_teacher
+from pipeline.models.teachers import build_teacher
 from pipeline.views.views import Views, normalize
 from tests.support.project import ROOT
 

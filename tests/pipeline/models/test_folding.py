@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.models import TEACHERS
 from pipeline.models.folding import fold
-from pipeline.models.teachers import TEACHERS, build_teacher
+from pipeline.models.teachers import build_teacher
 
 # Norms that precede their convolutions; all other norms of the eight teachers fold.
 REMAINING_NORMS = {"densenet121": 62}

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.models.teachers import TEACHERS, build_teacher, imagenet_weights
+from pipeline.models import TEACHERS
+from pipeline.models.teachers import build_teacher, imagenet_weights
 
 SMALLEST = "squeezenet1_1"
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.labels.teacher import Teacher
 from pipeline.losses import probabilities
+from pipeline.models import TEACHERS
 from pipeline.models.folding import fold
 from pipeline.models.network import Network, last_layers
 from pipeline.models.students import STUDENTS, build_student
-from pipeline.models.teachers import TEACHERS, build_teacher
+from pipeline.models.teachers import build_teacher
 from pipeline.training.batches import EvaluationData
 from pipeline.training.evaluation import Predictions, evaluate
 
