@@ -119,7 +119,7 @@ def test_dvcs_plots_show_the_curves_together_and_the_reports_pictures(checkout: 
         values = shown[title][0]["content"]["data"]["values"]
         trained = {path.parent.name for path in (checkout.data / folder).glob("*/curve.csv")}
         assert {Path(value["filename"]).parts[0] for value in values} == trained
-    assert "data/smoke/reports/figures/figure-4.png" in shown
+    assert "data/smoke/reports/figures/teachers.png" in shown
     confusion = shown["data/smoke/students/vit/predictions.csv"][0]["content"]["data"]["values"]
     assert len(confusion) == 360
     checkout.edit("      vit: {}\n", "      vit: {epochs: 1}\n")
