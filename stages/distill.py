@@ -15,11 +15,13 @@ from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_v
 from pipeline.errors import UsageError
 from pipeline.report.tables import spread
 from pipeline.system.storage import read_json
+from pipeline.training.checkpoints import read_meta
 from stages.reports.conditions import why_apart
 from stages.reports.runs import FinishedRun, pools
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.params import check_model
+from stages.shared.places import NUM_DIGITS
 from stages.shared.runs import Run, student_arguments
 from stages.shared.teacher_labels import Distillation, TeacherSource, require_distillation_head, soft_name
 
@@ -97,6 +99,9 @@ def plan_student(
     dataset, view_recipe = context.dataset(), context.recipe.views[recipe.views]
     source = TeacherSource.find(context, name, recipe, distillation)
     differs = distillation.differences(context.recipe, name, recipe)
+    selected = read_meta(context.paths.winner) if distillation.teacher is not None else None
+    if distillation.teacher is not None and (selected is None or selected["sha256"] != source.digest):
+        differs["teacher"] = str(source.digest)[:NUM_DIGITS]
     if distillation.num_views is not None:
         view_recipe = dataclasses.replace(view_recipe, count=distillation.num_views)
     inputs: dict[str, Any] = {"views": deciding_values(view_recipe), "labels": distillation.labels}
@@ -182,9 +187,10 @@ def command(
     alike = pools(run for run in finished if run is not None) if seeds else []
     for group in alike:  # several where a result of before was judged by other rules, or computed otherwise
         best, last, test = (spread([run.metrics[key]["top1"] for run in group]) for key in ("best", "last", "test"))
+        split = group[0].metrics["evaluated_on"]
         why = "" if group is alike[0] else f" (apart from the first: {why_apart(alike[0][0], group[0])})"
         context.say(
             f"{student}, seeds {','.join(str(run.seed) for run in group)}, mean ± standard deviation (number): "
-            f"top-1 % of the best epochs {best}, of the last {last}, on test {test}{why}"
+            f"{split} top-1 % of the best epochs {best}, of the last {last}, on test {test}{why}"
         )
     context.end()

@@ -295,6 +295,13 @@ def test_controls_are_kept_apart_from_the_recipes_own_run(project: Project) -> N
     assert state_of(project.data / "students") == before
     runs = project.path / "data/runs/smoke"
     assert {path.name for path in runs.iterdir()} == {"titn-labels-none", "titn-labels-online", "titn-epochs-1-seed-1"}
+    selected = (project.data / "teacher/best.safetensors").read_bytes()
+    other = next(
+        path for path in (project.data / "teachers").iterdir() if (path / "best.safetensors").read_bytes() != selected
+    )
+    online_by = ("distill", "--student", "titn", "--labels", "online", "--teacher", f"data/smoke/teachers/{other.name}")
+    digest = json.loads((other / "best.json").read_text())["sha256"]
+    assert f"writes data/runs/smoke/titn-labels-online-teacher-{digest[:10]}\n" in project.run(*online_by, "--dry-run")
     cached, online = metrics(project.data / "students/titn"), metrics(runs / "titn-labels-online")
     assert cached["best"] == online["best"]
     assert [trained["distilled"] for trained in (cached, online, metrics(runs / "titn-labels-none"))] == [
