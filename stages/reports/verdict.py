@@ -118,9 +118,8 @@ def lead(runs: FinishedRuns, comparisons: Sequence[Comparison], *, tracked_only:
         parts.append(f"Best student: {_scored(runs, student)} on test at its best epoch.")
         parts += [] if tracked_only else [_helped(runs, student, comparisons)]  # controls are in data/runs
     elif teacher is None:
-        parts.append(
-            f"Nothing has been run yet: pipeline teacher-select --recipe {recipe.name}, then pipeline distill."
-        )
+        commands = f"pipeline teacher-select --recipe {recipe.name}, then pipeline distill --recipe {recipe.name}"
+        parts.append(f"Nothing has been run yet: {commands}.")
     if runs.left_out:
         parts.append(f"Left out, for other data are prepared now: {', '.join(runs.left_out)}.")
     if runs.recipe.dataset.source in paper.TABLES:

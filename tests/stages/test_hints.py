@@ -32,12 +32,12 @@ def test_a_hint_gets_the_recipe_that_it_lacks(hint: str, complete: str) -> None:
 
 
 def test_the_commands_that_need_a_recipe_are_those_with_the_option() -> None:
-    """The others that have it take their file's recipe, the paper's, or one in the place of another's name."""
+    """The others that have it take their file's recipe, the paper's, all, or one in the place of another's name."""
     having = {
         name for name, command in Commands().items()
         if any(isinstance(one, click.Option) and "--recipe" in one.opts for one in command.params)
     }  # fmt: skip
-    assert set(WITH_RECIPE) | {"export", "reproduce"} == having
+    assert set(WITH_RECIPE) | {"clean", "export", "reproduce"} == having
 
 
 def test_every_hint_in_the_code_is_in_backticks_or_names_the_recipe() -> None:

@@ -147,6 +147,7 @@ def test_a_checkpoint_that_names_no_data_is_scored_on_a_folder_alone(project: Pr
 
 
 def test_a_report_leaves_out_what_was_trained_on_other_data_and_names_it(project: Project) -> None:
+    (project.data / "teachers" / TEACHERS[1] / "best.json").unlink()
     with contextlib.chdir(project.path):
         recipe = load_params(project.path / "params.yaml").select(None)
         runs = FinishedRuns.read(recipe, Paths("smoke"))
