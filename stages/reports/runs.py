@@ -369,7 +369,8 @@ class FinishedRuns:
 
 def _data_of(run: FinishedRun) -> str | None:
     """Return the SHA-256 of a run's data; None where it is not known."""
-    return str(run.description["dataset_sha256"]) if run.description else None
+    data = (run.meta or {}).get("dataset_sha256")
+    return None if data is None else str(data)
 
 
 def _data(paths: Paths, runs: Iterable[FinishedRun]) -> tuple[str | None, str]:

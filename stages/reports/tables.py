@@ -353,8 +353,8 @@ def _drop(runs: FinishedRuns, name: str, *, is_papers: bool) -> list[str]:
     if not seeds:
         papers = [number(reported), "-"] if is_papers else []
         return [runs.winner or "-", name, "-", NOT_RUN, NOT_RUN, NOT_RUN, *papers, "-", "-", "-"]
-    recorded = seeds[0].metrics["teacher"]
-    teacher = {**recorded, "top1": recorded.get("test_top1")}
+    known = seeds[0].teacher_top1
+    teacher = {**seeds[0].metrics["teacher"], "top1": known[0] if known and known[1] == "test" else None}
     if found := runs.teacher_of(seeds[0]):  # else its costs and its accuracy on test are unknown
         teacher = {**found.metrics, "top1": found.metrics["test"]["top1"]}
     top1 = [run.metrics["test"]["top1"] for run in seeds]
