@@ -112,6 +112,7 @@ def plots(out: str) -> dict[str, list[dict[str, Any]]]:
     return data
 
 
+@pytest.mark.slow
 def test_dvcs_plots_show_the_curves_together_and_the_reports_pictures(checkout: Checkout) -> None:
     shown = plots(checkout.dvc("plots", "show", "--json"))
     for title, folder in (("Figure 4, top-1 of the teachers by epoch", "teachers"),
@@ -158,6 +159,7 @@ def test_another_winner_relabels_and_retrains(checkout: Checkout) -> None:
     assert LabelCache.open(checkout.data / "labels/default.h5").provenance["teacher"] == loser
 
 
+@pytest.mark.slow
 def test_more_views_extend_the_labels_and_leave_teachers_alone(checkout: Checkout) -> None:
     file = checkout.data / "labels/default.h5"
     former = LabelCache.open(file)
@@ -303,6 +305,7 @@ def test_labelling_that_outlives_its_dvc_is_not_disturbed_by_another(checkout: C
     assert "up to date, 20 views" in checkout.dvc("repro", "label@default")
 
 
+@pytest.mark.slow
 def test_labels_that_rotted_in_dvcs_cache_reach_no_student(checkout: Checkout) -> None:
     file = checkout.data / "labels/default.h5"
     digest = hashlib.md5(file.read_bytes()).hexdigest()
@@ -397,6 +400,7 @@ def test_a_newer_result_comes_back_and_changed_code_is_really_run(checkout: Chec
     check_kept(checkout)
 
 
+@pytest.mark.slow
 def test_what_outlives_its_dvc_is_not_trained_again(checkout: Checkout) -> None:
     checkout.edit("      vit: {}\n", "      vit: {epochs: 12}\n")
     process = start_dvc(checkout, "student@vit")
@@ -417,6 +421,7 @@ def test_what_outlives_its_dvc_is_not_trained_again(checkout: Checkout) -> None:
     assert contents(checkout.data / "students/vit") == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hardlink", "symlink"])
 def test_a_cache_of_links_is_never_written_into(checkout: Checkout, kind: str) -> None:
     checkout.dvc("config", "cache.type", kind)
