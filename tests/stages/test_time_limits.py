@@ -36,7 +36,7 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("ticking")
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["distill", "label", pytest.param("teacher-select", marks=pytest.mark.slow)])
 def test_a_stage_cut_into_slices_ends_as_an_unbroken_one(labelled: Project, tmp_path: Path, stage: str) -> None:
     arguments, outputs, limit = STAGES[stage]
     project = Project(tmp_path / "project")

@@ -212,6 +212,7 @@ def test_an_experiment_in_a_copy_runs_the_copys_code_and_changes_the_recipe(chec
     assert json.loads((checkout.data / "students/vit/metrics.json").read_text())["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_the_page_on_sharing_a_clone_trains_on_what_it_pulls(checkout: Checkout, tmp_path: Path) -> None:
     share, train, again, moved, everything = (block.splitlines() for block in blocks(page("docs/sharing.md"), "sh"))
     assert share[1] == "dvc repro" and share[-1] == "git push"  # nothing to do, and nowhere to
@@ -275,6 +276,7 @@ def parts_of(checkout: Checkout) -> dict[str, tuple[int, int]]:
     return parts
 
 
+@pytest.mark.slow
 def test_a_killed_repro_keeps_its_parts_and_the_next_one_goes_on(checkout: Checkout) -> None:
     file = checkout.data / "labels/default.h5"
     former = file.read_bytes()

@@ -61,6 +61,7 @@ def test_nothing_that_happens_to_labelling_costs_a_label(project: Project, name:
     assert label_campaign.LABELLING[name](project).wrong == []
 
 
+@pytest.mark.slow
 def test_the_real_command_survives_kills_at_random_moments(project: Project) -> None:
     tally = kill_at_random(Labelling(project, 8), 2, random.Random(0), lambda: Started(project))
     assert tally.wrong == [] and tally.counts["kills"] == 2
