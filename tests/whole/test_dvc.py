@@ -132,6 +132,7 @@ def test_dvcs_plots_show_the_curves_together_and_the_reports_pictures(checkout: 
     assert epochs == {("HEAD", "1"), ("HEAD", "2"), ("workspace", "1")}
 
 
+@pytest.mark.slow
 def test_changing_one_students_recipe_reruns_that_student_alone(checkout: Checkout) -> None:
     checkout.edit("      vit: {}\n", "      vit: {epochs: 3}\n")
     assert checkout.repro() == {"student@vit", "report"}
@@ -182,6 +183,7 @@ def test_changed_code_reruns_the_stages_that_use_it(checkout: Checkout) -> None:
         assert ran == stages, name
 
 
+@pytest.mark.slow
 def test_what_the_command_line_wrote_is_adopted_by_the_line_it_ends_with(checkout: Checkout) -> None:
     checkout.edit("      titn: {}\n", "      titn: {epochs: 1}\n")
     out = checkout.shell(sys.executable, "-m", "stages.cli", "distill", "--student", "titn")

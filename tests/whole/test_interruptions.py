@@ -38,6 +38,7 @@ def test_a_student_interrupted_at_random_moments_ends_like_an_undisturbed_one(
     assert tally.wrong == [] and tally.counts["kills"] > 0
 
 
+@pytest.mark.slow
 def test_stage_one_interrupted_at_random_moments_ends_like_an_undisturbed_one(
     labelled: Project, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_kill_at_a_system_call_costs_no_finished_view(project: Project) -> Non
     assert tally.wrong == [] and tally.counts["kills"] >= 3
 
 
+@pytest.mark.slow
 def test_a_kill_while_extending_leaves_the_former_file_or_the_new_one(project: Project) -> None:
     labelling, former = label_campaign.extending(project)
     tally = kill_at_calls(labelling, former, moments(labelling.run().calls)[5::28])
@@ -85,6 +86,7 @@ def test_a_failing_system_call_is_one_line_and_exit_4_and_the_next_run_finishes(
     assert tally.wrong == [] and tally.counts["faults"] >= 4
 
 
+@pytest.mark.slow
 def test_a_failure_while_extending_leaves_the_former_file_or_the_new_one(project: Project) -> None:
     labelling, former = label_campaign.extending(project)
     tally = fail_at_calls(labelling, former, failures(labelling.run().calls)[4::40])
