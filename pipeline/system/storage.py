@@ -79,9 +79,7 @@ def replacing(path: Path) -> Iterator[int]:
 def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write a whole file as `replacing` does, with its errors."""
     with replacing(path) as descriptor:
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[os.write(descriptor, view) :]
+        _write_all(descriptor, data)
 
 
 def duplicate(source: Path, path: Path) -> None:
@@ -116,9 +114,13 @@ def duplicate(source: Path, path: Path) -> None:
 def _copy(source: Path, path: Path) -> None:
     with source.open("rb") as file, replacing(path) as descriptor:
         while block := file.read(_COPIED_AT_ONCE):
-            view = memoryview(block)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            _write_all(descriptor, block)
+
+
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 def remove_leftovers(path: Path) -> None:

@@ -16,9 +16,9 @@ from pipeline.errors import DataError, printable
 from pipeline.system.storage import read_json
 from stages.shared.paths import Paths
 from stages.shared.runs import OUTPUTS, describe_finished, differences
+from stages.shared.trained import SHORT
 
 Form = Mapping[str, Any]
-SHORT = 12  # hexadecimal digits of a SHA-256 that people are shown
 SWEPT = ("training.optimizer", "training.lr")
 """The places in a description in which runs of Figure 5 differ."""
 SAME = ("dataset_sha256", "rules")

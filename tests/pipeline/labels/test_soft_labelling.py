@@ -151,3 +151,11 @@ def test_labels_of_more_than_255_classes_are_read_as_they_are() -> None:
     answer = cached_labels(wide, CPU, soft=True)(1, torch.arange(NUM_SAMPLES), torch.empty(0))
     assert answer.labels.shape == (NUM_SAMPLES, 40_004)
     assert np.array_equal(answer.labels.argmax(1).numpy(), cache.labels[1])
+    assert wide.classes is not None
+    last = wide.classes.copy()
+    last[last == 3] = 40_003
+    largest = dataclasses.replace(wide, labels=np.ascontiguousarray(last[..., 0]), classes=last)
+    hard = cached_labels(largest, CPU)(1, torch.arange(NUM_SAMPLES), torch.empty(0))
+    soft = cached_labels(largest, CPU, soft=True)(1, torch.arange(NUM_SAMPLES), torch.empty(0))
+    assert np.array_equal(hard.labels.numpy(), last[1, :, 0]) and hard.labels.max() == 40_003, "beyond int16"
+    assert np.array_equal(soft.labels.argmax(1).numpy(), last[1, :, 0])
