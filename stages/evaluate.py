@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
-from pipeline.data.images import BadFile, refusal
+from pipeline.data.images import UNUSED_ALPHA, BadFile, refusal
 from pipeline.data.listing import relative_name
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
@@ -25,6 +25,7 @@ from stages.shared.trained import require_same_data
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
+    from pipeline.training.evaluation import Predictions
     from pipeline.training.metrics import Meter
 
 
@@ -139,8 +140,8 @@ def evaluate_folder(
         rows: A CSV file to write, with the columns of predictions.csv; paths are relative to the folder.
 
     Returns:
-        What `evaluate_split` returns, with `data` (the folder), `absent_classes` and `skipped` in place of recipe and
-        split.
+        What `evaluate_split` returns, with `data` (the folder), `absent_classes`, `skipped` and `unused_alpha` (the
+        images whose alpha is ignored) in place of recipe and split.
 
     Raises:
         UsageError: There is no such folder.
@@ -149,43 +150,66 @@ def evaluate_folder(
     import torch
 
     from pipeline.training.batches import EvaluationData
-    from pipeline.training.evaluation import Predictions
-    from pipeline.training.metrics import Meter
 
+    scored = _ScoredFolder(classifier)
     files, bad = find_labelled_images(folder, classifier.class_names)
-    num_classes, device = len(classifier.class_names), classifier.device
-    meter = Meter(num_classes, device)
-    parts: list[Predictions] = []
-    good_files: list[ImageFile] = []
     # Pillow warns of damaged metadata, which does no harm.
     quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
     with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
         for batch in batches:
             bad += (BadFile(printable(file.path.relative_to(folder)), file.problem) for file in batch if file.problem)
-            good = [file for file in batch if file.pixels is not None]
-            if good:
-                images = classifier.place(np.stack([file.pixels for file in good if file.pixels is not None]))
-                labels, outputs = torch.tensor([file.label for file in good], device=device), classifier.logits(images)
-                meter.add(outputs, labels)
-                parts.append(
-                    Predictions(torch.zeros_like(labels), torch.zeros(len(good), device=device), labels.clone())
-                )
-                parts[-1].add(slice(None), outputs)
-                good_files += (dataclasses.replace(file, pixels=None) for file in good)
+            scored.add([file for file in batch if file.pixels is not None])
     if bad and not skip_bad:
         raise refusal(folder, bad)
-    supports = meter.confusion.sum(dim=1).tolist()
-    if not any(supports):
+    if not scored.files:
         raise DataError(f"{printable(folder)}: no image can be read, of {len(files)}")
+    names = [relative_name(file.path, folder) for file in scored.files]
     if rows is not None:
-        labels = torch.tensor([file.label for file in good_files])
-        data = EvaluationData(torch.empty(0), labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), num_classes)
-        names = [relative_name(file.path, folder) for file in good_files]
-        write_atomic(rows, Predictions.joined(parts).as_csv(classifier.class_names, data, names))
-    absent = [name for name, support in zip(classifier.class_names, supports, strict=True) if not support]
-    skipped = [dataclasses.asdict(file) for file in bad]
-    where = {"data": printable(folder), "absent_classes": absent, "skipped": skipped}
-    return _result(classifier, where, meter, per_class)
+        labels = torch.tensor([file.label for file in scored.files])
+        split = EvaluationData(torch.empty(0), labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), len(classifier.class_names))
+        write_atomic(rows, scored.predictions().as_csv(classifier.class_names, split, names))
+    supports = scored.meter.confusion.sum(dim=1).tolist()
+    where = {
+        "data": printable(folder),
+        "absent_classes": [name for name, support in zip(classifier.class_names, supports, strict=True) if not support],
+        "skipped": [dataclasses.asdict(file) for file in bad],
+        "unused_alpha": [name for name, file in zip(names, scored.files, strict=True) if UNUSED_ALPHA in file.notes],
+    }
+    return _result(classifier, where, scored.meter, per_class)
+
+
+class _ScoredFolder:
+    """A model's scores on the images of a folder, batch by batch."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        from pipeline.training.metrics import Meter
+
+        self.classifier = classifier
+        self.meter = Meter(len(classifier.class_names), classifier.device)
+        self.files: list[ImageFile] = []
+        self._parts: list[Predictions] = []
+
+    def add(self, files: list[ImageFile]) -> None:
+        """Score images that have been read; `files` then has them without their pixels."""
+        import torch
+
+        from pipeline.training.evaluation import Predictions
+
+        pixels = [file.pixels for file in files if file.pixels is not None]
+        if not pixels:
+            return
+        labels = torch.tensor([file.label for file in files], device=self.classifier.device)
+        outputs = self.classifier.logits(self.classifier.place(np.stack(pixels)))
+        self.meter.add(outputs, labels)
+        self._parts.append(Predictions.zeros(len(files), labels.device))
+        self._parts[-1].add(slice(None), outputs)
+        self.files += (dataclasses.replace(file, pixels=None) for file in files)
+
+    def predictions(self) -> Predictions:
+        """Return what is predicted for each image, in the order of `files`."""
+        from pipeline.training.evaluation import Predictions
+
+        return Predictions.joined(self._parts)
 
 
 def scores_table(result: dict[str, Any]) -> Table:
@@ -198,6 +222,8 @@ def scores_table(result: dict[str, Any]) -> Table:
     note = f"{counted(result['num_images'], 'image')}, {result['device']}, {result['autocast']}"
     if result.get("skipped"):
         note += f"; {counted(len(result['skipped']), 'bad file')} left out"
+    if result.get("unused_alpha"):
+        note += f"; {UNUSED_ALPHA}, in {counted(len(result['unused_alpha']), 'image')}"
     if absent := result.get("absent_classes"):
         names = [*map(printable, absent[:MAX_CLASSES_NAMED]), *(["..."] if len(absent) > MAX_CLASSES_NAMED else [])]
         note += f"; no images of {counted(len(absent), 'class')} ({', '.join(names)}), "

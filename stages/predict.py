@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.data.folders import ImageFile, find_images, read_images
 from pipeline.data.images import BadFile
 from pipeline.errors import PipelineError, UsageError, printable
+from pipeline.system.text import counted
 from stages.shared.options import PATH, device_option, precision_option
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def command(
     """Name the classes of images, by a student or a teacher.
 
     CHECKPOINT is a directory that a stage or export wrote, or a file in it; nothing else is needed. An IMAGE is a file;
-    a folder, of which all PNG, JPEG, WebP, PPM and BMP files are taken at any depth, in the order of their names'
-    bytes; or -, one image's bytes on standard input. For a list of files use xargs.
+    a folder, of which all PNG, JPEG, WebP, PPM, BMP and TIFF files are taken at any depth, in the order of their
+    names' bytes; or -, one image's bytes on standard input. For a list of files use xargs.
 
     Of two heads the prediction is the mean of their probabilities; what each says alone stands beside it. What can't
     be read is named on standard error, the rest is answered, and the exit code is 1.
@@ -55,9 +56,10 @@ def command(
     # A heading as wide as its columns.
     width = max(len("distillation head") - 9, *(len(printable(name)) for name in classifier.class_names))
     left_out: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     standard_input = sys.stdin.buffer if STANDARD_INPUT in images else None
     num_good = num_bad = 0
-    for result in predict(classifier, images, topk=topk, left_out=left_out, standard_input=standard_input):
+    for result in predict(classifier, images, topk=topk, left_out=left_out, notes=notes, standard_input=standard_input):
         if isinstance(result, BadFile):
             num_bad += 1
             click.echo(printable(f"{result.path}: {result.reason}"), err=True)
@@ -69,6 +71,8 @@ def command(
     if left_out:
         counts = ", ".join(f"{count} {printable(suffix) or 'without any'}" for suffix, count in left_out.most_common())
         click.echo(f"left out, not having an image's suffix: {counts}", err=True)
+    for note, count in notes.items():
+        click.echo(f"{note}, in {counted(count, 'image')}", err=True)
     if num_bad:
         raise PipelineError(f"{num_bad} of {num_bad + num_good} could not be read; they are named above")
 
@@ -125,6 +129,7 @@ def predict(
     *,
     topk: int,
     left_out: Counter[str],
+    notes: Counter[str],
     standard_input: BinaryIO | None = None,
 ) -> Generator[Prediction | BadFile, None, None]:
     """Classify images one after the other, in memory that does not grow with their number.
@@ -134,6 +139,7 @@ def predict(
         names: Files; folders, of which all images are taken; `-` for one image's bytes on standard input.
         topk: Classes to name, at most all.
         left_out: Counts by suffix the files of folders that are no images.
+        notes: Counts the images of which there is something to say, see pipeline.data.images.read_image.
         standard_input: Read to its end where `-` is named.
 
     Yields:
@@ -150,6 +156,7 @@ def predict(
     quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
     with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
         for batch in batches:
+            notes.update(note for file in batch for note in file.notes)
             yield from _answer(classifier, batch, topk)
 
 

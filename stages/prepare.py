@@ -248,9 +248,9 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
 
     for split, count in copies["in_train"].items():
         if count:
-            total = summary["num_samples"][split]
+            total, are = summary["num_samples"][split], "is a copy" if count == 1 else "are copies"
             lines.append(
-                f"warning: {count} of {total} {split} images are copies of training images"
+                f"warning: {count} of {total} {split} images {are} of training images"
                 f"{as_in('in_train')}: scores on them are too high"
             )
     if count := copies["in_two_classes"]:

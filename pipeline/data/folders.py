@@ -151,6 +151,7 @@ class ImageFile:
         label: Its class, if known.
         pixels: `(image_size, image_size, 3)` uint8 RGB after it is read.
         problem: Why it cannot be read, one line; None if it can, or before it is read.
+        notes: What was noticed as it was read, see pipeline.data.images.read_image.
     """
 
     path: Path
@@ -158,6 +159,7 @@ class ImageFile:
     label: int | None = None
     pixels: NDArray[np.uint8] | None = None
     problem: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def find_images(path: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
@@ -244,11 +246,12 @@ def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) ->
     def read(file: ImageFile) -> ImageFile:
         if file.problem is not None:
             return file
+        notes: list[str] = []
         try:
-            pixels = read_image(file.path if file.content is None else file.content, image_size)
+            pixels = read_image(file.path if file.content is None else file.content, image_size, notes)
         except DataError as error:
             return dataclasses.replace(file, problem=str(error))
-        return dataclasses.replace(file, content=None, pixels=pixels)
+        return dataclasses.replace(file, content=None, pixels=pixels, notes=tuple(notes))
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         batches = prefetch(_batches(files, batch_size), lambda batch: list(pool.map(read, batch)))

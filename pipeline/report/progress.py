@@ -47,15 +47,18 @@ class RunWatcher:
         console: Where to print.
         name: Of the model.
         num_samples: Images of an epoch, for the rate.
+        split: That the scores are on, such as `test`.
         position: Its place among the command's runs; None where it is the only one.
 
     Attributes:
         name: Of the model, with its position.
     """
 
-    def __init__(self, console: Console, name: str, num_samples: int, position: Position | None = None) -> None:
+    def __init__(
+        self, console: Console, name: str, num_samples: int, split: str, position: Position | None = None
+    ) -> None:
         self.name = name if position is None else f"{name} ({position.label} {position.index} of {position.count})"
-        self._console, self._num_samples, self._position = console, num_samples, position
+        self._console, self._num_samples, self._split, self._position = console, num_samples, split, position
         self._epochs = 0
         self._epoch_began = time.monotonic()
         self._is_whole = True
@@ -98,7 +101,7 @@ class RunWatcher:
             "epoch": f": epoch {row['epoch']}/{self._epochs}",
             "lr": f", lr {row['lr']:.2e}",
             "loss": f", train loss {row['train_loss']:.4f}",
-            "top1": f", top-1 {row['top1']:.2f} %",
+            "top1": f", {self._split} top-1 {row['top1']:.2f} %",
             "top5": f", top-5 {row['top5']:.2f} %",
             "agreement": "" if row["agreement"] is None else f", agreement {row['agreement']:.2f} %",
             "seconds": f", {seconds:.1f} s",

@@ -45,8 +45,13 @@ class Predictions:
     @classmethod
     def of(cls, data: EvaluationData) -> Predictions:
         """Return zeros for every image of a split."""
-        classes = torch.zeros_like(data.labels)
-        return cls(classes, torch.zeros(len(classes), device=classes.device), torch.zeros_like(classes))
+        return cls.zeros(len(data.labels), data.labels.device)
+
+    @classmethod
+    def zeros(cls, num_images: int, device: torch.device) -> Predictions:
+        """Return zeros for a number of images."""
+        classes = torch.zeros(num_images, dtype=torch.int64, device=device)
+        return cls(classes, torch.zeros(num_images, device=device), torch.zeros_like(classes))
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:

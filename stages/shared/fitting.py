@@ -137,14 +137,14 @@ def carry_out(
     # The ranks agree on whether the time is up, because their clocks differ.
     if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
         raise stopped(code, f"before {run.name}")
-    watcher = RunWatcher(context.console, run.name, len(dataset.train), context.position)
+    split_name, split = dataset.evaluation
+    watcher = RunWatcher(context.console, run.name, len(dataset.train), split_name, context.position)
     if recipe.warmup_epochs == recipe.epochs:
         watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
     with _claimed(run, group, fresh=fresh) as state:
         context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
         if not group.is_alone:
             context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
-        split_name, split = dataset.evaluation
         with context.stop.deferred(), execution.compiling(model), watcher:
             fit = Fit(
                 model=model,

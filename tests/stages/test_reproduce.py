@@ -58,7 +58,7 @@ def test_a_record_says_what_was_reached_and_how(reproduced: Project) -> None:
     assert described["inputs"]["teacher"] == json.loads((reproduced.data / "teacher/best.json").read_text())["sha256"]
     assert described["training"] == {**meta["training"], "precision": "fp32"} and described["seed"] == 0
     chosen = json.loads((reproduced.data / "selection.json").read_text())["winner"]
-    assert deit["teacher"] == {"name": chosen, "top1": metrics["teacher"]["top1"]}
+    assert deit["teacher"] == {"name": chosen, "top1": metrics["teacher"]["test_top1"], "split": "test"}
     kept = ("recipe", "kind", "overrides", "seed", "epochs", "views", "precision", "evaluated_on", "weights")
     assert [deit[key] for key in kept] == ["smoke", "student", {}, 0, 2, 4, "fp32", "val", "random"]
     assert (teacher["kind"], teacher["views"], teacher["teacher"], teacher["weights"]) == (

@@ -12,7 +12,7 @@ import pytest
 from pipeline.system.stopping import StopSignal
 from stages.shared.options import parse_duration
 from tests.support.in_process import invoke
-from tests.support.interruptions import files, small_project_with_labels
+from tests.support.interruptions import files
 from tests.support.project import Project
 
 # Command, what is deleted before it, and the limit.
@@ -21,11 +21,6 @@ STAGES = {
     "label": (("label", "--view-recipe", "mixup"), ("labels/mixup.h5",), "1s"),
     "teacher-select": (("teacher-select",), ("teachers", "teacher", "selection.json", "labels"), "15s"),
 }
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return small_project_with_labels(tmp_path_factory.mktemp("labelled") / "project")
 
 
 @pytest.fixture
@@ -37,10 +32,10 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ticking")
 @pytest.mark.parametrize("stage", ["distill", "label", pytest.param("teacher-select", marks=pytest.mark.slow)])
-def test_a_stage_cut_into_slices_ends_as_an_unbroken_one(labelled: Project, tmp_path: Path, stage: str) -> None:
+def test_a_stage_cut_into_slices_ends_as_an_unbroken_one(small_labelled: Project, tmp_path: Path, stage: str) -> None:
     arguments, outputs, limit = STAGES[stage]
     project = Project(tmp_path / "project")
-    shutil.copytree(labelled.path, project.path)
+    shutil.copytree(small_labelled.path, project.path)
     for output in outputs:
         path = project.data / output
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -79,8 +74,8 @@ def test_a_signal_goes_before_a_limit() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0s", "9", "m", "-1m", "1.5m", "9m ", "5s9m", "nan"])
-def test_what_is_no_span_of_time_is_refused(labelled: Project, text: str) -> None:
-    assert "write a span of time as 9m, 90s or 1h30m" in invoke(labelled, "label", "--time-limit", text, code=2)
+def test_what_is_no_span_of_time_is_refused(small_labelled: Project, text: str) -> None:
+    assert "write a span of time as 9m, 90s or 1h30m" in invoke(small_labelled, "label", "--time-limit", text, code=2)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("9m", 540), ("90s", 90), ("1h30m", 5400), ("1h0m1s", 3601)])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.images import read_image
+from pipeline.data.images import UNUSED_ALPHA, read_image
 from pipeline.errors import PipelineError
 from pipeline.inference import speed
 from pipeline.inference.classifier import Answer, Classifier
@@ -259,6 +259,15 @@ def test_a_folder_is_scored_by_the_names_of_its_classes(place: Path) -> None:
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_an_unused_alpha_channel_is_said(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "images", tmp_path / "images")
+    Image.fromarray(np.full((8, 8, 4), (9, 9, 9, 0), np.uint8)).save(tmp_path / "images/bee/clear.png")
+    arguments = ("evaluate", str(place / "vit"), "--data", "images")
+    assert json.loads(run(tmp_path, *arguments, "--json").out)["unused_alpha"] == ["bee/clear.png"]
+    assert "10 images, cpu, fp32; alpha is 0 everywhere, and ignored, in 1 image" in run(tmp_path, *arguments).out
+    assert run(tmp_path, "predict", str(place / "vit"), "images").err == f"{UNUSED_ALPHA}, in 1 image\n"
 
 
 @pytest.mark.parametrize("name", ["titn", "vit"])

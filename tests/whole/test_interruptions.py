@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.interruption_campaign import CAMPAIGNS, DISTILL, NUM_TRIALS
-from tests.support.interruptions import Interruptions, interrupt_at_random, kill_at_calls, small_project_with_labels
+from tests.support.interruptions import Interruptions, interrupt_at_random, kill_at_calls
 from tests.support.project import Project
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return small_project_with_labels(tmp_path_factory.mktemp("labelled") / "project")
 
 
 @pytest.mark.slow
@@ -28,9 +23,9 @@ def test_no_interruption_changes_what_comes_out(tmp_path: Path, name: str) -> No
 
 
 def test_a_student_interrupted_at_random_moments_ends_like_an_undisturbed_one(
-    labelled: Project, tmp_path: Path
+    small_labelled: Project, tmp_path: Path
 ) -> None:
-    interruptions = Interruptions(labelled, tmp_path / "scratch", *DISTILL)
+    interruptions = Interruptions(small_labelled, tmp_path / "scratch", *DISTILL)
     tally = interrupt_at_random(interruptions, 2, random.Random(0))
     assert tally.wrong == [] and tally.counts["trials"] == 2
     assert interruptions.stopped_at_step(13, moved=True) == []
@@ -40,9 +35,9 @@ def test_a_student_interrupted_at_random_moments_ends_like_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_stage_one_interrupted_at_random_moments_ends_like_an_undisturbed_one(
-    labelled: Project, tmp_path: Path
+    small_labelled: Project, tmp_path: Path
 ) -> None:
-    shutil.copytree(labelled.path, tmp_path / "project")
+    shutil.copytree(small_labelled.path, tmp_path / "project")
     project = Project(tmp_path / "project")
     # Leaves what the other teacher needs.
     project.forget("teachers/squeezenet1_1", "teacher", "labels", "selection.json")

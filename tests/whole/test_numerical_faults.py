@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.support import numerical_faults
 from tests.support.commands import Ended, run
-from tests.support.interruptions import Interruptions, files, save_often, small_project_with_labels
+from tests.support.interruptions import Interruptions, files, save_often
 from tests.support.numerical_faults import TRAINING
 from tests.support.project import Project
 
@@ -41,8 +41,9 @@ SOME = [
 class Setting:
     """A project with labels and a former result, and each command's undisturbed end."""
 
-    def __init__(self, folder: Path) -> None:
-        self.project = small_project_with_labels(folder / "project")
+    def __init__(self, labelled: Project, folder: Path) -> None:
+        self.project = Project(folder / "project")
+        shutil.copytree(labelled.path, self.project.path)
         assert run(self.project.path, "distill", "--student", "deit").code == 0
         self.project.edit("deit: {}", "deit: {epochs: 2, lr: 0.05}")
         self._scratch = folder / "scratch"
@@ -77,8 +78,8 @@ def meet(fault: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("faults"))
+def setting(small_labelled: Project, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(small_labelled, tmp_path_factory.mktemp("faults"))
 
 
 def fail_in_training(setting: Setting, command: str, fault: str, epoch: int, where: str) -> None:
