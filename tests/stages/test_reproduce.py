@@ -85,6 +85,7 @@ def test_what_is_done_costs_nothing_and_is_recorded_once(project: Project) -> No
 
 
 @pytest.mark.usefixtures("ticking")
+@pytest.mark.slow
 def test_slices_of_time_end_as_an_unbroken_run(
     reproduced: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

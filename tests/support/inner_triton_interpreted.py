@@ -18,9 +18,9 @@ TOLERANCE = 3e-6
 @pytest.mark.parametrize(
     ("num_patches", "num_pixels", "width", "num_heads", "ratio"),
     [
-        (19, 16, 12, 2, 4),  # more tiles than programs
+        pytest.param(19, 16, 12, 2, 4, marks=pytest.mark.slow),  # more tiles than programs
         (6, 4, 12, 2, 4),  # a tile of four patches, and one half full
-        (2, 16, 16, 2, 4),
+        pytest.param(2, 16, 16, 2, 4, marks=pytest.mark.slow),
         (3, 9, 12, 3, 2),  # no power of two
         (1, 20, 6, 1, 3),
     ],

@@ -71,6 +71,7 @@ def test_its_variants_change_one_ingredient_each() -> None:
     assert recipe.dataset.val_fraction == 0.1 and recipe.label.topk >= 5
 
 
+@pytest.mark.slow
 def test_it_runs_through_all_stages_in_small(project: Project) -> None:
     for name in ("titn", "titn-hard"):
         run(project, "distill", "--student", name)
@@ -92,6 +93,7 @@ def test_it_runs_through_all_stages_in_small(project: Project) -> None:
         assert f"| {name} | not run" in text
 
 
+@pytest.mark.slow
 def test_views_of_its_own_need_labels_of_their_own(project: Project) -> None:
     out = run(project, "distill", "--student", "titn-paper-views", code=3)
     assert "pipeline label --recipe cifar100-best --view-recipe paper" in out

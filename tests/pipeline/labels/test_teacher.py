@@ -128,7 +128,10 @@ class RealSize:
     logits: Tensor
 
 
-@pytest.fixture(scope="module", params=["vgg16_bn", "resnet50", "densenet121"])
+@pytest.fixture(
+    scope="module",
+    params=["densenet121", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg16_bn", "resnet50"))],
+)
 def real_size(request: pytest.FixtureRequest) -> RealSize:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(256, (NUM_IMAGES, 3, 4, 4), generator=generator, dtype=torch.uint8)

@@ -46,7 +46,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+QUICK = ("densenet121", "mobilenet_v3_large", "resnet50", "squeezenet1_1")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TEACHERS]
+)
 def test_every_teacher_folds_to_one_of_fewer_norms_and_the_same_logits(name: str) -> None:
     model = used_teacher(name).eval()
     folded = fold(model, 32)

@@ -32,12 +32,15 @@ def triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return pytest.importorskip("triton", minversion="3.5")
 
 
-def test_the_interpreted_kernels_are_the_modules(triton: Any) -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_interpreted_kernels_are_the_modules(triton: Any, which: str) -> None:
     done = subprocess.run(
         [
             sys.executable,
             "-m",
             "pytest",
+            "-m",
+            which,
             "-p",
             "no:cacheprovider",
             "-W",
@@ -126,6 +129,7 @@ def test_the_forward_kernel_spills_nothing(triton: Any, tmp_path: Path) -> None:
             assert used["registers"] * 32 * inner_triton.FORWARD_WARPS <= NUM_REGISTERS
 
 
+@pytest.mark.slow
 def test_what_the_backward_kernel_spills_stays_in_the_first_cache(triton: Any, tmp_path: Path) -> None:
     from pipeline.models.students.fused.triton_backward import backward_kernel
 

@@ -28,7 +28,12 @@ def images(batch_size: int = 2) -> Tensor:
     return torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+LARGE = ("vgg16", "vgg19", "wide_resnet50_2")  # of whose kind a smaller one is tested
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in TEACHERS]
+)
 def test_every_teacher_gives_finite_logits_at_32x32_and_its_whole_head_learns(name: str) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(name, num_classes=7)
