@@ -24,7 +24,9 @@ def project(tmp_path: Path) -> Project:
             folder.mkdir(parents=True)
             for index in range(count):
                 Image.fromarray(draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    project.edit("source: digits, image_size: 32, val_fraction: 0.2", "source: folder, image_size: 32, val_fraction: 0")
+    project.edit(
+        "source: digits, image_size: 32, val_fraction: 0.25", "source: folder, image_size: 32, val_fraction: 0"
+    )
     invoke(project, "prepare", "--from", "images")
     return project
 

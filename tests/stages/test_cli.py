@@ -165,7 +165,7 @@ def test_fresh_trains_again_to_the_same_weights(project: Project) -> None:
 
 
 def test_a_dry_run_says_what_is_up_to_date_and_writes_nothing(project: Project) -> None:
-    project.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {epochs: 3}")
+    project.edit("squeezenet1_1: {epochs: 8}", "squeezenet1_1: {epochs: 3}")
     before = state_of(project.path)
     out = project.run("teacher-select", "--dry-run")
     assert "teacher squeezenet1_1: train 3 epochs (epochs 6 -> 3)" in out

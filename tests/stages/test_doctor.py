@@ -76,7 +76,7 @@ def test_a_new_project_is_examined_in_words(empty: Project) -> None:
         "steps are eager",
         "inner block of titn: ",
         "teacher@squeezenet1_1",
-        "train 6 epochs (no data yet)",
+        "train 8 epochs (no data yet)",
         "teacher squeezenet1_1",
     ):
         assert words in out, words
@@ -105,7 +105,7 @@ def test_sizes_are_those_of_the_files(labelled: Project) -> None:
         assert sizes[name] == pytest.approx(file.stat().st_size, rel=0.02), name
     vit = sum(file.stat().st_size for file in (labelled.data / "students/vit").glob("*.safetensors"))
     assert sizes["student vit, best and last"] == pytest.approx(vit, rel=0.1)
-    assert sizes["labels default"] == 2 * 1149
+    assert sizes["labels default"] == 2 * 673
 
 
 def test_stages_wait_for_those_that_they_come_after(empty: Project, labelled: Project, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_changed_field_is_why_a_stage_runs_again(labelled: Project, tmp_path: 
     [
         (("vit: {}", "vit: {epoch: 3}"), "epoch"),
         (("vit: {}", "vit: {step: graph}"), "students.vit: step: graph"),
-        (("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {weights: nowhere.pt}"), "weights 'nowhere.pt' does not exist"),
+        (("squeezenet1_1: {epochs: 8}", "squeezenet1_1: {weights: nowhere.pt}"), "weights 'nowhere.pt' does not exist"),
     ],
 )
 def test_what_cannot_work_is_a_problem_with_its_way_out(empty: Project, edit: tuple[str, str], words: str) -> None:
@@ -172,7 +172,7 @@ def test_torch_compile_is_tried_where_the_recipe_uses_it(empty: Project) -> None
 def test_weights_to_be_downloaded_are_a_warning(
     empty: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    empty.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {weights: imagenet}")
+    empty.edit("squeezenet1_1: {epochs: 8}", "squeezenet1_1: {weights: imagenet}")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert "ImageNet weights of squeezenet1_1 are not in" in lines(examine(empty), WARNING)
 

@@ -47,8 +47,8 @@ def test_a_teacher_that_is_gone_is_put_back_and_counts_as_up_to_date(project: Pr
 
 def test_fresh_and_another_recipe_put_nothing_back(project: Project) -> None:
     shutil.rmtree(project.data / "teachers/squeezenet1_1")
-    assert "train 6 epochs (--fresh)" in invoke(project, *TEACHER, "--fresh", "--dry-run")
-    project.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {epochs: 1}")
+    assert "train 8 epochs (--fresh)" in invoke(project, *TEACHER, "--fresh", "--dry-run")
+    project.edit("squeezenet1_1: {epochs: 8}", "squeezenet1_1: {epochs: 1}")
     out = invoke(project, *TEACHER)
     assert "put back" not in out and "epoch 1/1" in out
 
@@ -56,7 +56,7 @@ def test_fresh_and_another_recipe_put_nothing_back(project: Project) -> None:
 @pytest.mark.usefixtures("other_code")
 def test_other_code_makes_it_again(project: Project) -> None:
     shutil.rmtree(project.data / "teachers/squeezenet1_1")
-    assert "train 6 epochs (not trained)" in invoke(project, *TEACHER, "--dry-run")
+    assert "train 8 epochs (not trained)" in invoke(project, *TEACHER, "--dry-run")
 
 
 def test_the_selection_comes_back_where_its_candidates_are_gone(project: Project) -> None:

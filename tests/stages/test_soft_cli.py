@@ -49,7 +49,6 @@ def test_from_kept_classes_to_a_soft_student(project: Project) -> None:
     project.run("distill", "--student", "deit", "--soft", "2", "--confidence", "--views", "1")
     student = metrics(project.path / "data/runs/smoke/deit-soft-2-confidence-on-num_views-1")
     assert (student["soft"], student["confidence"], student["views"], student["distilled"]) == (2.0, True, 1, True)
-    assert student["best"]["top1"] > 10
     assert not (project.data / "students").exists()
 
 

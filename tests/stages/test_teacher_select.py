@@ -23,7 +23,7 @@ def project(taught: Project, tmp_path: Path) -> Project:
 def test_settings_and_views_are_those_of_distill(project: Project) -> None:
     own = (project.data / "teachers/squeezenet1_1/best.safetensors").read_bytes()
     out = project.path / "data/runs/smoke/squeezenet1_1-lr-0.0009"
-    assert "teacher squeezenet1_1: train 6 epochs (not trained); writes data/runs/smoke" in invoke(
+    assert "teacher squeezenet1_1: train 8 epochs (not trained); writes data/runs/smoke" in invoke(
         project, *SHORT, "--dry-run"
     )
     shown = invoke(project, *SHORT)

@@ -118,10 +118,8 @@ def run(folder: Path, *arguments: str, **options: Any) -> Ended:
 
 
 def teach(path: Path) -> Project:
-    """Make a project with prepared data and a selected teacher, and few images to train on and to label."""
+    """Make a project with prepared data and a selected teacher."""
     project = Project.create(path)
-    project.edit("val_fraction: 0.2, test_fraction: 0.2", "val_fraction: 0.25, test_fraction: 0.5")
-    project.edit("squeezenet1_1: {epochs: 6}", "squeezenet1_1: {epochs: 8}")
     for command in (("prepare",), ("teacher", "squeezenet1_1"), ("select", "--teachers", "squeezenet1_1")):
         ended = run(project.path, *command)
         assert ended.code == 0, ended.err

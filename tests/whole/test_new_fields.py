@@ -249,7 +249,7 @@ def test_the_commands_name_a_field_that_is_used(
     shutil.copytree(finished.path, project.path)
     project.edit("mixing: cutmix}", "mixing: cutmix, noise: 0.25}")
     teacher, *others = plans(project, code=None)
-    assert "train 6 epochs (views.noise none -> 0.25)" in teacher
+    assert "train 8 epochs (views.noise none -> 0.25)" in teacher
     assert all("view_recipe.noise is missing, expected 0.25" in plan for plan in others)
     project.edit(", noise: 0.25", "")
     project.edit("vit: {}", "vit: {decay: matrices}")

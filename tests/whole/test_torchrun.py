@@ -109,7 +109,7 @@ def test_a_student_of_several_ranks_is_that_of_one_process(alone: Project, proje
 
 
 def stop_rank_1() -> None:
-    """Send this process a signal at its twelfth step, if it is rank 1."""
+    """Send this process a signal at its ninth step, if it is rank 1."""
     from pipeline.report.progress import RunWatcher
 
     steps = 0
@@ -117,7 +117,7 @@ def stop_rank_1() -> None:
     def stepped(self: RunWatcher) -> None:
         nonlocal steps
         steps += 1
-        if steps == 12 and os.environ["RANK"] == "1":
+        if steps == 9 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
 
     RunWatcher.stepped = stepped  # type: ignore[method-assign]
