@@ -251,7 +251,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             total, are = summary["num_samples"][split], "is a copy" if count == 1 else "are copies"
             lines.append(
                 f"warning: {count} of {total} {split} images {are} of training images"
-                f"{as_in('in_train')}: scores on them are too high"
+                f"{as_in(split)}: scores on them are too high"
             )
     if count := copies["in_two_classes"]:
         what = "1 image is" if count == 1 else f"{count} images are"

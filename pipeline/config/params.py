@@ -7,6 +7,7 @@ value and what is allowed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -294,7 +295,7 @@ def _build(cls: type[T], values: Any, path: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = [name for name, field in fields.items() if field.default is field.default_factory]  # both are MISSING
     values = _section(_without_removed(cls, values, path), path, tuple(fields), required=required)
-    types = typing.get_type_hints(cls)
+    types = _types(cls)
     built = cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
     if isinstance(built, FitRecipe) and built.warmup_epochs > built.epochs:
         raise UsageError(
@@ -302,6 +303,11 @@ def _build(cls: type[T], values: Any, path: str) -> T:
             "never reached; make it smaller"
         )
     return built
+
+
+@functools.cache
+def _types(cls: type[RecipeSection]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) -> Any:

@@ -21,8 +21,8 @@ class Copies:
         in_train: For each split but train, the number of its images that train holds too.
         repeated: Images that occurred before in the same split.
         in_two_classes: Different images that occur under two classes or more, in any split.
-        examples: For `in_train`, `repeated` and `in_two_classes` the paths of the first such image and of its like,
-            where there are paths.
+        examples: For each split of `in_train`, for `repeated` and for `in_two_classes` the paths of the first such image
+            and of its like, where there are paths.
     """
 
     in_train: dict[str, int]
@@ -46,19 +46,22 @@ def find_copies(dataset: Dataset) -> Copies:
     order = np.argsort(every, kind="stable")
     same = every[order][1:] == every[order][:-1]
     before, after = order[:-1][same], order[1:][same]
-    pairs = {
-        "in_train": (which[before] == 0) & (which[after] != 0),
-        "repeated": which[before] == which[after],
-        "in_two_classes": labels[before] != labels[after],
-    }
+    pairs = {"repeated": which[before] == which[after], "in_two_classes": labels[before] != labels[after]}
+    found = {kind: (after[is_pair], before[is_pair]) for kind, is_pair in pairs.items()}
+    in_train = {}
+    for number, name in enumerate(splits):
+        if number:
+            copied = np.flatnonzero((which == number) & np.isin(every, keys["train"]))
+            in_train[name] = len(copied)
+            found[name] = copied, np.array([np.argmax(every == every[index]) for index in copied[:1]])
     examples: dict[str, list[str]] = {}
-    for kind, is_pair in pairs.items():
-        if is_pair.any():
-            first = np.argmin(np.where(is_pair, after, len(every)))
-            paths = [_path(dataset, int(end[first])) for end in (after, before)]
+    for kind, (copy, original) in found.items():
+        if len(copy):
+            first = np.argmin(copy)
+            paths = [_path(dataset, int(end[first])) for end in (copy, original)]
             examples |= {kind: [path for path in paths if path is not None]} if None not in paths else {}
     return Copies(
-        in_train={name: int(np.isin(keys[name], keys["train"]).sum()) for name in splits if name != "train"},
+        in_train=in_train,
         repeated=int(pairs["repeated"].sum()),
         in_two_classes=len(np.unique(every[after[pairs["in_two_classes"]]])),
         examples=examples,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,15 +328,27 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
     }
 
 
-def costs(meta: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image."""
+def costs(meta: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """Return parameters, the paper's GMACs of a batch of 1024, and PyTorch's FLOPs of one image.
+
+    Counting takes a second or two: of several seeds it is done once.
+
+    Args:
+        meta: Has the model's kind, model and arguments, plain JSON values.
+        image_size: Side of the image, pixels.
+    """
+    return dict(_costs(meta["kind"], meta["model"], json.dumps(meta["arguments"], sort_keys=True), image_size))
+
+
+@functools.cache
+def _costs(kind: str, model_name: str, arguments: str, image_size: int) -> dict[str, Any]:
     import torch
 
     from pipeline.inference.loading import build_model
     from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024
 
     with torch.device("meta"):
-        model = build_model(meta["kind"], meta["model"], meta["arguments"])
+        model = build_model(kind, model_name, json.loads(arguments))
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

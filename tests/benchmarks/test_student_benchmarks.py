@@ -100,6 +100,7 @@ def test_students_stand_alone_where_no_peer_is_installed() -> None:
     assert students.rows(["titn"], {}, FORWARD, 128, "ms", 1.0, {}, options) == []
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_step_is_a_fresh_process_own() -> None:
     peak = peak_memory.measure(TITN, torch.device("cpu"), student="titn", batch_size=128, depth=1)
     pixels = 4 * 128 * 16 * 16 * 12

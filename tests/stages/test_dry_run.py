@@ -65,13 +65,13 @@ def test_what_would_run_is_named_with_the_fields_that_differ(project: Project) -
     project.edit("crop: 2, flip: false", "crop: 3, flip: true")
     out = dry(project, "teacher", "squeezenet1_1")
     assert "squeezenet1_1: train 3 epochs (" in out
-    for words in ("epochs 6 -> 3", "lr 0.001 -> 0.05", "views.crop 2 -> 3", ", 1 more)"):
+    for words in ("epochs 8 -> 3", "lr 0.001 -> 0.05", "views.crop 2 -> 3", ", 1 more)"):
         assert words in out
     assert "weight_decay" not in out
     ran = invoke(project, "teacher", "squeezenet1_1", "--set", "epochs=1")
     assert "trains again" not in ran
     out = dry(project, "teacher-select", "--teachers", "squeezenet1_1,mobilenet_v3_large")
-    assert "teacher mobilenet_v3_large: train 2 epochs (not trained); writes data/smoke/teachers" in out
+    assert "teacher mobilenet_v3_large: train 1 epoch (not trained); writes data/smoke/teachers" in out
     assert "labels of the views default: label 2 views, after the selection from 2 teachers" in out
 
 
@@ -173,7 +173,8 @@ def test_a_folder_is_counted_and_prepared_data_of_other_settings_are_named(proje
     (tmp_path / "images/train/cat/anim.gif").write_text("mine")
     (tmp_path / "images/train/loose.png").touch()
     assert "digits has 10 classes" in dry(project, "prepare", "--from", str(tmp_path / "images"), code=3)
-    out = dry(project, "prepare", "--recipe", "folder", "--from", str(tmp_path / "images"))
+    whole = Project.create(tmp_path / "whole")
+    out = dry(whole, "prepare", "--recipe", "folder", "--from", str(tmp_path / "images"))
     assert "read 2 train, 1 test images of 2 classes in" in out and "1 other file, for which it is refused" in out
     assert "not used: 1 .gif file (train/cat/anim.gif)" in out
     assert "of the same settings" in dry(project, "prepare")

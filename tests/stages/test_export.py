@@ -48,7 +48,7 @@ FORMATS = ("safetensors", "onnx", "onnx-int8", "torchscript")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a trained student, exported in every format. Tests that change anything copy it."""
-    project = Project.create(tmp_path_factory.mktemp("exported"))
+    project = Project.create(tmp_path_factory.mktemp("exported"), alone=True)
     run(project, "prepare")
     run(project, "distill", "--student", "titn", "--labels", "none", "--set", "epochs=1")
     formats = ("--format", "onnx", "--format", "torchscript", "--format", "safetensors", "--int8")

@@ -154,7 +154,7 @@ def state(project: Project) -> dict[str, tuple[bytes, int]]:
 
 
 def test_a_path_in_the_recipe_is_read_and_what_is_up_to_date_is_left_alone(project):
-    assert "25 train, 7 val, 8 test images" in invoke(project, "prepare")
+    assert "15 train, 5 val, 20 test images" in invoke(project, "prepare")
     written = state(project)
     (project.path / "my-images/train/cat/notes.json").write_bytes(b"")
     out = invoke(project, "prepare")
@@ -246,12 +246,16 @@ def test_copies_and_unused_alpha_are_said_and_kept_in_the_summary(project):
     Image.fromarray(np.full((8, 8, 4), (9, 9, 9, 0), np.uint8)).save(images / "dog/clear.png")
     out = invoke(project, "prepare")
     assert "alpha is 0 everywhere, and ignored, in 1 image (train/dog/clear.png)" in out
-    assert "test images are copies of training images, as test/" in out and "scores on them are too high" in out
+    assert "warning: 1 of 11 val images is a copy of training images, as train/" in out
+    assert (
+        "warning: 31 of 41 test images are copies of training images, as test/" in out
+        and "scores on them are too high" in out
+    )
     assert "warning: 1 image is under two classes, as " in out
     summary = json.loads((project.data / "prepared/summary.json").read_text())
     train, val = (summary["num_samples"][name] for name in ("train", "val"))
-    assert (train, val, summary["num_samples"]["test"]) == (33, 9, 41)
-    assert summary["copies"]["in_two_classes"] == 1 and 30 <= summary["copies"]["in_train"]["test"] <= 34
+    assert (train, val, summary["num_samples"]["test"]) == (31, 11, 41)
+    assert summary["copies"]["in_two_classes"] == 1 and summary["copies"]["in_train"] == {"val": 1, "test": 31}
     splits = Dataset.load(project.data / "prepared/dataset.h5").splits.values()
     assert sum(bool((image == 9).all()) for split in splits for image in split.images[:]) == 1
 

@@ -17,7 +17,7 @@ COMMAND = ("distill", "--student", "deit", "--labels", "none", "--set", "epochs=
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = Project.create(tmp_path_factory.mktemp("seeds"))
+    project = Project.create(tmp_path_factory.mktemp("seeds"), alone=True)
     invoke(project, "prepare")
     return project
 

@@ -131,6 +131,7 @@ def test_slices_go_beyond_the_recipes_count_and_a_gap_is_named(project: Project)
     assert extended == labelled(project)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_group_share_a_slice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.edit("count: 2", "count: 6")
     whole = labelled(project, "--keep", "topk=2")
@@ -175,6 +176,7 @@ def test_a_wrong_slice_or_number_of_classes_is_named(
 # Students
 
 
+@pytest.mark.slow
 def test_students_learn_from_what_is_kept_and_say_so(project: Project) -> None:
     run(project, "label", "--keep", "topk=10")
     deit = ("distill", "--student", "deit")
@@ -253,6 +255,7 @@ def test_a_cache_without_probabilities_names_the_way_out(project: Project) -> No
 # A recipe that is soft
 
 
+@pytest.mark.slow
 def test_a_soft_recipe_needs_no_option_and_the_command_goes_before_it(project: Project) -> None:
     project.edit("label: {batch_size: 256", "label: {topk: 5, batch_size: 256")
     run(project, "label")

@@ -119,7 +119,7 @@ def run(folder: Path, *arguments: str, **options: Any) -> Ended:
 
 def teach(path: Path) -> Project:
     """Make a project with prepared data and a selected teacher."""
-    project = Project.create(path)
+    project = Project.create(path, alone=True)
     for command in (("prepare",), ("teacher", "squeezenet1_1"), ("select", "--teachers", "squeezenet1_1")):
         ended = run(project.path, *command)
         assert ended.code == 0, ended.err

@@ -21,8 +21,8 @@ TOLERANCE = 3e-6
         pytest.param(19, 16, 12, 2, 4, marks=pytest.mark.slow),  # more tiles than programs
         (6, 4, 12, 2, 4),  # a tile of four patches, and one half full
         pytest.param(2, 16, 16, 2, 4, marks=pytest.mark.slow),
-        (3, 9, 12, 3, 2),  # no power of two
-        (1, 20, 6, 1, 3),
+        pytest.param(3, 9, 12, 3, 2, marks=pytest.mark.slow),  # no power of two
+        pytest.param(1, 20, 6, 1, 3, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_the_block_of_modules(num_patches: int, num_pixels: int, width: int, num_heads: int, ratio: int) -> None:
@@ -87,12 +87,14 @@ def test_no_patches_give_no_gradient() -> None:
     assert all(not value.any() for value in result.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch's check looks at it
 def test_the_operators_keep_the_rules() -> None:
     drawn = case(2, 4, 12, 2)
     torch.library.opcheck(inner_triton._inner_block, (drawn.pixels.requires_grad_(), list(drawn.weights), 2, "tf32x3"))
 
 
+@pytest.mark.slow
 def test_it_is_compiled_in_one_graph() -> None:
     drawn = case(2, 4, 12, 2)
     compiled = torch.compile(inner_block, backend="aot_eager", fullgraph=True)

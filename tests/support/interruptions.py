@@ -247,7 +247,7 @@ def kill_at_calls(interruptions: Interruptions, calls: Iterable[int]) -> Tally:
 
 def small_project(path: Path) -> Project:
     """Make a project whose stages take a second or two each, and whose students ask for four views."""
-    project = Project.create(path)
+    project = Project.create(path, alone=True)
     project.edit("{crop: 2, flip: false, autoaugment: cifar10, mixing: cutmix}", "{crop: 1, mixing: none}")
     project.edit("squeezenet1_1: {epochs: 8}", "squeezenet1_1: {epochs: 3}")
     project.edit("epochs: 1, batch_size: 8", "epochs: 1, batch_size: 64")

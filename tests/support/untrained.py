@@ -20,7 +20,7 @@ NAME = "squeezenet1_1"
 
 def untrained(path: Path) -> Project:
     """Make a project with prepared data and a selected teacher of random weights."""
-    project = Project.create(path)
+    project = Project.create(path, alone=True)
     recipe = load_params(path / "params.yaml").select(None)
     prepare(recipe, out=project.data / "prepared", raw=path / "data" / "raw")
     dataset = Dataset.load(project.data / "prepared" / "dataset.h5")

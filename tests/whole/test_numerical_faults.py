@@ -33,7 +33,6 @@ MOMENTS = tuple((epoch, where) for epoch in (1, 2) for where in ("first", "middl
 EVERY = [(command, fault, *moment) for command in COMMANDS for fault in TRAINING for moment in MOMENTS]
 SOME = [
     ("student over a former result", "NaN in the optimiser's state", 2, "last"),
-    ("teacher", "NaN in a gradient", 2, "middle"),
 ]
 
 

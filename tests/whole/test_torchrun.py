@@ -135,6 +135,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on_to_the_same_result(
     alone: Project, project: Project
 ) -> None:

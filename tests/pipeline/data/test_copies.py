@@ -32,7 +32,8 @@ def test_copies_are_counted_by_kind(monkeypatch: pytest.MonkeyPatch, chunk_bytes
         repeated=3,
         in_two_classes=2,
         examples={
-            "in_train": ["val/1", "train/0"],
+            "val": ["val/1", "train/0"],
+            "test": ["test/2", "train/2"],
             "repeated": ["train/3", "train/2"],
             "in_two_classes": ["val/1", "train/0"],
         },

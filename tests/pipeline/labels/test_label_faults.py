@@ -69,8 +69,8 @@ def test_the_real_command_survives_kills_at_random_moments(project: Project) -> 
 
 def test_a_kill_at_a_system_call_costs_no_finished_view(project: Project) -> None:
     labelling = Labelling(project, 2)
-    tally = kill_at_calls(labelling, None, moments(labelling.calls)[::24])
-    assert tally.wrong == [] and tally.counts["kills"] >= 3
+    tally = kill_at_calls(labelling, None, moments(labelling.calls)[::36])
+    assert tally.wrong == [] and tally.counts["kills"] >= 2
 
 
 @pytest.mark.slow
@@ -94,11 +94,11 @@ def test_a_failure_while_extending_leaves_the_former_file_or_the_new_one(project
 
 
 def test_files_that_may_not_grow_are_one_line_and_exit_4(project: Project) -> None:
-    assert limit_files(Labelling(project, 2), label_campaign.LIMITS[::3]).wrong == []
+    assert limit_files(Labelling(project, 2), label_campaign.LIMITS[::6]).wrong == []
 
 
 def test_only_views_whose_parts_are_damaged_or_belong_to_others_are_labelled_again(project: Project) -> None:
-    tally = damage_under_way(Labelling(project, 6), 3, random.Random(0))
+    tally = damage_under_way(Labelling(project, 4), 2, random.Random(0))
     assert tally.wrong == [] and tally.counts["found"] == tally.counts["parts"]
 
 

@@ -65,7 +65,7 @@ def test_every_teacher_folds_to_one_of_fewer_norms_and_the_same_logits(name: str
     assert relative_error(logits(fold(model, 32), images()), expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_large", "vgg16"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", pytest.param("vgg16", marks=pytest.mark.slow)])
 def test_the_folded_model_shares_nothing_with_the_given_one(name: str) -> None:
     model = used_teacher(name)
     before = copy.deepcopy(model.state_dict())
