@@ -21,8 +21,8 @@ class Copies:
         in_train: For each split but train, the number of its images that train holds too.
         repeated: Images that occurred before in the same split.
         in_two_classes: Different images that occur under two classes or more, in any split.
-        examples: For each split of `in_train`, for `repeated` and for `in_two_classes` the paths of the first such image
-            and of its like, where there are paths.
+        examples: For each split of `in_train`, for `repeated` and for `in_two_classes` the paths of the first such
+            image and of its like, where there are paths.
     """
 
     in_train: dict[str, int]

@@ -323,6 +323,7 @@ def test_a_student_without_a_distillation_head_trains_without_a_cache(project: P
     assert without["top1"] == best["top1"]
 
 
+@pytest.mark.slow
 def test_mixup_and_large_patches_train_on_demand(project: Project) -> None:
     project.run("label", "--view-recipe", "mixup", "--teacher", "data/smoke/teacher")
     project.run("distill", "--student", "titn-mixup")
@@ -330,6 +331,7 @@ def test_mixup_and_large_patches_train_on_demand(project: Project) -> None:
     assert metrics(project.data / "students/titn-mixup")["views"] == 2
 
 
+@pytest.mark.slow
 def test_the_optimiser_sweep_trains_the_winner_apart(project: Project) -> None:
     out = project.run("teacher-select", "--teachers", "squeezenet1_1", "--optimizers", "adamw,sgd")
     assert "squeezenet1_1 by optimiser" in out

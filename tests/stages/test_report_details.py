@@ -327,6 +327,7 @@ def test_damaged_labels_are_named(trained: Project, tmp_path: Path) -> None:
         teacher_on_views(context, runs)
 
 
+@pytest.mark.slow
 def test_labels_of_other_views_keep_nothing_else_from_the_report(trained: Project, tmp_path: Path) -> None:
     shutil.copytree(trained.path, tmp_path / "project")
     project = Project(tmp_path / "project")

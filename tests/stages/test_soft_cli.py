@@ -116,6 +116,7 @@ def test_slices_in_any_order_give_the_bytes_of_one_run(project: Project) -> None
     assert rest == []
 
 
+@pytest.mark.slow
 def test_slices_go_beyond_the_recipes_count_and_a_gap_is_named(project: Project) -> None:
     run(project, "label")
     before = (project.path / FILE).read_bytes()
@@ -204,6 +205,7 @@ def test_students_learn_from_what_is_kept_and_say_so(project: Project) -> None:
     assert "up to date" in run(project, *deit), "hard labels are the same"
 
 
+@pytest.mark.slow
 def test_a_student_can_train_on_fewer_views_than_the_recipes(project: Project) -> None:
     project.edit("count: 2", "count: 4")
     run(project, "label", "--views", ":2")

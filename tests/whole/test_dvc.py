@@ -186,6 +186,7 @@ def test_more_views_extend_the_labels_and_leave_teachers_alone(checkout: Checkou
     assert (extended.labels[:2] == former.labels).all()
 
 
+@pytest.mark.slow
 def test_changed_code_reruns_the_stages_that_use_it(checkout: Checkout) -> None:
     for name, stages in (
         ("stages/reports/tables.py", {"report"}),

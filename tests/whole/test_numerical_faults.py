@@ -177,6 +177,7 @@ def test_a_view_whose_logits_are_not_finite_has_no_part(
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_teacher_at_chance_is_warned_about_recorded_and_never_selected(setting: Setting, tmp_path: Path) -> None:
     shutil.copytree(setting.project.path, tmp_path / "project")
     project = Project(tmp_path / "project")

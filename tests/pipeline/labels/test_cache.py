@@ -49,7 +49,7 @@ def test_what_was_labelled_is_what_is_read(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["labels.h5"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     num_views=st.integers(1, 9),
     num_samples=st.integers(1, 300),

@@ -118,6 +118,7 @@ def machine_code(triton: Any, kernel: Any, of: Geometry, file: Path) -> dict[str
     }
 
 
+@pytest.mark.slow
 def test_the_forward_kernel_spills_nothing(triton: Any, tmp_path: Path) -> None:
     from pipeline.models.students.fused.triton_forward import forward_kernel
 
