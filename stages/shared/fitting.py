@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipes import StudentRecipe
-from pipeline.data.arrays import MappedImages
+from pipeline.data.arrays import StoredImages
 from pipeline.data.datasets import Dataset, Split
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import NumericalError
@@ -55,7 +55,7 @@ def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str
     limit = resident_limit(device)
     images = place_images(split.images, device, limit)
     if isinstance(images, HostImages):
-        where = context.paths.dataset if isinstance(split.images, MappedImages) else "RAM"
+        where = context.paths.dataset if isinstance(split.images, StoredImages) else "RAM"
         size = f"{split.images.nbytes / 1e9:.3g} GB of training images, more than {limit / 1e9:.3g} GB"
         context.say(f"{size}: they stream from {where} to {device} ({RESIDENT_VARIABLE} sets the limit in bytes)")
     return Views(images, torch.from_numpy(split.labels), context.recipe.views[view_recipe], key=key)
