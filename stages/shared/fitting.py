@@ -137,7 +137,7 @@ def carry_out(
     # The ranks agree on whether the time is up, because their clocks differ.
     if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
         raise stopped(code, f"before {run.name}")
-    watcher = RunWatcher(context.console, run.name, len(dataset.train), context.position)
+    watcher = RunWatcher(context.console, run.name, context.position)
     if recipe.warmup_epochs == recipe.epochs:
         watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
     with _claimed(run, group, fresh=fresh) as state:
