@@ -17,7 +17,7 @@ from pipeline.data.images import BadFile, refusal
 from pipeline.data.listing import relative_name
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
-from pipeline.system.storage import write_atomic
+from pipeline.system.storage import remove_leftovers, write_atomic
 from pipeline.system.text import counted
 from stages.shared import options
 from stages.shared.context import Context
@@ -116,6 +116,7 @@ def evaluate_split(
         meter.add(outputs, data.labels[part])
         predictions.add(part, outputs)
     if rows is not None:
+        remove_leftovers(rows)
         write_atomic(rows, predictions.as_csv(classifier.class_names, data, dataset.splits[split].names))
     where = {"recipe": context.recipe.name, "split": split}
     return _result(classifier, where, meter, per_class)
@@ -181,6 +182,7 @@ def evaluate_folder(
         labels = torch.tensor([file.label for file in good_files])
         data = EvaluationData(torch.empty(0), labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), num_classes)
         names = [relative_name(file.path, folder) for file in good_files]
+        remove_leftovers(rows)
         write_atomic(rows, Predictions.joined(parts).as_csv(classifier.class_names, data, names))
     absent = [name for name, support in zip(classifier.class_names, supports, strict=True) if not support]
     skipped = [dataclasses.asdict(file) for file in bad]

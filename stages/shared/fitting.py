@@ -141,6 +141,9 @@ def carry_out(
     if recipe.warmup_epochs == recipe.epochs:
         watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
     with _claimed(run, group, fresh=fresh) as state:
+        if state is None:
+            context.say(f"{run.name}: up to date ({run.out}), another run has finished it meanwhile")
+            return
         context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
         if not group.is_alone:
             context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
@@ -184,19 +187,22 @@ def carry_out(
 
 
 @contextlib.contextmanager
-def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState]:
-    """Hold a run's lock, on rank 0, and yield its resumable state."""
+def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState | None]:
+    """Hold a run's lock, on rank 0, and yield its resumable state; None where nothing is left to do.
+
+    Another run may have held the lock since `up_to_date` looked, and have finished.
+    """
     state = RunState(run.work, run.fingerprint)
     with contextlib.ExitStack() as held:
 
-        def claim() -> None:
+        def claim() -> bool:
             held.enter_context(lock(run.lock))
             run.remove_leftovers()
             if fresh:
                 state.delete()
+            return not fresh and run.why_stale() is None
 
-        group.on_main(claim)
-        yield state
+        yield None if group.on_main(claim) else state
 
 
 def _describe_ranks(group: Group, batch_size: int, model: nn.Module) -> str:
