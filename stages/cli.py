@@ -148,8 +148,9 @@ class Output(io.FileIO):
                 continue
             with contextlib.suppress(io.UnsupportedOperation):
                 raw = cls(stream.fileno(), must_arrive=is_printing and name == "stdout")
+                buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
                 text = io.TextIOWrapper(
-                    raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[type-var]
+                    buffer,
                     stream.encoding,
                     stream.errors,
                     line_buffering=stream.line_buffering,
