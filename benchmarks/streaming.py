@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks import training
 from benchmarks.measure import Row, begin, compare, option_parser, positive
 from benchmarks.synthetic import NUM_CLASSES
-from pipeline.data.arrays import MappedImages, chunks
+from pipeline.data.arrays import StoredImages, chunks
 from pipeline.data.images import to_rgb
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.inference.speed import interleave
@@ -63,7 +63,7 @@ def cold_batches(descriptor: int, shape: tuple[int, ...], batch_size: int, optio
     generator = np.random.default_rng(1)
     num_batches = 1 if options.quick else 4
 
-    def read(mapped: Callable[[], MappedImages | np.memmap]) -> Callable[[], None]:
+    def read(mapped: Callable[[], StoredImages | np.memmap]) -> Callable[[], None]:
         def batches() -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             images = mapped()
@@ -76,7 +76,7 @@ def cold_batches(descriptor: int, shape: tuple[int, ...], batch_size: int, optio
         with os.fdopen(os.dup(descriptor), "rb") as file:
             return np.memmap(file, np.uint8, "r", shape=shape)
 
-    contenders = {"ours": read(lambda: MappedImages(descriptor, shape)), "numpy.memmap": read(plain)}
+    contenders = {"ours": read(lambda: StoredImages(descriptor, shape)), "numpy.memmap": read(plain)}
     what = f"random images of {shape[1]}x{shape[1]} read from the disk, batches of {batch_size}"
     return rates(what, contenders, num_batches * batch_size, options)
 
@@ -84,7 +84,7 @@ def cold_batches(descriptor: int, shape: tuple[int, ...], batch_size: int, optio
 def whole_view(descriptor: int, shape: tuple[int, ...], batch_size: int, options: argparse.Namespace) -> Row:
     """Make a whole view of images in the system's cache, against one of images on the device."""
     num_images = min(shape[0], 2048 if options.quick else 8192)
-    images = MappedImages(descriptor, (num_images, *shape[1:]))
+    images = StoredImages(descriptor, (num_images, *shape[1:]))
     labels, recipe = torch.arange(num_images) % NUM_CLASSES, training.recipe().views["default"]
     parts = list(torch.split(epoch_order(0, 0, num_images), batch_size))
 
@@ -108,7 +108,7 @@ def whole_view(descriptor: int, shape: tuple[int, ...], batch_size: int, options
 
 def digest(descriptor: int, shape: tuple[int, ...], options: argparse.Namespace) -> Row:
     """Digest the images, as opening a data set does, from the system's cache."""
-    images = MappedImages(descriptor, shape)
+    images = StoredImages(descriptor, shape)
 
     def ours() -> None:
         sha256 = hashlib.sha256()

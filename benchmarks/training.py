@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,22 +25,6 @@ from pipeline.training.execution import Execution
 from pipeline.training.fit import Fit, Session
 from pipeline.views.views import Views
 from stages.shared.runs import student_arguments
-
-
-class Silence:
-    """Receives a run's progress and shows nothing."""
-
-    def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
-        """Show nothing."""
-
-    def stepped(self) -> None:
-        """Show nothing."""
-
-    def epoch_ended(self, row: Mapping[str, Any]) -> None:
-        """Show nothing."""
-
-    def warned(self, message: str) -> None:
-        """Show nothing."""
 
 
 @functools.cache
@@ -87,7 +69,7 @@ def make_fit(
         recipe=student_recipe,
         ema=student_recipe.ema,
         execution=Execution.of(student_recipe, device, inner_block=inner_block),
-        session=Session(RunState(Path("unused"), ""), Silence()),
+        session=Session(RunState(Path("unused"), "")),
     )
 
 

@@ -1,14 +1,16 @@
 """The command line: `pipeline COMMAND`, or `python -m stages.cli COMMAND`.
 
 A command's module is imported when the command is called, and imports PyTorch inside the functions that need it, so
-that --help and the completion of names and options are quick and the handlers of SIGINT and SIGTERM stand before
-anything slow.
+that --help and the completion of names and options are quick and the handlers of signals stand before anything slow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import pipeline
-from pipeline.errors import Interrupted, PipelineError, one_line
+from pipeline.errors import Interrupted, PipelineError, StorageError, one_line
 from stages.shared.hints import with_recipe
 from stages.shared.options import STOP
 
@@ -53,6 +55,9 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
 }
 ROWS = {name: (module, line) for rows in TABLE.values() for name, module, line in rows}
+# These commands, and any with these options, are called for what they print.
+PRINTING = {"doctor", "labels", "predict", "bench", "evaluate", "models"}
+PRINTING_OPTIONS = {"--json", "--dry-run"}
 
 
 class Commands(Mapping[str, click.Command]):
@@ -103,12 +108,64 @@ def cli(debug: bool) -> None:
     """Distil CNN teachers into small transformers from cached labels (arXiv:2502.16762)."""
 
 
+class Output(io.FileIO):
+    """Standard output or error that is dropped once it cannot be written, so that a training does not end with it.
+
+    A reader goes away, the disk of a log fills up, a terminal is closed.
+
+    Args:
+        descriptor: The stream's; it stays open.
+        must_arrive: Whether the first failure ends the command: silently where the reader has gone, as it may.
+    """
+
+    def __init__(self, descriptor: int, *, must_arrive: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._must_arrive, self._is_lost = must_arrive, False
+
+    def write(self, data: Any, /) -> int:
+        """Write some bytes, and return how many."""
+        try:
+            while not self._is_lost:
+                if (written := super().write(data)) is not None:
+                    return written
+                select.select([], [self], [])  # somebody made it non-blocking, which printing does not expect
+        except OSError as error:
+            self._is_lost = True
+            if self._must_arrive and isinstance(error, BrokenPipeError):
+                raise SystemExit(StorageError.exit_code) from error
+            if self._must_arrive:
+                raise StorageError(f"cannot write standard output: {error.strerror}; run again") from error
+        return memoryview(data).nbytes
+
+    @classmethod
+    def replace_streams(cls, arguments: Sequence[str]) -> None:
+        """Put one in the place of each standard stream, for a command line; streams that are no files stay."""
+        command = next((word for word in arguments if not word.startswith("-")), None)
+        is_printing = command in PRINTING or not PRINTING_OPTIONS.isdisjoint(arguments)
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if not isinstance(stream, io.TextIOWrapper) or sys.platform == "win32":  # whose consoles are no files
+                continue
+            with contextlib.suppress(io.UnsupportedOperation):
+                raw = cls(stream.fileno(), must_arrive=is_printing and name == "stdout")
+                buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
+                text = io.TextIOWrapper(
+                    buffer,
+                    stream.encoding,
+                    stream.errors,
+                    line_buffering=stream.line_buffering,
+                    write_through=stream.write_through,
+                )
+                setattr(sys, name, text)
+
+
 def main() -> None:
     """Run the command line and exit with the documented code."""
-    code = 128
+    code, arguments = 128, sys.argv[1:]
     try:
         STOP.install(is_rank="WORLD_SIZE" in os.environ)
-        code = run(sys.argv[1:])
+        Output.replace_streams(arguments)
+        code = run(arguments)
     except Interrupted as error:  # before the command began, or while its error was being told
         code = _tell_stop(error)
     finally:
@@ -137,8 +194,6 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except Interrupted as error:
         return _tell_stop(error)
-    except BrokenPipeError:
-        return 4
     except Exception as error:
         debug = "--debug" in arguments
         if debug:

@@ -17,7 +17,7 @@ from pipeline.data.images import UNUSED_ALPHA, BadFile, refusal
 from pipeline.data.listing import relative_name
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
-from pipeline.system.storage import write_atomic
+from pipeline.system.storage import remove_leftovers, write_atomic
 from pipeline.system.text import counted
 from stages.shared import options
 from stages.shared.context import Context
@@ -117,6 +117,7 @@ def evaluate_split(
         meter.add(outputs, data.labels[part])
         predictions.add(part, outputs)
     if rows is not None:
+        remove_leftovers(rows)
         write_atomic(rows, predictions.as_csv(classifier.class_names, data, dataset.splits[split].names))
     where = {"recipe": context.recipe.name, "split": split}
     return _result(classifier, where, meter, per_class)
@@ -167,6 +168,7 @@ def evaluate_folder(
     if rows is not None:
         labels = torch.tensor([file.label for file in scored.files])
         split = EvaluationData(torch.empty(0), labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), len(classifier.class_names))
+        remove_leftovers(rows)
         write_atomic(rows, scored.predictions().as_csv(classifier.class_names, split, names))
     supports = scored.meter.confusion.sum(dim=1).tolist()
     where = {

@@ -334,6 +334,7 @@ def _digest(listing: Listing, memory: Path | None, *, remember: bool) -> str:
     known = {} if memory is None else _recall(memory, root)
     digest, seen = digest_listing(listing, known)
     if remember and memory is not None and seen != known:
+        remove_leftovers(memory)
         write_atomic(memory, canonical_json({"root": root, "files": seen}).encode())
     return digest
 

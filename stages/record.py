@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from pipeline.errors import DataError, printable
-from pipeline.system.storage import lock, read_bytes, read_if_exists, write_atomic
+from pipeline.system.storage import lock, read_bytes, read_if_exists, remove_leftovers, write_atomic
 from pipeline.training.checkpoints import read_meta
 from stages.reports.runs import FinishedRun
 from stages.shared.options import EXISTING, records_option
@@ -88,6 +88,8 @@ class Records:
         """
         record = record_of(directory)
         with lock(self.path.with_name(f".{self.path.name}.lock"), attempts=LOCK_ATTEMPTS):
+            for place in (self.path, self.path.parent / "curves"):
+                remove_leftovers(place)
             lines = self._lines()
             curve, data = self.curve(record["id"]), read_bytes(directory / "curve.csv")
             if read_if_exists(curve) != data:

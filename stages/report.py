@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pipeline.report import page, paper
 from pipeline.report.figures import require_matplotlib
 from pipeline.report.page import Item, Missing, Section, file_names
 from pipeline.report.tables import Figure, Table
-from pipeline.system.storage import read_json, write_atomic, write_json
+from pipeline.system.storage import lock, read_json, remove_leftovers, write_atomic, write_json
 from stages.reports import compare, tables, verdict
 from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.figures import figures
@@ -80,7 +81,9 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
     sections = [opening, *main, *detail_sections(context, runs, with_figures=with_figures), closing]
     content = {**_as_json(runs), "comparisons": compare.as_json(comparisons)}
     text = verdict.lead(runs, comparisons, tracked_only=tracked_only)
-    _write(directory, f"Report on {runs.recipe.name}", text, sections, content)
+    # A folder that --out names may lie where no lock can be kept.
+    with lock(context.paths.work("report.lock")) if directory == context.paths.reports else contextlib.nullcontext():
+        _write(directory, f"Report on {runs.recipe.name}", text, sections, content)
     return written
 
 
@@ -208,6 +211,8 @@ def _write(directory: Path, title: str, text: str, sections: Sequence[Section], 
     files["report.html"] = page.to_html(title, text, sections)
     (directory / "figures").mkdir(parents=True, exist_ok=True)  # DVC expects it, also where nothing was drawn
     former = _former_files(directory / "report.json") - set(files)
+    for place in (directory, directory / "tables", directory / "figures"):
+        remove_leftovers(place)
     for name, data in files.items():
         write_atomic(directory / name, data)
     write_json(directory / "report.json", {**content, "files": sorted(files)})

@@ -56,16 +56,18 @@ def select(
     result = _kept_selection(context, teachers, outs)
     if _are_gone(context, teachers, outs) and kept.put_back(context, result):
         return dict(read_json(context.paths.selection))
-    paths, comparison = context.paths, compare(context, teachers, outs)
-    names = [row["name"] for row in comparison["candidates"]]
-    trained = {name: (outs or {}).get(name, paths.teacher(name)) for name in names}
-    for name, out in trained.items():
-        if (meta := read_meta(out)) is not None:
-            way_out = f"run `pipeline teacher {name} --recipe {context.recipe.name}`"
-            require_same_data(meta, out, paths, way_out)
-    checkpoint = load_checkpoint(trained[comparison["winner"]])
-    files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
-    with lock(paths.work("select.lock")):
+    paths = context.paths
+    compare(context, teachers, outs)  # refuses before a lock is written
+    with lock(paths.work("select.lock")):  # the last of two to select has seen the newest candidates
+        comparison = compare(context, teachers, outs)
+        names = [row["name"] for row in comparison["candidates"]]
+        trained = {name: (outs or {}).get(name, paths.teacher(name)) for name in names}
+        for name, out in trained.items():
+            if (meta := read_meta(out)) is not None:
+                way_out = f"run `pipeline teacher {name} --recipe {context.recipe.name}`"
+                require_same_data(meta, out, paths, way_out)
+        checkpoint = load_checkpoint(trained[comparison["winner"]])
+        files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
         for path in (*(paths.winner / file.name for file in files), paths.selection):
             remove_leftovers(path)
         for file in files:

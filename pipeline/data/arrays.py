@@ -1,15 +1,16 @@
-"""Images as arrays that may be larger than RAM: mapped files, rows of them, and files without a name.
+"""Images as arrays that may be larger than RAM: in files, rows of them, and in files without a name.
 
 Callers take slices or rows of images, and need not know how these are stored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import StorageError
 from pipeline.system.storage import storage_errors
 
 # Digested, summed or copied at once: fits a cache, and is enough for a disk.
 CHUNK_BYTES = 2**22
+_ONLY_CACHED = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
 
 
 class Images(Protocol):
-    """Images `(N, H, W, 3)` uint8 RGB: an array, MappedImages, or a Selection."""
+    """Images `(N, H, W, 3)` uint8 RGB: an array, StoredImages, or a Selection."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,48 +45,88 @@ class Images(Protocol):
         """Return the images of a slice, or of an `(n,)` int64 array."""
 
 
-class MappedImages:
-    """Images in a file, mapped into memory: the system reads pages on access, and drops them when memory is short.
+class StoredImages:
+    """Images in a file, read on demand, so that a file that is cut short or overwritten meanwhile ends in an error.
 
-    By default it reads one image after another, each with its surroundings. Told of all images in advance, it reads
-    only these, many at once, which is many times faster: see benchmarks/README.md, "streaming".
+    The file stays open: one that is put in its place, as all of ours are, changes nothing here. By default the system
+    reads one image after another. Told in advance of those that it has not cached, it reads many at once, which is many
+    times faster: see benchmarks/README.md, "streaming".
 
     Args:
         descriptor: Of the file; it may be closed afterwards.
         shape: `(N, H, W, 3)`.
         offset: Where the images begin, bytes.
+        name: The file, as errors name it.
 
     Raises:
         ValueError: The file is too short.
-        OSError: It cannot be mapped.
+        OSError: It cannot be opened.
     """
 
-    def __init__(self, descriptor: int, shape: tuple[int, ...], offset: int = 0) -> None:
-        self.shape, self.nbytes, self._offset = shape, math.prod(shape), offset
-        self._map = mmap.mmap(descriptor, offset + self.nbytes, access=mmap.ACCESS_READ)
-        self._array = np.frombuffer(self._map, np.uint8, self.nbytes, offset).reshape(shape)
+    def __init__(self, descriptor: int, shape: tuple[int, ...], offset: int = 0, *, name: str = "images") -> None:
+        self.shape, self.nbytes, self._offset, self._name = shape, math.prod(shape), offset, name
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._version = self._stat()
+        if self._version[0] < offset + self.nbytes:
+            raise ValueError(f"{self._version[0]} bytes, but images up to {offset + self.nbytes}")
 
     def __len__(self) -> int:
         """Return N."""
         return self.shape[0]
 
     def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]:
-        """Return the images of a slice, read-only, or of an `(n,)` int64 array."""
+        """Return the images of a slice, or of an `(n,)` int64 array, as an array of their own.
+
+        Raises:
+            StorageError: The file has changed since it was opened, or cannot be read.
+        """
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
-            self._read_ahead(start, stop)
+            firsts, ends = np.array([start]), np.array([max(start, stop)])
         else:
-            for row in rows.tolist():
-                self._read_ahead(row, row + 1)
-        images: NDArray[np.uint8] = self._array[rows]
+            if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+                raise IndexError(f"images {rows.min()} to {rows.max()} of {len(self)}")
+            # Images that lie side by side are read together.
+            firsts, ends = rows[np.diff(rows, prepend=-2) != 1], rows[np.diff(rows, append=-2) != 1] + 1
+        images = np.empty(((ends - firsts).sum(), *self.shape[1:]), np.uint8)
+        image_bytes = self.nbytes // len(self)
+        places, sizes = firsts * image_bytes + self._offset, (ends - firsts) * image_bytes
+        with storage_errors(f"read {self._name}"):
+            self._read(list(zip(places.tolist(), sizes.tolist(), strict=True)), images.reshape(-1).data)
+        # Asked afterwards: what was read before a change is good.
+        if self._stat() != self._version:
+            raise self._changed()
         return images
 
-    def _read_ahead(self, start: int, stop: int) -> None:
-        """Ask the system to start reading some images."""
-        image_bytes = self.nbytes // len(self)
-        begin = (self._offset + start * image_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if stop > start:
-            self._map.madvise(mmap.MADV_WILLNEED, begin, self._offset + stop * image_bytes - begin)
+    def _read(self, parts: Sequence[tuple[int, int]], view: memoryview) -> None:
+        """Read parts of the file, each with its place and size, one after the other into a buffer."""
+        count = done = 0
+        if len(parts) > 1:
+            with contextlib.suppress(OSError):  # from here on they are not cached, or this system cannot be asked
+                for place, size in parts:
+                    if os.preadv(self._descriptor, [view[done : done + size]], place, _ONLY_CACHED) < size:
+                        break
+                    count, done = count + 1, done + size
+        if hasattr(os, "posix_fadvise"):
+            for place, size in parts[count:]:
+                os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
+        for place, size in parts[count:]:
+            end = done + size
+            while done < end:
+                num_read = os.preadv(self._descriptor, [view[done:end]], place)
+                if not num_read:
+                    raise self._changed()
+                done, place = done + num_read, place + num_read
+
+    def _stat(self) -> tuple[int, int]:
+        """Return the file's size and time of change."""
+        stat = os.fstat(self._descriptor)
+        return stat.st_size, stat.st_mtime_ns
+
+    def _changed(self) -> StorageError:
+        way_out = "leave it alone, run again, and if it is damaged prepare the data again"
+        return StorageError(f"{self._name}: cut short or overwritten while it was in use; {way_out}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +164,7 @@ def select(images: Images, rows: NDArray[np.int64]) -> Images:
     """Return the images at `rows`, `(n,)` int64, in their order: a copy for an array, else a Selection."""
     if isinstance(images, Selection):
         return Selection(images.images, images.rows[rows])
-    return Selection(images, rows) if isinstance(images, MappedImages) else images[rows]
+    return Selection(images, rows) if isinstance(images, StoredImages) else images[rows]
 
 
 def chunks(images: Images) -> Iterator[NDArray[np.uint8]]:
@@ -186,9 +229,9 @@ class SpilledImages:
                 written = os.pwrite(self._file.fileno(), view, at)
                 view, at = view[written:], at + written
 
-    def read(self) -> MappedImages:
+    def read(self) -> StoredImages:
         """Return all images; what was not written is black."""
-        return MappedImages(self._file.fileno(), self.shape)
+        return StoredImages(self._file.fileno(), self.shape, name=f"decoded images in {self._folder}")
 
     def _storage_errors(self) -> AbstractContextManager[None]:
         return storage_errors(f"write decoded images in {self._folder}", "; free space or rights there")

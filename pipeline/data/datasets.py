@@ -174,7 +174,7 @@ class Dataset:
 
         Args:
             path: The HDF5 file.
-            max_bytes: Larger images stay in the file, as read-only memory maps; None reads any number. Labels are
+            max_bytes: Larger images stay in the file, and are read on demand; None reads any number. Labels are
                 always read.
 
         Raises:

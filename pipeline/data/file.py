@@ -1,13 +1,14 @@
 """The HDF5 file of a data set.
 
 It holds, for each split `train`, `val` (where there is one) and `test`, a group with `images` (N, H, W, 3) uint8
-and `labels` (N,) int64, both contiguous and uncompressed, so that images can be mapped into memory where they lie;
+and `labels` (N,) int64, both contiguous and uncompressed, so that images can be read where they lie;
 where they come from a folder also `paths` (N,), each image's path relative to it;
 beside them `class_names`, and the attributes `schema`, `source` and `sha256`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.arrays import Images, MappedImages, chunks
+from pipeline.data.arrays import Images, StoredImages, chunks
 from pipeline.errors import DataError, StorageError
-from pipeline.system.storage import replacing
+from pipeline.system.storage import busy, replacing
 
 SCHEMA = "titn-dataset/1"
+# What HDF5 meets in a file that is none of its own, or by the addresses in a damaged one; others are the system's.
+_ERRORS_OF_DAMAGE = (errno.EINVAL, errno.EOVERFLOW, errno.EISDIR)
 
 
 @dataclass(frozen=True)
@@ -84,26 +87,29 @@ def read_content(path: Path, max_bytes: int | None = None) -> Content:
 
     Args:
         path: The file.
-        max_bytes: If the images of all splits take more, they are mapped read-only instead of read.
+        max_bytes: If the images of all splits take more, they stay in the file and are read on demand.
 
     Raises:
         DataError: There is no such file, or it is not a data set.
-        StorageError: The file cannot be read.
+        StorageError: The file cannot be read, or another program holds it.
     """
     try:
         with h5py.File(path, "r") as file:
             return _read(file, path, max_bytes)
     except FileNotFoundError:
         raise DataError(f"{path}: no prepared data set there; `pipeline prepare` makes it") from None
-    except PermissionError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+    except BlockingIOError as error:
+        raise busy(path) from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is not None and number not in _ERRORS_OF_DAMAGE:
+            raise StorageError(f"{path}: cannot be read ({os.strerror(number)})") from error
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not a prepared data set ({reason}); run `pipeline prepare` again") from error
 
 
 def _read(file: h5py.File, path: Path, max_bytes: int | None) -> Content:
-    """Read or map everything."""
+    """Read everything, or leave the images where they are."""
     if file.attrs["schema"].decode() != SCHEMA:
         raise ValueError(f"schema {file.attrs['schema']!r}, expected {SCHEMA!r}")
     file_size = path.stat().st_size
@@ -111,7 +117,7 @@ def _read(file: h5py.File, path: Path, max_bytes: int | None) -> Content:
     class_names = tuple(name.decode() for name in encoded.tolist())
     names = [name for name in ("train", "val", "test") if name != "val" or name in file]
     stored = {name: _check(file[f"{name}/images"], 4, "|u1", file_size) for name in names}
-    is_mapped = max_bytes is not None and sum(images.nbytes for images in stored.values()) > max_bytes
+    stay = max_bytes is not None and sum(images.nbytes for images in stored.values()) > max_bytes
     splits, paths = {}, {}
     for name in names:
         labels = _check(file[f"{name}/labels"], 1, "<i8", file_size)[()]
@@ -120,7 +126,7 @@ def _read(file: h5py.File, path: Path, max_bytes: int | None) -> Content:
             raise ValueError(f"{name}: images of shape {stored[name].shape}, labels of shape {labels.shape}")
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise ValueError(f"{name}: labels outside 0 to {len(class_names) - 1}")
-        splits[name] = (_map(stored[name], path) if is_mapped else stored[name][()], labels)
+        splits[name] = (_leave(stored[name], path) if stay else stored[name][()], labels)
         if "paths" in file[name]:
             paths[name] = _check(file[f"{name}/paths"], 1, "|S", file_size)[()]
             if len(paths[name]) != num_samples:
@@ -137,13 +143,13 @@ def _check(dataset: Any, ndim: int, dtype: str, file_size: int) -> Any:
     return dataset
 
 
-def _map(dataset: Any, path: Path) -> MappedImages:
-    """Map an HDF5 dataset into memory; its digest is not verified."""
+def _leave(dataset: Any, path: Path) -> StoredImages:
+    """Return the images of an HDF5 dataset, to be read on demand; their digest is not verified."""
     layout, offset = dataset.id.get_create_plist().get_layout(), dataset.id.get_offset()
     if layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None:
         raise ValueError(f"{dataset.name}: not stored in one piece, which is needed of images that do not fit in RAM")
     with path.open("rb") as file:
-        return MappedImages(file.fileno(), dataset.shape, offset)
+        return StoredImages(file.fileno(), dataset.shape, offset, name=str(path))
 
 
 class _Sink:

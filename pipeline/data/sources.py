@@ -23,7 +23,7 @@ from pipeline.data.folders import Findings, read_folder
 from pipeline.data.images import to_rgb
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.system.storage import sha256_file, write_atomic
+from pipeline.system.storage import remove_leftovers, sha256_file, write_atomic
 
 TORCHVISION_CLASSES = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 # Of the unpacked files. torchvision only has checksums of the archives; it would neither accept nor replace a file
@@ -249,6 +249,7 @@ def _unpack_mnist(folder: Path) -> None:
             with contextlib.suppress(OSError, EOFError, zlib.error):
                 data = gzip.decompress(archive.read_bytes())
                 if hashlib.sha256(data).hexdigest() == sha256:
+                    remove_leftovers(unpacked)
                     write_atomic(unpacked, data)
 
 

@@ -24,7 +24,7 @@ class HostImages:
     """Images on the host, for work on a device.
 
     Args:
-        images: `(N, H, W, 3)` uint8, in RAM or a memory map.
+        images: `(N, H, W, 3)` uint8, in RAM or in a file.
         device: Where batches go.
     """
 

@@ -28,7 +28,7 @@ from pipeline.labels.identity import (
     make_provenance,
 )
 from pipeline.system.canonical import fingerprint, require_equal
-from pipeline.system.storage import read_bytes, read_if_exists
+from pipeline.system.storage import busy, is_busy, read_bytes, read_if_exists
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -138,7 +138,7 @@ class LabelCache(Contents):
         Raises:
             DataError: The file is missing, damaged, not a label cache, or belongs to something else; the
                 message names each differing field, the file's value and the expected one.
-            StorageError: The file cannot be read.
+            StorageError: The file cannot be read, or does not hold a label cache while another program holds it.
         """
         beginning = read_if_exists(path, SEAL_SIZE)
         if beginning is None:
@@ -150,6 +150,8 @@ class LabelCache(Contents):
         except StorageError:
             raise
         except Exception as error:  # a hostile file can make HDF5 raise anything
+            if is_busy(path):
+                raise busy(path) from error
             reason = " ".join(str(error if isinstance(error, ValueError) else repr(error)).split())
             raise DataError(f"{path} is not a valid label cache: {reason}; {RELABEL}") from error
         if expected_identity is not None:

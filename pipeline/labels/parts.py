@@ -23,7 +23,7 @@ from pipeline.labels.answers import ViewLabels
 from pipeline.labels.cache import RELABEL, Canary, LabelCache
 from pipeline.labels.identity import label_dtype, to_labels
 from pipeline.system.canonical import fingerprint, require_equal
-from pipeline.system.storage import read_if_exists, remove_leftovers, write_atomic
+from pipeline.system.storage import busy, is_busy, read_if_exists, remove_leftovers, write_atomic
 
 # SHA-256 of identity and provenance, and the view index; then the SHA-256 of these and of the answers that follow
 # (ViewLabels.to_bytes), so that answers and their digest cannot be moved to another view's part.
@@ -108,13 +108,19 @@ class LabelParts:
         """Read the teacher's answers to a view; None where it has no valid part.
 
         Raises:
-            StorageError: The part exists and cannot be read.
+            StorageError: The part exists and cannot be read, or is not valid while another program holds it.
         """
         if self._sealed is not None and view < self._sealed.num_views:
             return self._sealed.view(view)
-        data = read_if_exists(self._path(view))
-        if data is None:
-            return None
+        path = self._path(view)
+        data = read_if_exists(path)
+        answers = None if data is None else self._parse(view, data)
+        if data is not None and answers is None and is_busy(path):
+            raise busy(path)
+        return answers
+
+    def _parse(self, view: int, data: bytes) -> ViewLabels | None:
+        """Return what a part holds; None where it is not valid."""
         content = data[_HEADER_SIZE:]
         if data[:_HEADER_SIZE] != self._header(view, content):
             return None

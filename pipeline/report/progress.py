@@ -46,7 +46,6 @@ class RunWatcher:
     Args:
         console: Where to print.
         name: Of the model.
-        num_samples: Images of an epoch, for the rate.
         split: That the scores are on, such as `test`.
         position: Its place among the command's runs; None where it is the only one.
 
@@ -54,12 +53,10 @@ class RunWatcher:
         name: Of the model, with its position.
     """
 
-    def __init__(
-        self, console: Console, name: str, num_samples: int, split: str, position: Position | None = None
-    ) -> None:
+    def __init__(self, console: Console, name: str, split: str, position: Position | None = None) -> None:
         self.name = name if position is None else f"{name} ({position.label} {position.index} of {position.count})"
-        self._console, self._num_samples, self._split, self._position = console, num_samples, split, position
-        self._epochs = 0
+        self._console, self._split, self._position = console, split, position
+        self._epochs, self._rate = 0, ""
         self._epoch_began = time.monotonic()
         self._is_whole = True
         self._bar: Progress | None = None
@@ -88,6 +85,10 @@ class RunWatcher:
         if self._bar is not None:
             self._bar.advance(self._task)
 
+    def trained(self, images: int, seconds: float) -> None:
+        """Take the rate from the images that were trained and the seconds of their steps: evaluation is not in it."""
+        self._rate = f", {images / max(seconds, 1e-9):.0f} images/s" if images else ""
+
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
         """Print one line; on a terminal it leaves out what does not fit, what matters least first."""
         now = time.monotonic()
@@ -105,7 +106,7 @@ class RunWatcher:
             "top5": f", top-5 {row['top5']:.2f} %",
             "agreement": "" if row["agreement"] is None else f", agreement {row['agreement']:.2f} %",
             "seconds": f", {seconds:.1f} s",
-            "rate": f", {self._num_samples / max(seconds, 1e-9):.0f} images/s",
+            "rate": self._rate,
             "left": left and f", {left}{runs}",
         }
         name = self.name

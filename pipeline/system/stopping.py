@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and a time limit: a run ends at once, or after the current step if it would lose work.
+"""SIGINT, SIGTERM, SIGHUP and a time limit: a run ends at once, or after the current step if it would lose work.
 
 Imports nothing slow, so that the handler is installed before torch is loaded.
 """
@@ -16,13 +16,16 @@ from pipeline.errors import Interrupted
 
 SECONDS_OF_ONE_SIGNAL = 5.0
 TIME_LIMIT_REACHED = 75  # EX_TEMPFAIL of sysexits.h: try again
+_HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if _HANGUP is None else [_HANGUP]))
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into `Interrupted`, raised at a point where state can be saved.
+    """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, raised at a point where state can be saved.
 
     Outside `deferred` the exception is raised when the signal arrives. Inside, the signal is only recorded, and the
-    work asks for it after each step. A second signal always raises at once.
+    work asks for it after each step. A second signal raises at once, for it is a person's who does not want to wait.
+    SIGHUP is nobody's, and comes twice where kernel and shell both send it: it is no second signal, nor has one.
 
     A time limit never interrupts. It applies only when the work asks, and after this process has done a step: however
     short the limit, repeating the command finishes the run.
@@ -40,15 +43,16 @@ class StopSignal:
         self._has_stepped = False
 
     def install(self, *, is_rank: bool = False) -> None:
-        """Take over SIGINT and SIGTERM; call in the main thread.
+        """Take over SIGINT, SIGTERM and, unless `nohup` has it ignored, SIGHUP; call in the main thread.
 
         Args:
             is_rank: Whether torchrun started this process. torchrun forwards signals that a scheduler may also send to
                 every process, so all within SECONDS_OF_ONE_SIGNAL count as one.
         """
         self._patience = SECONDS_OF_ONE_SIGNAL if is_rank else 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        for number in _SIGNALS:
+            if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def limit(self, seconds: float) -> None:
         """Start a time limit of `seconds` from now, or infinity for none, in place of any earlier one."""
@@ -91,7 +95,7 @@ class StopSignal:
 
     def end(self) -> None:
         """Ignore signals while the interpreter shuts down."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def error(self, message: str) -> Interrupted:
@@ -100,9 +104,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        again = self.received is not None
-        if again and now - self._received_at < self._patience:
+        if self.received is not None and (number == _HANGUP or now - self._received_at < self._patience):
             return
+        again = self.received not in (None, _HANGUP)
         self.received, self._received_at = number, now
         if again or not self._deferred:
             raise Interrupted(f"stopped by {signal.Signals(number).name}; run the same command again", 128 + number)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -129,14 +130,15 @@ def remove_leftovers(path: Path) -> None:
     Only for a caller that holds the run's lock: the sibling of a writer still at work is removed too.
 
     Args:
-        path: The destination of the writes.
+        path: The destination of the writes; a folder stands for all files in it.
 
     Raises:
         StorageError: Listing or removing failed.
     """
     with storage_errors(f"clean up beside {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for entry in path.parent.iterdir():
-            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+        folder, name = (path, ".+") if path.is_dir() else (path.parent, re.escape(path.name))
+        for entry in folder.iterdir():
+            if re.fullmatch(rf"\.{name}\.[0-9a-f]+\.tmp", entry.name):
                 entry.unlink(missing_ok=True)
 
 
@@ -259,6 +261,21 @@ def is_locked(path: Path) -> bool:
         finally:
             os.close(descriptor)
     return False
+
+
+def is_busy(path: Path) -> bool:
+    """Tell whether another program holds a lock on a file, as HDF5 does while it has one open for writing.
+
+    What looks damaged then may be half written. Where that cannot be asked the answer is no.
+    """
+    with contextlib.suppress(StorageError):
+        return is_locked(path)
+    return False
+
+
+def busy(path: Path) -> StorageError:
+    """Return the error of a file that is held by another program."""
+    return StorageError(f"{path}: another program holds it, perhaps to write; close it there, then run again")
 
 
 def _acquire(descriptor: int, path: Path, attempts: int) -> None:

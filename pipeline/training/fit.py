@@ -53,6 +53,9 @@ class Watcher(Protocol):
     def stepped(self) -> None:
         """Note one step done."""
 
+    def trained(self, images: int, seconds: float) -> None:
+        """Note an epoch's steps done: the images of all ranks since it began or went on, and the seconds."""
+
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
         """Note a row of the curve."""
 
@@ -182,6 +185,7 @@ class Fit:
 
     def train_epoch(self) -> None:
         """Train from the current step to the end of the epoch."""
+        began = time.monotonic()
         self.parallel.train()
         progress, ranks = self.progress, self.group.world_size
         order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples)
@@ -204,6 +208,8 @@ class Fit:
             if due or (self.group.is_alone and any(wishes)):
                 self._check(finite, lr, *wishes)
                 finite = []
+        # The last check has waited for the device.
+        self.session.watcher.trained(sum(share.size for share in shares), time.monotonic() - began)
 
     def end_epoch(self) -> None:
         """Evaluate, extend the curve, keep the best weights."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipes import StudentRecipe
-from pipeline.data.arrays import MappedImages
+from pipeline.data.arrays import StoredImages
 from pipeline.data.datasets import Dataset, Split
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import NumericalError
@@ -55,7 +55,7 @@ def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str
     limit = resident_limit(device)
     images = place_images(split.images, device, limit)
     if isinstance(images, HostImages):
-        where = context.paths.dataset if isinstance(split.images, MappedImages) else "RAM"
+        where = context.paths.dataset if isinstance(split.images, StoredImages) else "RAM"
         size = f"{split.images.nbytes / 1e9:.3g} GB of training images, more than {limit / 1e9:.3g} GB"
         context.say(f"{size}: they stream from {where} to {device} ({RESIDENT_VARIABLE} sets the limit in bytes)")
     return Views(images, torch.from_numpy(split.labels), context.recipe.views[view_recipe], key=key)
@@ -138,10 +138,13 @@ def carry_out(
     if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
         raise stopped(code, f"before {run.name}")
     split_name, split = dataset.evaluation
-    watcher = RunWatcher(context.console, run.name, len(dataset.train), split_name, context.position)
+    watcher = RunWatcher(context.console, run.name, split_name, context.position)
     if recipe.warmup_epochs == recipe.epochs:
         watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
     with _claimed(run, group, fresh=fresh) as state:
+        if state is None:
+            context.say(f"{run.name}: up to date ({run.out}), another run has finished it meanwhile")
+            return
         context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
         if not group.is_alone:
             context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
@@ -184,19 +187,22 @@ def carry_out(
 
 
 @contextlib.contextmanager
-def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState]:
-    """Hold a run's lock, on rank 0, and yield its resumable state."""
+def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState | None]:
+    """Hold a run's lock, on rank 0, and yield its resumable state; None where nothing is left to do.
+
+    Another run may have held the lock since `up_to_date` looked, and have finished.
+    """
     state = RunState(run.work, run.fingerprint)
     with contextlib.ExitStack() as held:
 
-        def claim() -> None:
+        def claim() -> bool:
             held.enter_context(lock(run.lock))
             run.remove_leftovers()
             if fresh:
                 state.delete()
+            return not fresh and run.why_stale() is None
 
-        group.on_main(claim)
-        yield state
+        yield None if group.on_main(claim) else state
 
 
 def _describe_ranks(group: Group, batch_size: int, model: nn.Module) -> str:

@@ -136,7 +136,11 @@ def test_only_what_a_former_report_lists_as_its_own_is_deleted(project: Project)
     assert (folder / "tables/mine.csv").exists() and (folder / "precious.csv").exists()
     assert not (folder / "tables/old.csv").exists()
     (folder / "report.json").write_text("not JSON")
+    left = [folder / f"{place}.0123456789abcdef.tmp" for place in (".report.md", "tables/.gone.csv", "figures/.a.png")]
+    for file in left:
+        file.write_text("half")
     invoke(project, *REPORT, "--out", "out", "--no-figures")
+    assert not any(file.exists() for file in left), "a killed report's"
     assert json.loads((folder / "report.json").read_text())["recipe"] == "cifar100"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DataError, NumericalError
+from stages import selection
 from stages.record import Records, record_of
+from stages.selection import compare
+from stages.shared import fitting
 from tests.stages.test_time_limits import ticking  # noqa: F401
 from tests.support.in_process import invoke
 from tests.support.interruptions import files, small_project
@@ -164,7 +169,55 @@ def test_a_damaged_result_is_said_and_the_others_go_on(project: Project) -> None
     assert "2 new records" in out and "curve.csv: not a curve of 3 epochs; train the model again" in out
 
 
+# Two at once
+
+
+def test_what_another_run_finished_meanwhile_is_not_trained_again(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.forget()
+    out, aside = project.data / "students/deit", project.path / "aside"
+    out.rename(aside)
+    whole, prepare = files(project.path), fitting.make_views
+
+    def finish(*arguments: Any, **options: Any) -> Any:
+        aside.rename(out)
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(fitting, "make_views", finish)
+    said = invoke(project, *DEIT)
+    assert "train 2 epochs (not trained)" in said and "another run has finished it meanwhile" in said
+    assert "epoch 1/2" not in said and "5 of 5 jobs are done; 0 new records" in said
+    assert {path: files(project.path)[path] for path in whole} == whole
+
+
+def test_the_last_of_two_selections_has_seen_the_newest_candidates(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+
+    @contextlib.contextmanager
+    def waiting(*arguments: Any, **options: Any) -> Iterator[None]:
+        held.append(True)
+        yield
+
+    def seeing(*arguments: Any) -> dict[str, Any]:
+        return {**compare(*arguments), "by": "loss" if held else "top1"}
+
+    monkeypatch.setattr(selection, "lock", waiting)
+    monkeypatch.setattr(selection, "compare", seeing)
+    assert "by loss" in invoke(project, "select")
+
+
 # Records
+
+
+def test_what_a_killed_record_left_is_removed(project: Project) -> None:
+    left = [project.path / f"results/{name}.0123456789abcdef.tmp" for name in (".runs.jsonl", "curves/.feed.csv")]
+    for file in left:
+        file.write_text("half")
+    invoke(project, "record", "data/smoke/students/deit")
+    assert not any(file.exists() for file in left)
 
 
 def test_record_names_what_is_no_finished_run_and_records_the_rest(project: Project) -> None:

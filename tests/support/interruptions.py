@@ -192,15 +192,16 @@ def save_often() -> None:
     training.ASSUMED_BYTES_PER_SECOND = float("inf")
 
 
-def stop_at_step(step: int) -> None:
-    """Let SIGTERM arrive in a step of training, counted from 1."""
+def stop_at_step(step: int, numbers: Iterable[int] = (signal.SIGTERM,)) -> None:
+    """Let signals, by default SIGTERM, arrive in a step of training, counted from 1."""
     from pipeline.training import fit as training
 
     train_step, steps = training.train_step, itertools.count(1)
 
     def stopping(*arguments: Any, **options: Any) -> Any:
         if next(steps) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return train_step(*arguments, **options)
 
     training.train_step = stopping

@@ -1,4 +1,4 @@
-"""Data sets larger than the memory limit: mapped from their file, prepared a few images at a time."""
+"""Data sets larger than the memory limit: read from their file on demand, prepared a few images at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipeline.config.params import load_params
 from pipeline.data import arrays as image_arrays
-from pipeline.data.arrays import MappedImages, Selection, Spill, SpilledImages, chunks, select
+from pipeline.data.arrays import Selection, Spill, SpilledImages, StoredImages, chunks, select
 from pipeline.data.datasets import Dataset, Split
 from pipeline.data.folders import read_folder
 from pipeline.data.listing import list_source
@@ -86,22 +86,74 @@ def prepared(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, limit: in
 # --- loading ---------------------------------------------------------------------------------------------
 
 
-def test_images_beyond_the_limit_are_mapped_and_the_same(saved: Path) -> None:
+def test_images_beyond_the_limit_stay_in_the_file_and_are_the_same(saved: Path) -> None:
     expected = make_dataset(0.2)
     total = sum(split.images.nbytes for split in expected.splits.values())
-    for limit, is_mapped in ((total - 1, True), (total, False), (None, False)):
+    for limit, stay in ((total - 1, True), (total, False), (None, False)):
         dataset = Dataset.load(saved, limit)
         assert (dataset.sha256, dataset.mean, dataset.std) == (expected.sha256, expected.mean, expected.std)
         for name, split in dataset.splits.items():
-            assert isinstance(split.images, MappedImages) == is_mapped
+            assert isinstance(split.images, StoredImages) == stay
             assert np.array_equal(split.images[:], expected.splits[name].images)
             assert np.array_equal(split.labels, expected.splits[name].labels)
 
 
-def test_nothing_can_be_written_through_the_map(saved: Path) -> None:
+def test_nothing_can_be_written_into_the_file(saved: Path) -> None:
     images = Dataset.load(saved, 0).train.images
-    with pytest.raises(ValueError, match="read-only"):
-        images[:1][0] = 0
+    images[:1][0] = 0
+    assert images[:1].any()
+
+
+Damage = Callable[[Path], object]
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def touch(path: Path) -> None:
+    os.utime(path)
+
+
+@pytest.mark.parametrize("damage", [cut, overwrite, touch])
+def test_a_file_that_changes_while_it_is_in_use_is_an_error(saved: Path, damage: Damage) -> None:
+    os.utime(saved, (1, 1))
+    images = Dataset.load(saved, 0).test.images
+    damage(saved)
+    for rows in (slice(0, 1), np.array([3, 0]), slice(None)):
+        with pytest.raises(
+            StorageError, match=r"dataset.h5: cut short or overwritten while it was in use; .*run again"
+        ):
+            images[rows]
+
+
+def test_a_file_that_is_replaced_goes_on_being_read(saved: Path) -> None:
+    images, expected = Dataset.load(saved, 0).train.images, make_dataset(0.2).train.images
+    make_dataset(0.5).save(saved)
+    saved.unlink()
+    assert np.array_equal(images[:], expected)
+
+
+def test_short_reads_are_continued_and_a_disk_that_fails_is_told(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, expected, real = Dataset.load(saved, 0).train.images, make_dataset(0.2).train.images, os.preadv
+    rows = np.array([5, 6, 7, 2, 0, 1, 47])
+    monkeypatch.setattr(os, "preadv", lambda descriptor, views, at, *_: real(descriptor, [views[0][:10]], at))
+    assert np.array_equal(images[rows], expected[rows]) and np.array_equal(images[3:9], expected[3:9])
+    assert images[rows[:0]].shape == images[5:5].shape == (0, 4, 4, 3)
+    with pytest.raises(IndexError, match="images 0 to 48 of 48"):
+        images[np.array([0, 48])]
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(StorageError, match=r"cannot read .*dataset.h5: Input/output error"):
+        images[:]
 
 
 def test_loading_and_summing_take_little_memory(tmp_path: Path) -> None:
@@ -130,7 +182,7 @@ def test_a_command_verifies_a_file_once_for_as_long_as_it_is_the_same(
         context.dataset()
 
 
-def test_a_changed_pixel_of_a_mapped_data_set_is_refused(saved: Path) -> None:
+def test_a_changed_pixel_of_a_data_set_in_its_file_is_refused(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     content[content.index(make_dataset(0.2).test.images.tobytes()) + 5] ^= 1
     saved.write_bytes(content)
@@ -139,7 +191,7 @@ def test_a_changed_pixel_of_a_mapped_data_set_is_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [100, 1000, 3000, -1000, -1])
-def test_a_truncated_file_is_not_mapped(saved: Path, length: int) -> None:
+def test_a_truncated_file_is_not_streamed(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])
     with pytest.raises(DataError, match="not a prepared data set"):
         Dataset.load(saved, 0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import itertools
 import math
+import os
 
 import h5py
 import numpy as np
@@ -205,6 +208,24 @@ def test_a_file_without_rights_is_a_storage_error(saved, monkeypatch):
 
     monkeypatch.setattr(h5py, "File", refuse)
     with pytest.raises(StorageError, match="Permission denied"):
+        Dataset.load(saved)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch, number):
+    if number == errno.EAGAIN:  # HDF5 locks what it has open for writing
+        held = os.open(saved, os.O_RDWR)
+        fcntl.flock(held, fcntl.LOCK_EX)
+    else:
+        monkeypatch.setattr(h5py, "File", lambda *args: (_ for _ in ()).throw(OSError(number, "Unable to open file")))
+    with pytest.raises(StorageError) as caught:
+        Dataset.load(saved)
+    busy = "another program holds it, perhaps to write; close it there, then run again"
+    assert str(caught.value) == f"{saved}: " + (
+        busy if number == errno.EAGAIN else f"cannot be read ({os.strerror(number)})"
+    )
+    if number == errno.EAGAIN:
+        os.close(held)
         Dataset.load(saved)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.arrays import MappedImages
+from pipeline.data.arrays import StoredImages
 from pipeline.data.streaming import HostImages, in_batches, place_images
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, StorageError
 from pipeline.labels.replay import make_canaries
 from pipeline.labels.teacher import label_view
 from pipeline.system.runtime import RESIDENT_VARIABLE
@@ -36,13 +37,13 @@ CPU = torch.device("cpu")
 
 
 def on_host(images: Tensor, device: torch.device = CPU, path: Path | None = None) -> HostImages:
-    """The same images, as an array of (N, H, W, 3), or in a mapped file."""
+    """The same images, as an array of (N, H, W, 3), or in a file."""
     array = images.permute(0, 2, 3, 1).contiguous().numpy()
     if path is None:
         return HostImages(array, device)
     path.write_bytes(b"something before them" + array.tobytes())
     with path.open("rb") as file:
-        return HostImages(MappedImages(file.fileno(), array.shape, len(b"something before them")), device)
+        return HostImages(StoredImages(file.fileno(), array.shape, len(b"something before them")), device)
 
 
 def streamed(views: Views, **kwargs: Any) -> Views:
@@ -56,10 +57,10 @@ def same(first: Any, second: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("mapped", [False, True])
-def test_views_of_images_on_the_host_are_the_same(tmp_path: Path, name: str, mapped: bool) -> None:
+@pytest.mark.parametrize("in_file", [False, True])
+def test_views_of_images_on_the_host_are_the_same(tmp_path: Path, name: str, in_file: bool) -> None:
     resident = make_views(RECIPES[name])
-    host = streamed(resident, path=tmp_path / "images" if mapped else None)
+    host = streamed(resident, path=tmp_path / "images" if in_file else None)
     parts = list(torch.randperm(NUM_SAMPLES, generator=torch.Generator().manual_seed(0)).split(7))
     for view in (2, 0):
         assert host.digest(view) == resident.digest(view)
@@ -148,6 +149,21 @@ def test_an_error_of_the_reading_thread_ends_the_run(tmp_path: Path) -> None:
         fit.run()
     assert watcher.steps == 2
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+def test_a_file_that_is_cut_while_it_streams_ends_the_run_with_an_error(tmp_path: Path) -> None:
+    class Cutting(Watcher):
+        def stepped(self) -> None:
+            super().stepped()
+            if self.steps == 6:
+                os.truncate(tmp_path / "images", 100)
+
+    watcher = Cutting()
+    fit = make_fit(tmp_path / "run", watcher=watcher)
+    fit.data = dataclasses.replace(fit.data, views=streamed(fit.data.views, path=tmp_path / "images"))
+    with pytest.raises(StorageError, match="cut short or overwritten"):
+        fit.run()
+    assert watcher.steps in (6, 7), "one batch is read ahead"
 
 
 def test_a_run_on_streamed_images_stops_and_goes_on(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 
 import h5py
 import numpy as np
 import pytest
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.labels.cache import SCHEMA_VERSION, LabelCache
 from pipeline.labels.file import SEAL_SIZE, make_seal
 from tests.support.label_campaign import NUM_DAMAGED, NUM_FORGED
@@ -54,6 +55,22 @@ def test_the_seal_is_checked_before_hdf5_parses_anything(tmp_path, sealed, monke
     monkeypatch.setattr(h5py, "File", parse)
     check_damaged(tmp_path / "labels.h5", flip(sealed, len(sealed) - 1, 0))
     check_damaged(tmp_path / "labels.h5", b"")
+
+
+def test_what_looks_damaged_while_another_program_holds_it_is_busy(tmp_path, sealed):
+    parts, labels = parts_in(tmp_path), tmp_path / "labels.h5"
+    parts.write(5, row_of(5))
+    labels.write_bytes(sealed)
+    for path, read in ((labels, lambda: LabelCache.open(labels)), (tmp_path / "000005.part", lambda: parts.read(5))):
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert read() is not None
+            file.truncate(len(path.read_bytes()) - 1)
+            with pytest.raises(StorageError, match=f"{path.name}: another program holds it.*run again"):
+                read()
+    assert parts.read(5) is None
+    with pytest.raises(DataError, match="not a valid label cache"):
+        LabelCache.open(labels)
 
 
 def test_a_file_of_another_schema_version_says_so(tmp_path, sealed):

@@ -57,22 +57,24 @@ def test_figures_that_do_not_exist_are_dashes() -> None:
 
 def test_a_log_gets_one_plain_line_an_epoch() -> None:
     out, file = console(terminal=False)
-    with RunWatcher(out, "titn", 100, "val") as watcher:
+    with RunWatcher(out, "titn", "val") as watcher:
         watcher.started(2, 10, 0, 0)
         for _ in range(10):
             watcher.stepped()
+        watcher.trained(0, 0.0)  # it went on after the epoch's last step
         watcher.epoch_ended(ROW)
+        watcher.trained(60, 0.25)
         watcher.epoch_ended({**ROW, "epoch": 2, "agreement": 75.0})
     lines = file.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("titn: epoch 1/2, lr 1.00e-01, train loss 1.5000, val top-1 50.00 %, top-5 90.00 %, ")
     assert "agreement 75.00 %" in lines[1]
-    assert "images/s" in lines[1]
+    assert lines[1].endswith(", 240 images/s") and "images/s" not in lines[0]
 
 
 def test_a_resumed_run_says_where_it_goes_on() -> None:
     out, file = console(terminal=False)
-    with RunWatcher(out, "titn", 100, "val") as watcher:
+    with RunWatcher(out, "titn", "val") as watcher:
         watcher.started(2, 10, 1, 3)
     assert file.getvalue() == "titn: going on from epoch 2, step 3\n"
 
@@ -85,10 +87,11 @@ def test_a_line_says_how_long_the_rest_of_the_command_takes(monkeypatch: pytest.
     def lines(position: Position | None, *, seconds: float = 30.0, step: int = 0) -> list[str]:
         file.seek(0)
         file.truncate()
-        with RunWatcher(out, "vgg16", 100, "test", position) as watcher:
+        with RunWatcher(out, "vgg16", "test", position) as watcher:
             watcher.started(3, 10, 0, step)
             for epoch in (1, 2, 3):
                 clock[0] += seconds
+                watcher.trained(100, seconds)
                 watcher.epoch_ended({**ROW, "epoch": epoch})
         return [line.partition("images/s")[2] for line in file.getvalue().splitlines() if "images/s" in line]
 
@@ -112,7 +115,7 @@ def test_an_epoch_is_one_line_of_a_terminal(
     clock = [0.0]
     monkeypatch.setattr("pipeline.report.progress.time", SimpleNamespace(monotonic=lambda: clock[0]))
     file = io.StringIO()
-    watcher = RunWatcher(Console(file=file, width=width), name, 50_000, "test", position)
+    watcher = RunWatcher(Console(file=file, width=width), name, "test", position)
     watcher.started(300, 10, 0, 0)
     watcher._console = Console(file=file, width=width, force_terminal=True, color_system=None)
     clock[0] += 17.25
@@ -157,7 +160,7 @@ def test_runs_in_turn_know_their_position() -> None:
 
 def test_a_terminal_gets_a_bar() -> None:
     out, file = console(terminal=True)
-    with RunWatcher(out, "titn", 100, "val") as watcher:
+    with RunWatcher(out, "titn", "val") as watcher:
         watcher.started(1, 10, 0, 0)
         for _ in range(10):
             watcher.stepped()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -89,6 +90,37 @@ def test_a_second_signal_is_raised_even_inside() -> None:
         stop._handle(signal.SIGINT, None)
         stop._handle(signal.SIGINT, None)
         pytest.fail("not reached")
+
+
+def test_a_hangup_is_no_second_signal_nor_has_one() -> None:
+    stop = StopSignal()
+    with pytest.raises(Interrupted, match="finished is saved") as error, stop.deferred():
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            stop._handle(number, None)
+    assert error.value.exit_code == 143
+    with pytest.raises(Interrupted), stop.deferred():
+        stop._handle(signal.SIGTERM, None)
+        pytest.fail("not reached")
+
+
+@pytest.mark.parametrize("has_nohup", [False, True])
+def test_a_hangup_ends_a_run_unless_nohup_started_it(has_nohup: bool) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    former = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if has_nohup else signal.SIG_DFL)
+        stop = StopSignal()
+        stop.install()
+        assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == has_nohup
+        if not has_nohup:
+            with pytest.raises(Interrupted) as error:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert error.value.exit_code == 129
+        stop.end()
+        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "10000"), ("7", "7")])

@@ -183,6 +183,8 @@ def test_leftovers_of_killed_writers_are_removed_and_only_those(tmp_path):
     remove_leftovers(tmp_path / "file")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".file.keep", ".other.0123.tmp", "file"]
     remove_leftovers(tmp_path / "nowhere" / "file")
+    remove_leftovers(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".file.keep", "file"]
 
 
 def test_json_is_canonical_on_disk_and_comes_back(tmp_path):

@@ -8,6 +8,7 @@ import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from pipeline.training.distributed import ALONE, Group
 from pipeline.training.evaluation import evaluate
 from pipeline.training.execution import Execution
 from pipeline.training.fit import Fit, Session
+from pipeline.training.metrics import Scores
 from pipeline.training.resuming import FitResult
 from pipeline.training.step import Objective, train_step
 from pipeline.views.views import Views, normalize
@@ -52,7 +54,7 @@ class Watcher:
     """Counts steps, keeps rows, and can send a signal at a step."""
 
     def __init__(self, stop: StopSignal | None = None, stop_at: int | None = None) -> None:
-        self.steps, self.rows, self.warnings = 0, [], []
+        self.steps, self.rows, self.warnings, self.paces = 0, [], [], []
         self.began: tuple[int, int] = (-1, -1)
         self._stop, self._stop_at = stop, stop_at
 
@@ -63,6 +65,9 @@ class Watcher:
         self.steps += 1
         if self._stop is not None and self.steps == self._stop_at:
             self._stop._handle(signal.SIGTERM, None)
+
+    def trained(self, images: int, seconds: float) -> None:
+        self.paces.append((images, seconds))
 
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
         self.rows.append(row)
@@ -236,6 +241,32 @@ def test_a_stopped_run_ends_like_an_unbroken_one(tmp_path: Path, optimizer: str,
         assert torch.equal(tensor, last[name]), name
     for name, tensor in whole.best.items():
         assert torch.equal(result.best[name], tensor), name
+
+
+def test_the_pace_is_of_the_images_trained_and_of_their_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr("pipeline.training.fit.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
+    def slowly(*arguments: Any, **options: Any) -> Scores:
+        seconds[0] += 1000.0
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("pipeline.training.fit.evaluate", slowly)
+
+    class Timed(Watcher):
+        def stepped(self) -> None:
+            seconds[0] += 1.0
+            super().stepped()
+
+    stop = StopSignal()
+    first, second = Timed(stop, 6), Timed()
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=stop, watcher=first)
+    run(tmp_path, watcher=second)
+    assert first.paces == [(50, 4.0)]
+    assert second.paces == [(18, 2.0), (50, 4.0), (50, 4.0)]
 
 
 def test_a_channels_last_model_is_resumed_with_its_moments_in_the_same_layout(tmp_path: Path) -> None:
