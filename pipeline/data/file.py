@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.arrays import Images, MappedImages, chunks
 from pipeline.errors import DataError, StorageError
-from pipeline.system.storage import replacing
+from pipeline.system.storage import WITHOUT_LOCKS, cannot_lock, replacing, uses_locks
 
 SCHEMA = "titn-dataset/1"
 
@@ -91,7 +91,7 @@ def read_content(path: Path, max_bytes: int | None = None) -> Content:
         StorageError: The file cannot be read.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=None if uses_locks() else False) as file:
             return _read(file, path, max_bytes)
     except FileNotFoundError:
         raise DataError(f"{path}: no prepared data set there; `pipeline prepare` makes it") from None
@@ -99,6 +99,8 @@ def read_content(path: Path, max_bytes: int | None = None) -> Content:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno in WITHOUT_LOCKS:
+            raise cannot_lock(path, reason) from error
         raise DataError(f"{path}: not a prepared data set ({reason}); run `pipeline prepare` again") from error
 
 
