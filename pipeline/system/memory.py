@@ -21,7 +21,7 @@ def ram(root: Path = ROOT) -> int:
     Args:
         root: Where `proc` lies.
     """
-    return min(_machine(), *(limit for group in _groups(root) for limit in _numbers(group, LIMITS)))
+    return min([_machine(), *(limit for group in _groups(root) for limit in _numbers(group, LIMITS))])
 
 
 def available_ram(root: Path = ROOT) -> int | None:
