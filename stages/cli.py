@@ -21,6 +21,8 @@ from click.shell_completion import CompletionItem
 
 import pipeline
 from pipeline.errors import Interrupted, PipelineError, StorageError, one_line
+from pipeline.system.home import lend_caches
+from stages.shared.code import ROOT, WAY_OUT, other_code
 from stages.shared.hints import with_recipe
 from stages.shared.options import STOP
 
@@ -165,12 +167,23 @@ def main() -> None:
     try:
         STOP.install(is_rank="WORLD_SIZE" in os.environ)
         Output.replace_streams(arguments)
+        _settle()
         code = run(arguments)
     except Interrupted as error:  # before the command began, or while its error was being told
         code = _tell_stop(error)
     finally:
         STOP.end()
     sys.exit(code)
+
+
+def _settle() -> None:
+    """Make the command independent of what its terminal can show and of a home directory, and say whose code runs."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name in Chinese, or `±`, is escaped where it can't be written
+            stream.reconfigure(errors="backslashreplace")
+    lend_caches()
+    if (here := other_code()) is not None and os.environ.get("RANK", "0") == "0":
+        click.echo(one_line(f"the code in {ROOT} runs, not that in {here}; {WAY_OUT}"), err=True)
 
 
 def run(arguments: Sequence[str]) -> int:

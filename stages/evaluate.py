@@ -154,8 +154,8 @@ def evaluate_folder(
 
     scored = _ScoredFolder(classifier)
     files, bad = find_labelled_images(folder, classifier.class_names)
-    # Pillow warns of damaged metadata, which does no harm.
-    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
+    # Pillow warns of damaged metadata, which does no harm, and of many pixels, which are refused as it is.
+    quiet = warnings.catch_warnings(action="ignore")
     with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
         for batch in batches:
             bad += (BadFile(printable(file.path.relative_to(folder)), file.problem) for file in batch if file.problem)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import pipeline
 from pipeline.data.arrays import Images
 from pipeline.data.images import SUFFIXES, read_image
-from pipeline.data.listing import is_clutter, one_form
+from pipeline.data.listing import in_utf8, is_clutter, one_form
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
 from pipeline.inference.card import CARD, CONFIG, FILES, SCHEMA, model_card
 from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
@@ -232,12 +232,12 @@ def from_folder(folder: Path, classifier: Classifier, *, labelled: bool) -> Real
     if labelled:
         classes = {one_form(name): label for label, name in enumerate(classifier.class_names)}
         for path in paths:
-            if one_form(path.parent.name) not in classes:
+            if one_form(in_utf8(path.parent.name)) not in classes:
                 raise DataError(
                     f"{printable(path)}: not in a folder named after a class, without which --int8 and --dtype bf16 "
                     "can't be measured; use <class>/<image>, or leave them out"
                 )
-        labels = np.array([classes[one_form(path.parent.name)] for path in paths], np.int64)
+        labels = np.array([classes[one_form(in_utf8(path.parent.name))] for path in paths], np.int64)
     elif len(paths) > NUM_CHECKED:
         paths = [paths[row] for row in np.linspace(0, len(paths) - 1, NUM_CHECKED).astype(int)]
     images = np.empty((len(paths), classifier.image_size, classifier.image_size, 3), np.uint8)

@@ -152,8 +152,8 @@ def predict(
     if names.count(STANDARD_INPUT) > 1:
         raise UsageError("-: standard input holds one image and is read once; name it once")
     files = _find(names, standard_input, left_out)
-    # Pillow warns of damaged metadata, which does no harm.
-    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
+    # Pillow warns of damaged metadata, which does no harm, and of many pixels, which are refused as it is.
+    quiet = warnings.catch_warnings(action="ignore")
     with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
         for batch in batches:
             notes.update(note for file in batch for note in file.notes)

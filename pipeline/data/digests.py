@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.data.listing import Listing
+from pipeline.data.listing import Listing, relative_path
 from pipeline.system.storage import sha256_file
 
 Seen = tuple[int, int, str]
@@ -42,12 +42,12 @@ def digest_listing(listing: Listing, remembered: Mapping[str, Seen]) -> tuple[st
     seen: dict[str, Seen] = {}
 
     def look(path: Path) -> Seen:
-        return _look(path, remembered.get(path.relative_to(listing.root).as_posix()))
+        return _look(path, remembered.get(relative_path(path, listing.root)))
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         for split, name, paths in _blocks(listing):
             for path, found in zip(paths, pool.map(look, paths), strict=True):
-                relative = path.relative_to(listing.root).as_posix()
+                relative = relative_path(path, listing.root)
                 seen[relative] = found
                 digest.update(_line(split, name, relative, found[0], found[2]))
     return digest.hexdigest(), seen

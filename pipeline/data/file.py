@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.arrays import Images, StoredImages, chunks
 from pipeline.errors import DataError, StorageError
-from pipeline.system.storage import busy, replacing
+from pipeline.system.storage import WITHOUT_LOCKS, busy, cannot_lock, replacing, uses_locks
 
 SCHEMA = "titn-dataset/1"
 # What HDF5 meets in a file that is none of its own, or by the addresses in a damaged one; others are the system's.
@@ -94,17 +94,18 @@ def read_content(path: Path, max_bytes: int | None = None) -> Content:
         StorageError: The file cannot be read, or another program holds it.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=None if uses_locks() else False) as file:
             return _read(file, path, max_bytes)
     except FileNotFoundError:
         raise DataError(f"{path}: no prepared data set there; `pipeline prepare` makes it") from None
     except BlockingIOError as error:
         raise busy(path) from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        number = error.errno if isinstance(error, OSError) else None
+        number, reason = error.errno if isinstance(error, OSError) else None, " ".join(str(error).split())
+        if number in WITHOUT_LOCKS:
+            raise cannot_lock(path, reason) from error
         if number is not None and number not in _ERRORS_OF_DAMAGE:
             raise StorageError(f"{path}: cannot be read ({os.strerror(number)})") from error
-        reason = " ".join(str(error).split())
         raise DataError(f"{path}: not a prepared data set ({reason}); run `pipeline prepare` again") from error
 
 

@@ -231,8 +231,9 @@ def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list
 def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) -> Generator[list[ImageFile], None, None]:
     """Read images on threads, the next batch while the caller works on the last.
 
-    At most three batches of resized images are in memory, and one image in full for each thread. Pillow may warn of
-    damaged metadata, which does not concern the pixels; the caller decides whether to show it.
+    At most three batches of resized images are in memory, and one image in full for each thread, or as many as memory
+    allows. Pillow may warn of damaged metadata, which does not concern the pixels; the caller decides whether to show
+    it.
 
     Args:
         files: What to read. A file with a problem is passed on as it is.

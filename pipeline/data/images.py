@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.errors import DataError
+from pipeline.system.memory import ram
+from pipeline.system.threads import Budget
 
 # Pillow reads many more, some of them by starting other programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP", "TIFF")
@@ -28,6 +32,8 @@ UPRIGHT = {
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # JPEG's; resizing goes through an image of `image_size` times the height
 MAX_LEVEL = 65_535  # of 16 bits
+BYTES_PER_PIXEL = 20  # the most that decoding, turning and compositing take at once, measured for all modes and formats
+SHARE_OF_RAM = 4  # threads decode at once what takes a quarter of the memory
 NUM_NAMED = 3
 UNUSED_ALPHA = "alpha is 0 everywhere, and ignored"
 
@@ -49,7 +55,7 @@ def read_image(source: Path | bytes, image_size: int, notes: list[str] | None = 
     """Read one image file.
 
     The format is recognised by content, among FORMATS. A photograph is turned as its EXIF orientation says. Of several
-    pages the first is read.
+    pages the first is read. A thread waits until others have decoded what would not fit into memory beside its image.
 
     Args:
         source: The file, or its content.
@@ -73,7 +79,8 @@ def read_image(source: Path | bytes, image_size: int, notes: list[str] | None = 
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if max(image.size) > MAX_SIDE:
                 raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
-            return to_rgb(upright(image), image_size, notes)
+            with _budget().take(image.width * image.height * BYTES_PER_PIXEL):
+                return to_rgb(upright(image), image_size, notes)
     except UnidentifiedImageError:
         num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
         raise DataError("empty" if num_bytes == 0 else "not an image of a known format") from None
@@ -84,6 +91,16 @@ def read_image(source: Path | bytes, image_size: int, notes: list[str] | None = 
     except Exception as error:  # decoders raise nearly anything on a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot be read: {reason}") from error
+
+
+@functools.cache
+def _budget() -> Budget:
+    """Return the bytes for images that are being decoded by all threads of this process."""
+    return Budget(ram() // SHARE_OF_RAM)
+
+
+if hasattr(os, "register_at_fork"):  # what another thread held at the fork would never be given back
+    os.register_at_fork(after_in_child=_budget.cache_clear)
 
 
 def to_rgb(image: Image.Image, image_size: int, notes: list[str] | None = None) -> NDArray[np.uint8]:

@@ -92,7 +92,17 @@ class Listing:
 
 def relative_name(path: Path, root: Path) -> str:
     """Name a file below `root` in one line that can be printed, with `/`."""
-    return printable(path.relative_to(root).as_posix())
+    return printable(relative_path(path, root))
+
+
+def relative_path(path: Path, root: Path) -> str:
+    """Return the path of a file below `root`, with `/`, as `in_utf8`."""
+    return in_utf8(path.relative_to(root).as_posix())
+
+
+def in_utf8(name: str) -> str:
+    """Return a file's name as its bytes say in UTF-8, whatever the locale takes them for."""
+    return os.fsencode(name).decode(errors="surrogateescape")
 
 
 def list_source(source: Path) -> Listing:
@@ -165,8 +175,9 @@ def list_classes(listing: Listing, folder: Path) -> Classes:
             else:
                 _leave_out(listing, entry)
             continue
+        name = in_utf8(entry.name)
         try:
-            entry.name.encode()
+            name.encode()
         except UnicodeEncodeError:
             raise DataError(f"{entry}: class name is not UTF-8; rename the folder") from None
         images: list[Path] = []
@@ -181,9 +192,9 @@ def list_classes(listing: Listing, folder: Path) -> Classes:
             else:
                 _leave_out(listing, path)
         if images or others:
-            classes[entry.name] = images
+            classes[name] = images
         else:
-            listing.left_out.add("empty class folder", entry.relative_to(listing.root).as_posix())
+            listing.left_out.add("empty class folder", relative_path(entry, listing.root))
     by_one_form(classes, folder)
     return classes
 
@@ -200,7 +211,7 @@ def list_entries(listing: Listing, folder: Path) -> list[Path]:
     for entry in entries:
         if is_clutter(entry):
             kind = "hidden file" if entry.name.startswith(".") else "system file"
-            listing.left_out.add(kind, entry.relative_to(listing.root).as_posix())
+            listing.left_out.add(kind, relative_path(entry, listing.root))
         else:
             kept.append(entry)
     return kept
@@ -213,7 +224,7 @@ def is_clutter(path: Path) -> bool:
 
 def _leave_out(listing: Listing, path: Path) -> None:
     kind = f"{path.suffix.lower()} file" if path.suffix else "other file"
-    listing.left_out.add(kind, path.relative_to(listing.root).as_posix())
+    listing.left_out.add(kind, relative_path(path, listing.root))
 
 
 def _list_folder(listing: Listing) -> dict[str, Classes]:
@@ -240,7 +251,7 @@ def _list_folder(listing: Listing) -> dict[str, Classes]:
         raise DataError(f"{source}: no folder `train` in it{beside}; {WAYS}")
     for entry in list_entries(listing, source):
         if entry in others and entry.is_dir():
-            listing.left_out.add("other folder", entry.name)
+            listing.left_out.add("other folder", in_utf8(entry.name))
         elif entry in others:
             _leave_out(listing, entry)
     return {split: list_classes(listing, folder) for split, folder in named.items()}
@@ -293,6 +304,7 @@ def _list_csv(listing: Listing) -> dict[str, Classes]:
         for row in reader:
             if row:
                 split, label, path = _parse_row(f"{source} line {reader.line_num}", columns, row)
+                path = os.fsdecode(path.encode())  # where the locale is not UTF-8, files' names are other texts
                 path = os.path.relpath(path, root) if Path(path).is_absolute() else os.path.normpath(path)
                 listed.setdefault(split, {}).setdefault(label, []).append(path)
     except csv.Error as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.models import TEACHERS
 from pipeline.models.network import decide_in_fp32
+from pipeline.system.home import WAY_OUT
 
 if TYPE_CHECKING:
     from torchvision import models
@@ -107,6 +108,8 @@ def _check_name(name: str) -> None:
 def _download(name: str) -> StateDict:
     """Return a teacher's ImageNet weights from torch.hub's cache or, the first time, from their URL."""
     weights, cached = imagenet_weights(name), weights_file(name)
+    if cached.parts[0] == "~":  # torch.hub would make a folder of that name here
+        raise UsageError(f"teacher {name}: no home directory to keep ImageNet's weights in; {WAY_OUT}, or TORCH_HOME")
     was_cached = cached.exists()
     try:
         # torch.hub announces the download on stdout, which belongs to the caller's own output.

@@ -1,1 +1,1 @@
-"""What the machine gives: files, locks, devices, signals, threads, canonical JSON, printable text."""
+"""What the machine gives: files, locks, devices, memory, a home, signals, threads, canonical JSON, printable text."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UsageError
+from pipeline.system.memory import ram
 
 RESIDENT_VARIABLE = "TITN_MAX_RESIDENT_BYTES"
 
@@ -125,15 +126,7 @@ def resident_limit(device: torch.device) -> int:
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not (processes.isascii() and processes.isdecimal() and int(processes) > 0):
         raise UsageError(f"LOCAL_WORLD_SIZE={processes}: not a number of processes; unset it or start with torchrun")
-    return _ram() // (4 * int(processes))
-
-
-def _ram() -> int:
-    """Bytes of RAM that this process may use."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
+    return ram() // (4 * int(processes))
 
 
 def keep_freed_memory() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,8 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError, StorageError, UsageError
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where models are loaded, asked and exported without a lock
+    fcntl = None  # type: ignore[assignment]
+
+NO_LOCKS_VARIABLE = "TITN_NO_LOCKS"
+# What the lock of a file ends with where its file system, often a network's, has none.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_BINARY = getattr(os, "O_BINARY", 0)  # without it Windows changes line ends
 LOCK_ATTEMPTS = 4
 SECONDS_BETWEEN_ATTEMPTS = 0.05
 # Another disk, a file system or mount without links, too many of them, or a file that is not ours.
@@ -63,7 +71,7 @@ def replacing(path: Path) -> Iterator[int]:
     with storage_errors(f"write {path}", "; free space or rights, then run again"):
         _make_directory(path.parent)
         try:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
             try:
                 yield descriptor
                 os.fsync(descriptor)
@@ -221,7 +229,8 @@ def lock(path: Path, *, attempts: int = LOCK_ATTEMPTS) -> Iterator[None]:
     """Hold a run's lock, without waiting for it.
 
     The kernel releases the lock when its holder dies. The file stays, because removing it would let two runs hold
-    locks on two files of the same name. Keep it outside of what a fresh start deletes.
+    locks on two files of the same name. Keep it outside of what a fresh start deletes. Where the user wants no locks
+    (`uses_locks`) nothing is done.
 
     Args:
         path: The lock file, made where missing. It names its holder while held.
@@ -232,6 +241,10 @@ def lock(path: Path, *, attempts: int = LOCK_ATTEMPTS) -> Iterator[None]:
     """
     with storage_errors(f"lock {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
+    if not uses_locks():
+        yield
+        return
+    with storage_errors(f"lock {path}"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _acquire(descriptor, path, attempts)
@@ -246,16 +259,38 @@ def lock(path: Path, *, attempts: int = LOCK_ATTEMPTS) -> Iterator[None]:
         os.close(descriptor)
 
 
+def uses_locks() -> bool:
+    """Tell whether files are locked; not so where the environment variable NO_LOCKS_VARIABLE is 1.
+
+    Raises:
+        UsageError: It is neither 0 nor 1.
+    """
+    text = os.environ.get(NO_LOCKS_VARIABLE) or "0"
+    if text not in ("0", "1"):
+        raise UsageError(f"{NO_LOCKS_VARIABLE}={text}: write 1 for no locks, or unset it")
+    return text == "0"
+
+
+def cannot_lock(path: Path, reason: object) -> StorageError:
+    """Return the error of a file on a file system without locks, or of a system without."""
+    return StorageError(
+        f"cannot lock {path}: {reason}; put it on another file system, or set {NO_LOCKS_VARIABLE}=1 and never run two "
+        "commands at once on it"
+    )
+
+
 def is_locked(path: Path) -> bool:
     """Tell whether a run holds the lock of a file given to `lock`; a missing file is not locked.
 
     Raises:
-        StorageError: The file system refuses.
+        StorageError: The file system refuses, or has no locks.
     """
+    if not uses_locks():
+        return False
     with storage_errors(f"read {path}"), contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _flock(descriptor, "LOCK_SH", path)
         except BlockingIOError:
             return True
         finally:
@@ -283,7 +318,7 @@ def _acquire(descriptor: int, path: Path, attempts: int) -> None:
     with storage_errors(f"lock {path}"):
         for attempt in reversed(range(attempts)):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(descriptor, "LOCK_EX", path)
                 break
             except BlockingIOError as error:
                 # `is_locked` holds it for an instant.
@@ -296,6 +331,18 @@ def _acquire(descriptor: int, path: Path, attempts: int) -> None:
         os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
 
+def _flock(descriptor: int, kind: str, path: Path) -> None:
+    """Lock an open file by LOCK_SH or LOCK_EX without waiting; it raises as `flock`, and StorageError without locks."""
+    if fcntl is None:
+        raise cannot_lock(path, "this system has no flock")
+    try:
+        fcntl.flock(descriptor, getattr(fcntl, kind) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in WITHOUT_LOCKS:
+            raise cannot_lock(path, error.strerror) from error
+        raise
+
+
 def _make_directory(directory: Path) -> None:
     """Make a directory and its missing parents so that they survive a power cut."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
@@ -305,7 +352,9 @@ def _make_directory(directory: Path) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Flush a directory's entries to the device."""
+    """Flush a directory's entries to the device, where the system can: Windows cannot."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -8,10 +8,11 @@ each.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -63,8 +64,32 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-# Threads do not survive a fork.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork, which Windows does not have
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+class Budget:
+    """An amount that threads share; whoever takes more than is left waits. One who takes more than all of it is alone.
+
+    Args:
+        total: All of it.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._taken, self._changed = total, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        """Hold an amount; a thread takes one at a time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + amount <= self._total)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
 
 
 def prefetch(parts: Iterable[Part], read: Callable[[Part], Read], depth: int = 1) -> Generator[Read, None, None]:

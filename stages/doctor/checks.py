@@ -19,6 +19,7 @@ from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.layers import Student
 from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import device_name, resolve_precision
+from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
 from pipeline.system.text import counted
 from pipeline.training.execution import Execution
 from stages.distill import student_recipe
@@ -26,7 +27,7 @@ from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_t
 from stages.jobs import LabelJob, StudentJob, TeacherJob, survey, whole_run
 from stages.prepare import check_available
 from stages.shared.context import Context
-from stages.shared.paths import DATA
+from stages.shared.paths import DATA, PARAMS
 from stages.shared.runs import student_arguments
 
 DVC = Path(".dvc")
@@ -54,7 +55,9 @@ def _python_of_stages() -> list[Finding]:
     """Warn unless `python`, by which DVC runs the stages, is this one; a venv's is not while it is not activated."""
     found = shutil.which("python")
     if found is not None:
-        asked = subprocess.run([found, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
+        asked = subprocess.run(
+            [found, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, errors="surrogateescape"
+        )
         if Path(asked.stdout.strip()) == Path(sys.prefix):
             return []
     activate = Path(sys.prefix) / "bin" / "activate"
@@ -77,6 +80,19 @@ def _git() -> list[Finding]:
     return []
 
 
+def locks() -> Finding:
+    """Tell whether files can be locked where runs lock theirs; the lock is given back at once."""
+    file = next(iter([*DATA.glob("*/*.lock"), *DATA.glob("work/**/*.lock")]), PARAMS)
+    try:
+        if not uses_locks():
+            text = f"{NO_LOCKS_VARIABLE}=1: nothing keeps two commands from writing the same files"
+            return Finding("project", WARNING, text, "run one at a time")
+        is_locked(file)
+    except FAULTS as error:
+        return Finding("project", PROBLEM, str(error))
+    return Finding("project", OK, "files can be locked, so two commands never write the same ones")
+
+
 def dvc_setting(section: str, key: str) -> str | None:
     """Return a setting of DVC's own configuration in this folder; None where there is none."""
     return _configuration().get(section, key, fallback=None)
@@ -85,7 +101,7 @@ def dvc_setting(section: str, key: str) -> str | None:
 def _configuration() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
-        parser.read([DVC / "config", DVC / "config.local"])
+        parser.read([DVC / "config", DVC / "config.local"], encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError):
         return configparser.ConfigParser()
     return parser

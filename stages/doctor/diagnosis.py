@@ -142,7 +142,7 @@ def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None
 
     diagnosis.recipe = context.recipe.name
     text = f"params.yaml is valid: {len(params.recipes)} recipes; this is {diagnosis.recipe}"
-    note([Finding("project", OK, text), *checks.dvc(), *gpus()])
+    note([Finding("project", OK, text), *checks.dvc(), checks.locks(), *gpus()])
     note(checks.computing(context))
     findings, prepared = checks.data(context)
     note(findings)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DataError, NumericalError, StorageError, UsageError
+from pipeline.system import home
+from pipeline.system.home import cache_folder, can_keep
+from stages.shared.code import ROOT, WAY_OUT, other_code
 
 # Errors that become findings; a signal ends the doctor like any command.
 FAULTS = (UsageError, DataError, StorageError, NumericalError)
@@ -72,11 +75,30 @@ def software() -> list[Finding]:
         findings = [Finding("software", PROBLEM, text, f"install Python {'.'.join(map(str, PYTHON))} or newer")]
     else:
         findings = [Finding("software", OK, text)]
+    findings += [_code(), *_home()]
     for name in ("torch", "torchvision"):
         findings.append(_import(name))
         if findings[-1].mark == PROBLEM:
             return findings
     return [*findings, *extras()]
+
+
+def _code() -> Finding:
+    """Say whose code runs, and warn where this folder has another."""
+    text = f"the code in {ROOT} runs"
+    if (here := other_code()) is None:
+        return Finding("software", OK, text)
+    return Finding("software", WARNING, f"{text}, not that in {here}", WAY_OUT)
+
+
+def _home() -> list[Finding]:
+    """Warn where nothing can be kept in the user's home directory."""
+    if can_keep():
+        return []
+    folder = cache_folder()
+    text = "there is no home directory" if folder is None else f"{folder} cannot be written to"
+    text += ": no inner block is compiled for the CPU, ImageNet's weights are not kept, caches end with each command"
+    return [Finding("software", WARNING, text, home.WAY_OUT)]
 
 
 def _import(name: str) -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from pipeline.inference.loading import build_model
 from pipeline.labels.answers import PROBABILITY_DTYPE
 from pipeline.labels.identity import label_dtype
 from pipeline.models.teachers import weights_file
+from pipeline.system.memory import available_ram
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.doctor.checks import DVC, Task, dvc_setting, has_source
 from stages.doctor.software import OK, PROBLEM, WARNING, Finding, size_text
@@ -223,12 +223,3 @@ def memory(context: Context, tasks: list[Task], sizes: Sizes) -> list[Finding]:
     enough = need <= (1 - MARGIN) * free
     findings.append(Finding("space", OK if enough else WARNING, text, "" if enough else "stop other programs"))
     return findings
-
-
-def available_ram() -> int | None:
-    """Return the bytes of RAM that are free or can be freed; None where the system does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None

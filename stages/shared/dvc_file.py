@@ -73,7 +73,7 @@ def _own_definitions() -> Mapping[str, Mapping[str, Any]]:
 def _definitions(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     """Return the stages that a folder's dvc.yaml defines, those of a `foreach` once; none where it cannot be read."""
     try:
-        tree = load_yaml((folder / _DVC_FILE).read_text(), _DVC_FILE)
+        tree = load_yaml((folder / _DVC_FILE).read_text(encoding="utf-8"), _DVC_FILE)
         return {name: stage.get("do", stage) for name, stage in tree["stages"].items()}
     except (OSError, UnicodeDecodeError, UsageError, KeyError, TypeError, AttributeError):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -205,6 +206,24 @@ def test_dvc_needs_its_folder_and_names_its_remotes(tmp_path: Path, monkeypatch:
         Path(".dvc/config.local").write_text("[cache]\n    dir = /mnt/cache\n")
         assert checks.dvc()[0].text.endswith("in a checkout, remotes disk")
         assert checks.dvc_setting("cache", "dir") == "/mnt/cache"
+
+
+def test_a_file_system_without_locks_is_a_problem_and_no_locks_by_wish_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / "data/smoke").mkdir(parents=True)
+    lock = tmp_path / "data/smoke/prepared.lock"
+    lock.touch()
+    monkeypatch.chdir(tmp_path)
+    assert checks.locks().mark == OK
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert checks.locks().mark == PROBLEM
+    assert "cannot lock data/smoke/prepared.lock: No locks available" in checks.locks().text
+    monkeypatch.setenv("TITN_NO_LOCKS", "1")
+    assert checks.locks().mark == WARNING
 
 
 def test_sizes_are_written_for_people() -> None:

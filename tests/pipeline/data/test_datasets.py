@@ -354,3 +354,19 @@ def test_class_names_of_any_script_survive_the_file(tmp_path_factory, names):
     split = Split(np.zeros((10, 4, 4, 3), np.uint8), labels)
     make_dataset(names=tuple(names), train=split, test=split).save(path)
     assert Dataset.load(path).class_names == tuple(names)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_damage(saved, monkeypatch, number):
+    opened = h5py.File
+
+    def refuse(*args, locking=None):
+        if locking is not False:
+            raise OSError(number, f"unable to lock file, errno = {number}")
+        return opened(*args, locking=locking)
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(StorageError, match=r"cannot lock .*: .*unable to lock.*set TITN_NO_LOCKS=1"):
+        Dataset.load(saved)
+    monkeypatch.setenv("TITN_NO_LOCKS", "1")
+    assert len(Dataset.load(saved).train) > 0

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from pipeline.data import images
+from pipeline.data.folders import ImageFile, read_images
 from pipeline.data.images import UNUSED_ALPHA, read_image, to_rgb
 from pipeline.errors import DataError
+from pipeline.system.threads import Budget
 
 RED, GREEN, WHITE, ROSE = [255, 0, 0], [0, 255, 0], [255, 255, 255], [255, 127, 127]
 BLUE_NEXT = {"save_all": True, "append_images": [Image.new("RGB", (2, 2), "blue")]}
@@ -209,3 +213,25 @@ def test_a_files_content_is_read_as_the_file_is(tmp_path):
     ):
         with pytest.raises(DataError, match=words):
             read_image(damaged, 5)
+
+
+def test_images_of_many_pixels_are_decoded_at_once_only_as_memory_allows(tmp_path, monkeypatch):
+    together, most = [], []
+
+    def slow(image, image_size, notes=None):
+        together.append(image.size)
+        most.append(len(together))
+        time.sleep(0.005)
+        together.pop()
+        return np.zeros((image_size, image_size, 3), np.uint8)
+
+    monkeypatch.setattr(images, "to_rgb", slow)
+    files = [ImageFile(tmp_path / f"{index}.png") for index in range(12)]
+    for index, file in enumerate(files):
+        Image.new("L", (10, 40 if index == 6 else 10)).save(file.path)
+    two_small_ones = Budget(2 * 100 * images.BYTES_PER_PIXEL)
+    for budget, expected in ((two_small_ones, 2), (Budget(1), 1)):
+        monkeypatch.setattr(images, "_budget", lambda budget=budget: budget)
+        most.clear()
+        assert [file.problem for batch in read_images(files, 4, 12) for file in batch] == [None] * 12
+        assert max(most) <= expected

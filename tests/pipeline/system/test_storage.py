@@ -12,11 +12,13 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.system import storage
 from pipeline.system.storage import (
     is_locked,
     lock,
@@ -312,3 +314,25 @@ def test_a_lock_that_cannot_be_made_is_a_storage_error_that_names_it(tmp_path):
     for path in (tmp_path / "file" / "lock", tmp_path):
         with pytest.raises(StorageError, match="cannot lock"), lock(path):
             pytest.fail("locked")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, None])
+def test_where_files_cannot_be_locked_one_line_names_the_way_out_and_that_works(tmp_path, monkeypatch, number):
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    module = None if number is None else types.SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_SH=1, LOCK_NB=4, LOCK_UN=8)
+    monkeypatch.setattr(storage, "fcntl", module)
+    (tmp_path / "run.lock").touch()
+    for ask in (
+        lambda: storage.is_locked(tmp_path / "run.lock"),
+        lambda: storage.lock(tmp_path / "run.lock").__enter__(),
+    ):
+        with pytest.raises(StorageError, match=r"cannot lock .*run.lock: .*set TITN_NO_LOCKS=1 and never run two"):
+            ask()
+    monkeypatch.setenv(storage.NO_LOCKS_VARIABLE, "1")
+    with storage.lock(tmp_path / "new" / "run.lock"):
+        assert not storage.is_locked(tmp_path / "run.lock")
+    monkeypatch.setenv(storage.NO_LOCKS_VARIABLE, "yes")
+    with pytest.raises(UsageError, match="TITN_NO_LOCKS=yes: write 1"):
+        storage.uses_locks()

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from pipeline.system.threads import for_each
+from pipeline.system.threads import Budget, for_each
 from tests.pipeline.views.test_views import EVERYTHING, make_views
 
 
@@ -62,3 +63,21 @@ def test_views_do_not_depend_on_the_number_of_threads(num_threads: int, monkeypa
     torch.set_num_threads(num_threads)
     monkeypatch.setattr("pipeline.views.views.CPU_CHUNK", 4)
     assert make_views(EVERYTHING).digest(1) == expected
+
+
+def test_threads_share_a_budget_and_who_takes_more_than_all_is_alone() -> None:
+    budget, together, most = Budget(10), set[int](), []
+
+    def work(index: int) -> None:
+        amount = 99 if index == 5 else 4
+        with budget.take(amount):
+            together.add(index)
+            most.append(frozenset(together))
+            time.sleep(0.002)
+            together.discard(index)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    assert {index for seen in most for index in seen} == set(range(16))
+    assert max(map(len, most)) <= 2
+    assert all(seen == {5} for seen in most if 5 in seen)

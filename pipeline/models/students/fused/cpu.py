@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.students.fused.interface import InnerWeights, register
+from pipeline.system.home import WAY_OUT, cache_folder
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -136,9 +137,10 @@ def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes
     sizes = {"TOKENS": num_pixels, "WIDTH": width, "HEADS": num_heads, "HIDDEN": hidden}
     compiler = _compiler()
     command = [*compiler, *FLAGS, *(f"-D{name}={size}" for name, size in sizes.items()), str(SOURCE), _openmp()]
-    parts = [SOURCE.read_text(), " ".join(command), _version(compiler), _processor()]
+    parts = [SOURCE.read_text(encoding="utf-8"), " ".join(command), _version(compiler), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if (cache := cache_folder()) is None:
+        raise NotAvailable(f"no home directory to keep the compiled library in; {WAY_OUT}")
     path = cache / "titn-pipeline" / f"inner_block-{digest}.so"
     try:
         if not path.exists():
@@ -161,7 +163,12 @@ def _compile(command: list[str], path: Path) -> None:
         library = Path(directory) / path.name
         try:
             subprocess.run(
-                [*command, "-o", str(library)], capture_output=True, text=True, check=True, timeout=SECONDS_TO_COMPILE
+                [*command, "-o", str(library)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=True,
+                timeout=SECONDS_TO_COMPILE,
             )
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or ["no message"]
@@ -187,7 +194,9 @@ def _compiler() -> tuple[str, ...]:
 def _version(compiler: Sequence[str]) -> str:
     """Return what a compiler prints as its version."""
     try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(
+            [*compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NotAvailable(f"{' '.join(compiler)} does not run") from error
 
