@@ -141,12 +141,18 @@ class Output(io.FileIO):
 
     @classmethod
     def replace_streams(cls, arguments: Sequence[str]) -> None:
-        """Put one in the place of each standard stream, for a command line; streams that are no files stay."""
+        """Put one in the place of each standard stream, for a command line; streams that are no files stay.
+
+        What the stream's encoding cannot write is escaped.
+        """
         command = next((word for word in arguments if not word.startswith("-")), None)
         is_printing = command in PRINTING or not PRINTING_OPTIONS.isdisjoint(arguments)
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            if not isinstance(stream, io.TextIOWrapper) or sys.platform == "win32":  # whose consoles are no files
+            if not isinstance(stream, io.TextIOWrapper):
+                continue
+            stream.reconfigure(errors="backslashreplace")  # a name in Chinese, or `±`, is escaped if need be
+            if sys.platform == "win32":  # whose consoles are no files
                 continue
             with contextlib.suppress(io.UnsupportedOperation):
                 raw = cls(stream.fileno(), must_arrive=is_printing and name == "stdout")
@@ -177,10 +183,7 @@ def main() -> None:
 
 
 def _settle() -> None:
-    """Make the command independent of what its terminal can show and of a home directory, and say whose code runs."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name in Chinese, or `±`, is escaped where it can't be written
-            stream.reconfigure(errors="backslashreplace")
+    """Make the command independent of a home directory, and say whose code runs."""
     lend_caches()
     if (here := other_code()) is not None and os.environ.get("RANK", "0") == "0":
         click.echo(one_line(f"the code in {ROOT} runs, not that in {here}; {WAY_OUT}"), err=True)

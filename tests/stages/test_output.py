@@ -109,12 +109,12 @@ def test_streams_that_are_no_files_stay(monkeypatch: pytest.MonkeyPatch) -> None
 def hang_up() -> None:
     """Close the terminal in a step of training: shell and kernel send SIGHUP, and what is printed fails."""
     terminal = closed_terminal()
-    sys.stdout = sys.stderr = open(terminal, "w")  # noqa: PTH123
+    sys.stdout = sys.stderr = sys.__stdout__ = open(terminal, "w")  # noqa: PTH123
     stop_at_step(3, (signal.SIGHUP, signal.SIGHUP))
 
 
 def lose_output() -> None:
-    sys.stdout, sys.stderr = open(full_disk(), "w"), open(gone_reader(), "w")
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = open(full_disk(), "w"), open(gone_reader(), "w")
 
 
 def test_a_closed_terminal_saves_and_a_full_log_ends_nothing(taught: Project, tmp_path: Path) -> None:

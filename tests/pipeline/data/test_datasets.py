@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import math
 import os
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -217,7 +218,7 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch
         held = os.open(saved, os.O_RDWR)
         fcntl.flock(held, fcntl.LOCK_EX)
     else:
-        monkeypatch.setattr(h5py, "File", lambda *args: (_ for _ in ()).throw(OSError(number, "Unable to open file")))
+        monkeypatch.setattr(h5py, "File", Mock(side_effect=OSError(number, "Unable to open file")))
     with pytest.raises(StorageError) as caught:
         Dataset.load(saved)
     busy = "another program holds it, perhaps to write; close it there, then run again"
