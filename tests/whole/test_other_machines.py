@@ -70,6 +70,8 @@ def test_without_a_home_directory_what_is_kept_there_is_done_without(monkeypatch
         build_teacher("vgg16", num_classes=2, weights="imagenet")
     assert "there is no home directory" in software._home()[0].text
     assert list(Path().iterdir()) == []  # no folder `~`
+    for name in home.LIBRARY_CACHES:  # which libraries set themselves when they are imported
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRITON_HOME", "kept")
     home.lend_caches()
     lent = {os.environ[name] for name in home.LIBRARY_CACHES}
@@ -91,7 +93,7 @@ def test_a_home_directory_that_cannot_be_written_to_is_none_for_libraries(
 def test_what_a_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    cli._settle()
+    cli.Output.replace_streams(())
     print("± é 猫")
     Console().print("± é 猫", markup=False)
     sys.stdout.flush()
