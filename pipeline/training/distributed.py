@@ -32,6 +32,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # once, by its connection or by torchrun.
 TIMEOUT = datetime.timedelta(minutes=10)
 SECONDS_BETWEEN_LOOKS = 0.05
+REASON_BYTES = 1000
 
 T = TypeVar("T")
 _serial = itertools.count()
@@ -107,6 +108,18 @@ class Group:
         received = [torch.empty_like(sent) for _ in range(self.world_size)]
         torch.distributed.all_gather(received, sent)
         return [tensor.cpu() for tensor in received]
+
+    def first_reason(self, reason: str | None) -> str | None:
+        """Return the first rank's reason against something, naming the rank, or None where no rank has one."""
+        if self.is_alone:
+            return reason
+        sent = torch.zeros(REASON_BYTES, dtype=torch.uint8)
+        text = (reason or "").encode()[:REASON_BYTES]
+        sent[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        for rank, received in enumerate(self.gather(sent)):
+            if told := bytes(received.tolist()).rstrip(b"\0").decode(errors="ignore"):
+                return f"rank {rank}: {told}"
+        return None
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
