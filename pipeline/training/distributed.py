@@ -32,7 +32,6 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # once, by its connection or by torchrun.
 TIMEOUT = datetime.timedelta(minutes=10)
 SECONDS_BETWEEN_LOOKS = 0.05
-REASON_BYTES = 1000
 
 T = TypeVar("T")
 _serial = itertools.count()
@@ -109,17 +108,13 @@ class Group:
         torch.distributed.all_gather(received, sent)
         return [tensor.cpu() for tensor in received]
 
-    def first_reason(self, reason: str | None) -> str | None:
-        """Return the first rank's reason against something, naming the rank, or None where no rank has one."""
-        if self.is_alone:
-            return reason
-        sent = torch.zeros(REASON_BYTES, dtype=torch.uint8)
-        text = (reason or "").encode()[:REASON_BYTES]
-        sent[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        for rank, received in enumerate(self.gather(sent)):
-            if told := bytes(received.tolist()).rstrip(b"\0").decode(errors="ignore"):
-                return f"rank {rank}: {told}"
-        return None
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in the order of ranks."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.gather(torch.tensor(len(text)))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(text)] = text
+        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(self.gather(padded), sizes, strict=True)]
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
@@ -145,6 +140,13 @@ class Group:
             torch.distributed.broadcast(sent, 0)
             received[name] = tensors[name] if self.is_main else sent.cpu()
         return received
+
+    def first_reason(self, reason: str | None) -> str | None:
+        """Return the first rank's reason against something, naming the rank, or None where no rank has one."""
+        if self.is_alone:
+            return reason
+        told = (f"rank {rank}: {text}" for rank, text in enumerate(self.gather_json(reason)) if text is not None)
+        return next(told, None)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Let rank 0 do some work while the others wait, and return its result on every rank.
