@@ -319,7 +319,8 @@ class Views:
         """Prepare to augment a part of some samples into the same part of `made`."""
         rows = raw.rows[part]
         uniform = {name: values[rows] for name, values in opened.uniform.items()}
-        augment = augmentation.plan(uniform, self.recipe, *self.images.shape[-2:], parcel)
+        height, width = self.images.shape[-2:]
+        augment = augmentation.plan(uniform, self.recipe, height, width, parcel)
         resident = self.images if isinstance(self.images, Tensor) else None
         chosen = parcel.add(rows) if resident is not None else None
 

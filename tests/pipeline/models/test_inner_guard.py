@@ -97,7 +97,7 @@ def test_products_in_tf32_have_ten_bits_of_fraction_forward_and_backward() -> No
     kept, lost = 1 + 2**-10, 2**-11
     factor = torch.full((1, 1, 1), kept + lost, requires_grad=True)
     weight = torch.full((1, 1), -(kept + lost), requires_grad=True)
-    with guard._Tf32():
+    with guard._tf32():
         products = [F.linear(factor, weight), factor @ factor.mT, F.linear(factor[0], weight, torch.tensor([lost]))]
         gradients = torch.autograd.grad(sum(product.sum() for product in products), [factor, weight])
     assert [float(product.detach()) for product in products] == pytest.approx(

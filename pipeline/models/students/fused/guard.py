@@ -134,9 +134,9 @@ def compare(
 
     with torch.inference_mode(False), torch.set_grad_enabled(training):
         modules = copy.deepcopy(nn.ModuleList([block.inner, block.pixel_norm])).to(device).requires_grad_(training)
-        weights = inner_weights(*modules)  # type: ignore[arg-type]
+        weights = inner_weights(*modules)
         exact = plain(copy.deepcopy(modules).double())
-        with _products(device), _Tf32() if _rounds(device, precision) else contextlib.nullcontext():
+        with _products(device), _tf32() if _rounds(device, precision) else contextlib.nullcontext():
             rounded = plain(modules)
         with autocast(device, precision):
             ours = outcome(modules, lambda pixels: fused(pixels, weights, heads))
@@ -152,11 +152,16 @@ def _rounds(device: torch.device, precision: str) -> bool:
     return device.type == "cuda" and precision == "bf16"
 
 
-class _Tf32(TorchDispatchMode):
+def _tf32() -> contextlib.AbstractContextManager[Any]:
+    """Return the context of `_Tf32`, whose base has no annotations."""
+    return _Tf32()  # type: ignore[no-untyped-call]
+
+
+class _Tf32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Cuts the factors of every product to tf32's 10 bits of fraction, as the kernels' instructions do.
 
-    PyTorch's own tf32 would not do: some of its libraries round where these instructions cut, which halves each error
-    and takes the bias away, and gives results four or five times as near to float64's.
+    PyTorch's own tf32 would not do: a library may round where these instructions cut. This halves each error and takes
+    the bias away; such results are up to five times as near to float64's.
     """
 
     def __torch_dispatch__(
