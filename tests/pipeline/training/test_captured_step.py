@@ -164,12 +164,12 @@ class Graphs:
     @contextlib.contextmanager
     def capture(self, graph: object, capture_error_mode: str = "global") -> Iterator[None]:
         self.modes.append(capture_error_mode)
-        try:
-            yield
-            if self._fail:
+        if self._fail:  # before the step, which while it is captured computes nothing
+            try:
                 raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
-        except RuntimeError as error:  # and then the capture cannot be ended
-            raise RuntimeError("CUDA error: capture was invalidated") from error
+            except RuntimeError as error:  # and then the capture cannot be ended
+                raise RuntimeError("CUDA error: capture was invalidated") from error
+        yield
 
 
 def on_cpu(directory: Path, **settings: Any) -> Fit:
