@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from benchmarks.synthetic import MEAN, NUM_CLASSES, STD, images_and_labels
 from pipeline.config.recipes import FitRecipe
+from pipeline.errors import UsageError
 from pipeline.system.runtime import autocast
 from pipeline.training.batches import Batch
 from pipeline.training.step import CapturedStep, Objective, train_step
@@ -61,7 +62,11 @@ def our_step(
 
     if not captured:
         return lambda: step(batch)
-    replayed = CapturedStep(step, batch.images.device)
+
+    def refuse(reason: str) -> None:
+        raise UsageError(f"the step cannot be captured in a CUDA graph here ({reason})")
+
+    replayed = CapturedStep(step, batch.images.device, refuse)
     return lambda: replayed(batch)
 
 

@@ -114,7 +114,7 @@ def build(contender: Contender, device: torch.device, *, student: str, depth: in
     if contender.is_ours:
         network = _student(contender.model, depth).to(device)
         if contender.inner_block is not None:
-            use_inner_block(network, contender.inner_block, device)
+            use_inner_block(network, contender.inner_block, device, precision=contender.precision)
         model: nn.Module = network
     else:
         model = PEERS[contender.model].build(recipe(student, depth)).to(device)

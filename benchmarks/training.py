@@ -19,6 +19,7 @@ from pipeline.labels.parts import LabelParts, seal
 from pipeline.labels.source import TeacherLabels
 from pipeline.losses import objective
 from pipeline.models.students import build_student, use_inner_block
+from pipeline.system.runtime import resolve_precision
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState
 from pipeline.training.execution import Execution
@@ -60,7 +61,8 @@ def make_fit(
     model = build_student(
         student_recipe.model, **student_arguments(student_recipe, num_classes=NUM_CLASSES, image_size=SIZE)
     ).to(device)
-    inner_block = use_inner_block(model, student_recipe.inner_block, device)
+    precision = resolve_precision(student_recipe.precision, device)
+    inner_block = use_inner_block(model, student_recipe.inner_block, device, precision=precision)
     return Fit(
         model=model,
         data=TrainingData(views, MEAN, STD, num_views, teacher_labels),

@@ -16,7 +16,7 @@ from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.inference.card import ROUNDED
 from pipeline.report.tables import Table, number
-from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes
+from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes, tell_plain
 from stages.shared.paths import Paths
 from stages.shared.trained import Judged, require_same_data
 
@@ -63,6 +63,7 @@ def command(
             if str(path) in models:
                 raise UsageError(f"{path}: named twice; name each checkpoint once")
             models[str(path)] = model = load(path, device=device, precision=precision)
+            tell_plain(model)
             check_data(model)
         costs = [{"checkpoint": name, **costs_of(model)} for name, model in models.items()]
         on = shared_device(models.values())
@@ -115,7 +116,7 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
         "format": classifier.format,
         "precision": classifier.precision,
         "device": classifier.device.type,
-        "inner_block": _inner_block(classifier),
+        "inner_block": classifier.inner_block if classifier.format == "checkpoint" else None,
         "image_size": size,
         "num_classes": len(classifier.class_names),
         "parameters": num_parameters(plain),
@@ -185,13 +186,3 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any]) -> Table:
         f"load {where['load_average']} at the start, torch {where['versions']['torch']}, {where['date']} UTC."
     )
     return Table("How fast they answer", columns, rows, note)
-
-
-def _inner_block(classifier: Classifier) -> str | None:
-    """Say how a checkpoint's inner blocks are computed; None of an export."""
-    from pipeline.models.students import Student, use_inner_block
-
-    if classifier.format != "checkpoint":
-        return None
-    module = classifier.module
-    return use_inner_block(module, "auto", classifier.device) if isinstance(module, Student) else "none"

@@ -68,6 +68,7 @@ def distill(
     import torch
 
     from pipeline.models.students import build_student, use_inner_block
+    from pipeline.system.runtime import resolve_precision
     from pipeline.training.execution import Execution
     from stages.shared.fitting import carry_out, make_views, up_to_date
 
@@ -80,7 +81,13 @@ def distill(
         teaching = source.open(context, views)
         torch.manual_seed(seed)
         model = build_student(recipe.model, **run.description["arguments"]).to(device)
-        inner_block = use_inner_block(model, recipe.inner_block, device)
+        inner_block = use_inner_block(
+            model,
+            recipe.inner_block,
+            device,
+            precision=resolve_precision(recipe.precision, device),
+            agree=group.first_reason,
+        )
         execution = Execution.of(recipe, device, group, inner_block=inner_block)
         carry_out(
             context, run, model, dataset=dataset, views=views, execution=execution, teaching=teaching, fresh=fresh

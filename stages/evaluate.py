@@ -63,6 +63,7 @@ def command(
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
         classifier = load(checkpoint, device=device, precision=precision)
+        options.tell_plain(classifier)
         context = options.open_context(recipe, device, named_by=lambda params: classifier.config.get("recipe"))
         result = evaluate_split(context, classifier, split or "test", per_class=per_class, rows=predictions)
     else:
@@ -70,6 +71,7 @@ def command(
             given = "--recipe" if recipe is not None else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
         classifier = load(checkpoint, device=device, precision=precision)
+        options.tell_plain(classifier)
         result = evaluate_folder(classifier, data, skip_bad=skip_bad, per_class=per_class, rows=predictions)
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -20,7 +20,7 @@ from pipeline.data.folders import ImageFile, find_images, read_images
 from pipeline.data.images import BadFile
 from pipeline.errors import PipelineError, UsageError, printable
 from pipeline.system.text import counted
-from stages.shared.options import PATH, device_option, precision_option
+from stages.shared.options import PATH, device_option, precision_option, tell_plain
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
@@ -53,6 +53,7 @@ def command(
     from pipeline.inference.loading import load
 
     classifier = load(checkpoint, device=device, precision=precision)
+    tell_plain(classifier)
     # A heading as wide as its columns.
     width = max(len("distillation head") - 9, *(len(printable(name)) for name in classifier.class_names))
     left_out: Counter[str] = Counter()

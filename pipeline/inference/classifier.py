@@ -127,6 +127,7 @@ class Classifier:
         format: `checkpoint`, or one of pipeline.inference.card.FILES.
         file: The file of its weights; None for a model without a file.
         config: The checkpoint's JSON, or the export's config.json.
+        inner_block: What pipeline.models.students.use_inner_block returned; `none` also of an export's programs.
     """
 
     runner: Runner
@@ -137,6 +138,7 @@ class Classifier:
     format: str = "checkpoint"
     file: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    inner_block: str = "none"
 
     @property
     def module(self) -> nn.Module:

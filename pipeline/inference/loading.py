@@ -111,9 +111,9 @@ def from_checkpoint(
     except UsageError as error:
         raise DataError(f"{file}: {error}") from error
     load_weights(module, checkpoint)
+    precision, runs = resolve_precision(precision, device), "none"
     if isinstance(module, Student):
-        use_inner_block(module, inner_block, device)
-    precision = resolve_precision(precision, device)
+        runs = use_inner_block(module, inner_block, device, precision=precision, training=False)
     network = Network(module.to(device).eval(), described.mean, described.std, precision)
     return Classifier(
         runner=PixelsToOutputs(network).eval(),
@@ -123,6 +123,7 @@ def from_checkpoint(
         precision=precision,
         file=checkpoint.path,
         config=checkpoint.meta,
+        inner_block=runs,
     )
 
 

@@ -108,6 +108,14 @@ class Group:
         torch.distributed.all_gather(received, sent)
         return [tensor.cpu() for tensor in received]
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in the order of ranks."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.gather(torch.tensor(len(text)))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(text)] = text
+        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(self.gather(padded), sizes, strict=True)]
+
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
         for tensor in () if self.is_alone else tensors:
@@ -132,6 +140,13 @@ class Group:
             torch.distributed.broadcast(sent, 0)
             received[name] = tensors[name] if self.is_main else sent.cpu()
         return received
+
+    def first_reason(self, reason: str | None) -> str | None:
+        """Return the first rank's reason against something, naming the rank, or None where no rank has one."""
+        if self.is_alone:
+            return reason
+        told = (f"rank {rank}: {text}" for rank, text in enumerate(self.gather_json(reason)) if text is not None)
+        return next(told, None)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Let rank 0 do some work while the others wait, and return its result on every rank.

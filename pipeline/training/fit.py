@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipes import FitRecipe
-from pipeline.errors import NumericalError
+from pipeline.errors import NumericalError, UsageError
 from pipeline.system.stopping import StopSignal, stopped
 from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
 from pipeline.training.checkpoints import RunState
@@ -145,7 +145,7 @@ class Fit:
             precision=self.execution.precision,
             micro_batch=self.execution.micro_batch,
         )
-        self.step: Step = CapturedStep(step, self.device) if captured else step
+        self.step: Step = CapturedStep(step, self.device, self._stay_eager) if captured else step
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1
@@ -223,6 +223,14 @@ class Fit:
         self._warn_at_chance(row)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum.zero_()
+
+    def _stay_eager(self, reason: str) -> None:
+        """Say that steps are not replayed from a CUDA graph; refuse where the recipe asks for it by name."""
+        if self.recipe.step == "graph":
+            raise UsageError(f"step: graph: a step cannot be captured here ({reason}); use auto or eager")
+        if self.execution.step == "graph":
+            self.execution = dataclasses.replace(self.execution, step="eager")
+            self.session.watcher.warned(f"steps are eager: they cannot be captured in a CUDA graph here ({reason})")
 
     def _score(self) -> dict[str, Any]:
         """Evaluate the model, keep its weights if they are the best so far, and return the curve's new row."""

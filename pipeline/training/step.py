@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import one_line
 from pipeline.losses import Outputs
 from pipeline.system.runtime import autocast
 from pipeline.training.batches import Batch
@@ -68,6 +70,20 @@ def train_step(
     return total, torch.isfinite(total) & torch.isfinite(norm)
 
 
+class _Capture(NamedTuple):
+    """A captured step.
+
+    Attributes:
+        graph: Replays it.
+        memory: The batch that it reads.
+        results: Loss and whether all is finite, which it writes.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    memory: Batch
+    results: tuple[Tensor, Tensor]
+
+
 class CapturedStep:
     """A training step that runs eagerly a few times, then is captured in a CUDA graph and replayed.
 
@@ -75,14 +91,15 @@ class CapturedStep:
         step: Must not wait for the GPU, and must do the same to every batch of a size. Its optimiser's learning rates
             are tensors on the device.
         device: A CUDA device.
+        refuse: Told why a step cannot be captured. Unless it raises, batches of this size stay eager.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
+    def __init__(self, step: Step, device: torch.device, refuse: Callable[[str], None]) -> None:
         self._step = step
         self._device = device
+        self._refuse = refuse
         self._done: Counter[int] = Counter()
-        # By batch size: the graph, the batch whose memory it reads, and the results that it writes.
-        self._captures: dict[int, tuple[torch.cuda.CUDAGraph, Batch, tuple[Tensor, Tensor]]] = {}
+        self._captures: dict[int, _Capture | None] = {}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Do a step on a batch on the device."""
@@ -93,15 +110,30 @@ class CapturedStep:
                 with _another_stream():  # captured steps run on one too
                     return self._step(batch)
             if size not in self._captures:
-                memory, graph = batch.map(torch.clone), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # records the step, computes nothing
-                    results = self._step(memory)
-                self._captures[size] = graph, memory, results
-            graph, memory, (loss, finite) = self._captures[size]
-            for target, values in zip(memory.tensors().values(), batch.tensors().values(), strict=True):
+                self._captures[size] = self._capture(batch)
+            captured = self._captures[size]
+            if captured is None:
+                return self._step(batch)
+            for target, values in zip(captured.memory.tensors().values(), batch.tensors().values(), strict=True):
                 target.copy_(values)
-            graph.replay()
+            captured.graph.replay()
+            loss, finite = captured.results
             return loss.clone(), finite.clone()
+
+    def _capture(self, batch: Batch) -> _Capture | None:
+        """Record the step, which computes nothing; None where that fails."""
+        stream = torch.cuda.current_stream()
+        try:
+            memory, graph = batch.map(torch.clone), torch.cuda.CUDAGraph()
+            # The thread that reads images ahead pins memory meanwhile, which a capture of the whole process forbids.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = self._step(memory)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # PyTorch stays on the capture's where that cannot be ended
+            first = error.__context__ or error
+            self._refuse(one_line(str(first).strip().partition("\n")[0]))
+            return None
+        return _Capture(graph, memory, results)
 
 
 @contextlib.contextmanager

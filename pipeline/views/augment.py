@@ -8,7 +8,7 @@ Source: arXiv:2502.16762 §3.4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.config.recipes import ViewRecipe
 from pipeline.views import colour as imageops
 from pipeline.views import draws, geometry, mixing, operations, policies
 from pipeline.views.grouping import Groups, by_pixels, by_range
+from pipeline.views.parcel import Later, Parcel
 
 Draws = Mapping[str, NDArray[np.float64]]
 Parameters = dict[str, NDArray[Any]]
@@ -70,16 +71,26 @@ class Augmentation:
 class Moving(Augmentation):
     """An augmentation that only moves pixels."""
 
-    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
-        """Return index maps `(B, H, W)` int64, see pipeline.views.geometry; the arguments are those of `parameters`."""
+    def plan(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel) -> Later:
+        """Prepare index maps `(B, H, W)` int64, see pipeline.views.geometry.
+
+        Args:
+            uniform: As for `parameters`, and so are recipe, height and width.
+            recipe: The view recipe.
+            height: H, pixels.
+            width: W, pixels.
+            parcel: Takes what the device needs; the maps can be made when it has been sent.
+        """
         raise NotImplementedError
 
 
 class Changing(Augmentation):
     """An augmentation that changes levels, or moves pixels without an index map."""
 
-    def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
-        """Apply the augmentation, with the draws of each image, to images `(B, 3, H, W)` uint8."""
+    def plan(
+        self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
+    ) -> Callable[[Tensor], Tensor]:
+        """Prepare the augmentation of images `(B, 3, H, W)` uint8; the arguments are those of Moving."""
         raise NotImplementedError
 
 
@@ -100,15 +111,13 @@ class CropFlip(Moving):
             given["flip"] = uniform["flip"][:, 0] < 0.5
         return given
 
-    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+    def plan(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel) -> Later:
         """See Moving."""
         given = self.parameters(uniform, recipe, height, width)
         num_samples = _num_samples(given)
-        offsets = given.get("crop", np.zeros((num_samples, 2), dtype=np.int64))
-        flipped = given.get("flip", np.zeros(num_samples, dtype=np.bool_))
-        return geometry.crop_flip_maps(
-            torch.from_numpy(offsets).to(device), torch.from_numpy(flipped).to(device), height, width
-        )
+        offsets = parcel.add(given.get("crop", np.zeros((num_samples, 2), dtype=np.int64)))
+        flipped = parcel.add(given.get("flip", np.zeros(num_samples, dtype=np.bool_)))
+        return lambda: geometry.crop_flip_maps(offsets(), flipped(), height, width)
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """See Augmentation."""
@@ -128,10 +137,10 @@ class Rotation(Moving):
         """See Augmentation."""
         return _between(uniform, "rotation", 0.0, recipe.rotation)
 
-    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+    def plan(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel) -> Later:
         """See Moving."""
         angles = self.parameters(uniform, recipe, height, width)["rotation"]
-        return geometry.index_maps(geometry.rotation_matrices(angles, height, width), height, width, device)
+        return geometry.plan_index_maps(geometry.rotation_matrices(angles, height, width), height, width, parcel)
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """See Augmentation."""
@@ -156,7 +165,7 @@ class Affine(Moving):
             given["translate"] = np.rint(shift * [width, height]).astype(np.int64)
         return given | _between(uniform, "scale", 1.0, recipe.scale) | _between(uniform, "shear", 0.0, recipe.shear)
 
-    def index_maps(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, device: torch.device) -> Tensor:
+    def plan(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel) -> Later:
         """See Moving."""
         given = self.parameters(uniform, recipe, height, width)
         num_samples = _num_samples(given)
@@ -164,7 +173,8 @@ class Affine(Moving):
         shear = np.zeros((num_samples, 2))
         shear[:, 0] = given.get("shear", 0.0)
         scale, center = given.get("scale", np.ones(num_samples)), (width * 0.5, height * 0.5)
-        return geometry.index_maps(geometry.affine_matrices(translate, scale, shear, center), height, width, device)
+        matrices = geometry.affine_matrices(translate, scale, shear, center)
+        return geometry.plan_index_maps(matrices, height, width, parcel)
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """See Augmentation."""
@@ -195,21 +205,28 @@ class Jitter(Changing):
             given["brightness_first"] = uniform["jitter-order"][:, 0] < 0.5
         return given
 
-    def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
+    def plan(
+        self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
+    ) -> Callable[[Tensor], Tensor]:
         """See Changing."""
-        given, device = self.parameters(uniform, recipe, *images.shape[-2:]), images.device
-        factors = {name: torch.from_numpy(given[name]).to(device) for name in self.fields if name in given}
+        given = self.parameters(uniform, recipe, height, width)
+        factors = {name: parcel.add(given[name]) for name in self.fields if name in given}
         if "contrast" not in factors:
-            return imageops.brightness(images, factors["brightness"])
+            return lambda images: imageops.brightness(images, factors["brightness"]())
         if "brightness" not in factors:
-            return imageops.contrast(images, factors["contrast"])
-        brightness, contrast = factors["brightness"], factors["contrast"]
+            return lambda images: imageops.contrast(images, factors["contrast"]())
         is_first = given["brightness_first"]
-        first, last = (torch.from_numpy(np.flatnonzero(rows)).to(device) for rows in (is_first, ~is_first))
-        jittered = torch.empty_like(images)
-        jittered[first] = imageops.contrast(imageops.brightness(images[first], brightness[first]), contrast[first])
-        jittered[last] = imageops.brightness(imageops.contrast(images[last], contrast[last]), brightness[last])
-        return jittered
+        brightness_first, contrast_first = (parcel.add(np.flatnonzero(rows)) for rows in (is_first, ~is_first))
+
+        def jitter(images: Tensor) -> Tensor:
+            brightness, contrast = factors["brightness"](), factors["contrast"]()
+            first, last = brightness_first(), contrast_first()
+            jittered = torch.empty_like(images)
+            jittered[first] = imageops.contrast(imageops.brightness(images[first], brightness[first]), contrast[first])
+            jittered[last] = imageops.brightness(imageops.contrast(images[last], contrast[last]), brightness[last])
+            return jittered
+
+        return jitter
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """See Augmentation."""
@@ -240,9 +257,11 @@ class ChosenOperations(Changing):
             given["sub_policy"] = policies.sub_policies(uniform["autoaugment"])
         return given
 
-    def apply(self, images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
+    def plan(
+        self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
+    ) -> Callable[[Tensor], Tensor]:
         """See Changing."""
-        return operations.apply(images, self._choose(uniform, recipe, *images.shape[-2:]))
+        return operations.plan(self._choose(uniform, recipe, height, width), parcel)
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """Group by each operation that was applied, and by sub-policy where there are any."""
@@ -282,31 +301,42 @@ def parameters(uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> P
     return given
 
 
-def augment(images: Tensor, uniform: Draws, recipe: ViewRecipe) -> Tensor:
-    """Apply all augmentations but mixing.
+def plan(uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel) -> Callable[[Tensor], Tensor]:
+    """Prepare all augmentations but mixing.
 
     Args:
-        images: `(B, 3, H, W)` uint8.
         uniform: The draws of these samples by name, `(B, num_draws)` float64 in [0, 1).
         recipe: The view recipe.
+        height: H, pixels.
+        width: W, pixels.
+        parcel: Takes what the device needs.
 
     Returns:
-        `(B, 3, H, W)` uint8.
+        Augments images `(B, 3, H, W)` uint8 on the parcel's device, once it has been sent.
     """
-    height, width = images.shape[-2:]
-    maps: Tensor | None = None
+    steps: list[tuple[Later | None, Callable[[Tensor], Tensor] | None]] = []
     for augmentation in AUGMENTATIONS:
         if not augmentation.num_draws(recipe):
             continue
         if isinstance(augmentation, Moving):
-            moved = augmentation.index_maps(uniform, recipe, height, width, images.device)
-            maps = moved if maps is None else geometry.compose(maps, moved)
-            continue
-        assert isinstance(augmentation, Changing)
-        if maps is not None:
-            images, maps = geometry.gather(images, maps), None
-        images = augmentation.apply(images, uniform, recipe)
-    return images if maps is None else geometry.gather(images, maps)
+            steps.append((augmentation.plan(uniform, recipe, height, width, parcel), None))
+        else:
+            assert isinstance(augmentation, Changing)
+            steps.append((None, augmentation.plan(uniform, recipe, height, width, parcel)))
+
+    def augment(images: Tensor) -> Tensor:
+        maps: Tensor | None = None
+        for move, change in steps:
+            if move is not None:
+                maps = move() if maps is None else geometry.compose(maps, move())
+                continue
+            assert change is not None
+            if maps is not None:
+                images, maps = geometry.gather(images, maps), None
+            images = change(images)
+        return images if maps is None else geometry.gather(images, maps)
+
+    return augment
 
 
 def _num_samples(given: Parameters) -> int:

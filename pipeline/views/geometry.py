@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.views.parcel import Later, Parcel
+
 FIXED_POINT_ONE = 65536.0
 
 
@@ -109,7 +111,15 @@ def affine_matrices(
 
 
 def index_maps(matrices: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
-    """Turn matrices, `(B, 6)` float64, into index maps, `(B, H, W)` int64 in [0, H * W], by Pillow's arithmetic.
+    """Turn matrices, `(B, 6)` float64, into index maps, `(B, H, W)` int64 in [0, H * W], by Pillow's arithmetic."""
+    parcel = Parcel(device)
+    maps = plan_index_maps(matrices, height, width, parcel)
+    parcel.send()
+    return maps()
+
+
+def plan_index_maps(matrices: NDArray[np.float64], height: int, width: int, parcel: Parcel) -> Later:
+    """Prepare what `index_maps` does; the maps can be made when the parcel has been sent.
 
     Source: Pillow's `ImagingTransformAffine` (Geometry.c) with nearest-neighbour resampling: axis-aligned
         matrices accumulate doubles, all others 16.16 fixed point.
@@ -117,21 +127,28 @@ def index_maps(matrices: NDArray[np.float64], height: int, width: int, device: t
     """
     axis_aligned = (matrices[:, 1] == 0) & (matrices[:, 3] == 0)
     if axis_aligned.all():
-        return _axis_aligned_maps(matrices, height, width, device)
+        return _plan_axis_aligned_maps(matrices, height, width, parcel)
     if not axis_aligned.any():
-        return _fixed_point_maps(matrices, height, width, device)
-    maps = torch.empty((len(matrices), height, width), dtype=torch.int64, device=device)
-    aligned = torch.from_numpy(axis_aligned).to(device)
-    maps[aligned] = _axis_aligned_maps(matrices[axis_aligned], height, width, device)
-    maps[~aligned] = _fixed_point_maps(matrices[~axis_aligned], height, width, device)
-    return maps
+        return _plan_fixed_point_maps(matrices, height, width, parcel)
+    parts = []
+    for chosen, plan in ((axis_aligned, _plan_axis_aligned_maps), (~axis_aligned, _plan_fixed_point_maps)):
+        parts.append((parcel.add(np.flatnonzero(chosen)), plan(matrices[chosen], height, width, parcel)))
+
+    def make() -> Tensor:
+        maps = torch.empty((len(matrices), height, width), dtype=torch.int64, device=parcel.device)
+        for rows, part in parts:
+            maps.index_copy_(0, rows(), part())
+        return maps
+
+    return make
 
 
-def _axis_aligned_maps(matrices: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
-    """Index maps of matrices that do not mix the axes, `(B, H, W)` int64."""
+def _plan_axis_aligned_maps(matrices: NDArray[np.float64], height: int, width: int, parcel: Parcel) -> Later:
+    """Prepare index maps of matrices that do not mix the axes, `(B, H, W)` int64."""
     a, _, c, _, e, f = matrices.T
     columns, rows = _accumulate(c + a * 0.5, a, width), _accumulate(f + e * 0.5, e, height)
-    return _product_maps(torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device))
+    rows_later, columns_later = parcel.add(rows), parcel.add(columns)
+    return lambda: _product_maps(rows_later(), columns_later())
 
 
 def _accumulate(start: NDArray[np.float64], step: NDArray[np.float64], num_steps: int) -> NDArray[np.int64]:
@@ -141,16 +158,22 @@ def _accumulate(start: NDArray[np.float64], step: NDArray[np.float64], num_steps
     return np.floor(np.cumsum(terms, axis=1)).astype(np.int64)
 
 
-def _fixed_point_maps(matrices: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
-    """Index maps in 16.16 fixed point, `(B, H, W)` int64."""
+def _plan_fixed_point_maps(matrices: NDArray[np.float64], height: int, width: int, parcel: Parcel) -> Later:
+    """Prepare index maps in 16.16 fixed point, `(B, H, W)` int64."""
     a, b, c, d, e, f = matrices.T
     coefficients = np.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5])
     fixed = np.floor(coefficients * FIXED_POINT_ONE + 0.5).astype(np.int64)
     # Half the width is nearly twice as fast, and enough for all but extreme scales.
     fits = np.abs(fixed).max(initial=0) * (height + width + 1) < 2**31
-    a0, a1, a2, a3, a4, a5 = torch.from_numpy(fixed.astype(np.int32 if fits else np.int64)).to(device)[:, :, None, None]
-    x = torch.arange(width, device=device, dtype=a0.dtype)
-    y = torch.arange(height, device=device, dtype=a0.dtype)[:, None]
+    later = parcel.add(fixed.astype(np.int32 if fits else np.int64))
+    return lambda: _fixed_point_maps(later(), height, width)
+
+
+def _fixed_point_maps(fixed: Tensor, height: int, width: int) -> Tensor:
+    """Index maps of coefficients `(6, B)`, int32 or int64, in units of 1 / FIXED_POINT_ONE."""
+    a0, a1, a2, a3, a4, a5 = fixed[:, :, None, None]
+    x = torch.arange(width, device=fixed.device, dtype=a0.dtype)
+    y = torch.arange(height, device=fixed.device, dtype=a0.dtype)[:, None]
     columns = (x * a0 + (y * a1 + a2)) >> 16
     rows = (x * a3 + (y * a4 + a5)) >> 16
     inside = ((columns | rows) >= 0) & (columns < width) & (rows < height)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.views import colour as imageops
 from pipeline.views import geometry
+from pipeline.views.parcel import Later, Parcel
 
 # Each takes images and the magnitude of each sample, `(B,)` float64.
 COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -192,41 +193,65 @@ def apply(images: Tensor, choice: OperationChoice) -> Tensor:
 
     Source: torchvision's `_apply_op` of PIL images, nearest neighbour, fill None.
     """
-    order = np.arange(len(images))
+    parcel = Parcel(images.device)
+    work = plan(choice, parcel)
+    parcel.send()
+    return work(images)
+
+
+def plan(choice: OperationChoice, parcel: Parcel) -> Callable[[Tensor], Tensor]:
+    """Prepare what `apply` does; the images can be given when the parcel has been sent."""
+    order, steps = np.arange(len(choice.rows)), []
     for place in range(choice.rows.shape[1]):
         resorted = np.argsort(choice.rows[order, place], kind="stable")
         order = order[resorted]
-        images = _take(images, resorted)
-        _apply_sorted(images, choice.table, choice.rows[order, place])
-    return _take(images, np.argsort(order))
+        steps += [_plan_take(resorted, parcel), _plan_sorted(choice.table, choice.rows[order, place], parcel)]
+    steps.append(_plan_take(np.argsort(order), parcel))
+
+    def work(images: Tensor) -> Tensor:
+        for step in steps:
+            images = step(images)
+        return images
+
+    return work
 
 
-def _apply_sorted(images: Tensor, table: OperationTable, rows: NDArray[np.int64]) -> None:
-    """Apply to each image its own row of the table, in place; `rows` ascends."""
+def _plan_sorted(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel) -> Callable[[Tensor], Tensor]:
+    """Prepare to apply to each image its own row of the table, in place; `rows` ascends."""
     firsts = np.searchsorted(table.operations, np.arange(len(OPERATIONS) + 1))
     bounds = np.searchsorted(rows, firsts)
-    geometric = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)])
+    geometric, maps = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)]), None
     if geometric.start < geometric.stop:
         # Index maps carry the magnitude, so that all geometric operations are one group.
-        maps = _take_maps(table, rows[geometric], images.device)
-        images[geometric] = geometry.gather(images[geometric], maps)
+        maps = _plan_maps(table, rows[geometric], parcel)
+    groups = []
     for number, name in enumerate(OPERATIONS[len(GEOMETRIC_OPERATIONS) :], start=len(GEOMETRIC_OPERATIONS)):
         group = slice(bounds[number], bounds[number + 1])
         if group.start < group.stop:
-            values = torch.from_numpy(table.magnitudes[rows[group]]).to(images.device)
-            images[group] = COLOUR_OPERATIONS[name](images[group], values)
+            groups.append((name, group, parcel.add(table.magnitudes[rows[group]])))
+
+    def work(images: Tensor) -> Tensor:
+        if maps is not None:
+            images[geometric] = geometry.gather(images[geometric], maps())
+        for name, group, magnitudes in groups:
+            images[group] = COLOUR_OPERATIONS[name](images[group], magnitudes())
+        return images
+
+    return work
 
 
-def _take(images: Tensor, order: NDArray[np.int64]) -> Tensor:
-    """Reorder images."""
-    return images.index_select(0, torch.from_numpy(order).to(images.device))
+def _plan_take(order: NDArray[np.int64], parcel: Parcel) -> Callable[[Tensor], Tensor]:
+    """Prepare to reorder images."""
+    rows = parcel.add(order)
+    return lambda images: images.index_select(0, rows())
 
 
-def _take_maps(table: OperationTable, rows: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Return index maps of some geometric operations, `(B, H, W)` int64."""
+def _plan_maps(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel) -> Later:
+    """Prepare index maps of some geometric operations, `(B, H, W)` int64."""
     if len(table.matrices) * table.height * table.width * 8 > MAX_KEPT_BYTES:
-        return geometry.index_maps(table.matrices[rows], table.height, table.width, device)
-    return _kept_maps(table, device).index_select(0, torch.from_numpy(rows).to(device))
+        return geometry.plan_index_maps(table.matrices[rows], table.height, table.width, parcel)
+    later = parcel.add(rows)
+    return lambda: _kept_maps(table, parcel.device).index_select(0, later())
 
 
 @functools.lru_cache(maxsize=8)

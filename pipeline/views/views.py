@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,15 @@ from pipeline.data.streaming import HostImages
 from pipeline.system.threads import for_each, prefetch
 from pipeline.views import augment as augmentation
 from pipeline.views import draws, mixing
+from pipeline.views.parcel import Parcel
 
 # Samples of 32 x 32 pixels made at once; of larger ones fewer. On the CPU an operation's data should fit the cache; a
 # GPU needs few, large launches.
 CPU_CHUNK = 2048
 GPU_CHUNK = 16384
 CHUNK_PIXELS = 32 * 32
+# Samples and partners of a batch go to a GPU with one parcel; what a whole view needs would pin much memory.
+MAX_TOGETHER = 2 * GPU_CHUNK
 # A larger view is not kept: its batches augment their images, and the partners' again.
 MAX_PREPARED_BYTES = 2**31
 
@@ -154,7 +157,7 @@ class Views:
         """
         opened = self._open(view)
         if opened.images is None and isinstance(self.images, Tensor) and self.images.nbytes <= MAX_PREPARED_BYTES:
-            opened.images = self._render(opened, _Raw(np.arange(self.num_samples), None))
+            [opened.images] = self._render(opened, [_Raw(np.arange(self.num_samples), None)])
 
     def batch(self, view: int, indices: Tensor | NDArray[np.int64]) -> ViewBatch:
         """Make some samples of one view.
@@ -267,49 +270,69 @@ class Views:
     def _make(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> ViewBatch:
         """Make a batch of `(B,)` samples on the device, from what `_read` returned for them."""
         labels, mix = self.labels.index_select(0, samples), opened.mix
-        images = self._unmixed(opened, samples, read[:1])
+        row_sets = [samples] if mix is None else [samples, mix.partners.index_select(0, samples)]
+        if opened.images is not None:
+            unmixed = [opened.images.index_select(0, rows) for rows in row_sets]
+        else:
+            unmixed = self._render(opened, read)
         if mix is None:
-            return ViewBatch(samples, images, labels, labels, torch.ones(len(samples), device=self.device))
-        partners = mix.partners.index_select(0, samples)
-        mix_images = mixing.MIXINGS[self.recipe.mixing].mix
+            return ViewBatch(samples, unmixed[0], labels, labels, torch.ones(len(samples), device=self.device))
+        partners, mix_images = row_sets[1], mixing.MIXINGS[self.recipe.mixing].mix
         return ViewBatch(
             samples,
-            mix_images(images, self._unmixed(opened, partners, read[1:]), mix.amounts.index_select(0, samples)),
+            mix_images(unmixed[0], unmixed[1], mix.amounts.index_select(0, samples)),
             labels,
             self.labels.index_select(0, partners),
             mix.lam.index_select(0, samples),
         )
 
-    def _unmixed(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> Tensor:
-        """Return samples of a view before mixing, `(B, 3, H, W)` uint8, prepared or augmented now."""
-        if opened.images is not None:
-            return opened.images.index_select(0, samples)
-        return self._render(opened, read[0])
-
-    def _render(self, opened: _View, raw: _Raw) -> Tensor:
-        """Augment samples of a view, up to mixing, `(B, 3, H, W)` uint8."""
-        rows, device = raw.rows, self.device
-        made = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, device=device)
-
-        def render(part: slice) -> None:
-            uniform = {name: values[rows[part]] for name, values in opened.uniform.items()}
-            if isinstance(self.images, Tensor):
-                images = self.images.index_select(0, torch.from_numpy(rows[part]).to(device))
-            else:
-                assert raw.images is not None
-                images = self.images.place(raw.images[part])
-            made[part] = augmentation.augment(images, uniform, self.recipe)
-
-        num_pixels = self.images.shape[2] * self.images.shape[3]
+    def _render(self, opened: _View, raws: Sequence[_Raw]) -> list[Tensor]:
+        """Augment samples of a view, up to mixing, `(B, 3, H, W)` uint8 for each of `raws`."""
+        shape, device = self.images.shape[1:], self.device
+        made = [torch.empty((len(raw.rows), *shape), dtype=torch.uint8, device=device) for raw in raws]
+        num_pixels = shape[1] * shape[2]
         chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
         size = max(1, chunk * CHUNK_PIXELS // max(num_pixels, CHUNK_PIXELS))
-        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        parts = [
+            functools.partial(self._plan, opened, raw, slice(start, start + size), target)
+            for raw, target in zip(raws, made, strict=True)
+            for start in range(0, len(raw.rows), size)
+        ]
+
+        def render(together: Sequence[Callable[[Parcel], Callable[[], None]]]) -> None:
+            parcel = Parcel(device)
+            planned = [plan(parcel) for plan in together]
+            parcel.send()
+            for work in planned:
+                work()
+
         if device.type == "cpu":
-            for_each(parts, render)
+            for_each([[part] for part in parts], render)
+        elif sum(len(raw.rows) for raw in raws) <= MAX_TOGETHER:
+            render(parts)
         else:
             for part in parts:
-                render(part)
+                render([part])
         return made
+
+    def _plan(self, opened: _View, raw: _Raw, part: slice, made: Tensor, parcel: Parcel) -> Callable[[], None]:
+        """Prepare to augment a part of some samples into the same part of `made`."""
+        rows = raw.rows[part]
+        uniform = {name: values[rows] for name, values in opened.uniform.items()}
+        height, width = self.images.shape[-2:]
+        augment = augmentation.plan(uniform, self.recipe, height, width, parcel)
+        resident = self.images if isinstance(self.images, Tensor) else None
+        chosen = parcel.add(rows) if resident is not None else None
+
+        def work() -> None:
+            if resident is not None and chosen is not None:
+                images = resident.index_select(0, chosen())
+            else:
+                assert raw.images is not None and isinstance(self.images, HostImages)
+                images = self.images.place(raw.images[part])
+            made[part] = augment(images)
+
+        return work
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

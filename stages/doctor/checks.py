@@ -16,7 +16,6 @@ from pipeline.config.recipes import FitRecipe, Recipe
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, UsageError
 from pipeline.models.students import build_student, use_inner_block
-from pipeline.models.students.layers import Student
 from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
@@ -279,12 +278,10 @@ def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
         try:
             recipe = student_recipe(context.recipe, name, {})
             image_size = context.recipe.dataset.image_size
-            with torch.device("meta"):
-                student = build_student(
-                    recipe.model, **student_arguments(recipe, num_classes=10, image_size=image_size)
-                )
-            assert isinstance(student, Student)
-            answer = use_inner_block(student, recipe.inner_block, device)
+            arguments = student_arguments(recipe, num_classes=10, image_size=image_size)
+            student = build_student(recipe.model, **{**arguments, "depth": 1})
+            precision = resolve_precision(recipe.precision, device)
+            answer = use_inner_block(student, recipe.inner_block, device, precision=precision)
             mark = WARNING if answer.startswith("plain (") else OK
         except UsageError as error:
             answer, mark = str(error), PROBLEM if name in context.recipe.students else WARNING

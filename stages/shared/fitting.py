@@ -173,7 +173,7 @@ def carry_out(
 
             def end() -> None:
                 metrics = _metrics(run, dataset, teaching, result, scores, execution.precision)
-                where = {**environment(device), "ranks": group.world_size, "execution": execution.as_json()}
+                where = {**environment(device), "ranks": group.world_size, "execution": fit.execution.as_json()}
                 where["seconds"] = round(fit.progress.seconds, 1)
                 table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
                 _write(run, result, last, metrics, table, where)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -20,6 +20,9 @@ from pipeline.system.stopping import StopSignal
 from stages.shared.context import Context
 from stages.shared.params import read_params
 from stages.shared.paths import PARAMS, RECORDS
+
+if TYPE_CHECKING:
+    from pipeline.inference.classifier import Classifier
 
 STOP = StopSignal()
 MAX_SEED = 2**31 - 1
@@ -152,6 +155,12 @@ def open_console() -> Console:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
+
+
+def tell_plain(classifier: Classifier) -> None:
+    """Say on standard error why a loaded model's inner blocks are not fused, if that is so."""
+    if classifier.inner_block.startswith("plain ("):
+        click.echo(f"{classifier.file}: inner block {classifier.inner_block}", err=True)
 
 
 def parse_settings(settings: tuple[str, ...], *, soft: float | None = None) -> dict[str, str]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.models.students import build_student
 from pipeline.models.students.fused import cuda as inner_triton
+from pipeline.models.students.fused import guard
 from pipeline.models.students.fused.cuda import inner_block
 from tests.support.inner_block_cases import case, errors, outcome
 
+CPU = torch.device("cpu")
 TOLERANCE = 3e-6
 
 
@@ -92,6 +95,15 @@ def test_no_patches_give_no_gradient() -> None:
 def test_the_operators_keep_the_rules() -> None:
     drawn = case(2, 4, 12, 2)
     torch.library.opcheck(inner_triton._inner_block, (drawn.pixels.requires_grad_(), list(drawn.weights), 2, "tf32x3"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", ["fp32", "bf16"])
+def test_the_guard_lets_it_through(autocast: str) -> None:
+    torch.manual_seed(0)
+    block = build_student("titn", num_classes=3, depth=1).blocks[0]
+    compared = guard.compare(inner_block, block, CPU, precision=autocast, training=True, num_patches=5)
+    assert all(errors.are_alike for errors in compared.values()), compared
 
 
 @pytest.mark.slow

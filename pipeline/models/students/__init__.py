@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pipeline.models.students.attention import attention_maps, attention_rollout
 from pipeline.models.students.deit import DeiT
 from pipeline.models.students.fused import cpu as inner_cpp
 from pipeline.models.students.fused import cuda as inner_triton
+from pipeline.models.students.fused import guard
 from pipeline.models.students.fused.interface import InnerBlock
 from pipeline.models.students.layers import Student
 from pipeline.models.students.titn import TITN
@@ -130,39 +131,70 @@ def _constructor(name: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(STUDENTS[name]).parameters
 
 
-def use_inner_block(student: Student, request: str, device: torch.device) -> str:
+def use_inner_block(
+    student: Student,
+    request: str,
+    device: torch.device,
+    *,
+    precision: str = "fp32",
+    training: bool = True,
+    agree: Callable[[str | None], str | None] = lambda why_not: why_not,
+) -> str:
     """Choose how a student's inner blocks are computed.
+
+    A fused block is compared with the plain one first, see pipeline.models.students.fused.guard.
 
     Args:
         student: Changed in place. Its parameters stay; its results change by rounding alone.
         request: `plain`, by PyTorch's own operations; `fused`; or `auto`, fused where that is available.
         device: Where the student runs.
+        precision: With which it runs, `fp32` or `bf16`.
+        training: Whether gradients will be computed.
+        agree: Given why the block is not fused here, or None, it returns why it is not on any rank.
 
     Returns:
         What runs: `c++`, `triton`, `plain`, `plain (why not fused)`, or `none` without inner blocks.
 
     Raises:
-        UsageError: `fused` is asked for and not available.
+        UsageError: `fused` is asked for and not available, or trying it has left the process without its GPU.
     """
     blocks = [module for module in student.modules() if isinstance(module, NestedBlock)]
-    why_not, fused = (None, None) if request == "plain" else _find_fused(blocks, device)
+    why_not, fused = None, None
+    if request != "plain" and (blocks or request == "fused"):
+        why_not, fused = _find_fused(blocks, device, precision, training)
+        why_not = agree(why_not)
     if request == "fused" and why_not is not None:
         raise UsageError(f"inner_block: fused is not available here: {why_not}; use auto or plain")
     for block in blocks:
-        block.fused = fused
+        block.fused = None if why_not else fused
     if not blocks:
         return "none"
-    return FUSED[device.type][0] if fused else f"plain ({why_not})" if why_not else "plain"
+    return f"plain ({why_not})" if why_not else FUSED[device.type][0] if fused else "plain"
 
 
-def _find_fused(blocks: Sequence[NestedBlock], device: torch.device) -> tuple[str | None, InnerBlock | None]:
-    """Return why there is no fused inner block, or None, and the block."""
+def _find_fused(
+    blocks: Sequence[NestedBlock], device: torch.device, precision: str, training: bool
+) -> tuple[str | None, InnerBlock | None]:
+    """Return why there is no fused inner block that can be relied on, or None, and the block."""
     if not blocks:
         return "the student has no inner blocks", None
     if device.type not in FUSED:
         return f"there is none for {device.type}", None
-    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < TENSOR_CORES:
-        return f"it needs a GPU of compute capability {TENSOR_CORES[0]}.{TENSOR_CORES[1]} or more", None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no GPU", None
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if torch.cuda.get_device_capability(device) < TENSOR_CORES:
+            return f"it needs a GPU of compute capability {TENSOR_CORES[0]}.{TENSOR_CORES[1]} or more", None
     _, module = FUSED[device.type]
-    why_not = module.why_not(*blocks[0].inner_geometry)
+    geometry = blocks[0].inner_geometry
+    why_not = module.why_not(*geometry) or guard.why_not(
+        module.inner_block,
+        blocks[0],
+        device,
+        precision=precision,
+        training=training,
+        num_patches=module.num_checked(device, *geometry),
+        explain=module.explain,
+    )
     return why_not, None if why_not else module.inner_block

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.models.students import build_student, use_inner_block
 from pipeline.models.students.fused import cuda as inner_triton
+from pipeline.models.students.fused import guard
 from pipeline.models.students.fused.cuda import inner_block, why_not
 from pipeline.models.students.fused.interface import InnerWeights
 from pipeline.models.students.fused.tiles import Geometry, geometry
@@ -199,6 +201,18 @@ def test_on_a_gpu_the_same_input_gives_the_same_bits(autocast: bool) -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
         one, other = outcome(drawn, inner_block), outcome(drawn, inner_block)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{}, {"pixel_width": 24, "pixel_heads": 4}, {"patch_size": 16}, {"pixel_size": 4}])
+def test_the_guard_lets_it_through_on_a_gpu(settings: dict[str, int], precision: str) -> None:
+    torch.manual_seed(0)
+    student, device = build_student("titn", num_classes=3, depth=1, **settings), torch.device("cuda")
+    block, number = student.blocks[0], inner_triton.num_checked(device, *student.blocks[0].inner_geometry)
+    compared = guard.compare(inner_block, block, device, precision=precision, training=True, num_patches=number)
+    assert all(errors.are_alike for errors in compared.values()), compared
+    assert use_inner_block(student, "fused", device, precision=precision) == "triton"
 
 
 @pytest.mark.gpu

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +21,16 @@ from pipeline.losses import training_loss
 from pipeline.models.students import build_student, use_inner_block
 from pipeline.system.runtime import Ranks
 from pipeline.system.stopping import StopSignal
-from pipeline.training.batches import EvaluationData, TrainingData
+from pipeline.training.batches import Batch, EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState
 from pipeline.training.distributed import Group
 from pipeline.training.execution import Execution
 from pipeline.training.fit import Fit, FitResult, Session
+from pipeline.training.optimization import build_optimizer
+from pipeline.training.step import CapturedStep
 from pipeline.views.views import Views
 from tests.pipeline.training.test_fit import MEAN, NUM_CLASSES, STD, VIEW_RECIPE, Watcher, images_and_labels
+from tests.pipeline.training.test_fit import make_fit as make_cpu_fit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -99,6 +107,27 @@ def test_a_captured_run_goes_on_after_a_stop(tmp_path: Path, ema: float) -> None
 
 
 @pytest.mark.gpu
+def test_steps_are_captured_while_another_thread_pins_memory(tmp_path: Path) -> None:
+    ended, watcher = threading.Event(), Watcher()
+
+    def pin() -> None:
+        size = 0
+        while not ended.is_set():
+            size += 4096  # memory that is not in PyTorch's cache is pinned anew
+            torch.empty(size, dtype=torch.uint8).pin_memory()
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        run = make_fit(tmp_path, captured=True, watcher=watcher)
+        run.run()
+    finally:
+        ended.set()
+        thread.join()
+    assert run.execution.step == "graph" and not any("eager" in message for message in watcher.warnings)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True])
 def test_no_step_waits_for_the_gpu(tmp_path: Path, captured: bool) -> None:
     run = make_fit(tmp_path, captured=captured, batch_size=10, ema=0.9)
@@ -113,6 +142,74 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, captured: bool) -> None:
                 run.average.update(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+class Graphs:
+    """Stands in for CUDA's graphs: notes how steps are captured, and fails where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fail: bool) -> None:
+        self.modes: list[str] = []
+        self.streams: list[str] = []
+        self._fail = fail
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+        monkeypatch.setattr(torch.cuda, "set_stream", self.streams.append)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr("pipeline.training.step._another_stream", contextlib.nullcontext)
+        # Optimisers whose steps may be captured need a GPU.
+        eager = lambda parameters, recipe, captured: build_optimizer(parameters, recipe)  # noqa: E731
+        monkeypatch.setattr("pipeline.training.fit.build_optimizer", eager)
+
+    @contextlib.contextmanager
+    def capture(self, graph: object, capture_error_mode: str = "global") -> Iterator[None]:
+        self.modes.append(capture_error_mode)
+        if self._fail:  # before the step, which while it is captured computes nothing
+            try:
+                raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+            except RuntimeError as error:  # and then the capture cannot be ended
+                raise RuntimeError("CUDA error: capture was invalidated") from error
+        yield
+
+
+def on_cpu(directory: Path, **settings: Any) -> Fit:
+    """A small run whose steps are captured by a stand-in."""
+    run = make_cpu_fit(directory, batch_size=16, epochs=2, **settings)
+    return dataclasses.replace(run, execution=dataclasses.replace(run.execution, step="graph"))
+
+
+def test_another_thread_may_pin_memory_while_a_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, results = Graphs(monkeypatch, fail=False), (torch.tensor(2.0), torch.tensor(True))
+    step = CapturedStep(lambda _: results, CUDA, pytest.fail)
+    batch = Batch(*torch.zeros(3, 4), images=torch.zeros(4, 3, 8, 8))
+    assert [float(step(batch)[0]) for _ in range(6)] == [2.0] * 6
+    assert graphs.modes == ["thread_local"], "captured once, after warming up"
+
+
+def test_where_a_step_cannot_be_captured_it_is_eager_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(7)
+    eager = make_cpu_fit(tmp_path / "eager", batch_size=16, epochs=2)
+    expected, weights = eager.run(), eager.model.state_dict()
+    graphs, watcher = Graphs(monkeypatch, fail=True), Watcher()
+    torch.manual_seed(7)
+    run = on_cpu(tmp_path / "graph", watcher=watcher)
+    result = run.run()
+    reason = "CUDA error: operation not permitted when stream is capturing"
+    assert watcher.warnings == [f"steps are eager: they cannot be captured in a CUDA graph here ({reason})"]
+    assert run.execution.step == "eager" and set(graphs.modes) == {"thread_local"}
+    assert graphs.streams == ["before"] * len(graphs.modes)
+    assert result.curve == expected.curve
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
+
+
+def test_a_graph_asked_for_by_name_is_refused_where_a_step_cannot_be_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Graphs(monkeypatch, fail=True)
+    with pytest.raises(UsageError, match=r"step: graph: a step cannot be captured here \(CUDA error: .*; use auto or"):
+        on_cpu(tmp_path, step="graph").run()
 
 
 def test_a_graph_is_refused_where_there_is_none() -> None:

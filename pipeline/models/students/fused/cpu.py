@@ -1,11 +1,15 @@
 """The fused inner block on the CPU: cpu.cpp, compiled for this processor on first use.
 
 A compiled library is kept in the user's cache directory. Its name is a digest of all that decides its content, so a
-geometry is compiled once, in about two seconds, and another processor's library is never loaded.
+geometry is compiled once, in about two seconds, and another processor's library is never loaded. Its SHA-256 lies
+beside it: a library that was cut short would kill the process, and one with a flipped bit would compute something else.
+So a library is loaded only where it has this digest and nobody but the user or root could have written it; otherwise it
+is compiled again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,6 +17,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,8 +27,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.errors import StorageError
 from pipeline.models.students.fused.interface import InnerWeights, register
 from pipeline.system.home import WAY_OUT, cache_folder
+from pipeline.system.storage import read_bytes, read_if_exists, replacing, write_atomic
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -33,6 +40,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-er
 # The OpenMP runtimes that PyTorch may bring.
 OPENMP = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
 SECONDS_TO_COMPILE = 300
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NotAvailable(Exception):
@@ -46,6 +54,16 @@ def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | N
     except NotAvailable as error:
         return str(error)
     return None
+
+
+def num_checked(device: torch.device, num_pixels: int, width: int, num_heads: int, hidden: int) -> int:
+    """Return how many patches check a library: groups of 16 that are full, and one of 5."""
+    return 37
+
+
+def explain(error: Exception) -> str:
+    """Say in a phrase what the library could not do."""
+    return str(error)
 
 
 def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -143,11 +161,14 @@ def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes
         raise NotAvailable(f"no home directory to keep the compiled library in; {WAY_OUT}")
     path = cache / "titn-pipeline" / f"inner_block-{digest}.so"
     try:
-        if not path.exists():
+        _make_own(path.parent)
+        if not _is_sealed(path):
             _compile(command, path)
         library = ctypes.CDLL(str(path))
+    except StorageError as error:
+        raise NotAvailable(str(error)) from error
     except OSError as error:
-        raise NotAvailable(f"{path}: {error.strerror or error}; delete it") from error
+        raise NotAvailable(f"{path}: {error.strerror or error}") from error
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.inner_block_forward.argtypes = [count, ctypes.c_int, *[pointer] * 4]
     library.inner_block_forward.restype = None
@@ -156,9 +177,50 @@ def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes
     return library
 
 
+def _make_own(folder: Path) -> None:
+    """Make the folder of the libraries, where it is missing, one that only its owner can write.
+
+    Raises:
+        NotAvailable: It is another user's, or stays open to others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = folder.stat()
+    if _is_ours(found) and found.st_mode & WRITABLE_BY_OTHERS:
+        with contextlib.suppress(OSError):  # root's, or a mount without rights
+            folder.chmod(stat.S_IMODE(found.st_mode) & ~WRITABLE_BY_OTHERS)
+        found = folder.stat()
+    if not _is_ours(found) or found.st_mode & WRITABLE_BY_OTHERS:
+        raise NotAvailable(f"others can write {folder}; set XDG_CACHE_HOME to a folder that only you can write")
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Tell whether a file is the user's or root's; where users have no numbers, all are."""
+    return not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0)
+
+
+def _seal(path: Path) -> Path:
+    """Return where a library's digest lies."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sealing(path: Path, content: bytes) -> bytes:
+    """Return what a digest's file holds, as `sha256sum --check` reads it."""
+    return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()
+
+
+def _is_sealed(path: Path) -> bool:
+    """Tell whether there is a library with its digest beside it that nobody else could have written."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    if not _is_ours(found) or found.st_mode & WRITABLE_BY_OTHERS:
+        return False
+    return read_if_exists(_seal(path)) == _sealing(path, read_bytes(path))
+
+
 def _compile(command: list[str], path: Path) -> None:
-    """Compile beside `path` and rename, so that another process never loads half a library."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Compile, and write the library and then its digest, each whole, so that no process ever loads half a library."""
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         library = Path(directory) / path.name
         try:
@@ -176,7 +238,11 @@ def _compile(command: list[str], path: Path) -> None:
             raise NotAvailable(f"{command[0]} fails: {reason}") from error
         except subprocess.TimeoutExpired as error:
             raise NotAvailable(f"{command[0]} takes more than {SECONDS_TO_COMPILE} s") from error
-        library.replace(path)
+        content = library.read_bytes()
+    with replacing(path) as descriptor, open(descriptor, "wb", closefd=False) as file:
+        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~WRITABLE_BY_OTHERS)
+        file.write(content)
+    write_atomic(_seal(path), _sealing(path, content))
 
 
 def _compiler() -> tuple[str, ...]:

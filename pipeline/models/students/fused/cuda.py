@@ -14,6 +14,7 @@ Letters: N patches of all images, M pixel tokens of a patch, c their width.
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -57,6 +58,25 @@ def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | N
     if width % num_heads:
         return f"{num_heads} heads do not divide the width {width}"
     return None
+
+
+def num_checked(device: torch.device, num_pixels: int, width: int, num_heads: int, hidden: int) -> int:
+    """Return how many patches check the kernels on a GPU: every program has two tiles, and one tile is not full."""
+    of = geometry(num_pixels, width, num_heads, hidden, "tf32")
+    return 2 * _programs_at_once(device, of, FORWARD_WARPS) * of.patches + 1
+
+
+def explain(error: Exception) -> str:
+    """Say in a phrase what Triton could not do on this device."""
+    from triton.runtime.errors import OutOfResources
+
+    if isinstance(error, OutOfResources):
+        # Triton compares with the device's own shared_memory_per_block_optin before it starts a kernel.
+        unit = " bytes" if "memory" in error.name else ""
+        return f"a kernel needs {error.required:,}{unit} of {error.name}, and the device has {error.limit:,}"
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"Triton's compiler fails ({error.cmd[0]} returned {error.returncode})"
+    return f"Triton fails: {error}"
 
 
 def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -124,10 +144,14 @@ def _contiguous(weights: Sequence[Tensor]) -> InnerWeights:
 
 def _num_programs(pixels: Tensor, of: Geometry, num_warps: int) -> int:
     """Return how many programs the device runs at once, at most one for each tile."""
-    num_tiles = -(-len(pixels) // of.patches)
-    is_gpu = pixels.device.type == "cuda"  # Triton's interpreter runs on the CPU
-    num_processors = torch.cuda.get_device_properties(pixels.device).multi_processor_count if is_gpu else 1
-    return min(num_tiles, num_processors * max(1, num_warps // of.num_warps))
+    return min(-(-len(pixels) // of.patches), _programs_at_once(pixels.device, of, num_warps))
+
+
+def _programs_at_once(device: torch.device, of: Geometry, num_warps: int) -> int:
+    """Return how many programs of a kernel a device runs at once, with so many warps of each multiprocessor."""
+    is_gpu = device.type == "cuda"  # Triton's interpreter runs on the CPU
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 1
+    return num_processors * max(1, num_warps // of.num_warps)
 
 
 def _launch(kernel: Any, num_programs: int, of: Geometry, pixels: Tensor, *arguments: Any) -> None:

@@ -1,0 +1,73 @@
+"""Host arrays that go to a device together.
+
+Augmentations are planned on the host and carried out on the device, and need dozens of small arrays for it: orders,
+offsets, matrices, magnitudes. Each copy from ordinary memory makes the host wait for the GPU. So the arrays of a batch
+are first collected, packed into one piece of pinned memory, and copied once, without waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PACKED = ("cuda",)
+"""Kinds of devices that arrays are packed for; on a CPU nothing is copied."""
+ALIGNMENT = 16
+"""Bytes; an array starts at a multiple of them."""
+
+Later = Callable[[], Tensor]
+"""Returns a tensor once its parcel has been sent."""
+
+
+class Parcel:
+    """Arrays for a device: added while work is planned, sent once, then used.
+
+    Args:
+        device: Where they go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._arrays: list[NDArray[Any]] = []
+        self._tensors: list[Tensor] = []
+
+    def add(self, array: NDArray[Any]) -> Later:
+        """Add an array, of a dtype that PyTorch has and of any shape; return what gives its tensor after `send`."""
+        place = len(self._arrays)
+        self._arrays.append(array)
+        return lambda: self._tensors[place]
+
+    def send(self) -> None:
+        """Copy all arrays to the device; nothing can be added afterwards."""
+        if self.device.type in PACKED and self._arrays:
+            self._tensors = self._send_packed()
+        else:
+            self._tensors = [torch.from_numpy(array).to(self.device) for array in self._arrays]
+
+    def _send_packed(self) -> list[Tensor]:
+        starts = [0, *itertools.accumulate(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in self._arrays)]
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # each thread has its own current GPU, by default the first
+                # PyTorch gives pinned memory to another only when the copies from it have ended.
+                packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+        else:
+            packed = torch.empty(starts[-1], dtype=torch.uint8)
+        for start, array in zip(starts, self._arrays, strict=False):
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            packed.numpy()[start : start + array.nbytes] = content
+        return _unpack(packed.to(self.device, non_blocking=True), starts, self._arrays)
+
+
+def _unpack(packed: Tensor, starts: Sequence[int], arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
+    """Return tensors of the dtypes and shapes of arrays that lie in `packed`, `(bytes,)` uint8, from `starts` on."""
+    tensors = []
+    for start, array in zip(starts, arrays, strict=False):
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        tensors.append(packed[start : start + array.nbytes].view(dtype).view(array.shape))
+    return tensors
