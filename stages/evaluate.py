@@ -24,6 +24,8 @@ from stages.shared.context import Context
 from stages.shared.trained import require_same_data
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.inference.classifier import Classifier
     from pipeline.training.metrics import Meter
 
@@ -118,7 +120,7 @@ def evaluate_split(
     if rows is not None:
         write_atomic(rows, predictions.as_csv(classifier.class_names, data, dataset.splits[split].names))
     where = {"recipe": context.recipe.name, "split": split}
-    return _result(classifier, where, meter, per_class)
+    return _result(classifier, where, meter, (data.labels, predictions.classes) if per_class else None)
 
 
 def evaluate_folder(
@@ -174,18 +176,18 @@ def evaluate_folder(
                 good_files += (dataclasses.replace(file, pixels=None) for file in good)
     if bad and not skip_bad:
         raise refusal(folder, bad)
-    supports = meter.confusion.sum(dim=1).tolist()
+    supports = meter.supports.tolist()
     if not any(supports):
         raise DataError(f"{printable(folder)}: no image can be read, of {len(files)}")
+    labels, predictions = torch.tensor([file.label for file in good_files]), Predictions.joined(parts)
     if rows is not None:
-        labels = torch.tensor([file.label for file in good_files])
         data = EvaluationData(torch.empty(0), labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), num_classes)
         names = [relative_name(file.path, folder) for file in good_files]
-        write_atomic(rows, Predictions.joined(parts).as_csv(classifier.class_names, data, names))
+        write_atomic(rows, predictions.as_csv(classifier.class_names, data, names))
     absent = [name for name, support in zip(classifier.class_names, supports, strict=True) if not support]
     skipped = [dataclasses.asdict(file) for file in bad]
     where = {"data": printable(folder), "absent_classes": absent, "skipped": skipped}
-    return _result(classifier, where, meter, per_class)
+    return _result(classifier, where, meter, (labels, predictions.classes) if per_class else None)
 
 
 def scores_table(result: dict[str, Any]) -> Table:
@@ -217,18 +219,23 @@ def classes_table(result: dict[str, Any]) -> Table:
     return Table("Classes, the worst first", columns, rows, "Recall is the accuracy on the images of the class alone.")
 
 
-def _result(classifier: Classifier, where: dict[str, Any], meter: Meter, per_class: bool) -> dict[str, Any]:
-    """Return the result of an evaluation as plain JSON values."""
+def _result(
+    classifier: Classifier, where: dict[str, Any], meter: Meter, answers: tuple[Tensor, Tensor] | None
+) -> dict[str, Any]:
+    """Return the result of an evaluation as plain JSON values; with targets and predictions, each class's too."""
     from pipeline.training.metrics import class_scores, worst_first
 
-    classes = worst_first(class_scores(meter.confusion, classifier.class_names))
+    classes = []
+    if answers is not None:
+        targets, predictions = (classes.cpu() for classes in answers)
+        classes = worst_first(class_scores(targets, predictions, classifier.class_names))
     return {
         "model": classifier.config["model"],
         "checkpoint": str(classifier.file),
         **where,
-        "num_images": int(meter.confusion.sum()),
+        "num_images": int(meter.supports.sum()),
         "autocast": classifier.precision,
         "device": classifier.device.type,
         **dataclasses.asdict(meter.scores()),
-        **({"classes": [dataclasses.asdict(scores) for scores in classes]} if per_class else {}),
+        **({"classes": [dataclasses.asdict(scores) for scores in classes]} if answers else {}),
     }
