@@ -69,10 +69,11 @@ def distill(
 
     from pipeline.models.students import build_student, use_inner_block
     from pipeline.training.execution import Execution
-    from stages.shared.fitting import carry_out, make_views, up_to_date
+    from stages.shared.fitting import carry_out, make_views, require_same_run, up_to_date
 
     with context.joined() as group:
         run, source = plan_student(context, name, distillation, seed=seed)
+        require_same_run(group, run, fresh=fresh, cache=source.cache)
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
         device, dataset, recipe = context.device, context.dataset(), source.recipe
@@ -169,7 +170,7 @@ def command(
         return plan_student(context, student, distillation, seed=this_seed)[0]
 
     results, finished = [], []
-    with context.joined():  # torchrun's ranks meet once for all seeds
+    with context.joined() as group:  # torchrun's ranks meet once for all seeds
         if dry_run:
             for this_seed in several:
                 context.say(f"{student}: {plan(this_seed).state(fresh=fresh).text}")
@@ -177,6 +178,8 @@ def command(
         later = [plan(this_seed).epochs_to_train(fresh=fresh) for this_seed in several[1:]]
         for this_seed in context.in_turn("seed", several, later):
             out = distill(context, student, distillation, seed=this_seed, fresh=fresh)
+            if not group.is_main:  # whose machine may have no outputs
+                continue
             results.append(read_json(out / "metrics.json"))
             finished.append(FinishedRun.read(out))
             best, last, test = (results[-1][key] for key in ("best", "last", "test"))

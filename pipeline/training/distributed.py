@@ -108,6 +108,14 @@ class Group:
         torch.distributed.all_gather(received, sent)
         return [tensor.cpu() for tensor in received]
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's JSON value, in the order of ranks."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.gather(torch.tensor(len(text)))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(text)] = text
+        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(self.gather(padded), sizes, strict=True)]
+
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by rank 0's."""
         for tensor in () if self.is_alone else tensors:
