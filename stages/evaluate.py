@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.command("evaluate")
 @click.argument("checkpoint", type=options.EXISTING)
 @options.recipe_option
-@options.device_option
+@options.any_device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
 @click.option("--data", type=options.PATH, help="Score on this folder's <class>/* or test/<class>/*.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
@@ -64,7 +64,7 @@ def command(
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
         classifier = load(checkpoint, device=device, precision=precision)
-        context = options.open_context(recipe, device, named_by=lambda params: classifier.config.get("recipe"))
+        context = options.open_context(recipe, named_by=lambda params: classifier.config.get("recipe"))
         result = evaluate_split(context, classifier, split or "test", per_class=per_class, rows=predictions)
     else:
         if recipe is not None or split is not None:

@@ -76,7 +76,9 @@ class Meter:
         self._top5, self._agreed, self._class_hits, self._distillation_hits = (
             torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(4)
         )
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        # Apple's GPUs have no float64.
+        loss_dtype = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
+        self._loss = torch.zeros((), dtype=loss_dtype, device=self.device)
         self._has_teacher = self._has_two_heads = False
 
     def add(self, outputs: Outputs, labels: Tensor, teacher_labels: Tensor | None = None) -> None:
@@ -103,7 +105,8 @@ class Meter:
         is_lower = torch.arange(self.num_classes, device=self.device) < labels[:, None]
         # Of equal classes the lower comes first, as in argmax; topk would choose any.
         self._top5 += (((likely > target) | ((likely == target) & is_lower)).sum(dim=1) < 5).sum()
-        self._loss += functional.nll_loss(likely.clamp_min(1e-38).log(), labels, reduction="sum").double()
+        loss = functional.nll_loss(likely.clamp_min(1e-38).log(), labels, reduction="sum")
+        self._loss += loss.to(self._loss.dtype)
         if teacher_labels is not None:
             self._has_teacher = True
             self._agreed += (predicted == teacher_labels).sum()
