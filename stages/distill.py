@@ -170,7 +170,7 @@ def command(
         return plan_student(context, student, distillation, seed=this_seed)[0]
 
     results, finished = [], []
-    with context.joined() as group:  # torchrun's ranks meet once for all seeds
+    with context.joined():  # torchrun's ranks meet once for all seeds
         if dry_run:
             for this_seed in several:
                 context.say(f"{student}: {plan(this_seed).state(fresh=fresh).text}")
@@ -178,7 +178,7 @@ def command(
         later = [plan(this_seed).epochs_to_train(fresh=fresh) for this_seed in several[1:]]
         for this_seed in context.in_turn("seed", several, later):
             out = distill(context, student, distillation, seed=this_seed, fresh=fresh)
-            if not group.is_main:  # whose machine may have no outputs
+            if not context.ranks.is_main:  # its machine may have no outputs
                 continue
             results.append(read_json(out / "metrics.json"))
             finished.append(FinishedRun.read(out))

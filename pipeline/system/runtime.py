@@ -193,7 +193,7 @@ def deciding(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def _unrounded(device: torch.device, precision: str) -> Iterator[None]:
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     former, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     try:
         with autocast(device, precision):

@@ -211,10 +211,9 @@ def class_scores(targets: Tensor, predictions: Tensor, class_names: tuple[str, .
         classes.bincount(minlength=num_classes).tolist() for classes in (targets[is_hit], targets, predictions)
     )
     pairs = torch.stack([targets, predictions], dim=1)[~is_hit]
+    pairs, numbers = pairs.unique(dim=0, return_counts=True)  # type: ignore[no-untyped-call]
     confused: dict[int, tuple[int, int]] = {}  # class: its most frequent wrong prediction, and how often
-    for (target, other), number in zip(
-        *(part.tolist() for part in pairs.unique(dim=0, return_counts=True)), strict=True
-    ):
+    for (target, other), number in zip(pairs.tolist(), numbers.tolist(), strict=True):
         if number > confused.get(target, (0, 0))[1]:  # pairs ascend: of equals the first stays
             confused[target] = other, number
     scores = []

@@ -240,7 +240,7 @@ def _fp32(device: torch.device) -> str:
         return "not rounded, there is no tf32"
     if torch.get_float32_matmul_precision() != "highest":
         return "rounded to tf32"
-    if torch.backends.cudnn.conv.fp32_precision != "tf32":
+    if torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
         return "not rounded"
     return "not rounded in labels, evaluation and predictions; in training convolutions are rounded to tf32"
 

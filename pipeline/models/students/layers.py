@@ -118,7 +118,7 @@ def attend_in_parts(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Return what `attend` does by PyTorch's fused attention, of at most MAX_SEQUENCES sequences at a time."""
     if len(queries) <= MAX_SEQUENCES:
         return F.scaled_dot_product_attention(queries, keys, values)
-    parts = zip(*(tensor.split(MAX_SEQUENCES) for tensor in (queries, keys, values)), strict=True)
+    parts = zip(*(torch.split(tensor, MAX_SEQUENCES) for tensor in (queries, keys, values)), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
