@@ -16,7 +16,7 @@ from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.inference.card import ROUNDED
 from pipeline.report.tables import Table, number
-from stages.shared.options import PATH, device_option, json_option, open_console, parse_batch_sizes, tell_plain
+from stages.shared.options import PATH, any_device_option, json_option, open_console, parse_batch_sizes, tell_plain
 from stages.shared.paths import Paths
 from stages.shared.trained import Judged, require_same_data
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--batch-sizes", type=parse_batch_sizes, metavar="A,B,...", default="1,8,64,256", show_default=True,
     help="Images a batch.",
 )  # fmt: skip
-@device_option
+@any_device_option
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; PyTorch's choice where left out.")
 @click.option("--rounds", type=click.IntRange(1, 10000), default=10, show_default=True, help="Turns of each.")

@@ -70,10 +70,11 @@ def distill(
     from pipeline.models.students import build_student, use_inner_block
     from pipeline.system.runtime import resolve_precision
     from pipeline.training.execution import Execution
-    from stages.shared.fitting import carry_out, make_views, up_to_date
+    from stages.shared.fitting import carry_out, make_views, require_same_run, up_to_date
 
     with context.joined() as group:
         run, source = plan_student(context, name, distillation, seed=seed)
+        require_same_run(group, run, fresh=fresh, cache=source.cache)
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
         device, dataset, recipe = context.device, context.dataset(), source.recipe
@@ -184,6 +185,8 @@ def command(
         later = [plan(this_seed).epochs_to_train(fresh=fresh) for this_seed in several[1:]]
         for this_seed in context.in_turn("seed", several, later):
             out = distill(context, student, distillation, seed=this_seed, fresh=fresh)
+            if not context.ranks.is_main:  # its machine may have no outputs
+                continue
             results.append(read_json(out / "metrics.json"))
             finished.append(FinishedRun.read(out))
             best, last, test = (results[-1][key] for key in ("best", "last", "test"))

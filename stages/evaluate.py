@@ -24,6 +24,8 @@ from stages.shared.context import Context
 from stages.shared.trained import require_same_data
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.inference.classifier import Classifier
     from pipeline.training.evaluation import Predictions
     from pipeline.training.metrics import Meter
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 @click.command("evaluate")
 @click.argument("checkpoint", type=options.EXISTING)
 @options.recipe_option
-@options.device_option
+@options.any_device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
 @click.option("--data", type=options.PATH, help="Score on this folder's <class>/* or test/<class>/*.")
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
@@ -64,7 +66,7 @@ def command(
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
         classifier = load(checkpoint, device=device, precision=precision)
         options.tell_plain(classifier)
-        context = options.open_context(recipe, device, named_by=lambda params: classifier.config.get("recipe"))
+        context = options.open_context(recipe, named_by=lambda params: classifier.config.get("recipe"))
         result = evaluate_split(context, classifier, split or "test", per_class=per_class, rows=predictions)
     else:
         if recipe is not None or split is not None:
@@ -122,7 +124,7 @@ def evaluate_split(
         remove_leftovers(rows)
         write_atomic(rows, predictions.as_csv(classifier.class_names, data, dataset.splits[split].names))
     where = {"recipe": context.recipe.name, "split": split}
-    return _result(classifier, where, meter, per_class)
+    return _result(classifier, where, meter, (data.labels, predictions.classes) if per_class else None)
 
 
 def evaluate_folder(
@@ -167,19 +169,19 @@ def evaluate_folder(
     if not scored.files:
         raise DataError(f"{printable(folder)}: no image can be read, of {len(files)}")
     names = [relative_name(file.path, folder) for file in scored.files]
+    labels, predictions = torch.tensor([file.label for file in scored.files]), scored.predictions()
     if rows is not None:
-        labels = torch.tensor([file.label for file in scored.files])
         split = EvaluationData(torch.empty(0), labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), len(classifier.class_names))
         remove_leftovers(rows)
-        write_atomic(rows, scored.predictions().as_csv(classifier.class_names, split, names))
-    supports = scored.meter.confusion.sum(dim=1).tolist()
+        write_atomic(rows, predictions.as_csv(classifier.class_names, split, names))
+    supports = scored.meter.supports.tolist()
     where = {
         "data": printable(folder),
         "absent_classes": [name for name, support in zip(classifier.class_names, supports, strict=True) if not support],
         "skipped": [dataclasses.asdict(file) for file in bad],
         "unused_alpha": [name for name, file in zip(names, scored.files, strict=True) if UNUSED_ALPHA in file.notes],
     }
-    return _result(classifier, where, scored.meter, per_class)
+    return _result(classifier, where, scored.meter, (labels, predictions.classes) if per_class else None)
 
 
 class _ScoredFolder:
@@ -247,18 +249,23 @@ def classes_table(result: dict[str, Any]) -> Table:
     return Table("Classes, the worst first", columns, rows, "Recall is the accuracy on the images of the class alone.")
 
 
-def _result(classifier: Classifier, where: dict[str, Any], meter: Meter, per_class: bool) -> dict[str, Any]:
-    """Return the result of an evaluation as plain JSON values."""
+def _result(
+    classifier: Classifier, where: dict[str, Any], meter: Meter, answers: tuple[Tensor, Tensor] | None
+) -> dict[str, Any]:
+    """Return the result of an evaluation as plain JSON values; with targets and predictions, each class's too."""
     from pipeline.training.metrics import class_scores, worst_first
 
-    classes = worst_first(class_scores(meter.confusion, classifier.class_names))
+    classes = []
+    if answers is not None:
+        targets, predictions = (classes.cpu() for classes in answers)
+        classes = worst_first(class_scores(targets, predictions, classifier.class_names))
     return {
         "model": classifier.config["model"],
         "checkpoint": str(classifier.file),
         **where,
-        "num_images": int(meter.confusion.sum()),
+        "num_images": int(meter.supports.sum()),
         "autocast": classifier.precision,
         "device": classifier.device.type,
         **dataclasses.asdict(meter.scores()),
-        **({"classes": [dataclasses.asdict(scores) for scores in classes]} if per_class else {}),
+        **({"classes": [dataclasses.asdict(scores) for scores in classes]} if answers else {}),
     }

@@ -20,7 +20,7 @@ from pipeline.data.folders import ImageFile, find_images, read_images
 from pipeline.data.images import BadFile
 from pipeline.errors import PipelineError, UsageError, printable
 from pipeline.system.text import counted
-from stages.shared.options import PATH, device_option, precision_option, tell_plain
+from stages.shared.options import PATH, any_device_option, precision_option, tell_plain
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
@@ -35,7 +35,7 @@ Top = list[tuple[str, float]]
 @click.argument("checkpoint", type=PATH)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(1), help="Classes to name, at most all.")
-@device_option
+@any_device_option
 @precision_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each image.")
 def command(

@@ -56,10 +56,11 @@ def train_teacher(
 
     from pipeline.models.teachers import build_teacher
     from pipeline.training.execution import Execution
-    from stages.shared.fitting import carry_out, make_views, up_to_date
+    from stages.shared.fitting import carry_out, make_views, require_same_run, up_to_date
 
     with context.joined() as group:
         run = plan_teacher(context, name, settings=settings, seed=seed)
+        require_same_run(group, run, fresh=fresh)
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
         device, dataset = context.device, context.dataset()

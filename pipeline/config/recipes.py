@@ -274,7 +274,7 @@ class LabelRecipe(RecipeSection):
     """How the winner labels views.
 
     Attributes:
-        batch_size: Images a forward pass.
+        batch_size: Images a forward pass, at most 4096 of 32 x 32 pixels; of larger images fewer.
         precision: See FitRecipe.
         topk: Classes kept of each sample with their probabilities, for soft distillation; 0 keeps the argmax alone.
         compile: Whether torch.compile prepares the teacher. Needs a C++ compiler, takes from seconds to a minute in

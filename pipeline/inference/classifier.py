@@ -17,14 +17,13 @@ from pipeline.data.images import read_image, to_rgb, upright
 from pipeline.errors import DataError, NumericalError, UsageError, printable
 from pipeline.losses import Outputs, probabilities
 from pipeline.models.network import Network
+from pipeline.system.runtime import images_at_once
 
 CPU = torch.device("cpu")
 INPUT = "images"
 OUTPUTS = ("probabilities", "class_logits", "distillation_logits")
 """Names of a model's outputs, in order; the last exists only with two heads."""
 HEADS = ("class", "distillation")
-PIXELS_AT_ONCE = {"cpu": 256 * 32**2, "cuda": 4096 * 32**2}
-"""Kind of device to pixels of a batch: it should fit a CPU's cache, while a GPU is best with few, large launches."""
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]
 """Maps images `(B, 3, H, W)` uint8 to the model's OUTPUTS, `(B, K)` each."""
@@ -161,7 +160,8 @@ class Classifier:
     @property
     def batch_size(self) -> int:
         """Best number of images for one call."""
-        return max(1, PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"]) // self.image_size**2)
+        module = self.runner.network.module if isinstance(self.runner, PixelsToOutputs) else None
+        return images_at_once(self.device, self.image_size, module)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the class probabilities.

@@ -125,6 +125,23 @@ class ViewLabels:
                     raise ValueError(f"sample {int(wrong.argmax())}: {fault}")
 
 
+def indexable(stored: NDArray[Any], num_classes: int) -> NDArray[Any]:
+    """Copy stored labels, classes or probabilities for a tensor that is indexed on any device.
+
+    PyTorch has uint16, but does not index it on CUDA.
+
+    Args:
+        stored: Of any shape, as ViewLabels and the label cache hold it.
+        num_classes: C, of the values that are classes.
+
+    Returns:
+        The same values, writable; in place of uint16 int16 up to 32,767 classes, else int32.
+    """
+    if stored.dtype != np.uint16:
+        return np.array(stored)
+    return stored.astype(np.int16 if num_classes <= np.iinfo(np.int16).max else np.int32)
+
+
 def sum_tolerance(topk: int) -> float:
     """Return by how much K probabilities may sum to more than 1.
 

@@ -10,6 +10,7 @@ Differs: the paper asks the teacher in every step; we keep its answers for a fix
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,6 +120,13 @@ class LabelCache(Contents):
     def fingerprint(self) -> str:
         """SHA-256 of the identity, 64 hexadecimal digits."""
         return fingerprint(self.identity)
+
+    def digest(self, num_views: int) -> str:
+        """Return SHA-256 of what a student reads, 64 hexadecimal digits: the first views' answers, and clean labels."""
+        sha256 = hashlib.sha256(b"".join(self.view(index).digest() for index in range(num_views)))
+        for split, labels in sorted(self.clean.items()):
+            sha256.update(split.encode() + labels.tobytes())
+        return sha256.hexdigest()
 
     @classmethod
     def open(

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.labels.answers import indexable
 from pipeline.labels.cache import LabelCache
 from pipeline.labels.teacher import Teacher
 from pipeline.losses import marginal_smoothing
@@ -65,13 +66,7 @@ def cached_labels(
 
     def put(array: NDArray[np.generic] | None) -> Tensor:
         assert array is not None, "the cache keeps no top-k"
-        # Not every release of PyTorch indexes uint16, so that it is held as int16 of the same bits.
-        array = np.array(array)
-        return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device)
-
-    def chosen_of(classes: Tensor, view: int, indices: Tensor) -> Tensor:
-        found = classes[view][indices].long()
-        return found & 0xFFFF if classes.dtype == torch.int16 else found
+        return torch.from_numpy(indexable(array, cache.num_classes)).to(device)
 
     labels = None if soft else put(cache.labels)
     classes = put(cache.classes) if soft else None
@@ -82,8 +77,9 @@ def cached_labels(
         kept = None if probabilities is None else probabilities[view][chosen].float()
         weights = kept[:, 0] if confidence and kept is not None else None
         if labels is not None:
-            return TeacherAnswer(chosen_of(labels, view, chosen), weights)
+            return TeacherAnswer(labels[view][chosen].long(), weights)
         assert classes is not None and kept is not None
-        return TeacherAnswer(marginal_smoothing(chosen_of(classes, view, chosen), kept, cache.num_classes), weights)
+        found = classes[view][chosen].long()
+        return TeacherAnswer(marginal_smoothing(found, kept, cache.num_classes), weights)
 
     return answer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.system.runtime import autocast
+from pipeline.system.runtime import deciding
 
 
 def last_layers(module: nn.Module) -> list[nn.Module]:
@@ -83,7 +83,7 @@ class Network(nn.Module):
 
     def logits(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the logits of normalised images `(B, 3, H, W)`, float32 if `decide_in_fp32` knows the last layers."""
-        with autocast(inputs.device, self.precision):
+        with deciding(inputs.device, self.precision):
             outputs: Tensor | tuple[Tensor, Tensor] = self.module(inputs)
         return outputs
 

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from pipeline.errors import UsageError
 from pipeline.system.memory import ram
 
 RESIDENT_VARIABLE = "TITN_MAX_RESIDENT_BYTES"
+AT_ONCE = {"cpu": 256, "cuda": 4096}
+"""Kind of device to images of a batch without gradients: it should fit a CPU's cache, a GPU is best with large ones."""
+MANY_TOKENS = 64  # of an image of 32 x 32 in patches of 4
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,28 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        with torch.cuda.device(device):  # PyTorch asks the current one
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
         has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return "bf16" if has_units else "fp32"
     return "fp32"
+
+
+def images_at_once(device: torch.device, image_size: int, model: object = None, *, asked: int | None = None) -> int:
+    """Return how many images go through a model at once where nothing is trained: evaluation, labels, predictions.
+
+    They are AT_ONCE up to 32 x 32 pixels and MANY_TOKENS tokens; of larger images fewer, as their activations grow.
+
+    Args:
+        device: Where the model is.
+        image_size: Side of the images, pixels.
+        model: Its `tokens_per_image` count, where it has them, as students do.
+        asked: The number that a recipe asks for: the result is at most that. A CPU's cache is no limit then.
+    """
+    most = AT_ONCE.get("cuda" if asked is not None else device.type, AT_ONCE["cpu"])
+    tokens = max(1, int(getattr(model, "tokens_per_image", 1)))
+    return max(1, min(most, asked or most, most * 32**2 // image_size**2, most * MANY_TOKENS // tokens))
 
 
 def resident_limit(device: torch.device) -> int:
@@ -148,6 +169,30 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def deciding(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which classes are decided, by evaluation, labels and predictions: fp32 is float32 there.
+
+    On recent GPUs cuDNN rounds the factors of float32 convolutions to tf32, with 10 bits of fraction, unless it is
+    told not to. Training leaves it at that.
+
+    Args:
+        device: Where the model computes.
+        precision: `fp32`, or `bf16`, where the last layer may be a convolution in float32.
+    """
+    return _unrounded(device, precision) if device.type == "cuda" else autocast(device, precision)
+
+
+@contextlib.contextmanager
+def _unrounded(device: torch.device, precision: str) -> Iterator[None]:
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    former, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        with autocast(device, precision):
+            yield
+    finally:
+        convolutions.fp32_precision = former
 
 
 def device_name(device: torch.device) -> str:

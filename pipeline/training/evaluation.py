@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 from pipeline.errors import NumericalError
 from pipeline.losses import Outputs, probabilities
-from pipeline.system.runtime import autocast
+from pipeline.system.runtime import deciding, images_at_once
 from pipeline.system.text import to_csv
 from pipeline.training.batches import EvaluationData
 from pipeline.training.distributed import ALONE, Group
 from pipeline.training.metrics import Meter, Scores
 from pipeline.views.views import normalize
 
-# On a CPU a batch's activations should fit the cache; a GPU is fastest with few, large launches.
-CPU_BATCH = 256
-GPU_BATCH = 4096
 PREDICTION_COLUMNS = ("sample", "target", "prediction", "probability", "class_head", "distillation_head", "teacher")
 """Columns of predictions.csv: `sample` counts from 0, `probability` is that of the prediction, the heads' columns are
 what one head alone predicts, and `teacher` is the teacher's label of the same image."""
@@ -127,9 +124,9 @@ def evaluate(
     device = data.images.device
     meter = Meter(data.num_classes, device)
     broken = torch.zeros((), dtype=torch.int64, device=device)
-    batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+    batch_size = images_at_once(device, data.images.shape[-1], model)
     for part, images in data.batches(batch_size, group.share(len(data.labels))):
-        with autocast(device, precision):
+        with deciding(device, precision):
             outputs = model(normalize(images, data.mean, data.std))
         for head in outputs if isinstance(outputs, tuple) else (outputs,):
             broken += (~torch.isfinite(head)).any()

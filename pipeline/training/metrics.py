@@ -1,4 +1,4 @@
-"""Top-1, top-5, macro precision, recall and F1 from one confusion matrix, and agreement with the teacher.
+"""Top-1, top-5, macro precision, recall and F1 from counts of each class, and agreement with the teacher.
 
 Top-1, top-5 and agreement are percentages, macro precision, recall and F1 lie in [0, 1], as in the paper's tables.
 """
@@ -68,15 +68,17 @@ class Meter:
 
     num_classes: int
     device: torch.device
-    confusion: Tensor = field(init=False)
-    """`(K, K)` int64, row: target, column: prediction."""
+    counts: Tensor = field(init=False)
+    """`(3, K)` int64: each class's hits, targets and predictions."""
 
     def __post_init__(self) -> None:
-        self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
+        self.counts = torch.zeros(3, self.num_classes, dtype=torch.int64, device=self.device)
         self._top5, self._agreed, self._class_hits, self._distillation_hits = (
             torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(4)
         )
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        # Apple's GPUs have no float64.
+        loss_dtype = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
+        self._loss = torch.zeros((), dtype=loss_dtype, device=self.device)
         self._has_teacher = self._has_two_heads = False
 
     def add(self, outputs: Outputs, labels: Tensor, teacher_labels: Tensor | None = None) -> None:
@@ -94,13 +96,17 @@ class Meter:
             self._distillation_hits += (distillation_logits.argmax(dim=1) == labels).sum()
         likely = probabilities(outputs)
         predicted = likely.argmax(dim=1)
-        cells = labels * self.num_classes + predicted
-        self.confusion += torch.bincount(cells, minlength=self.num_classes**2).view_as(self.confusion)
+        hits, once = predicted == labels, torch.ones_like(labels)
+        for row, classes, numbers in zip(
+            self.counts, (labels, labels, predicted), (hits.long(), once, once), strict=True
+        ):
+            row.index_add_(0, classes, numbers)
         target = likely.gather(1, labels[:, None])
         is_lower = torch.arange(self.num_classes, device=self.device) < labels[:, None]
         # Of equal classes the lower comes first, as in argmax; topk would choose any.
         self._top5 += (((likely > target) | ((likely == target) & is_lower)).sum(dim=1) < 5).sum()
-        self._loss += functional.nll_loss(likely.clamp_min(1e-38).log(), labels, reduction="sum").double()
+        loss = functional.nll_loss(likely.clamp_min(1e-38).log(), labels, reduction="sum")
+        self._loss += loss.to(self._loss.dtype)
         if teacher_labels is not None:
             self._has_teacher = True
             self._agreed += (predicted == teacher_labels).sum()
@@ -109,12 +115,17 @@ class Meter:
         """Add up the counts of all ranks."""
         known = torch.tensor([self._has_teacher, self._has_two_heads], dtype=torch.int64, device=self.device)
         self._has_teacher, self._has_two_heads = (value > 0 for value in group.max_(known).tolist())
-        group.sum_(self.confusion, self._top5, self._agreed, self._class_hits, self._distillation_hits, self._loss)
+        group.sum_(self.counts, self._top5, self._agreed, self._class_hits, self._distillation_hits, self._loss)
+
+    @property
+    def supports(self) -> Tensor:
+        """`(K,)` int64, the images of each class."""
+        return self.counts[1]
 
     def scores(self) -> Scores:
         """Return the scores of everything counted so far."""
-        total = int(self.confusion.sum())
-        top1, precision, recall, f1 = confusion_scores(self.confusion)
+        total = int(self.supports.sum())
+        top1, precision, recall, f1 = count_scores(self.counts)
 
         def percent(count: Tensor) -> float:
             return 100.0 * int(count) / total
@@ -144,21 +155,20 @@ def is_chance(recall: float, num_classes: int) -> bool:
     return num_classes > 1 and recall <= (1 + 1e-9) / num_classes
 
 
-def confusion_scores(confusion: Tensor) -> tuple[float, float, float, float]:
+def count_scores(counts: Tensor) -> tuple[float, float, float, float]:
     """Return top-1 in percent and macro precision, recall and F1 in [0, 1].
 
     Args:
-        confusion: `(K, K)` int64 counts, row: target, column: prediction. Classes that are neither a target nor
+        counts: `(3, K)` int64, each class's hits, targets and predictions. Classes that are neither a target nor
             predicted are left out of the means, as scikit-learn does.
     """
-    counts = confusion.cpu().double()
-    hits, targets, predictions = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    hits, targets, predictions = counts.cpu().double()
     present = (targets + predictions) > 0
     precision = hits / predictions.clamp_min(1.0)
     recall = hits / targets.clamp_min(1.0)
     f1 = 2.0 * hits / (targets + predictions).clamp_min(1.0)
     return (
-        100.0 * float(hits.sum() / counts.sum()),
+        100.0 * float(hits.sum() / targets.sum()),
         float(precision[present].mean()),
         float(recall[present].mean()),
         float(f1[present].mean()),
@@ -188,19 +198,28 @@ class ClassScores:
     num_confused: int
 
 
-def class_scores(confusion: Tensor, class_names: tuple[str, ...]) -> list[ClassScores]:
+def class_scores(targets: Tensor, predictions: Tensor, class_names: tuple[str, ...]) -> list[ClassScores]:
     """Return the scores of every class, in the order of their labels.
 
     Args:
-        confusion: `(K, K)` int64 counts, row: target, column: prediction.
+        targets: `(N,)` int64 in [0, K).
+        predictions: `(N,)` int64 in [0, K), of the same images.
         class_names: K names.
     """
-    counts = confusion.cpu()
-    hits, supports, predictions = (sums.tolist() for sums in (counts.diagonal(), counts.sum(1), counts.sum(0)))
-    num_confused, others = counts.clone().fill_diagonal_(0).max(dim=1)
+    num_classes, is_hit = len(class_names), targets == predictions
+    hits, supports, predicted_counts = (
+        classes.bincount(minlength=num_classes).tolist() for classes in (targets[is_hit], targets, predictions)
+    )
+    pairs = torch.stack([targets, predictions], dim=1)[~is_hit]
+    pairs, numbers = pairs.unique(dim=0, return_counts=True)  # type: ignore[no-untyped-call]
+    confused: dict[int, tuple[int, int]] = {}  # class: its most frequent wrong prediction, and how often
+    for (target, other), number in zip(pairs.tolist(), numbers.tolist(), strict=True):
+        if number > confused.get(target, (0, 0))[1]:  # pairs ascend: of equals the first stays
+            confused[target] = other, number
     scores = []
     for label, name in enumerate(class_names):
-        hit, support, predicted = hits[label], supports[label], predictions[label]
+        hit, support, predicted = hits[label], supports[label], predicted_counts[label]
+        other, num_confused = confused.get(label, (None, 0))
         scores.append(
             ClassScores(
                 name=name,
@@ -208,8 +227,8 @@ def class_scores(confusion: Tensor, class_names: tuple[str, ...]) -> list[ClassS
                 recall=hit / support if support else None,
                 precision=hit / predicted if predicted else None,
                 f1=2 * hit / (support + predicted) if support + predicted else None,
-                confused_with=class_names[int(others[label])] if num_confused[label] else None,
-                num_confused=int(num_confused[label]),
+                confused_with=None if other is None else class_names[other],
+                num_confused=num_confused,
             )
         )
     return scores

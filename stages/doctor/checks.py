@@ -253,7 +253,11 @@ def _fp32(device: torch.device) -> str:
         return "not rounded"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "not rounded, there is no tf32"
-    return "not rounded" if torch.get_float32_matmul_precision() == "highest" else "rounded to tf32"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "rounded to tf32"
+    if torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
+        return "not rounded"
+    return "not rounded in labels, evaluation and predictions; in training convolutions are rounded to tf32"
 
 
 def _graphs(fits: dict[str, FitRecipe], device: torch.device) -> list[Finding]:

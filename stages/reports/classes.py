@@ -97,7 +97,7 @@ class Answers:
 
     def scores(self) -> list[ClassScores]:
         """Score every class."""
-        return class_scores(torch.from_numpy(self.confusion()), self.names)
+        return class_scores(torch.from_numpy(self.targets), torch.from_numpy(self.predictions), self.names)
 
 
 def by_class(runs: FinishedRuns) -> list[Figure | Table]:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import DataError, printable
+from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table
 from pipeline.system.canonical import compare
 from pipeline.system.stopping import StopSignal
@@ -63,9 +63,18 @@ class Context:
 
     @property
     def device(self) -> torch.device:
-        """The device to run on."""
+        """The device to train, label or examine on.
+
+        Raises:
+            UsageError: It is not here, or it is an Apple GPU.
+        """
         from pipeline.system.runtime import resolve_device
 
+        if self.device_name is not None and self.device_name.partition(":")[0] == "mps":
+            raise UsageError(
+                f"--device {self.device_name}: Apple's GPUs have no float64, which views and training need; leave it "
+                "out or use cpu; predict, evaluate and bench take it"
+            )
         return resolve_device(self.device_name)
 
     @property

@@ -21,11 +21,18 @@ from pipeline.config.recipes import StudentRecipe
 from pipeline.data.arrays import StoredImages
 from pipeline.data.datasets import Dataset, Split
 from pipeline.data.streaming import HostImages, place_images
-from pipeline.errors import NumericalError
+from pipeline.errors import DataError, NumericalError
+from pipeline.labels.cache import LabelCache
 from pipeline.labels.source import TeacherLabels
 from pipeline.losses import objective
 from pipeline.report.progress import RunWatcher
-from pipeline.system.runtime import RESIDENT_VARIABLE, environment, keep_freed_memory, resident_limit
+from pipeline.system.runtime import (
+    RESIDENT_VARIABLE,
+    environment,
+    keep_freed_memory,
+    resident_limit,
+    resolve_precision,
+)
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import lock, write_atomic, write_json
 from pipeline.system.text import to_csv
@@ -40,7 +47,7 @@ from pipeline.training.resuming import FitResult, keep_best
 from pipeline.views.views import Views
 from stages.shared import kept
 from stages.shared.context import Context
-from stages.shared.runs import NOT_TRAINED, RULES, Run, costs
+from stages.shared.runs import NOT_TRAINED, RULES, Run, costs, disagreement
 
 DESCRIBED = ("teacher", "views", "soft", "confidence", "warnings", "evaluated_on", "rules")
 """Keys of metrics.json that the checkpoints' JSON has too."""
@@ -73,6 +80,33 @@ def evaluation_data(
         num_classes=dataset.num_classes,
         teacher_labels=None if teacher_labels is None else torch.from_numpy(teacher_labels.astype(np.int64)).to(device),
     )
+
+
+def require_same_run(group: Group, run: Run, *, fresh: bool, cache: LabelCache | None = None) -> None:
+    """Check that all ranks are about to train the same run, on the same labels, before one of them begins.
+
+    Each machine reads its own files, and gradients of different runs can be added up: nothing else would tell.
+
+    Args:
+        group: The ranks.
+        run: What this rank is about to train.
+        fresh: Whether it is to start over.
+        cache: Its label cache, if it has one.
+
+    Raises:
+        DataError: Another rank's differ; the message, the same on every rank, names what.
+    """
+    if group.device is None:
+        return
+    mine = {"name": run.name, "fresh": fresh, "precision": resolve_precision(run.recipe.precision, group.device)}
+    mine["labels_sha256"] = None if cache is None else cache.digest(run.num_views or cache.num_views)
+    first, *others = group.gather_json({**run.decided_by, **mine})
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise DataError(
+                f"rank {rank} is about to train another run than rank 0 ({disagreement(first, other)}); give every "
+                f"machine the same command, params.yaml and data/{run.description['recipe']}, or let them share storage"
+            )
 
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:

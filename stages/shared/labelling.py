@@ -15,7 +15,7 @@ from pipeline.data.streaming import place_images
 from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
 from pipeline.labels.cache import make_identity, make_provenance
 from pipeline.labels.teacher import Teacher, compile_teacher
-from pipeline.system.runtime import resident_limit, resolve_precision, versions
+from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision, versions
 from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
 from stages.shared.trained import require_same_data
@@ -47,7 +47,8 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
     module = from_checkpoint(checkpoint, device).module
     folded = fold(module, dataset.image_size).to(memory_format=torch.channels_last)
     precision = resolve_precision(settings.precision, device)
-    teacher = Teacher(folded, dataset.mean, dataset.std, precision, settings.batch_size)
+    batch_size = images_at_once(device, dataset.image_size, asked=settings.batch_size)
+    teacher = Teacher(folded, dataset.mean, dataset.std, precision, batch_size)
     return compile_teacher(teacher, dataset.image_size) if settings.compile else teacher
 
 

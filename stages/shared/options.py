@@ -80,7 +80,8 @@ recipe_option = click.option("--recipe", help="A recipe of params.yaml; default:
 teachers_option = click.option(
     "--teachers", type=split_names, metavar="A,B,...", help="Candidates; default: `teachers` of params.yaml."
 )
-device_option = click.option("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU if there is one.")
+device_option = click.option("--device", help="cpu, cuda or cuda:1; default: a GPU if there is one.")
+any_device_option = click.option("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU with CUDA if there is one.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
 precision_option = click.option("--precision", type=click.Choice(PRECISIONS), help="Default: the training's.")
 

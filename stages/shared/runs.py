@@ -36,7 +36,7 @@ MAX_NAMED = 3
 # Said in place of values that tell people nothing.
 _PHRASES = {
     "dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights",
-    "rules": "judged by other rules",
+    "rules": "judged by other rules", "labels_sha256": "other labels",
 }  # fmt: skip
 # Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
@@ -268,6 +268,16 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def changes(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the same fields as `differences`, each with its value in `now` alone, as `lr 0.05`."""
     return [f"{name} {after}" if before else after for name, before, after in _differences(former, now)]
+
+
+def disagreement(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Name the fields in which another rank's run differs from the first's, as `batch_size 64 where that has 128`."""
+    named = [
+        f"{name} {after} where that has {before}" if before else after
+        for name, before, after in _differences(first, other)
+    ]
+    more = f", {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return ", ".join(named[:MAX_NAMED]) + more
 
 
 def _differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:

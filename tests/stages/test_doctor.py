@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.system.runtime import deciding
 from stages.doctor import checks
 from stages.doctor.software import OK, PROBLEM, WARNING, extras, size_text, software
 from tests.support.in_process import invoke
@@ -275,3 +276,16 @@ def test_the_space_of_second_names_that_nothing_else_names_is_counted(labelled: 
     )
     assert f"{size_text(own)} are free now" in invoke(copy, "clean", "--kept")
     assert "clean --kept" not in invoke(copy, "doctor")
+
+
+def test_doctor_says_where_fp32_is_rounded_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, capability = torch.device("cuda:1"), {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability[device.index])
+    assert checks._fp32(torch.device("cpu")) == "not rounded"
+    assert checks._fp32(cuda) == "not rounded, there is no tf32"
+    newer = torch.device("cuda:0")
+    assert checks._fp32(newer).endswith("predictions; in training convolutions are rounded to tf32")
+    with deciding(newer, "fp32"):
+        assert checks._fp32(newer) == "not rounded"
+    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "high")
+    assert checks._fp32(newer) == "rounded to tf32"

@@ -24,8 +24,10 @@ from pipeline.inference import speed
 from pipeline.inference.classifier import Answer, Classifier
 from pipeline.inference.loading import build_model, load
 from pipeline.training.checkpoints import save_checkpoint
+from pipeline.views.colour import autocontrast
 from stages.cli import cli
 from tests.support.project import Project
+from tests.support.without_float64 import STAND_IN, WithoutFloat64
 
 GEOMETRY = {
     "patch_size": 8,
@@ -407,3 +409,30 @@ def test_a_batch_too_large_for_the_device_is_named(place: Path, monkeypatch: pyt
 
     monkeypatch.setattr(speed.Classifier, "answer", answer)
     assert "batch size 8: vit" in run(place, "bench", "vit", "--batch-sizes", "4,8", code=2).err
+
+
+# Apple's GPUs
+
+
+@pytest.mark.parametrize("model", ["titn", "squeezenet1_1"])
+def test_a_device_without_float64_predicts_and_evaluates(
+    place: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WithoutFloat64(), pytest.raises(TypeError, match="no float64"):
+        autocontrast(torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device=STAND_IN))
+    monkeypatch.setattr("pipeline.inference.loading.resolve_device", lambda name: {"mps": STAND_IN}[name])
+    with WithoutFloat64():
+        predicted = run(place, "predict", model, "images/cat", "--device", "mps", "--json").out
+        options = ("--device", "mps", "--per-class", "--predictions", str(tmp_path / "rows.csv"), "--json")
+        scores = json.loads(run(place, "evaluate", model, "--data", "images", *options).out)
+    assert [json.loads(line)["top"][0]["probability"] for line in predicted.splitlines()] == [1.0] * 4
+    assert scores["num_images"] == 1, "what the stand-in says of any number"
+    assert len(rows_of(tmp_path / "rows.csv")) == 9
+
+
+@pytest.mark.parametrize("command", [["distill", "--student", "titn"], ["teacher", "vgg16"], ["label"], ["doctor"]])
+def test_a_device_without_float64_is_no_choice_where_views_are_made(tmp_path: Path, command: list[str]) -> None:
+    Project.create(tmp_path)
+    told = run(tmp_path, *command, "--device", "mps", code=2)
+    assert "--device mps: Apple's GPUs have no float64" in told.err + told.out
+    assert "mps" not in run(tmp_path, *command[:1], "--help").out

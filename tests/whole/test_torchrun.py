@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.commands import Command, run
+from pipeline.labels.cache import LabelCache
+from tests.support.commands import Command, Ended, run
 from tests.support.project import Project, environment
 from tests.support.ranks import Rendezvous
 
@@ -180,6 +182,46 @@ def test_ranks_reach_their_time_limit_together(project: Project) -> None:
     ended = [command.finish() for command in commands]
     assert [rank_end.code for rank_end in ended] == [75, 75], ended
     assert all(f"time limit reached in epoch 1 of {EPOCHS} after step 1" in rank_end.err for rank_end in ended)
+
+
+def test_machines_with_equal_files_train_and_others_are_refused_before_the_first_step(
+    project: Project, tmp_path: Path
+) -> None:
+    elsewhere = Project(tmp_path / "elsewhere")
+    shutil.copytree(project.path, elsewhere.path)
+
+    def distill(*options: str, only: tuple[str, ...] = ()) -> list[Ended]:
+        """Train on both machines; `only` the second has some of the options."""
+        rendezvous, command = Rendezvous(), ("distill", "--student", "vit", *CPU, *options)
+        ranks = [(project, command), (elsewhere, (*command, *only))]
+        started = [
+            Command(machine.path, *words, **rendezvous.variables(rank, 2))
+            for rank, (machine, words) in enumerate(ranks)
+        ]
+        return [rank.finish() for rank in started]
+
+    def refused(*only: str) -> str:
+        first, second = distill(only=only)
+        assert (first.code, second.code) == (3, 3) and first.err == second.err, (first, second)
+        assert first.err.startswith("Error: rank 1 is about to train another run than rank 0 (")
+        assert "epoch" not in first.out
+        assert not any((machine.data / "students").exists() for machine in (project, elsewhere))
+        return first.err
+
+    assert [ended.code for ended in distill("--set", "epochs=1")] == [0, 0]
+    assert [(machine.path / "data/runs/smoke/vit-epochs-1").exists() for machine in (project, elsewhere)] == [
+        True,
+        False,
+    ]
+    file = elsewhere.data / "labels/default.h5"
+    cache = LabelCache.open(file)
+    labels = cache.labels.copy()
+    labels[1, 7] = (labels[1, 7] + 1) % cache.num_classes  # the same teacher on another device
+    file.write_bytes(dataclasses.replace(cache, labels=labels).to_bytes())
+    assert "(other labels); give every machine" in refused()
+    elsewhere.edit("batch_size: 128", "batch_size: 64")
+    said = refused("--set", "alpha=0.25", "--fresh")
+    assert "batch_size 64 where that has 128" in said and "alpha 0.25 where that has 0.5" in said, said
 
 
 @pytest.mark.slow

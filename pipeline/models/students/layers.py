@@ -16,6 +16,9 @@ from pipeline.errors import UsageError
 from pipeline.models.network import last_layers
 
 ALL = slice(None)
+MAX_SEQUENCES = 65_535
+"""Blocks of CUDA's grid in the direction in which attention kernels of some versions count sequences. A plain inner
+block has one for each patch of each image."""
 
 
 class Student(nn.Module):
@@ -43,6 +46,11 @@ class Student(nn.Module):
         """The layers that make the logits: the last of each child whose name ends in `head`, else the last of all."""
         heads = [child for name, child in self.named_children() if name.endswith("head")]
         return [layer for head in heads or [self] for layer in last_layers(head)]
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Patch tokens of an image, P; 1 where there is no `embedding` that knows."""
+        return int(getattr(getattr(self, "embedding", None), "num_patches", 1))
 
     def head_tokens(self, num_tokens: int) -> slice:
         """Return which of T tokens the last block returns: the class token and, with two heads, the last; plain, all.
@@ -103,7 +111,15 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
         mixed: Tensor = scores.softmax(dim=-1) @ values
         return mixed
-    return F.scaled_dot_product_attention(queries, keys, values)
+    return attend_in_parts(queries, keys, values)
+
+
+def attend_in_parts(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return what `attend` does by PyTorch's fused attention, of at most MAX_SEQUENCES sequences at a time."""
+    if len(queries) <= MAX_SEQUENCES:
+        return F.scaled_dot_product_attention(queries, keys, values)
+    parts = zip(*(torch.split(tensor, MAX_SEQUENCES) for tensor in (queries, keys, values)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
 class Attention(nn.Module):

@@ -19,7 +19,7 @@ from pipeline.data.streaming import HostImages, in_batches, place_images
 from pipeline.errors import Interrupted, StorageError
 from pipeline.labels.replay import make_canaries
 from pipeline.labels.teacher import label_view
-from pipeline.system.runtime import RESIDENT_VARIABLE
+from pipeline.system.runtime import AT_ONCE, RESIDENT_VARIABLE
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_json
 from pipeline.training.batches import EvaluationData
@@ -113,7 +113,7 @@ def test_scores_of_streamed_images_are_the_same_in_batches_of_any_size(monkeypat
     data: EvaluationData = test_training.evaluation()
     host = dataclasses.replace(data, images=on_host(data.images))
     for size in (1, 7, 30):
-        monkeypatch.setattr("pipeline.training.evaluation.CPU_BATCH", size)
+        monkeypatch.setitem(AT_ONCE, "cpu", size)
         assert evaluate(small_model(), host) == evaluate(small_model(), data)
 
 

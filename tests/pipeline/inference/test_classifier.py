@@ -66,7 +66,7 @@ def test_of_equal_classes_the_first_comes_first_as_by_argmax() -> None:
 
 
 def test_batches_are_small_where_images_are_large() -> None:
-    assert [classifier(image_size=size).batch_size for size in (16, 32, 64, 1000)] == [1024, 256, 64, 1]
+    assert [classifier(image_size=size).batch_size for size in (16, 32, 64, 1000)] == [256, 256, 64, 1]
 
 
 def test_a_model_that_has_diverged_gives_no_answer() -> None:

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pipeline.labels.answers import ViewLabels
+from pipeline.labels.answers import ViewLabels, indexable
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
+from pipeline.labels.identity import label_dtype
 from pipeline.labels.replay import make_canaries, replay
 from pipeline.labels.source import cached_labels, online_labels
 from pipeline.labels.teacher import Teacher, label_view, top_classes
-from pipeline.losses import marginal_smoothing, soft_divergence
+from pipeline.losses import marginal_smoothing, soft_divergence, training_loss
 from pipeline.training.batches import TrainingData
+from pipeline.views.views import Views
 from tests.pipeline.labels.test_teacher import MEAN, NUM_CLASSES, NUM_SAMPLES, RECIPE, STD, make_teacher, make_views
 
 CPU = torch.device("cpu")
@@ -139,23 +143,79 @@ def test_a_batch_gets_the_answers_of_its_own_view_and_samples() -> None:
     assert torch.equal(hard.labels, classes[:, 0]) and hard.confidence is None
 
 
-def test_labels_of_more_than_255_classes_are_read_as_they_are() -> None:
-    cache = make_cache(2)
+class WithoutUint16(TorchDispatchMode):
+    """A stand-in for CUDA, where hardly an operation takes uint16: every one that is given it fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.uint16, f"{func} of uint16"
+        return func(*args, **(kwargs or {}))
+
+
+def widened(cache: LabelCache, num_classes: int) -> LabelCache:
+    """Add classes, of which the last takes the place of class 3."""
     assert cache.classes is not None
-    wide = dataclasses.replace(
-        cache,
-        labels=cache.labels.astype("<u2"),
-        classes=cache.classes.astype("<u2"),
-        identity={**cache.identity, "class_names": [*"abcd", *(["x"] * 40_000)]},
-    )
-    answer = cached_labels(wide, CPU, soft=True)(1, torch.arange(NUM_SAMPLES), torch.empty(0))
-    assert answer.labels.shape == (NUM_SAMPLES, 40_004)
-    assert np.array_equal(answer.labels.argmax(1).numpy(), cache.labels[1])
-    assert wide.classes is not None
-    last = wide.classes.copy()
-    last[last == 3] = 40_003
-    largest = dataclasses.replace(wide, labels=np.ascontiguousarray(last[..., 0]), classes=last)
-    hard = cached_labels(largest, CPU)(1, torch.arange(NUM_SAMPLES), torch.empty(0))
-    soft = cached_labels(largest, CPU, soft=True)(1, torch.arange(NUM_SAMPLES), torch.empty(0))
-    assert np.array_equal(hard.labels.numpy(), last[1, :, 0]) and hard.labels.max() == 40_003, "beyond int16"
-    assert np.array_equal(soft.labels.argmax(1).numpy(), last[1, :, 0])
+    classes = cache.classes.astype(label_dtype(num_classes))
+    classes[classes == 3] = num_classes - 1
+    names = [*"abcd", *map(str, range(num_classes - 4))]
+    labels = np.ascontiguousarray(classes[..., 0])
+    return dataclasses.replace(
+        cache, labels=labels, clean={"test": labels[0]}, classes=classes,
+        identity={**cache.identity, "class_names": names},
+    )  # fmt: skip
+
+
+class Wide(torch.nn.Module):
+    """The teacher of `widened` labels."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.module, self.num_classes = make_teacher().module, num_classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((len(images), self.num_classes), -99.0)
+        logits[:, [0, 1, 2, -1]] = self.module(images)
+        return logits
+
+
+def check_wide_labels(num_classes: int, device: torch.device) -> None:
+    """Check a step's labels of each kind against the cache's numbers."""
+    cache = widened(make_cache(2), num_classes)
+    assert cache.classes is not None and cache.labels.max() == num_classes - 1
+    views = make_views()
+    data = TrainingData(Views(views.images.to(device), views.labels, RECIPE), (0.5,) * 3, (0.2,) * 3, 3)
+    teacher = Teacher(Wide(num_classes).eval(), MEAN, STD, "fp32", batch_size=16)
+    sources = [cached_labels(cache, device), cached_labels(cache, device, soft=True, confidence=True)]
+    sources += [online_labels(teacher)] if device.type == "cpu" else []
+    order = torch.arange(NUM_SAMPLES).flip(0)
+    for source in sources:
+        (batch,) = dataclasses.replace(data, teacher_labels=source).batches(1, [order])
+        assert batch.teacher_labels is not None
+        found = batch.teacher_labels.argmax(1) if batch.teacher_labels.ndim == 2 else batch.teacher_labels
+        assert found.dtype == torch.int64 and np.array_equal(found.cpu().numpy(), cache.labels[1, order])
+        outputs = [torch.zeros(NUM_SAMPLES, num_classes, device=device, requires_grad=True) for _ in range(2)]
+        training_loss((outputs[0], outputs[1]), batch).backward()  # type: ignore[no-untyped-call]
+        assert outputs[1].grad is not None and int(outputs[1].grad[0].argmin()) == found[0]
+
+
+@pytest.mark.parametrize(("num_classes", "dtype"), [(256, "i2"), (32_767, "i2"), (32_768, "i4"), (65_535, "i4")])
+def test_class_numbers_are_held_in_the_smallest_type_that_every_device_indexes(num_classes: int, dtype: str) -> None:
+    held = indexable(np.array([0, num_classes - 1], "<u2"), num_classes)
+    assert held.dtype == np.dtype(dtype) and held.tolist() == [0, num_classes - 1]
+    assert indexable(np.array([0, 254], "u1"), 255).dtype == np.uint8
+
+
+@pytest.mark.parametrize("num_classes", [300, 65_535])
+def test_more_than_255_classes_are_never_indexed_as_uint16(num_classes: int) -> None:
+    with WithoutUint16():
+        if num_classes < 1000:
+            cache = widened(make_cache(2), num_classes)
+            teacher = Teacher(Wide(num_classes).eval(), MEAN, STD, "fp32", batch_size=16)
+            assert replay(cache, teacher, make_views(), EVERYTHING).differences == []
+        check_wide_labels(num_classes, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_classes", [300, 40_000])
+def test_a_gpu_takes_the_labels_of_more_than_255_classes(num_classes: int) -> None:
+    check_wide_labels(num_classes, torch.device("cuda"))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UsageError
+from pipeline.models.students import layers
 from pipeline.models.students.layers import Attention, EncoderBlock, PatchEmbedding, attend, divide, initialise, learned
 from pipeline.models.students.tnt import NestedBlock, PixelEmbedding
 
@@ -207,3 +208,30 @@ def test_weights_keep_the_variance_of_their_inputs_and_biases_start_at_zero() ->
             assert module.bias is None or not module.bias.any()
     assert learned(100, 192).std().item() == pytest.approx(1.0, rel=0.05)
     assert torch.equal(block.mlp_norm.weight, torch.ones(192))
+
+
+def test_attention_kernels_never_get_more_sequences_than_cudas_grid_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain inner block of 1,024 images of 64 patches has 65,536 sequences."""
+    sizes: list[int] = []
+    whole = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        sizes.append(len(queries))
+        return whole(queries, keys, values)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", noted)
+    with torch.device("meta"):
+        block = EncoderBlock(width=12, num_heads=2, mlp_ratio=1)
+        assert block(torch.empty(1024 * 64, 16, 12)).shape == (65_536, 16, 12) and sizes == [65_535, 1]
+        block(torch.empty(1024 * 64 - 1, 16, 12))
+    assert sizes[2:] == [65_535], "what fits is not cut"
+    queries, keys, values = (tokens(7, 2, 5, 4, seed=seed).requires_grad_() for seed in range(3))
+    together = attend(queries, keys, values)
+    monkeypatch.setattr(layers, "MAX_SEQUENCES", 3)
+    parts = layers.attend_in_parts(queries, keys, values)
+    assert sizes[3:] == [3, 3, 1]
+    torch.testing.assert_close(parts, together, **FLOAT64)
+    for gradient, expected in zip(
+        *(torch.autograd.grad(out.square().sum(), keys) for out in (parts, together)), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected, **FLOAT64)

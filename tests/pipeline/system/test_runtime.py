@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.errors import Interrupted, UsageError
-from pipeline.system.runtime import Ranks, autocast, current_ranks, environment, resolve_device, resolve_precision
+from pipeline.system.runtime import (
+    Ranks,
+    autocast,
+    current_ranks,
+    deciding,
+    environment,
+    images_at_once,
+    resolve_device,
+    resolve_precision,
+)
 from pipeline.system.stopping import StopSignal
 from stages.cli import run
 from tests.support.project import environment as command_environment
@@ -49,6 +61,71 @@ def test_precision_is_taken_as_given_and_auto_is_resolved() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with autocast(cpu, "fp32"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_auto_asks_the_device_that_is_named_for_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextlib.contextmanager
+    def chosen(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr("torch.cuda.device", chosen)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: current[-1] == 1)
+    assert [resolve_precision("auto", torch.device("cuda", index)) for index in (0, 1)] == ["fp32", "bf16"]
+    assert current == [0]
+
+
+def test_float32_is_not_rounded_where_classes_are_decided() -> None:
+    convolutions = torch.backends.cudnn.conv
+    assert convolutions.fp32_precision == "tf32", "PyTorch's default, in which training computes"
+    with deciding(CUDA, "fp32"):
+        assert convolutions.fp32_precision == "ieee"
+    with pytest.raises(ZeroDivisionError), deciding(CUDA, "fp32"):
+        raise ZeroDivisionError
+    assert convolutions.fp32_precision == "tf32" and torch.backends.cudnn.allow_tf32
+    with deciding(CPU, "bf16"):
+        assert convolutions.fp32_precision == "tf32" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_a_gpu_convolves_in_float32_where_classes_are_decided() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, weights = torch.randn(8, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
+    exact = torch.nn.functional.conv2d(images.double(), weights.double())
+    with deciding(CUDA, "fp32"):
+        decided = torch.nn.functional.conv2d(images.cuda(), weights.cuda())
+    assert (decided.cpu() - exact).abs().max() < 1e-5 * exact.abs().max(), "tf32 is off by 1e-4 and more"
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "tokens", "asked", "expected"),
+    [
+        (CPU, 32, 64, None, 256),
+        (CUDA, 32, 64, None, 4096),
+        (CPU, 8, 0, None, 256),  # small images are no reason for more
+        (CUDA, 224, 0, None, 83),  # of VGG16_bn's first activations 1.07 GB instead of 52
+        (CPU, 224, 0, None, 5),
+        (CUDA, 1024, 0, None, 4),
+        (CPU, 1024, 0, None, 1),
+        (CUDA, 32, 256, None, 1024),  # patches of 2
+        (CUDA, 224, 784, None, 83),  # patches of 8: the pixels decide
+        (CUDA, 224, 12544, None, 20),
+        (CPU, 32, 0, 1024, 1024),  # what a recipe asks of a teacher that labels
+        (CPU, 224, 0, 1024, 83),
+        (CUDA, 224, 0, 16, 16),
+    ],
+)
+def test_images_at_once_go_by_their_pixels_and_tokens(
+    device: torch.device, size: int, tokens: int, asked: int | None, expected: int
+) -> None:
+    model = SimpleNamespace(tokens_per_image=tokens) if tokens else torch.nn.Identity()
+    assert images_at_once(device, size, model, asked=asked) == expected
 
 
 def test_a_run_says_where_and_when_it_took_place() -> None:

@@ -213,6 +213,15 @@ def test_ranks_wait_for_rank_0_however_long_and_learn_what_it_failed_of() -> Non
     assert first[4] == (3, "broken") and second[4] == (3, "rank 0: broken")
 
 
+def gather(group: Group) -> list[Any]:
+    return group.gather_json({"rank": "é" * group.rank, "lr": 0.1})
+
+
+def test_ranks_learn_each_others_json_of_any_length() -> None:
+    expected = [{"rank": "", "lr": 0.1}, {"rank": "é", "lr": 0.1}]
+    assert on_ranks(2, gather) == [expected, expected] and gather(ALONE) == expected[:1]
+
+
 @pytest.mark.parametrize(
     ("device", "variables", "words"),
     [

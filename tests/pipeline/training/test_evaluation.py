@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.labels.teacher import Teacher
-from pipeline.losses import probabilities
+from pipeline.losses import probabilities, training_loss
 from pipeline.models import TEACHERS
 from pipeline.models.folding import fold
 from pipeline.models.network import Network, last_layers
 from pipeline.models.students import STUDENTS, build_student
 from pipeline.models.teachers import build_teacher
-from pipeline.training.batches import EvaluationData
+from pipeline.system.runtime import deciding
+from pipeline.training.batches import Batch, EvaluationData
 from pipeline.training.evaluation import Predictions, evaluate
+from pipeline.training.step import train_step
 
 MEAN, STD, NUM_CLASSES, NUM_IMAGES = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 60, 64
 
@@ -28,7 +30,7 @@ def images(size: int) -> Tensor:
 
 def evaluated(model: nn.Module, pixels: Tensor) -> Predictions:
     """What a model predicts where training evaluates it in bf16."""
-    data = EvaluationData(pixels, torch.zeros(NUM_IMAGES, dtype=torch.int64), MEAN, STD, NUM_CLASSES)
+    data = EvaluationData(pixels, torch.zeros(len(pixels), dtype=torch.int64), MEAN, STD, NUM_CLASSES)
     predictions = Predictions.of(data)
     evaluate(model, data, precision="bf16", predictions=predictions)
     return predictions
@@ -85,3 +87,59 @@ def test_a_student_is_evaluated_by_the_classes_that_it_predicts(name: str) -> No
         trained = model.train()(torch.zeros(1, 3, 16, 16))
     heads_logits = trained if isinstance(trained, tuple) else (trained,)
     assert all(head.dtype == torch.bfloat16 for head in heads_logits), "training is left as it was"
+
+
+class Sizes(nn.Module):
+    """Notes the number of images of each batch."""
+
+    def __init__(self, tokens_per_image: int = 1) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.tokens_per_image = tokens_per_image
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.sizes.append(len(inputs))
+        return torch.eye(NUM_CLASSES)[: len(inputs)]
+
+
+def test_large_images_are_evaluated_and_predicted_in_smaller_batches() -> None:
+    pixels = images(150)  # 256 * 32^2 / 150^2 = 11.7
+    for tokens, size in ((1, 11), (22_500, 1)):
+        model = Sizes(tokens)
+        evaluated(model, pixels[:12])
+        assert model.sizes == [size, *[1] * (12 - size)]
+        runner = PixelsToOutputs(Network(model, MEAN, STD)).eval()
+        assert Classifier(runner=runner, class_names=("a",), image_size=150).batch_size == size
+    student = build_student("titn", num_classes=2, image_size=32, patch_size=4, width=48, depth=1)
+    assert student.tokens_per_image == 64 and build_student("vit", num_classes=2).tokens_per_image == 16
+
+
+class Watched(nn.Module):
+    """Notes how cuDNN is to compute float32 convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.noted = nn.Parameter(torch.ones(())), []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.noted.append(torch.backends.cudnn.conv.fp32_precision)
+        return torch.eye(NUM_CLASSES)[: len(inputs)] * self.weight
+
+
+def test_float32_is_float32_on_a_gpu_in_evaluation_labels_and_predictions_not_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("training.evaluation", "models.network"):
+        monkeypatch.setattr(
+            f"pipeline.{module}.deciding", lambda device, precision: deciding(torch.device("cuda"), "fp32")
+        )
+    model, pixels = Watched(), images(8)[:3]
+    evaluated(model, pixels)
+    Teacher(model, MEAN, STD, "fp32", batch_size=8).label(pixels)
+    Classifier(runner=PixelsToOutputs(Network(model, MEAN, STD)), class_names=("a",) * NUM_CLASSES, image_size=8)(
+        pixels
+    )
+    assert model.noted == ["ieee"] * 3
+    batch = Batch(torch.arange(3), torch.arange(3), torch.ones(3), images=torch.zeros(3, 3, 8, 8))
+    train_step(model, batch, training_loss, torch.optim.SGD(model.parameters()), clip=0.0, precision="fp32")
+    assert model.noted[3:] == ["tf32"], "as PyTorch has it"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
+from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.losses import probabilities
-from pipeline.training.metrics import Meter, confusion_scores, standing
+from pipeline.training.metrics import Meter, class_scores, count_scores, standing
 
 
 @settings(max_examples=60)
@@ -64,8 +68,56 @@ def test_agreement_is_none_without_a_teacher() -> None:
 
 
 def test_a_class_that_is_never_predicted_counts_zero_precision() -> None:
-    confusion = torch.tensor([[2, 0], [2, 0]])
-    assert confusion_scores(confusion) == pytest.approx((50.0, 0.25, 0.5, 1 / 3))
+    """Two images of each of two classes, all taken for the first."""
+    counts = torch.tensor([[2, 0], [2, 2], [4, 0]])
+    assert count_scores(counts) == pytest.approx((50.0, 0.25, 0.5, 1 / 3))
+
+
+def matrix_scores(confusion: Tensor) -> tuple[float, ...]:
+    """The scores from a confusion matrix, as the meter made them before: float64, in this order of operations."""
+    counts = confusion.double()
+    hits, targets, predictions = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    present = (targets + predictions) > 0
+    macro = (hits / predictions.clamp_min(1.0), hits / targets.clamp_min(1.0))
+    macro += (2.0 * hits / (targets + predictions).clamp_min(1.0),)
+    return 100.0 * float(hits.sum() / counts.sum()), *(float(values[present].mean()) for values in macro)
+
+
+def test_scores_are_those_of_the_confusion_matrix_to_the_last_digit() -> None:
+    generator, num_classes = torch.Generator().manual_seed(0), 700
+    for _ in range(3):
+        logits = torch.randn(1500, num_classes, generator=generator)
+        labels = torch.randint(num_classes - 50, (1500,), generator=generator)  # some classes have no images
+        logits[torch.arange(1500), labels] += 3
+        meter = Meter(num_classes, torch.device("cpu"))
+        for part in torch.arange(1500).split(256):
+            meter.add(logits[part], labels[part])
+        cells = labels * num_classes + probabilities(logits).argmax(1)
+        scores = meter.scores()
+        expected = matrix_scores(cells.bincount(minlength=num_classes**2).view(num_classes, num_classes))
+        assert (scores.top1, scores.precision, scores.recall, scores.f1) == expected
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [value.numel() for value in tree_leaves(result) if isinstance(value, Tensor)]
+        self.size = max(self.size, *sizes, 0)
+        return result
+
+
+def test_memory_grows_with_the_classes_not_with_their_square() -> None:
+    num_classes, batch = 60_000, 4
+    with Largest() as largest:
+        meter = Meter(num_classes, torch.device("cpu"))
+        meter.add(torch.zeros(batch, num_classes), torch.full((batch,), num_classes - 1))
+        assert meter.scores().top1 == 0.0
+        class_scores(torch.full((batch,), num_classes - 1), torch.arange(batch), tuple(map(str, range(num_classes))))
+    assert largest.size <= batch * num_classes
 
 
 def test_of_equal_classes_the_lower_comes_first() -> None:
