@@ -16,6 +16,8 @@ from pipeline.report.figures import require_matplotlib
 from pipeline.report.page import Item, Missing, Section, file_names
 from pipeline.report.tables import Figure, Table
 from pipeline.system.storage import read_json, write_atomic, write_json
+from pipeline.system.text import counted
+from pipeline.training.manifest import MANIFEST
 from stages.reports import compare, tables, verdict
 from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.figures import figures
@@ -73,6 +75,9 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
     runs = replace(runs, others={}) if tracked_only else runs
     for trained, why in runs.left_out.items():
         context.say(f"left out: {trained}: {why}")
+    if unsealed := [run for run in runs.all if not run.is_sealed]:
+        which = f"{counted(len(unsealed), 'run')}, {unsealed[0].directory}{' and others' if unsealed[1:] else ''}"
+        context.say(f"without {MANIFEST}, as older versions wrote none, so that damage is not told: {which}")
     comparisons = compare.find_comparisons(runs)
     opening, closing = opening_section(context, runs, with_figures=with_figures), closing_section(runs)
     main = main_sections(runs, comparisons, with_figures=with_figures)
@@ -132,7 +137,7 @@ def main_sections(
 
 def closing_section(runs: FinishedRuns) -> Section:
     """Return what the report closes with: settings, every run as it was trained, and the paper's tables."""
-    finished = [*runs.teachers.values(), *runs.students.values(), *runs.others.values()]
+    finished = runs.all
     shown: list[Item] = [tables.settings_table(runs.recipe, runs.num_classes)]
     shown += [tables.runs_table(finished)] if finished else []
     shown += [overview_table(runs)] if runs.recipe.dataset.source in paper.TABLES else []
