@@ -212,6 +212,8 @@ def mend_run(context: Context, classifier: Classifier) -> None:
         UsageError: The directory is no run's with a manifest.
         DataError: Other files are damaged too; other data are prepared; or the teacher's labels are not here.
     """
+    import torch
+
     from pipeline.training.evaluation import Predictions, evaluate
     from stages.shared.fitting import evaluation_data
 
@@ -234,7 +236,10 @@ def mend_run(context: Context, classifier: Classifier) -> None:
     data = evaluation_data(dataset, dataset.test, classifier.device, teacher_labels)
     predictions = Predictions.of(data)
     precision = classifier.precision if record is None else record["precision"]
-    scores = evaluate(classifier.module, data, precision=precision, predictions=predictions)
+    # Teachers are trained in this layout; in another one the last digits differ.
+    layout = torch.channels_last if meta["kind"] == "teacher" else torch.preserve_format
+    module = classifier.module.to(memory_format=layout)
+    scores = evaluate(module, data, precision=precision, predictions=predictions)
     test = {"epoch": meta["epoch"], **dataclasses.asdict(scores)}
     contents = {
         "predictions.csv": predictions.as_csv(classifier.class_names, data, dataset.test.names),
@@ -253,7 +258,7 @@ def mend_run(context: Context, classifier: Classifier) -> None:
             if (former := kept.find(result, any_code=True)) is not None:  # its copy may be the same damaged file
                 kept.keep(context, dataclasses.replace(result, code=former.code))
             context.changed(result.stage)
-    how = "byte for byte as before" if digests == manifest.files else "computed elsewhere, with other last digits"
+    how = "byte for byte as before" if digests == manifest.files else "with other last digits, as another machine has"
     context.say(f"{directory}: {' and '.join(broken)} written again, {how}")
 
 

@@ -15,7 +15,7 @@ from pipeline.report import page, paper
 from pipeline.report.figures import require_matplotlib
 from pipeline.report.page import Item, Missing, Section, file_names
 from pipeline.report.tables import Figure, Table
-from pipeline.system.storage import read_json, write_atomic, write_json
+from pipeline.system.storage import read_json, to_json, write_together
 from pipeline.system.text import counted
 from pipeline.training.manifest import MANIFEST
 from stages.reports import compare, tables, verdict
@@ -199,7 +199,7 @@ def overview_table(runs: FinishedRuns) -> Table:
 
 
 def _write(directory: Path, title: str, text: str, sections: Sequence[Section], content: Mapping[str, Any]) -> None:
-    """Write all files, report.json last, and delete those that only a former report wrote."""
+    """Write all files together, report.json last, and delete those that only a former report wrote."""
     items = [item for section in sections for item in section.items]
     files: dict[str, bytes] = {}
     for name, item in zip(file_names(items), items, strict=True):
@@ -213,9 +213,8 @@ def _write(directory: Path, title: str, text: str, sections: Sequence[Section], 
     files["report.html"] = page.to_html(title, text, sections)
     (directory / "figures").mkdir(parents=True, exist_ok=True)  # DVC expects it, also where nothing was drawn
     former = _former_files(directory / "report.json") - set(files)
-    for name, data in files.items():
-        write_atomic(directory / name, data)
-    write_json(directory / "report.json", {**content, "files": sorted(files)})
+    contents = {**files, "report.json": to_json({**content, "files": sorted(files)})}
+    write_together({directory / name: data for name, data in contents.items()})
     for name in former:
         (directory / name).unlink(missing_ok=True)
 
