@@ -139,7 +139,7 @@ def check_all(directory: Path, *, but: tuple[str, ...] = ()) -> None:
         DataError: See `read_checked`; of the first that differs.
     """
     manifest = read_manifest(directory)
-    for name in () if manifest is None else manifest.files:
+    for name in [] if manifest is None else list(manifest.files):
         if name not in but and (directory / name).is_file():
             check_digest(directory / name, sha256_file(directory / name))
 
@@ -161,7 +161,7 @@ def refuse_writing(path: Path) -> None:
     names: list[str] = [MANIFEST]
     with contextlib.suppress(DataError, StorageError):
         manifest = read_manifest(path.parent)
-        names += () if manifest is None else manifest.files
+        names += [] if manifest is None else list(manifest.files)
     if path.name in names:
         raise UsageError(f"{printable(path)}: one of a run's own files; name another")
 

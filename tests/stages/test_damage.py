@@ -11,7 +11,9 @@ import pytest
 
 from pipeline.config.params import load_params
 from pipeline.errors import DataError
+from pipeline.system.storage import beside
 from pipeline.training.checkpoints import RunState
+from pipeline.training.manifest import write_with_manifest
 from stages.reports.runs import FinishedRuns
 from stages.shared.paths import Paths
 from tests.support.in_process import invoke
@@ -122,6 +124,15 @@ def test_a_result_of_an_older_version_is_accepted_and_that_is_said_once(project:
     assert "up to date" in second and "manifest" not in second
     flip(project.path / OUT / "curve.csv")
     assert f"{OUT}/curve.csv: not what manifest.json says" in invoke(project, *TEACHER, code=3)
+
+
+def test_a_result_whose_replacing_was_killed_is_put_in_place_by_the_next_command(project: Project) -> None:
+    out, whole = project.path / OUT, files(project.path / OUT)
+    for name in whole.keys() - {"best.json"}:  # this one has been renamed already
+        (out / name).rename(beside(out / name, "0" * 16))
+    write_with_manifest(out, {"best.safetensors": b"former", "curve.csv": b"former", "metrics.json": b"{}"})
+    assert f"{OUT}/best.safetensors: not what manifest.json says" not in invoke(project, *TEACHER)
+    assert files(out) == whole and "up to date" in invoke(project, *TEACHER)
 
 
 def test_a_selection_that_was_changed_is_told(project: Project) -> None:
