@@ -14,8 +14,8 @@ from pipeline.config.params import override
 from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_values
 from pipeline.errors import UsageError
 from pipeline.report.tables import spread
-from pipeline.system.storage import read_json
 from pipeline.training.checkpoints import read_meta
+from pipeline.training.manifest import read_json_checked
 from stages.reports.conditions import why_apart
 from stages.reports.runs import FinishedRun, pools
 from stages.shared import options
@@ -187,7 +187,7 @@ def command(
             out = distill(context, student, distillation, seed=this_seed, fresh=fresh)
             if not context.ranks.is_main:  # its machine may have no outputs
                 continue
-            results.append(read_json(out / "metrics.json"))
+            results.append(read_json_checked(out / "metrics.json"))
             finished.append(FinishedRun.read(out))
             best, last, test = (results[-1][key] for key in ("best", "last", "test"))
             context.say(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -17,9 +18,10 @@ from pipeline.data.images import UNUSED_ALPHA, BadFile, refusal
 from pipeline.data.listing import relative_name
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
-from pipeline.system.storage import remove_leftovers, write_atomic
+from pipeline.system.storage import lock, read_if_exists, remove_leftovers, to_json, write_atomic, write_together
 from pipeline.system.text import counted
-from stages.shared import options
+from pipeline.training.manifest import EVALUATED, MANIFEST, check_all, read_manifest, refuse_writing
+from stages.shared import kept, options
 from stages.shared.context import Context
 from stages.shared.trained import require_same_data
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--skip-bad", is_flag=True, help="Leave corrupt, empty and oversized files of --data out.")
 @click.option("--per-class", is_flag=True, help="Show each class too, the worst first.")
 @click.option("--predictions", type=options.PATH, help="Write what is predicted for each image to this CSV file.")
+@click.option("--mend", is_flag=True, help="Write a run's predictions.csv and metrics.json again if they are damaged.")
 @options.precision_option
 @options.json_option
 def command(
@@ -51,6 +54,7 @@ def command(
     skip_bad: bool,
     per_class: bool,
     predictions: Path | None,
+    mend: bool,
     precision: str | None,
     as_json: bool,
 ) -> None:
@@ -61,16 +65,22 @@ def command(
     """
     from pipeline.inference.loading import load
 
+    if predictions is not None:
+        refuse_writing(predictions)
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
         classifier = load(checkpoint, device=device, precision=precision)
         options.tell_plain(classifier)
         context = options.open_context(recipe, named_by=lambda params: classifier.config.get("recipe"))
+        if mend:
+            mend_run(context, classifier)
+            context.end()
+            return
         result = evaluate_split(context, classifier, split or "test", per_class=per_class, rows=predictions)
     else:
-        if recipe is not None or split is not None:
-            given = "--recipe" if recipe is not None else "--split"
+        if recipe is not None or split is not None or mend:
+            given = "--recipe" if recipe is not None else "--mend" if mend else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
         classifier = load(checkpoint, device=device, precision=precision)
         options.tell_plain(classifier)
@@ -216,6 +226,95 @@ class _ScoredFolder:
         from pipeline.training.evaluation import Predictions
 
         return Predictions.joined(self._parts)
+
+
+def mend_run(context: Context, classifier: Classifier) -> None:
+    """Write what follows from a run's weights again where it is damaged: predictions.csv and metrics.json.
+
+    The manifest tells whether they are what they were; elsewhere than on the run's machine their last digits may
+    differ, and the manifest then names the new ones.
+
+    Args:
+        context: The command's setting.
+        classifier: The run's best weights, loaded from its directory.
+
+    Raises:
+        UsageError: The directory is no run's with a manifest.
+        DataError: Other files are damaged too; other data are prepared; or the teacher's labels are not here.
+    """
+    import torch
+
+    from pipeline.training.evaluation import Predictions, evaluate
+    from stages.shared.fitting import evaluation_data
+
+    assert classifier.file is not None, "it has been loaded"
+    directory, meta, paths = classifier.file.parent, classifier.config, context.paths
+    manifest = read_manifest(directory)
+    if manifest is None or classifier.file.name != "best.safetensors" or not set(EVALUATED) <= manifest.files.keys():
+        raise UsageError(f"--mend: {directory} has no {MANIFEST} of a run; name what `teacher` or `distill` wrote")
+    check_all(directory, but=EVALUATED)
+    broken = [name for name in EVALUATED if _digest(read_if_exists(directory / name)) != manifest.files[name]]
+    record, dataset = meta.get("metrics"), context.dataset()
+    if not broken:
+        context.say(f"{directory}: nothing to mend")
+        return
+    if record is None and "metrics.json" in broken:
+        raise DataError(f"{directory}: of an older version, whose best.json lacks what metrics.json said; train again")
+    way_out = "name its own recipe, or prepare its data again"
+    require_same_data(meta, classifier.file, paths, way_out, sha256=dataset.sha256)
+    teacher_labels = _teacher_labels(context, meta.get("teacher"))
+    data = evaluation_data(dataset, dataset.test, classifier.device, teacher_labels)
+    predictions = Predictions.of(data)
+    precision = classifier.precision if record is None else record["precision"]
+    # Teachers are trained in this layout; in another one the last digits differ.
+    layout = torch.channels_last if meta["kind"] == "teacher" else torch.preserve_format
+    module = classifier.module.to(memory_format=layout)
+    scores = evaluate(module, data, precision=precision, predictions=predictions)
+    test = {"epoch": meta["epoch"], **dataclasses.asdict(scores)}
+    contents = {
+        "predictions.csv": predictions.as_csv(classifier.class_names, data, dataset.test.names),
+        "metrics.json": to_json({**(record or {}), "test": test}),
+    }
+    digests = {**manifest.files, **{name: _digest(contents[name]) for name in broken}}
+    kind, name = str(meta["kind"]), directory.name
+    differs = directory.resolve().parent == paths.run("").resolve()
+    with lock(paths.work("runs" if differs else f"{kind}s", f"{name}.lock")):
+        new = {directory / file: contents[file] for file in broken}
+        write_together({**new, directory / MANIFEST: manifest._replace(files=digests).to_bytes()})
+        own = paths.teacher(name) if kind == "teacher" else paths.student(name)
+        if directory.resolve() == own.resolve():
+            files = tuple(own / file for file in (*manifest.files, MANIFEST))
+            result = kept.Result(context.recipe.name, f"{kind}@{name}", str(manifest.fingerprint), own, files)
+            if (former := kept.find(result, any_code=True)) is not None:  # its copy may be the same damaged file
+                kept.keep(context, dataclasses.replace(result, code=former.code))
+            context.changed(result.stage)
+    how = "byte for byte as before" if digests == manifest.files else "with other last digits, as another machine has"
+    context.say(f"{directory}: {' and '.join(broken)} written again, {how}")
+
+
+def _digest(data: bytes | None) -> str:
+    return "" if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _teacher_labels(context: Context, teacher: Any) -> np.ndarray[Any, Any] | None:
+    """Return a run's teacher's labels of the test images, `(N,)` integers; None where it had no teacher.
+
+    Raises:
+        DataError: No label file here is this teacher's.
+    """
+    from pipeline.labels.cache import LabelCache
+
+    if not teacher:
+        return None
+    dataset = context.dataset()
+    for path in (context.paths.labels(name) for name in context.recipe.views):
+        if path.is_file():
+            cache = LabelCache.open(path)
+            is_its = cache.provenance["checkpoint_sha256"] == teacher["sha256"]
+            if is_its and cache.identity["dataset_sha256"] == dataset.sha256 and "test" in cache.clean:
+                return cache.clean["test"]
+    folder, name = context.paths.labels("default").parent, printable(teacher["name"])
+    raise DataError(f"{folder}: no labels by its teacher, {name}, which the files have too; get them back first")
 
 
 def scores_table(result: dict[str, Any]) -> Table:

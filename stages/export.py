@@ -25,7 +25,8 @@ from pipeline.data.images import SUFFIXES, read_image
 from pipeline.data.listing import in_utf8, is_clutter, one_form
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
 from pipeline.inference.card import CARD, CONFIG, FILES, SCHEMA, model_card
-from pipeline.system.storage import read_json, remove_leftovers, write_atomic, write_json
+from pipeline.system.canonical import seal
+from pipeline.system.storage import read_json, remove_leftovers, storage_errors, to_json, write_together
 from pipeline.training.checkpoints import load_checkpoint
 from stages.shared.context import Context
 from stages.shared.options import EXISTING, PATH, json_option, open_console, open_context
@@ -145,7 +146,10 @@ def check_out(out: Path) -> None:
     except PipelineError:
         config = None
     is_export = isinstance(config, dict) and config.get("schema") == SCHEMA
-    if any(out.iterdir()) and not is_export:
+    own, there = (*FILES.values(), CARD, CONFIG), {path.name for path in out.iterdir()}
+    # A killed export leaves these hidden ones, and perhaps some of its files.
+    left = {name for name in there if name.endswith(".tmp") and name.startswith(tuple(f".{file}." for file in own))}
+    if there and not is_export and not (left and there <= {*left, *own}):
         raise UsageError(f"--out {out}: it holds other files than a former export's; name a new directory")
 
 
@@ -300,7 +304,7 @@ def export(
                 entry["top1_of_checkpoint"] = top1(classifier, real.batches())
                 text += f"; top-1 {entry['top1']:.2f} % beside {entry['top1_of_checkpoint']:.2f} % in float32"
         say(f"{entry['file']}: {entry['bytes'] / 1e6:.2f} MB, {text}")
-    config = _config(classifier, real, entries, license)
+    config = seal(_config(classifier, real, entries, license))
     _write(out, contents, config)
     say(f"wrote {out}; {out / CARD} is its model card")
     return config
@@ -419,16 +423,14 @@ def _versions(entries: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write(out: Path, contents: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
-    """Write the files. A killed write leaves a config.json that names none of them, which a rerun replaces."""
-    write_json(out / CONFIG, {"schema": SCHEMA, "files": {}})
-    for name, file in FILES.items():
+    """Write the files together, config.json last, which names their SHA-256; then delete what it no longer names."""
+    for file in (*FILES.values(), CARD, CONFIG):
         remove_leftovers(out / file)
-        if name in contents:
-            write_atomic(out / file, contents[name])
-        else:
-            (out / file).unlink(missing_ok=True)
-    write_atomic(out / CARD, model_card(config).encode())
-    write_json(out / CONFIG, config)
+    files = {out / FILES[name]: content for name, content in contents.items()}
+    write_together({**files, out / CARD: model_card(config).encode(), out / CONFIG: to_json(config)})
+    for path in [out / file for name, file in FILES.items() if name not in contents]:
+        with storage_errors(f"delete {path}"):
+            path.unlink(missing_ok=True)
 
 
 def _to_tensor(images: NDArray[np.uint8]) -> Tensor:

@@ -14,9 +14,11 @@ from typing import Any
 from pipeline.config.recipes import TeacherRecipe
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.labels.cache import LabelCache
+from pipeline.system.canonical import is_whole
 from pipeline.system.storage import read_json
 from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
+from pipeline.training.manifest import check_all
 from stages.distill import distill, plan_student
 from stages.label import LabelRequest, label, plan_labels
 from stages.selection import compare, select
@@ -206,11 +208,16 @@ class SelectJob(Job):
         if is_kept and best != maker:
             text = f"done: {best} has the highest {comparison['by']}; labels and students stay with {maker}'s"
             return State(text, is_done=True)
-        chosen, trained = read_meta(paths.winner), read_meta(outs[best])
+        trained = read_meta(outs[best])
+        try:
+            chosen = read_meta(paths.winner)
+            check_all(paths.winner)
+            former = read_json(paths.selection) if paths.selection.is_file() else {}
+        except DataError:  # selecting again makes them whole
+            return State(self.amount(context))
         if chosen is None or trained is None or chosen["sha256"] != trained["sha256"]:
             return State(self.amount(context))
-        former = read_json(paths.selection) if paths.selection.is_file() else {}
-        compared = former.get("candidates", [])
+        compared = former.get("candidates", []) if is_whole(former) else []
         is_same = former.get("winner") == best and all(row in compared for row in comparison["candidates"])
         return State(f"{best} is selected", is_done=True) if is_same else State(self.amount(context))
 

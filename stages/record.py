@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from pipeline.errors import DataError, printable
-from pipeline.system.storage import lock, read_bytes, read_if_exists, remove_leftovers, write_atomic
+from pipeline.system.storage import lock, read_if_exists, remove_leftovers, write_atomic
 from pipeline.training.checkpoints import read_meta
+from pipeline.training.manifest import read_checked
 from stages.reports.runs import FinishedRun
 from stages.shared.options import EXISTING, records_option
 from stages.shared.paths import RECORDS, Paths
@@ -91,7 +92,7 @@ class Records:
             for place in (self.path, self.path.parent / "curves"):
                 remove_leftovers(place)
             lines = self._lines()
-            curve, data = self.curve(record["id"]), read_bytes(directory / "curve.csv")
+            curve, data = self.curve(record["id"]), read_checked(directory / "curve.csv")
             if read_if_exists(curve) != data:
                 write_atomic(curve, data)
             is_new = all(former["id"] != record["id"] for _, former in lines)

@@ -16,7 +16,9 @@ from pipeline.report import page, paper
 from pipeline.report.figures import require_matplotlib
 from pipeline.report.page import Item, Missing, Section, file_names
 from pipeline.report.tables import Figure, Table
-from pipeline.system.storage import lock, read_json, remove_leftovers, write_atomic, write_json
+from pipeline.system.storage import lock, read_json, remove_leftovers, to_json, write_together
+from pipeline.system.text import counted
+from pipeline.training.manifest import MANIFEST
 from stages.reports import compare, tables, verdict
 from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.figures import figures
@@ -74,6 +76,9 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
     runs = replace(runs, others={}) if tracked_only else runs
     for trained, why in runs.left_out.items():
         context.say(f"left out: {trained}: {why}")
+    if unsealed := [run for run in runs.all if not run.is_sealed]:
+        which = f"{counted(len(unsealed), 'run')}, {unsealed[0].directory}{' and others' if unsealed[1:] else ''}"
+        context.say(f"without {MANIFEST}, as older versions wrote none, so that damage is not told: {which}")
     comparisons = compare.find_comparisons(runs)
     opening, closing = opening_section(context, runs, with_figures=with_figures), closing_section(runs)
     main = main_sections(runs, comparisons, with_figures=with_figures)
@@ -135,7 +140,7 @@ def main_sections(
 
 def closing_section(runs: FinishedRuns) -> Section:
     """Return what the report closes with: settings, every run as it was trained, and the paper's tables."""
-    finished = [*runs.teachers.values(), *runs.students.values(), *runs.others.values()]
+    finished = runs.all
     shown: list[Item] = [tables.settings_table(runs.recipe, runs.num_classes)]
     shown += [tables.runs_table(finished)] if finished else []
     shown += [overview_table(runs)] if runs.recipe.dataset.source in paper.TABLES else []
@@ -197,7 +202,7 @@ def overview_table(runs: FinishedRuns) -> Table:
 
 
 def _write(directory: Path, title: str, text: str, sections: Sequence[Section], content: Mapping[str, Any]) -> None:
-    """Write all files, report.json last, and delete those that only a former report wrote."""
+    """Write all files together, report.json last, and delete those that only a former report wrote."""
     items = [item for section in sections for item in section.items]
     files: dict[str, bytes] = {}
     for name, item in zip(file_names(items), items, strict=True):
@@ -213,9 +218,8 @@ def _write(directory: Path, title: str, text: str, sections: Sequence[Section], 
     former = _former_files(directory / "report.json") - set(files)
     for place in (directory, directory / "tables", directory / "figures"):
         remove_leftovers(place)
-    for name, data in files.items():
-        write_atomic(directory / name, data)
-    write_json(directory / "report.json", {**content, "files": sorted(files)})
+    contents = {**files, "report.json": to_json({**content, "files": sorted(files)})}
+    write_together({directory / name: data for name, data in contents.items()})
     for name in former:
         (directory / name).unlink(missing_ok=True)
 

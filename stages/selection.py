@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ import click
 
 from pipeline.config.recipes import deciding_values
 from pipeline.errors import DataError, UsageError
-from pipeline.system.canonical import fingerprint
-from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, write_atomic, write_json
+from pipeline.system.canonical import fingerprint, seal
+from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, to_json, write_together
 from pipeline.training.checkpoints import load_checkpoint, read_meta
+from pipeline.training.manifest import MANIFEST, Manifest, read_json_checked
 from stages.reports.tables import candidates_table
 from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.options import open_context, recipe_option, teachers_option
+from stages.shared.runs import CHECKPOINTS
 from stages.shared.trained import require_same_data
 
 
@@ -67,12 +70,13 @@ def select(
                 way_out = f"run `pipeline teacher {name} --recipe {context.recipe.name}`"
                 require_same_data(meta, out, paths, way_out)
         checkpoint = load_checkpoint(trained[comparison["winner"]])
-        files = [checkpoint.path, checkpoint.path.with_suffix(".json")]
-        for path in (*(paths.winner / file.name for file in files), paths.selection):
+        copies = {paths.winner / file.name: read_bytes(file) for file in checkpoint.files}
+        manifest = Manifest({path.name: hashlib.sha256(data).hexdigest() for path, data in copies.items()})
+        # The selection has a seal of its own: it changes with each candidate, and labels depend on the winner's folder.
+        copies |= {paths.winner / MANIFEST: manifest.to_bytes(), paths.selection: to_json(seal(comparison))}
+        for path in copies:
             remove_leftovers(path)
-        for file in files:
-            write_atomic(paths.winner / file.name, read_bytes(file))
-        write_json(paths.selection, comparison)
+        write_together(copies)
         kept.keep(context, result)
     context.changed("select")
     return comparison
@@ -96,7 +100,7 @@ def compare(
         file = (outs or {}).get(name, paths.teacher(name)) / "metrics.json"
         if not file.is_file():
             raise DataError(f"{file}: missing; run `pipeline teacher {name} --recipe {recipe.name}`")
-        candidates.append(read_json(file))
+        candidates.append(read_json_checked(file))
     learned = [row for row in candidates if not row["at_chance"] and math.isfinite(row["best"][recipe.select.by])]
     if not learned:
         path = f"recipes.{recipe.name}"
@@ -120,6 +124,6 @@ def _kept_selection(context: Context, teachers: Sequence[str] | None, outs: Mapp
     paths, recipe = context.paths, context.recipe
     candidates = {name: str((outs or {}).get(name, "")) for name in teachers or context.params.candidates(recipe)}
     decides = fingerprint({"select": deciding_values(recipe.select), "teachers": candidates})
-    files = (paths.winner / "best.safetensors", paths.winner / "best.json", paths.selection)
+    files = (*(paths.winner / name for name in (*CHECKPOINTS[:2], MANIFEST)), paths.selection)
     claim = paths.work("select.lock")
     return kept.Result(recipe.name, "select", decides, paths.selection, files, lock=claim)

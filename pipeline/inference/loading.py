@@ -23,6 +23,7 @@ from pipeline.inference.card import CONFIG, FILES, SCHEMA
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.inference.exporting import run_onnx, run_torchscript
 from pipeline.models.network import Network
+from pipeline.system.canonical import SEAL, is_whole
 from pipeline.system.runtime import resolve_device, resolve_precision
 from pipeline.system.storage import read_bytes, read_json
 from pipeline.training.checkpoints import Checkpoint, load_checkpoint, load_weights
@@ -189,6 +190,11 @@ def _load_export(directory: Path, format: str | None, device: str | None) -> Cla
     available = [name for name in FILES if name in config["files"]]
     if not available:
         raise DataError(f"{directory}: its export did not end; run `pipeline export` again")
+    if not is_whole(config):
+        raise DataError(
+            f"{directory / CONFIG}: changed since `pipeline export` wrote it; export again, or delete its `{SEAL}` to "
+            "trust it as it is"
+        )
     if format is None:
         format = available[0]  # TorchScript is the last of FILES
         if format == "torchscript":

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import DataError
 
+SEAL = "seal"
 _MAX_REPORTED = 4
 _MAX_SHOWN = 80
 
@@ -43,6 +44,20 @@ def canonical_json(value: Any) -> str:
 def fingerprint(value: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a value's canonical JSON, 64 hexadecimal digits; see `canonical_json` for errors."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with one more field, SEAL: the SHA-256 of all the others, so that any change is told."""
+    return {**content, SEAL: fingerprint(_unsealed(content))}
+
+
+def is_whole(content: Mapping[str, Any]) -> bool:
+    """Tell whether a JSON object is as `seal` made it; one without a seal, of an older version, counts as whole."""
+    return SEAL not in content or content[SEAL] == fingerprint(_unsealed(content))
+
+
+def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != SEAL}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _BINARY = getattr(os, "O_BINARY", 0)  # without it Windows changes line ends
 LOCK_ATTEMPTS = 4
 SECONDS_BETWEEN_ATTEMPTS = 0.05
+FULL = "; free space or rights, then run again"
 # Another disk, a file system or mount without links, too many of them, or a file that is not ours.
 _NO_LINKS = (
     errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL,
@@ -67,20 +68,15 @@ def replacing(path: Path) -> Iterator[int]:
             unless the last flush fails, that of the directory: then the new content is there, but not yet safe from a
             power cut.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with storage_errors(f"write {path}", "; free space or rights, then run again"):
+    temporary = beside(path, secrets.token_hex(8))
+    with storage_errors(f"write {path}", FULL):
         _make_directory(path.parent)
         try:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
-            try:
+            with _new_file(temporary) as descriptor:
                 yield descriptor
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
             temporary.replace(path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise
         _sync_directory(path.parent)
 
@@ -91,6 +87,70 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
         _write_all(descriptor, data)
 
 
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: all of them beside their destinations, and only then in their places.
+
+    So a full disk, or a kill before all are written, leaves every old file. A kill in the instant of the renames leaves
+    some new ones beside old ones, and the rest beside their places, for `put_in_place` to find by their common token.
+    The last file replaces the old one last: it should name the SHA-256 of the others, so that a mixture is told.
+
+    Args:
+        files: By destination their contents, in the order in which they take their places.
+
+    Raises:
+        StorageError: The disk is full, rights are missing, or the device failed.
+    """
+    token = secrets.token_hex(8)
+    with contextlib.ExitStack() as undone:
+        for path, data in files.items():
+            with storage_errors(f"write {path}", FULL):
+                _make_directory(path.parent)
+                undone.callback(_remove, beside(path, token))
+                with _new_file(beside(path, token)) as descriptor:
+                    _write_all(descriptor, data)
+        undone.pop_all()
+    put_in_place(files, token)
+
+
+def put_in_place(paths: Iterable[Path], token: str) -> None:
+    """Let files that `write_together` wrote beside their destinations replace these, the last one last.
+
+    Those that are in their places already are passed over.
+
+    Raises:
+        StorageError: A rename or flush failed.
+    """
+    *others, last = paths
+    for group in (others, [last]):
+        for path in group:
+            with storage_errors(f"write {path}", FULL), contextlib.suppress(FileNotFoundError):
+                beside(path, token).replace(path)
+        for folder in dict.fromkeys(path.parent for path in group):
+            with storage_errors(f"write {folder}", FULL):
+                _sync_directory(folder)
+
+
+def beside(path: Path, token: str) -> Path:
+    """Return the hidden sibling to which what replaces a file is written; `remove_leftovers` knows its name."""
+    return path.with_name(f".{path.name}.{token}.tmp")
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """Yield the descriptor of a new file, and flush it to the device at the end."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def duplicate(source: Path, path: Path) -> None:
     """Give a file a second name, a hard link, or a copy where links fail; what is at `path` is replaced whole.
 
@@ -99,7 +159,7 @@ def duplicate(source: Path, path: Path) -> None:
     Raises:
         StorageError: The file cannot be read, or the second name cannot be made; the old content of `path` is unharmed.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = beside(path, secrets.token_hex(8))
     with storage_errors(f"keep {source} as {path}"):
         _make_directory(path.parent)
         if path.exists() and path.samefile(source):
@@ -114,8 +174,7 @@ def duplicate(source: Path, path: Path) -> None:
         try:
             temporary.replace(path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise
         _sync_directory(path.parent)
 
@@ -195,8 +254,12 @@ def write_json(path: Path, obj: Any) -> None:
         ValueError: A number is not finite; JSON has no such value.
         StorageError: Writing failed; the old content of `path` is unharmed.
     """
-    text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    write_atomic(path, to_json(obj))
+
+
+def to_json(obj: Any) -> bytes:
+    """Return the bytes that `write_json` writes; ValueError where a number is not finite."""
+    return (json.dumps(obj, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -206,7 +269,11 @@ def read_json(path: Path) -> Any:
         DataError: The content is not valid JSON.
         StorageError: The file is missing or cannot be read.
     """
-    data = read_bytes(path)
+    return parse_json(read_bytes(path), path)
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """Parse the content of a JSON file as `read_json` does, with its DataError, which names the path."""
     try:
         return json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:

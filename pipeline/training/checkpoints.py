@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.system.storage import read_bytes, read_json, sha256_file, write_atomic, write_json
+from pipeline.system.canonical import is_whole, seal
+from pipeline.system.storage import read_bytes, sha256_file, to_json, write_atomic
+from pipeline.training.manifest import check_digest, read_json_checked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +41,11 @@ class Checkpoint:
     path: Path
     meta: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """Its two files, the weights first."""
+        return self.path, self.path.with_suffix(".json")
 
     @property
     def sha256(self) -> str:
@@ -61,12 +68,27 @@ def save_checkpoint(directory: Path, stem: str, tensors: Mapping[str, Tensor], m
     Raises:
         StorageError: A file cannot be written; the earlier ones are then intact or fail their SHA-256.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    files, digest = checkpoint_files(stem, tensors, meta)
+    for name, data in files.items():
+        write_atomic(directory / name, data)
+    return digest
+
+
+def checkpoint_files(
+    stem: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, sealed: bool = False
+) -> tuple[dict[str, bytes], str]:
+    """Return what `save_checkpoint` writes, as content by file name, and the SHA-256 of the tensors' file.
+
+    Args:
+        stem: File name without suffix.
+        tensors: What to save; copied to the CPU.
+        meta: Plain JSON values.
+        sealed: Whether the JSON gets a digest of its own, see pipeline.system.canonical.seal.
+    """
     data = _to_bytes({name: tensor.detach().cpu() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
-    write_atomic(directory / f"{stem}.safetensors", data)
-    write_json(directory / f"{stem}.json", {**meta, "sha256": digest})
-    return digest
+    content = {**meta, "sha256": digest}
+    return {f"{stem}.safetensors": data, f"{stem}.json": to_json(seal(content) if sealed else content)}, digest
 
 
 def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
@@ -88,9 +110,10 @@ def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
     meta_file = file.with_suffix(".json")
     if not meta_file.is_file():
         raise DataError(f"{meta_file}: missing; a checkpoint is the .safetensors file and this JSON beside it")
-    meta = read_json(meta_file)
+    meta = read_json_checked(meta_file)
     data = read_bytes(file)
     digest = hashlib.sha256(data).hexdigest()
+    check_digest(file, digest)
     if not isinstance(meta, dict) or digest != meta.get("sha256"):
         raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {meta_file.name} says; run its stage again")
     return Checkpoint(file, meta, _read_tensors(data, file))
@@ -105,7 +128,7 @@ def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
     files = (path / f"{stem}.json", path / f"{stem}.safetensors")
     if not all(file.is_file() for file in files):
         return None
-    meta = read_json(files[0])
+    meta = read_json_checked(files[0])
     if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), str):
         raise DataError(f"{files[0]}: names no SHA-256; run its stage again")
     return meta
@@ -147,8 +170,9 @@ class RunState:
       - best-<12 digits>.safetensors, the best epoch's weights, named after their SHA-256: never changed, written before
         a state that names them, deleted once neither state does;
       - last-good.safetensors and its JSON, once numbers that are not finite have ended the run.
-    A state is valid if its tensors and the best that it names have their SHA-256. It is tied to no machine: a directory
-    copied to the same place elsewhere, or a state's two files with their best, is resumed there.
+    A state is valid if its tensors and the best that it names have their SHA-256, and its JSON its seal, which states
+    of older versions lack. It is tied to no machine: a directory copied to the same place elsewhere, or a state's two
+    files with their best, is resumed there.
 
     A thread digests, writes and flushes a copy of the state while the run goes on, because copying is faster.
 
@@ -158,6 +182,7 @@ class RunState:
 
     Attributes:
         seconds: How long the last write took; None before the first.
+        damaged: The states, by name, that `load` or `peek` found damaged; a kill in a write leaves such a one too.
     """
 
     _SLOTS = ("state-a", "state-b")
@@ -171,27 +196,54 @@ class RunState:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._writing: Future[None] | None = None
         self.seconds: float | None = None
+        self.damaged: list[str] = []
 
     def load(self) -> SavedState | None:
-        """Return this run's newest valid state; None where there is none."""
+        """Return this run's newest valid state; None where there is none.
+
+        Raises:
+            DataError: See `require_whole`.
+        """
         for slot, meta in self._newest_first():
-            with contextlib.suppress(DataError, StorageError, UsageError):
+            with self._noting_damage(slot):
                 state = load_checkpoint(self._directory / f"{slot}.safetensors")
                 best = self._load_best(meta["best"])
                 self._serial = int(meta["serial"])
                 return SavedState(state.path, state.meta, state.tensors, best)
+        self.require_whole()
         return None
 
     def peek(self) -> Mapping[str, Any] | None:
-        """Return the JSON of the state that `load` would return, without loading it."""
+        """Return the JSON of the state that `load` would return, without loading it; None where there is none."""
         for slot, meta in self._newest_first():
-            with contextlib.suppress(StorageError):
+            with self._noting_damage(slot):
                 files = {self._directory / f"{slot}.safetensors": meta["sha256"]}
                 if meta["best"] is not None:
                     files[self._best_file(meta["best"])] = meta["best"]
-                if all(sha256_file(file) == digest for file, digest in files.items()):
-                    return meta
+                for file, digest in files.items():
+                    if sha256_file(file) != digest:
+                        raise DataError(f"{file}: its SHA-256 is not {digest}")
+                return meta
         return None
+
+    def require_whole(self) -> None:
+        """Raise a DataError that names the states which `load` or `peek` has found damaged, for it returned none.
+
+        Starting over would cost what they hold, so the user decides.
+        """
+        if self.damaged:
+            raise DataError(
+                f"{self._directory}: {', '.join(self.damaged)} damaged, and no other state of this run is there; copy "
+                "the files again if they come from another machine, else --fresh starts over"
+            )
+
+    @contextlib.contextmanager
+    def _noting_damage(self, slot: str) -> Iterator[None]:
+        """Note a state as damaged where its files cannot be read, or are not what its JSON says."""
+        try:
+            yield
+        except (DataError, StorageError, UsageError):
+            self.damaged.append(slot)
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
         """Copy a state, and begin to write it over the older of the two.
@@ -225,7 +277,9 @@ class RunState:
         self, slot: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], best: Mapping[str, Tensor]
     ) -> None:
         began = time.monotonic()
-        save_checkpoint(self._directory, slot, tensors, {**meta, "best": self._write_best(best)})
+        files, _ = checkpoint_files(slot, tensors, {**meta, "best": self._write_best(best)}, sealed=True)
+        for name, data in files.items():
+            write_atomic(self._directory / name, data)
         self._remove_unnamed()
         self.seconds = time.monotonic() - began
 
@@ -255,15 +309,18 @@ class RunState:
         return self._directory / f"best-{digest[:12]}.safetensors"
 
     def _newest_first(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return the slots with a state of this run, as their JSON says, and that JSON."""
+        """Return the slots with a state of this run, as their JSON says, and that JSON; note what is damaged."""
+        self.damaged = []
         states = [(slot, meta) for slot, meta in self._states() if meta["fingerprint"] == self._fingerprint]
         return sorted(states, key=lambda state: int(state[1]["serial"]), reverse=True)
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the slots with a state of any run, as their JSON says, and that JSON."""
         for slot in self._SLOTS:
-            with contextlib.suppress(DataError, StorageError):
+            with self._noting_damage(slot):
                 meta = read_meta(self._directory, stem=slot)
+                if meta is not None and not is_whole(meta):
+                    raise DataError(f"{slot}: its JSON was changed")
                 if meta is not None and {"fingerprint", "serial", "best"} <= meta.keys():
                     yield slot, meta
 

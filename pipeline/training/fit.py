@@ -172,6 +172,9 @@ class Fit:
             if state is not None:
                 load_progress(state, progress, self.model, self.optimizer, self.group, self.average)
             self.session.watcher.started(self.recipe.epochs, len(self.batches), progress.epoch, progress.step)
+            for damaged in [] if state is None else state.damaged:
+                again = "if it came from another machine, stop, copy it again and run again"
+                self.session.watcher.warned(f"{damaged} is damaged, the state before it is taken; {again}")
             try:
                 while progress.epoch < self.recipe.epochs:
                     self.train_epoch()

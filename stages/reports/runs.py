@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,9 @@ from typing import Any
 
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, printable
+from pipeline.system.canonical import is_whole
 from pipeline.system.storage import read_json
+from pipeline.training.manifest import MANIFEST, read_checked, read_json_checked
 from stages.shared.paths import Paths
 from stages.shared.runs import OUTPUTS, describe_finished, differences
 from stages.shared.trained import SHORT
@@ -89,7 +92,7 @@ class FinishedRun:
         """
         if not all((directory / name).is_file() for name in OUTPUTS):
             return None
-        metrics, environment = read_json(directory / "metrics.json"), read_json(directory / "run.json")
+        metrics, environment = (read_json_checked(directory / name) for name in ("metrics.json", "run.json"))
         for file, content, form in (("metrics.json", metrics, METRICS), ("run.json", environment, ENVIRONMENT)):
             wrong = misfit(content, form)
             if wrong is None and content.get("teacher") is not None:
@@ -98,10 +101,15 @@ class FinishedRun:
             if wrong is not None:
                 raise DataError(f"{directory / file}: {wrong}; train the model again")
         checkpoint = directory / "best.json"
-        meta = read_json(checkpoint) if checkpoint.is_file() else None
+        meta = read_json_checked(checkpoint) if checkpoint.is_file() else None
         if meta is not None and misfit(meta, {"sha256": str}):
             raise DataError(f"{checkpoint}: names no SHA-256; train the model again")
         return cls(directory, metrics, environment, meta)
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether a manifest tells its files from damaged ones; older versions wrote none."""
+        return (self.directory / MANIFEST).is_file()
 
     @property
     def name(self) -> str:
@@ -211,8 +219,7 @@ class FinishedRun:
     def _rows(self, path: Path) -> list[dict[str, str]]:
         """Read a CSV file, each row as wide as the headings."""
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(io.StringIO(read_checked(path).decode(), newline="")))
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}: no CSV file ({error}); train the model again") from None
         if any(None in row or None in row.values() for row in rows):
@@ -301,10 +308,14 @@ class FinishedRuns:
         return cls(recipe, paths, kept[0], kept[1], kept[2], _winner(paths.selection), left_out)
 
     @property
+    def all(self) -> list[FinishedRun]:
+        """Teachers, students and others."""
+        return [*self.teachers.values(), *self.students.values(), *self.others.values()]
+
+    @property
     def num_classes(self) -> int | None:
         """How many classes the data have; None where no run says."""
-        finished = [*self.teachers.values(), *self.students.values(), *self.others.values()]
-        described = [run.description["arguments"].get("num_classes") for run in finished if run.description]
+        described = [run.description["arguments"].get("num_classes") for run in self.all if run.description]
         return next((count for count in described if isinstance(count, int)), None)
 
     def reference(self, name: str) -> FinishedRun | None:
@@ -386,6 +397,8 @@ def _winner(path: Path) -> str | None:
     """Read the selected teacher's name from selection.json."""
     selection = read_json(path) if path.is_file() else None
     wrong = None if selection is None else misfit(selection, {"winner": str})
+    if wrong is None and selection is not None and not is_whole(selection):
+        wrong = "changed since it was written"
     if wrong is not None:
         raise DataError(f"{path}: {wrong}; run `pipeline select`")
     return None if selection is None else str(selection["winner"])

@@ -1,8 +1,8 @@
 """What `teacher` and `distill` share: run the fit loop and write its outputs.
 
 A run's directory holds best.safetensors and best.json (students also last.*), metrics.json, curve.csv, predictions.csv
-(the best epoch's on the test split) and run.json. Times, dates and the device are in run.json alone: nothing that
-depends on the other files reruns because of them.
+(the best epoch's on the test split), run.json, and manifest.json with the SHA-256 of them all. Times, dates and the
+device are in run.json alone.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from pipeline.system.runtime import (
     resolve_precision,
 )
 from pipeline.system.stopping import stopped
-from pipeline.system.storage import lock, write_atomic, write_json
+from pipeline.system.storage import lock, to_json
 from pipeline.system.text import to_csv
 from pipeline.training.batches import EvaluationData, TrainingData
-from pipeline.training.checkpoints import RunState, save_checkpoint
+from pipeline.training.checkpoints import RunState, checkpoint_files
 from pipeline.training.distributed import Group, has_batch_norm
 from pipeline.training.evaluation import Predictions, evaluate
 from pipeline.training.execution import Execution
 from pipeline.training.fit import Fit, Session
+from pipeline.training.manifest import MANIFEST, finish_replacing, write_with_manifest
 from pipeline.training.metrics import Scores, is_chance
 from pipeline.training.resuming import FitResult, keep_best
 from pipeline.views.views import Views
 from stages.shared import kept
 from stages.shared.context import Context
-from stages.shared.runs import NOT_TRAINED, RULES, Run, costs, disagreement
+from stages.shared.runs import NOT_TRAINED, OUTPUTS, RULES, Run, costs, disagreement
 
 DESCRIBED = ("teacher", "views", "soft", "confidence", "warnings", "evaluated_on", "rules")
 """Keys of metrics.json that the checkpoints' JSON has too."""
@@ -110,11 +111,26 @@ def require_same_run(group: Group, run: Run, *, fresh: bool, cache: LabelCache |
 
 
 def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool:
-    """Return whether a run's result stands, and say so. Rank 0 looks, because it alone writes."""
-    result = run.result
+    """Return whether a run's result stands, and say so. Rank 0 looks, because it alone writes.
+
+    Raises:
+        DataError: It is this run's and damaged, and no whole copy of it is kept.
+    """
     if fresh:
         return False
-    why = group.on_main(lambda: kept.mend(context, result, run.why_stale()))
+
+    def look() -> str | None:
+        run.finish_replacing()
+        why = kept.mend(context, run.result, run.why_stale())
+        if why is not None:
+            run.refuse_damage()
+        elif run.adopt():
+            context.say(f"{run.out}: no {MANIFEST}, as older versions wrote none; it names the files as they are now")
+            if run.stage is not None:
+                context.changed(run.stage)
+        return why
+
+    why = group.on_main(look)
     if why is None:
         group.on_main(run.clean_up)
         context.say(f"{run.name}: up to date ({run.out}); --fresh trains it again")
@@ -231,6 +247,7 @@ def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState | None
 
         def claim() -> bool:
             held.enter_context(lock(run.lock))
+            finish_replacing(run.out)
             run.remove_leftovers()
             if fresh:
                 state.delete()
@@ -304,17 +321,22 @@ def _write(
     predictions: bytes,
     where: Mapping[str, Any],
 ) -> None:
-    """Write the outputs, metrics.json last: a directory that has it is complete."""
-    (run.out / "metrics.json").unlink(missing_ok=True)
+    """Write the outputs in place of former ones, together, their manifest last."""
     meta = {**run.decided_by, "fingerprint": run.fingerprint}
     meta |= {key: metrics[key] for key in DESCRIBED}
-    save_checkpoint(run.out, "best", result.best, {**meta, "epoch": result.best_epoch, "scores": metrics["best"]})
+    of_best = {"epoch": result.best_epoch, "scores": metrics["best"], "metrics": without_test(metrics)}
+    files, _ = checkpoint_files("best", result.best, {**meta, **of_best})
     if last is not None:
-        save_checkpoint(run.out, "last", last, {**meta, "epoch": run.recipe.epochs, "scores": metrics["last"]})
-    write_atomic(run.out / "curve.csv", _curve_csv(result.curve))
-    write_atomic(run.out / "predictions.csv", predictions)
-    write_json(run.out / "run.json", where)
-    write_json(run.out / "metrics.json", metrics)
+        of_last = {"epoch": run.recipe.epochs, "scores": metrics["last"]}
+        files |= checkpoint_files("last", last, {**meta, **of_last})[0]
+    texts = {"run.json": to_json(where), "predictions.csv": predictions, "curve.csv": _curve_csv(result.curve)}
+    texts["metrics.json"] = to_json(metrics)
+    write_with_manifest(run.out, {**files, **{name: texts[name] for name in OUTPUTS}}, run.fingerprint)
+
+
+def without_test(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of metrics.json that the best weights' JSON keeps too: with new test scores it is whole again."""
+    return {key: value for key, value in metrics.items() if key != "test"}
 
 
 def _curve_csv(curve: list[dict[str, Any]]) -> bytes:

@@ -36,6 +36,7 @@ from pipeline.system.storage import (
     storage_errors,
     write_json,
 )
+from pipeline.training.manifest import MANIFEST
 from stages.shared.dvc_file import code_digest
 from stages.shared.paths import Paths
 
@@ -49,7 +50,7 @@ LOCK_ATTEMPTS = 1200
 # Of each file this much tells results apart: it has the SHA-256 that prepared data, checkpoints and labels begin with
 # or have in the JSON beside them.
 _TELLING_BYTES = 2**20
-_UNTELLING = "run.json"  # times and device, which differ between equal results
+_UNTELLING = ("run.json", MANIFEST)  # times and device, which differ between equal results, and a digest of these
 _MAX_EARLIER = 50
 
 
@@ -179,7 +180,7 @@ def put_back(context: Context, result: Result, *, any_code: bool = False) -> boo
         if kept is None:
             return False
         if (damaged := kept.first_other(entry.folder / kept.folder)) is not None:
-            context.say(f"{damaged}: not what was kept, so that {result.out} is not put back; it is made again")
+            context.say(f"{damaged}: not what was kept, so that {result.out} is not put back")
             return False
         if kept.first_other(Paths(result.recipe).root) is None:  # another rank has put it back
             return True
@@ -392,7 +393,7 @@ def _identity(result: Result) -> str:
     """Return a digest that tells the result that is there from others; its times do not count."""
     root, telling = Paths(result.recipe).root, {}
     for file in result.files:
-        if file.name != _UNTELLING:
+        if file.name not in _UNTELLING:
             with storage_errors(f"read {file}"), file.open("rb") as opened:
                 start = opened.read(_TELLING_BYTES)
             telling[str(file.relative_to(root))] = [file.stat().st_size, hashlib.sha256(start).hexdigest()]

@@ -17,6 +17,7 @@ from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
 from pipeline.system.storage import lock, remove_leftovers
 from pipeline.system.text import counted
 from pipeline.training.checkpoints import RunState, read_meta
+from pipeline.training.manifest import MANIFEST, adopt, check_all, finish_replacing, is_being_replaced, read_manifest
 from stages.shared import kept
 from stages.shared.paths import Paths
 from stages.shared.places import Place
@@ -44,7 +45,7 @@ _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 LESSON = ("labels", "teacher", "topk", "confidence")
 """Keys of `Run.inputs` that decide nothing where a student does not learn from its teacher."""
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
-OUTPUTS = ("metrics.json", "curve.csv", "predictions.csv", "run.json")
+OUTPUTS = ("run.json", "predictions.csv", "curve.csv", "metrics.json")
 
 
 class State(NamedTuple):
@@ -124,7 +125,7 @@ class Run:
         digest = run.fingerprint
         folder = Place(kind, name, differs, seed).find(
             paths,
-            has_ended=lambda out: why_stale(out, digest, {}) is None,
+            has_ended=lambda out: why_other(out, digest, {}) is None,
             is_under_way=lambda work: RunState(work, digest).peek() is not None,
         )
         return dataclasses.replace(run, out=paths.run(folder), work=paths.work("runs", folder), stage=None)
@@ -146,8 +147,33 @@ class Run:
         return {**self.description, "training": deciding_values(self.recipe), **self._rest}
 
     def why_stale(self) -> str | None:
-        """Say in a phrase why the outputs are not those of exactly this run; None if they are."""
+        """Say in a phrase why the outputs are not those of exactly this run, or not whole; None if they are."""
         return why_stale(self.out, self.fingerprint, self.decided_by)
+
+    def refuse_damage(self) -> None:
+        """Refuse to train again, which may take days, where the outputs are this run's and some are damaged.
+
+        Raises:
+            DataError: They are; the message names the file and what can be done, the cheapest first.
+        """
+        manifest = read_manifest(self.out)
+        if manifest is not None and manifest.fingerprint == self.fingerprint:
+            check_all(self.out)
+
+    def finish_replacing(self) -> None:
+        """Put in place the outputs that a killed run had written, if it came so far."""
+        if is_being_replaced(self.out):
+            with contextlib.suppress(StorageError), lock(self.lock):
+                finish_replacing(self.out)
+
+    def adopt(self) -> bool:
+        """Write the manifest of outputs that an older version made without one; tell whether it did."""
+        if (self.out / MANIFEST).exists():
+            return False
+        with contextlib.suppress(StorageError), lock(self.lock):
+            adopt(self.out, (*CHECKPOINTS, *OUTPUTS), self.fingerprint)
+            return True
+        return False
 
     def state(self, *, fresh: bool = False) -> State:
         """Say what training the run would do, and why, with or without the option `--fresh`."""
@@ -156,8 +182,12 @@ class Run:
             return State(f"up to date ({self.out})", is_done=True)
         if not fresh and self.result is not None and (second := kept.find(self.result)) is not None:
             return State(f"put back what was finished on {second.when} ({why}); writes {self.out}")
-        saved = None if fresh else RunState(self.work, self.fingerprint).peek()
+        if not fresh:
+            self.refuse_damage()
+        state = RunState(self.work, self.fingerprint)
+        saved = None if fresh else state.peek()
         if saved is None:
+            state.require_whole()
             return State(f"train {counted(self.recipe.epochs, 'epoch')} ({why}); writes {self.out}")
         where = f"epoch {saved['epoch'] + 1} of {self.recipe.epochs}, step {saved['step']}"
         return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
@@ -174,7 +204,7 @@ class Run:
         if self.stage is None:
             return None
         checkpoints = CHECKPOINTS if self.keep_last else CHECKPOINTS[:2]
-        paths = tuple(self.out / name for name in (*checkpoints, *reversed(OUTPUTS)))  # metrics.json is written last
+        paths = tuple(self.out / name for name in (*checkpoints, *OUTPUTS, MANIFEST))  # the last makes it complete
         recipe = str(self.description["recipe"])
         return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock)
 
@@ -185,7 +215,7 @@ class Run:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of killed writers; the caller holds the lock."""
-        for name in (*CHECKPOINTS, *OUTPUTS):
+        for name in (*CHECKPOINTS, *OUTPUTS, MANIFEST):
             remove_leftovers(self.out / name)
 
     def clean_up(self) -> None:
@@ -197,7 +227,21 @@ class Run:
 
 
 def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
-    """Say in a phrase why a directory does not hold a run's outputs; None if it does.
+    """Say in a phrase why a directory does not hold a run's outputs, or not as they were written; None if it does.
+
+    All files are compared with the manifest's SHA-256; the arguments are those of `why_other`.
+    """
+    why = why_other(out, fingerprint, expected)
+    if why is None:
+        try:
+            check_all(out)
+        except DataError as error:
+            why = str(error).partition(": ")[0] + " is damaged"
+    return why
+
+
+def why_other(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
+    """Say in a phrase why a directory's files are not a run's outputs; None if they are, as far as their JSON tells.
 
     Args:
         out: The run's directory.

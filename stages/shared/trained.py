@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import DataError, printable
 from pipeline.system.storage import read_json
+from pipeline.training.manifest import read_json_checked
 from stages.shared.paths import Paths
 
 SHORT = 12  # hexadecimal digits of a SHA-256 that people are shown
@@ -109,7 +110,7 @@ def read_beside(file: Path, name: str) -> dict[str, Any]:
         DataError: It is no JSON object.
     """
     beside = file.with_name(name)
-    content = read_json(beside) if beside.is_file() else {}
+    content = read_json_checked(beside) if beside.is_file() else {}
     if not isinstance(content, dict):
         raise DataError(f"{beside}: not what a stage writes; delete it or train again")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 import signal
@@ -21,7 +22,7 @@ from pipeline.labels.cache import LabelCache
 from pipeline.labels.parts import LabelParts, seal
 from pipeline.training.checkpoints import load_checkpoint
 from tests.support.commands import Command
-from tests.support.project import ROOT, TEACHERS, Project, environment
+from tests.support.project import ROOT, TEACHERS, Project, environment, unseal
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,12 @@ def state_of(folder: Path) -> dict[str, int]:
 def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     data = finished.data
     for path in [*(data / "teachers" / name for name in TEACHERS), data / "students/titn", data / "students/vit"]:
-        for name in ("best.safetensors", "best.json", "metrics.json", "curve.csv", "predictions.csv", "run.json"):
-            assert (path / name).is_file(), path / name
-    assert (data / "students/titn/last.safetensors").is_file()
-    assert {path.name for path in (data / "teacher").iterdir()} == {"best.safetensors", "best.json"}
+        names = {"best.safetensors", "best.json", "metrics.json", "curve.csv", "predictions.csv", "run.json"}
+        names |= {"last.safetensors", "last.json"} if path.parent.name == "students" else set()
+        assert {file.name for file in path.iterdir()} == {*names, "manifest.json"}
+        digests = json.loads((path / "manifest.json").read_text())["files"]
+        assert digests == {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+    assert {path.name for path in (data / "teacher").iterdir()} == {"best.safetensors", "best.json", "manifest.json"}
     selection = json.loads((data / "selection.json").read_text())
     best = max(selection["candidates"], key=lambda row: (row["best"]["top1"], -row["best"]["loss"]))
     assert selection["winner"] == best["name"]
@@ -176,7 +179,7 @@ def test_a_dry_run_says_what_is_up_to_date_and_writes_nothing(project: Project) 
 def test_a_teacher_at_chance_is_never_selected(project: Project) -> None:
     winner = json.loads((project.data / "selection.json").read_text())["winner"]
     for name in (winner, next(name for name in TEACHERS if name != winner)):
-        file = project.data / "teachers" / name / "metrics.json"
+        file = unseal(project.data / "teachers" / name) / "metrics.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "at_chance": True}))
         if name == winner:
             assert f"selected {winner}" not in project.run("select")
@@ -249,7 +252,7 @@ def test_a_student_refuses_labels_of_another_teacher_than_the_selected(project: 
         name for name in TEACHERS if name != LabelCache.open(project.data / "labels/default.h5").provenance["teacher"]
     )
     for name in ("best.safetensors", "best.json"):
-        shutil.copy(project.data / "teachers" / other / name, project.data / "teacher" / name)
+        shutil.copy(project.data / "teachers" / other / name, unseal(project.data / "teacher") / name)
     assert "checkpoint_sha256" in project.run("distill", "--student", "titn", "--fresh", code=3)
     assert "labelling every view again" in project.run("label")
     project.run("distill", "--student", "titn")

@@ -19,7 +19,7 @@ from stages.label import LabelRequest, plan_labels
 from stages.shared.context import Context
 from stages.shared.runs import differences, why_stale
 from tests.support.in_process import invoke
-from tests.support.project import Project
+from tests.support.project import Project, unseal
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_trained_again(project: Project, damage: str) ->
     student = project.data / "students/vit"
     before = (student / "best.safetensors").read_bytes()
     project.forget()
-    (student / "best.json").write_text(damage)
+    (unseal(student) / "best.json").write_text(damage)
     assert "its checkpoint is damaged" in dry(project, "distill", "--student", "vit")
     assert "vit: trains again (its checkpoint is damaged)" in invoke(project, "distill", "--student", "vit")
     assert (student / "best.safetensors").read_bytes() == before

@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 import pipeline
 from pipeline.data.datasets import Dataset
 from pipeline.data.images import read_image
-from pipeline.errors import DataError, NumericalError, UsageError
+from pipeline.errors import DataError, NumericalError, StorageError, UsageError
 from pipeline.inference import exporting
 from pipeline.inference.card import FILES
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
@@ -36,9 +36,10 @@ from pipeline.models.students import STUDENTS, build_student
 from pipeline.models.teachers import build_teacher
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.views.views import normalize
-from stages.export import from_folder
+from stages.export import _write, check_out, from_folder
 from stages.shared.runs import RULES
 from tests.support.in_process import invoke as run
+from tests.support.killing import full_at_each_call, killed_at_each_call
 from tests.support.project import ROOT, Project
 
 STUDENT = "data/runs/smoke/titn-labels-none-epochs-1"
@@ -76,7 +77,8 @@ def config(project: Project) -> dict[str, Any]:
 
 
 def rewrite(project: Project, **changes: Any) -> None:
-    (project.path / "exported/config.json").write_text(json.dumps({**config(project), **changes}))
+    content = {key: value for key, value in config(project).items() if key != "seal"}
+    (project.path / "exported/config.json").write_text(json.dumps({**content, **changes}))
 
 
 def load(project: Project, format: str | None = None) -> Classifier:
@@ -406,6 +408,40 @@ def test_a_former_export_is_replaced_whole(project: Project) -> None:
     names = {path.name for path in (project.path / "exported").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors"}
     assert load(project).format == "safetensors"
+
+
+def test_a_full_disk_leaves_the_former_export_and_a_kill_one_that_is_told_and_replaced(
+    exported: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "exported", {"former": 0, "later": 0, "mixed": 0}
+
+    def write(contents: dict[str, bytes]) -> None:
+        entries = {name: {**config(exported)["files"][name], "sha256": digest(data)} for name, data in contents.items()}
+        _write(out, contents, {**config(exported), "files": entries})
+
+    def digest(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    def former() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        write({"onnx": b"former", "safetensors": b"former weights"})
+
+    def check() -> None:
+        check_out(out)
+        there = {name: data for name, data in snapshot(out).items() if not name.startswith(".")}
+        entries = json.loads(there["config.json"])["files"].values()
+        is_whole = all(digest(there[entry["file"]]) == entry["sha256"] for entry in entries)
+        seen["mixed" if not is_whole else "former" if len(entries) == 2 else "later"] += 1
+        former()
+
+    former()
+    full_at_each_call(monkeypatch, lambda: write({"onnx": b"later"}), check, StorageError)
+    # Open, write and flush model, card and config.json; then open and flush the folder twice.
+    assert seen == {"former": 9, "mixed": 2, "later": 2}
+    killed_at_each_call(monkeypatch, lambda: write({"onnx": b"later"}), check)
+    assert seen["mixed"] < 8 < seen["later"] + seen["former"], "in the instant of the renames their digests tell"
+    shutil.rmtree(out)
+    killed_at_each_call(monkeypatch, lambda: write({"onnx": b"later"}), lambda: not out.exists() or check_out(out))
 
 
 def test_nothing_is_written_where_outputs_differ(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from stages.cli import Commands
 from stages.shared.hints import WITH_RECIPE, with_recipe
 from tests.support.in_process import invoke
-from tests.support.project import ROOT, Project
+from tests.support.project import ROOT, Project, unseal
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_an_explicit_recipe_wins(other: Project) -> None:
 
 
 def test_a_recipe_that_params_yaml_lacks_is_named_with_the_way_out(other: Project) -> None:
-    file = other.data / "teacher/best.json"
+    file = unseal(other.data / "teacher") / "best.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "recipe": "gone"}))
     words = "recipe gone, which the file names, is not in params.yaml; give --recipe, of digits, "
     assert words in invoke(other, "evaluate", "data/smoke/teacher", code=2)

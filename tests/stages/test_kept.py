@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from click.testing import CliRunner
 
 from stages.cli import cli
 from stages.shared import dvc_file, kept
+from tests.support.killing import killed_at_each_call
 from tests.support.project import Project
 
 JSON = Path("data/work/kept/smoke/student@titn.json")
@@ -119,41 +119,6 @@ def test_where_links_fail_there_are_copies(said: Any, monkeypatch: pytest.Monkey
     (OUT / "best.safetensors").write_bytes(b"spoilt in place")
     assert kept.put_back(said, result()) and contents() == FILES
     assert kept.space() == kept.Space(1, 12, 12)
-
-
-CALLS = ("link", "open", "write", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
-
-
-class Killed(BaseException):
-    """Ends the process, as far as the files are concerned."""
-
-
-def killed_at_each_call(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None], check: Callable[[], None]) -> int:
-    """Let `work` be killed before its first call that changes files, its second, and so on, and check each time."""
-    for number in range(1000):
-        left = number
-
-        def strike(real: Any) -> Any:
-            def call(*arguments: Any, **options: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    raise Killed
-                return real(*arguments, **options)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for name in CALLS:
-                patch.setattr(os, name, strike(getattr(os, name)))
-            try:
-                work()
-            except Killed:
-                pass
-            else:
-                return number
-        check()
-    raise AssertionError("it does not end")
 
 
 def test_killed_while_keeping_either_the_former_or_the_new_one_is_whole(

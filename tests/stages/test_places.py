@@ -14,7 +14,7 @@ from pipeline.config.recipes import StudentRecipe
 from stages.shared.paths import Paths
 from stages.shared.places import MAX_NAME, Place, settings_as_written
 from tests.support.in_process import invoke
-from tests.support.project import Project
+from tests.support.project import Project, unseal
 
 STUDENT = StudentRecipe(model="titn", epochs=3, batch_size=8, lr=0.1)
 BY_LABEL = ("distill", "--student", "vit")
@@ -61,7 +61,7 @@ def test_a_directory_named_by_an_earlier_version_is_found(trained: Project) -> N
     runs = trained.path / "data/runs/smoke"
     former, now = runs / "vit-lr-0.20-epochs-1-seed-1", runs / "vit-epochs-1-lr-0.2-seed-1"
     now.rename(former)
-    metrics = former / "metrics.json"
+    metrics = unseal(former) / "metrics.json"
     text = metrics.read_text()
     metrics.write_text(json.dumps({**json.loads(text), "differs": {"lr": "0.20", "epochs": "1"}}))
     settings = ("--set", "epochs=1", "--set", "lr=0.2")

@@ -21,7 +21,7 @@ from stages.shared import fitting
 from tests.stages.test_time_limits import ticking  # noqa: F401
 from tests.support.in_process import invoke
 from tests.support.interruptions import files, small_project
-from tests.support.project import ROOT, Project
+from tests.support.project import ROOT, Project, unseal
 
 DEIT = ("reproduce", "--recipe", "smoke", "--student", "deit")
 RECORDS = "results/runs.jsonl"
@@ -122,7 +122,7 @@ def test_labels_hold_on_to_their_teacher(project: Project) -> None:
     selection = json.loads((project.data / "selection.json").read_text())
     chosen = selection["winner"]
     other = next(candidate["name"] for candidate in selection["candidates"] if candidate["name"] != chosen)
-    better = project.data / "teachers" / other / "metrics.json"
+    better = unseal(project.data / "teachers" / other) / "metrics.json"
     metrics = json.loads(better.read_text())
     metrics["best"]["top1"], metrics["at_chance"] = 100.0, False
     better.write_text(json.dumps(metrics))
@@ -146,7 +146,7 @@ def test_a_job_that_diverges_is_said_and_the_others_go_on(project: Project, monk
         raise NumericalError("epoch 1, step 3: not finite")
 
     monkeypatch.setattr("stages.jobs.train_teacher", diverge)
-    file = project.data / "teachers/mobilenet_v3_large/metrics.json"
+    file = unseal(project.data / "teachers/mobilenet_v3_large") / "metrics.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "at_chance": False}))  # so that it can be selected
     shutil.rmtree(project.data / "teachers" / "squeezenet1_1")
     shutil.rmtree(project.data / "labels")
@@ -161,7 +161,7 @@ def test_a_job_that_diverges_is_said_and_the_others_go_on(project: Project, monk
 
 
 def test_a_damaged_result_is_said_and_the_others_go_on(project: Project) -> None:
-    file = project.data / "teachers/squeezenet1_1/curve.csv"
+    file = unseal(project.data / "teachers/squeezenet1_1") / "curve.csv"
     file.write_text("epoch,top1\n")
     for path in (project.path / "results").rglob("*.*"):
         path.unlink()
@@ -250,7 +250,7 @@ def test_the_records_of_this_repository_are_read_and_have_no_description() -> No
 
 
 def test_a_run_that_was_trained_again_is_another_record(project: Project) -> None:
-    meta = project.data / "students/deit/best.json"
+    meta = unseal(project.data / "students/deit") / "best.json"
     before = record_of(project.data / "students/deit")["id"]
     meta.write_text(meta.read_text().replace(json.loads(meta.read_text())["sha256"], "0" * 64))
     assert record_of(project.data / "students/deit")["id"] != before

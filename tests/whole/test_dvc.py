@@ -421,6 +421,23 @@ def test_a_newer_result_comes_back_and_changed_code_is_really_run(checkout: Chec
 
 
 @pytest.mark.slow
+def test_what_rotted_in_place_is_told_and_comes_back_by_dvc_checkout(checkout: Checkout) -> None:
+    checkout.forget()  # nothing is kept
+    vit, name = checkout.data / "students/vit", "data/smoke/students/vit/curve.csv"
+    whole = {path.name: path.read_bytes() for path in vit.iterdir()}
+    (vit / "curve.csv").write_bytes(whole["curve.csv"][:-20])
+    way = f"`dvc checkout {name}`"
+    with pytest.raises(AssertionError, match=f"curve.csv: not what manifest.json says.*{way}.*--fresh") as told:
+        checkout.pipeline("distill", "--student", "vit")
+    assert "epoch 1/" not in str(told.value)
+    checkout.dvc("checkout", "--force", name)
+    assert "up to date" in checkout.pipeline("distill", "--student", "vit") and checkout.repro() == set()
+    shutil.rmtree(vit)
+    checkout.dvc("checkout", "student@vit")
+    assert {path.name: path.read_bytes() for path in vit.iterdir()} == whole, "the manifest with the rest"
+
+
+@pytest.mark.slow
 def test_what_outlives_its_dvc_is_not_trained_again(checkout: Checkout) -> None:
     checkout.edit("      vit: {}\n", "      vit: {epochs: 12}\n")
     process = start_dvc(checkout, "student@vit")

@@ -7,6 +7,8 @@ from pathlib import PurePosixPath
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.training.manifest import MANIFEST
+from stages.shared.runs import CHECKPOINTS, OUTPUTS
 from tests.support.project import ROOT
 
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -76,6 +78,15 @@ def test_what_only_shows_results_reruns_no_training(stage: str) -> None:
 def test_teachers_and_students_do_not_depend_on_each_other() -> None:
     assert not any(path.is_relative_to("pipeline/models/students") for path in code("teacher"))
     assert PurePosixPath("pipeline/models/teachers.py") not in code("student")
+
+
+@pytest.mark.parametrize(("stage", "checkpoints"), [("teacher", CHECKPOINTS[:2]), ("student", CHECKPOINTS)])
+def test_dvc_has_every_file_of_a_run_or_its_checkout_would_mix_runs(stage: str, checkpoints: tuple[str, ...]) -> None:
+    parts = STAGES[stage]["do"]
+    outs = [
+        next(iter([out] if isinstance(out, str) else out)) for out in parts["outs"] + parts["metrics"] + parts["plots"]
+    ]
+    assert sorted(PurePosixPath(out).name for out in outs) == sorted([*checkpoints, *OUTPUTS, MANIFEST])
 
 
 def test_every_dependency_is_there_and_the_file_is_short() -> None:

@@ -28,7 +28,7 @@ from pipeline.views.mixing import MIXINGS
 from pipeline.views.scores import OperationMeter
 from pipeline.views.views import Views
 from tests.support.in_process import invoke
-from tests.support.project import Project
+from tests.support.project import Project, unseal
 
 
 class Windowed(Student):
@@ -102,7 +102,7 @@ def test_an_argument_that_the_constructor_does_not_take_is_refused(
 def test_a_checkpoint_with_impossible_arguments_is_refused(project: Project) -> None:
     invoke(project, "distill", "--student", "windowed", "--labels", "none")
     [out] = (project.path / "data/runs").glob("*/windowed-*")
-    file = out / "best.json"
+    file = unseal(out) / "best.json"
     text = file.read_text()
     for argument in ('"windows": 4', '"window": "four"', '"window": 10000000', '"window": -1'):
         file.write_text(text.replace('"window": 4', argument, 1))

@@ -40,6 +40,7 @@ TOLERANCE = 1e-3
 # was the best; no two epochs are equal here, so it is the same one.
 JUDGED = {"evaluated_on": "val", "rules": 1}
 LATER = {"best.json": JUDGED, "last.json": JUDGED, "metrics.json": JUDGED}
+MANIFEST = "manifest.json"  # also later
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def without_times(files: dict[str, str]) -> dict[str, str]:
-    """Leave out the one file of a run that holds times."""
-    return {name: digest for name, digest in files.items() if name != "run.json"}
+    """Leave out the one file of a run that holds times, and the manifest, which has its SHA-256."""
+    return {name: digest for name, digest in files.items() if name not in ("run.json", MANIFEST)}
 
 
 def teachers_test_top1(student: Path) -> float:
@@ -132,8 +133,16 @@ def test_all_that_was_finished_is_up_to_date(project: Project) -> None:
     assert f"{TEACHER}: up to date" in stage_one and f"{LABELS}: up to date, 4 views" in stage_one
     assert "epoch" not in stage_one.partition("Teachers on")[0]
     assert f"{LABELS}: up to date, 4 views" in invoke(project, "label", *CPU)
-    assert f"{STUDENT}: up to date" in invoke(project, *DISTILL)
-    assert contents(project.path / "data") == before
+    said, again = invoke(project, *DISTILL), invoke(project, *DISTILL)
+    assert f"{STUDENT}: up to date" in said and f"{FOLDER}/students/{STUDENT}: no {MANIFEST}, as older" in said
+    assert f"{STUDENT}: up to date" in again and MANIFEST not in again, "said once"
+    after = contents(project.path / "data")
+    manifests = {name for name in after if Path(name).name == MANIFEST}
+    folders = (f"students/{STUDENT}", f"teachers/{TEACHER}", "teacher")
+    assert manifests == {f"tiny/{folder}/{MANIFEST}" for folder in folders}
+    selection = after.pop("tiny/selection.json"), before.pop("tiny/selection.json")  # is written again, with its seal
+    assert selection[0] != selection[1]
+    assert {name: after[name] for name in after.keys() - manifests} == before
 
 
 def test_what_decides_a_run_is_told_from_the_former(project: Project) -> None:
@@ -194,13 +203,21 @@ def test_distill_goes_on_from_the_saved_state_to_the_same_student(project: Proje
     assert not (project.path / "data/work/tiny/students" / STUDENT).exists()
     meta, expected = (json.loads((folder / "best.json").read_text()) for folder in (student, former))
     assert meta["fingerprint"] == expected["fingerprint"] == FACTS["run_fingerprints"][STUDENT]
+    written = {name: (student / name).read_bytes() for name in ("predictions.csv", "metrics.json")}
+    for name in written:
+        (student / name).write_bytes(b"")
+    said = invoke(project, "evaluate", str(FOLDER / "students" / STUDENT), "--mend", *CPU)
+    assert "predictions.csv and metrics.json written again, byte for byte as before" in said
+    assert {name: (student / name).read_bytes() for name in written} == written, "with its teacher's answers"
     if machine() == FACTS["machine"]:
         assert meta["sha256"] == FACTS["student_weights_sha256"]
         ours, theirs = (without_times(contents(folder)) for folder in (student, former))
         assert {name for name in theirs if ours[name] != theirs[name]} == LATER.keys()
+        metrics_keys = json.loads((student / "metrics.json").read_text()).keys() - {"test"}
         for name, later in LATER.items():
             values, before = (json.loads((folder / name).read_text()) for folder in (student, former))
             before["teacher"]["test_top1"] = pytest.approx(teachers_test_top1(former))
+            assert values.pop("metrics", {}).keys() == (metrics_keys if name == "best.json" else set())
             assert values == {**before, **later}
         return
     ours, theirs = (load_file(folder / "last.safetensors") for folder in (student, former))

@@ -105,6 +105,39 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
     assert newest_again.meta["step"] == 9
 
 
+@pytest.mark.parametrize("key", ["epoch", "step", "serial", "best_epoch", "curve", "best", "sha256"])
+def test_any_change_of_a_states_json_is_told_and_the_state_before_is_taken(tmp_path: Path, key: str) -> None:
+    state = RunState(tmp_path, "f")
+    for step in (1, 2):
+        state.save({"w": torch.tensor(step)}, {"epoch": 3, "step": step, "best_epoch": 2, "curve": [0.5]}, {})
+    state.wait()
+    file = tmp_path / "state-a.json"  # the second
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, key: [0.25] if key == "curve" else 9}))
+    reopened = RunState(tmp_path, "f")
+    peeked, loaded = reopened.peek(), reopened.load()
+    assert peeked is not None and loaded is not None and loaded.meta == peeked
+    assert loaded.meta["step"] == 1 and reopened.damaged == ["state-a"]
+    del content["seal"]  # as older versions wrote it
+    file.write_text(json.dumps(content))
+    former = RunState(tmp_path, "f")
+    loaded = former.load()
+    assert loaded is not None and loaded.meta["step"] == 2 and not former.damaged
+
+
+def test_where_every_state_is_damaged_the_user_decides_about_starting_over(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "f")
+    for step in (1, 2):
+        state.save({"w": torch.tensor(step)}, {"step": step}, {})
+    state.wait()
+    (tmp_path / "state-a.json").write_text("{")
+    (tmp_path / "state-b.safetensors").write_bytes(b"cut")
+    with pytest.raises(
+        DataError, match=f"{tmp_path}: state-a, state-b damaged.*copy the files again.*--fresh starts over"
+    ):
+        RunState(tmp_path, "f").load()
+
+
 def test_a_run_may_go_on_while_its_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began, may_end = threading.Event(), threading.Event()
 
