@@ -6,7 +6,6 @@ that --help and the completion of names and options are quick and the handlers o
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import os
@@ -151,20 +150,23 @@ class Output(io.FileIO):
             stream = getattr(sys, name)
             if not isinstance(stream, io.TextIOWrapper):
                 continue
-            stream.reconfigure(errors="backslashreplace")  # a name in Chinese, or `±`, is escaped if need be
-            if sys.platform == "win32":  # whose consoles are no files
-                continue
-            with contextlib.suppress(io.UnsupportedOperation):
+            errors = "backslashreplace"  # for a name in Chinese, or `±`
+            try:
+                if sys.platform == "win32":  # whose consoles are no files
+                    raise io.UnsupportedOperation
                 raw = cls(stream.fileno(), must_arrive=is_printing and name == "stdout")
-                buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
-                text = io.TextIOWrapper(
-                    buffer,
-                    stream.encoding,
-                    stream.errors,
-                    line_buffering=stream.line_buffering,
-                    write_through=stream.write_through,
-                )
-                setattr(sys, name, text)
+            except io.UnsupportedOperation:
+                stream.reconfigure(errors=errors)
+                continue
+            buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
+            text = io.TextIOWrapper(
+                buffer,
+                stream.encoding,
+                errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, text)
 
 
 def main() -> None:

@@ -57,8 +57,8 @@ def test_flipped_weights_are_not_up_to_date_and_nothing_is_trained_before_the_ch
         assert at == sorted(at) and "evaluate" not in said
     assert f"{OUT}/best.safetensors: not what" in invoke(project, "select", "--teachers", NAME, code=3)
     assert files(weights.parent) == before
-    assert "train 6 epochs (--fresh)" in invoke(project, *TEACHER, "--fresh", "--dry-run")
-    project.edit(f"{NAME}: {{epochs: 6}}", f"{NAME}: {{epochs: 1}}")
+    assert "train 8 epochs (--fresh)" in invoke(project, *TEACHER, "--fresh", "--dry-run")
+    project.edit(f"{NAME}: {{epochs: 8}}", f"{NAME}: {{epochs: 1}}")
     assert "train 1 epoch (" in invoke(project, *TEACHER, "--dry-run"), "other settings replace it anyway"
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_state_is_named_before_anything_starts_over(project: Project) 
     state = RunState(work, fingerprint)
     state.save({}, {"epoch": 2, "step": 0}, {})
     state.wait()
-    assert "goes on from epoch 3 of 6" in invoke(project, *TEACHER, "--dry-run")
+    assert "goes on from epoch 3 of 8" in invoke(project, *TEACHER, "--dry-run")
     flip(work / "state-b.json", at=20)
     for command in (TEACHER, (*TEACHER, "--dry-run")):
         said = invoke(project, *command, code=3)

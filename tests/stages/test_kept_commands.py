@@ -209,6 +209,5 @@ def test_the_line_that_adopts_names_only_what_dvc_can(checkout: Project, monkeyp
     assert "dvc commit" not in invoke(checkout, "label", "--fresh")
     monkeypatch.delenv("DVC_STAGE")
     shutil.copytree(checkout.path / "data/smoke", checkout.path / "data/digits")
-    params = checkout.path / "params.yaml"
-    params.write_text(params.read_text().replace("recipe: smoke", "recipe: digits", 1))
+    checkout.know_all_recipes("digits")
     assert "dvc commit" not in invoke(checkout, "label", "--recipe", "smoke", "--fresh")

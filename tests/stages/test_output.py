@@ -108,6 +108,7 @@ def test_streams_that_are_no_files_stay(monkeypatch: pytest.MonkeyPatch) -> None
 
 def hang_up() -> None:
     """Close the terminal in a step of training: shell and kernel send SIGHUP, and what is printed fails."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests run under nohup
     terminal = closed_terminal()
     sys.stdout = sys.stderr = sys.__stdout__ = open(terminal, "w")  # noqa: PTH123
     stop_at_step(3, (signal.SIGHUP, signal.SIGHUP))

@@ -36,7 +36,7 @@ from stages.shared.paths import Paths
 from tests.pipeline.report.test_figures import check
 from tests.stages.test_soft_cli import run
 from tests.support.finished_runs import finished, finished_runs, recipe
-from tests.support.project import Project
+from tests.support.project import Project, unseal
 
 MISTAKES = "Worst mistakes of titn"
 CAT, DOG, COW = "cat", "dog", "$cow|"
@@ -230,7 +230,7 @@ def test_the_worst_mistakes_are_the_wrong_answers_with_the_highest_probability(
 ) -> None:
     shutil.copytree(trained.path, tmp_path / "project")
     project = Project(tmp_path / "project")
-    file = project.data / "students/titn/predictions.csv"
+    file = unseal(project.data / "students/titn") / "predictions.csv"
     with file.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     wrong = [row for row in rows if row["prediction"] != row["target"]]

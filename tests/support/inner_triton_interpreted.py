@@ -34,6 +34,7 @@ def test_it_is_the_block_of_modules(num_patches: int, num_pixels: int, width: in
     assert max(differences.values()) < TOLERANCE, differences
 
 
+@pytest.mark.slow
 def test_autocast_changes_no_dtype() -> None:
     drawn = case(2, 16, 12, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -62,6 +63,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert refined.grad_fn is None
 
 
+@pytest.mark.slow
 def test_only_one_of_both_outputs_may_be_used() -> None:
     drawn = case(2, 16, 12, 2)
     for number in range(2):
@@ -74,6 +76,7 @@ def test_only_one_of_both_outputs_may_be_used() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_strides_do_not_matter() -> None:
     drawn = case(2, 16, 12, 2)
     turned = drawn.pixels.transpose(0, 1).contiguous().transpose(0, 1)

@@ -68,6 +68,11 @@ class Project:
     def data(self) -> Path:
         return self.path / "data" / "smoke"
 
+    def know_all_recipes(self, default: str) -> None:
+        """Give the project all recipes, and let one be the default."""
+        text = smoke_params((ROOT / "params.yaml").read_text())
+        (self.path / "params.yaml").write_text(text.replace("recipe: smoke", f"recipe: {default}", 1))
+
     def edit(self, old: str, new: str) -> None:
         """Replace a text within the recipe `smoke` of params.yaml."""
         file = self.path / "params.yaml"

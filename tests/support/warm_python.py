@@ -76,6 +76,8 @@ def serve(address: str) -> None:
             for number, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+            for number, name in enumerate(("stdin", "stdout", "stderr")):
+                setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
             os.environ.clear()
             os.environ.update(variables)
             os.chdir(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from pipeline.views import augment, colour, draws
 from pipeline.views.augment import AUGMENTATIONS, Changing, ChosenOperations, CropFlip, Draws, Moving, Parameters
 from pipeline.views.grouping import Groups, by_range
 from pipeline.views.mixing import MIXINGS
+from pipeline.views.parcel import Parcel
 from pipeline.views.scores import OperationMeter
 from pipeline.views.views import Views
 from tests.support.in_process import invoke
@@ -133,8 +134,9 @@ class Solarize(Changing):
     def parameters(self, uniform: Draws, recipe: Any, height: int, width: int) -> Parameters:
         return {"solarize": draws.between(uniform["solarize"][:, 0], recipe.solarize, 256)}
 
-    def apply(self, images: Tensor, uniform: Draws, recipe: Any) -> Tensor:
-        return colour.solarize(images, torch.from_numpy(self.parameters(uniform, recipe, 0, 0)["solarize"]))
+    def plan(self, uniform: Draws, recipe: Any, height: int, width: int, parcel: Parcel) -> Callable[[Tensor], Tensor]:
+        thresholds = parcel.add(self.parameters(uniform, recipe, height, width)["solarize"])
+        return lambda images: colour.solarize(images, thresholds())
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: Any, image_size: int) -> Groups:
         if "solarize" in drawn:

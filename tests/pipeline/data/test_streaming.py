@@ -72,7 +72,7 @@ def test_views_of_images_on_the_host_are_the_same(tmp_path: Path, name: str, in_
 
 def test_a_view_of_images_on_the_host_is_never_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr("pipeline.views.augment.augment", lambda images, *_: made.append(len(images)) or images)
+    monkeypatch.setattr("pipeline.views.augment.plan", lambda *_: lambda images: made.append(len(images)) or images)
     views = streamed(make_views(RECIPES["everything"]))
     views.prepare(0)
     assert made == []

@@ -212,6 +212,7 @@ print(use_inner_block(build_student("titn", num_classes=3), "auto", torch.device
 """
 
 
+@pytest.mark.slow
 def test_a_library_is_compiled_once_and_a_compiler_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
