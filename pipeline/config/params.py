@@ -295,7 +295,7 @@ def _build(cls: type[T], values: Any, path: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = [name for name, field in fields.items() if field.default is field.default_factory]  # both are MISSING
     values = _section(_without_removed(cls, values, path), path, tuple(fields), required=required)
-    types = _types(cls)
+    types = _types(cls)  # type: ignore[arg-type]  # mypy takes the class for one of its instances, without a hash
     built = cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
     if isinstance(built, FitRecipe) and built.warmup_epochs > built.epochs:
         raise UsageError(
