@@ -6,6 +6,7 @@ that --help and the completion of names and options are quick and the handlers o
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import os
@@ -181,6 +182,7 @@ def main() -> None:
         code = _tell_stop(error)
     finally:
         STOP.end()
+    gc.freeze()  # or the interpreter's last collection walks through all of PyTorch, which takes a second or two
     sys.exit(code)
 
 

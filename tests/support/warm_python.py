@@ -17,6 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LIBRARIES = (
+    "torch", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torch.distributed.fsdp", "torchvision",
+    "einops._torch_specific", "h5py", "matplotlib.backends.backend_agg", "matplotlib.figure", "numpy.ma", "PIL.Image",
+    "rich.progress", "ruamel.yaml", "safetensors.torch",
+)  # fmt: skip
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 if sys.argv[1:2] != ["-m"]:
@@ -91,7 +96,7 @@ def serve(address: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in ("torch", "torchvision", "h5py", "rich.progress", "ruamel.yaml"):
+    for name in LIBRARIES:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
     serve(sys.argv[1])

@@ -41,6 +41,8 @@ def test_the_interpreted_kernels_are_the_modules(triton: Any, which: str) -> Non
             sys.executable,
             "-m",
             "pytest",
+            "-o",
+            "addopts=",
             "-m",
             which,
             "-p",
