@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -79,22 +80,19 @@ def why_not(
     if training is False and _verdicts.get((*key, True), "unknown") is None:
         return None
     if (*key, training) not in _verdicts:
-        _verdicts[(*key, training)] = _judge(fused, block, device, precision, training, num_patches, explain)
+        comparison = functools.partial(
+            compare, fused, block, device, precision=precision, training=training, num_patches=num_patches
+        )
+        _verdicts[(*key, training)] = _judge(comparison, device, explain)
     return _verdicts[(*key, training)]
 
 
 def _judge(
-    fused: InnerBlock,
-    block: NestedBlock,
-    device: torch.device,
-    precision: str,
-    training: bool,
-    num_patches: int,
-    explain: Callable[[Exception], str],
+    comparison: Callable[[], dict[str, Errors]], device: torch.device, explain: Callable[[Exception], str]
 ) -> str | None:
     """Compare, and say what is wrong; see `why_not`."""
     try:
-        compared = compare(fused, block, device, precision=precision, training=training, num_patches=num_patches)
+        compared = comparison()
     except Exception as error:  # compilers, drivers and their libraries raise what they like
         reason = _first_line(explain(error)) or type(error).__name__
         if device.type == "cuda":
