@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from pipeline.errors import Interrupted
 
 SECONDS_OF_ONE_SIGNAL = 5.0
+SECONDS_BEFORE_AGAIN = 0.01
 TIME_LIMIT_REACHED = 75  # EX_TEMPFAIL of sysexits.h: try again
 _HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if _HANGUP is None else [_HANGUP]))
@@ -39,6 +44,7 @@ class StopSignal:
         self._received_at = -math.inf
         self._patience = 0.0
         self._deferred = False
+        self._is_lost = False
         self._deadline = math.inf
         self._has_stepped = False
 
@@ -53,6 +59,17 @@ class StopSignal:
         for number in _SIGNALS:
             if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        tell = sys.unraisablehook
+
+        def send_again(dropped: Any) -> None:
+            if not isinstance(dropped.exc_value, Interrupted):
+                tell(dropped)
+            elif self.received is not None:
+                self._is_lost = True
+                threading.Timer(SECONDS_BEFORE_AGAIN, os.kill, (os.getpid(), self.received)).start()
+
+        # A signal may arrive in a weak reference's callback or a `__del__`, which Python lets raise nothing.
+        sys.unraisablehook = send_again
 
     def limit(self, seconds: float) -> None:
         """Start a time limit of `seconds` from now, or infinity for none, in place of any earlier one."""
@@ -104,11 +121,16 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is not None and (number == _HANGUP or now - self._received_at < self._patience):
+        is_lost, self._is_lost = self._is_lost, False
+        if (
+            self.received is not None
+            and not is_lost
+            and (number == _HANGUP or now - self._received_at < self._patience)
+        ):
             return
         again = self.received not in (None, _HANGUP)
         self.received, self._received_at = number, now
-        if again or not self._deferred:
+        if again or is_lost or not self._deferred:
             raise Interrupted(f"stopped by {signal.Signals(number).name}; run the same command again", 128 + number)
 
 

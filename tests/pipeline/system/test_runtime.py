@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,6 +200,28 @@ def test_a_hangup_ends_a_run_unless_nohup_started_it(has_nohup: bool) -> None:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_that_arrives_where_nothing_can_be_raised_ends_the_run_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    referred = set()
+    kill = weakref.ref(referred, lambda reference: os.kill(os.getpid(), signal.SIGTERM))
+    fail = weakref.ref(referred, lambda reference: 1 / 0)
+    try:
+        StopSignal().install()
+        with pytest.raises(Interrupted) as error:
+            del referred
+            time.sleep(10)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert error.value.exit_code == 143
+    assert [type(dropped.exc_value) for dropped in told] == [ZeroDivisionError]  # others are told as before
+    assert capsys.readouterr().err == "" and kill() is fail() is None
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "10000"), ("7", "7")])
