@@ -41,7 +41,7 @@ NUM_DAMAGED = 10_000
 NUM_FORGED = 20_000
 NUM_DAMAGED_RUNS = 40
 # Below the lock's content, a part's and the sealed file's size.
-LIMITS = (0, 20, 50, 500, 1150, 1250, 1300, 5000, 9000)
+LIMITS = (0, 20, 50, 500, 670, 770, 800, 5000, 8900)
 
 
 def random_kills(project: Project) -> Tally:
