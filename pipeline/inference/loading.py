@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -107,8 +108,7 @@ def from_checkpoint(
         if precision not in PRECISIONS:
             raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
     try:
-        with torch.device("meta"):
-            module = build_model(described.kind, described.model, described.arguments)
+        module = build_empty(described.kind, described.model, described.arguments)
     except UsageError as error:
         raise DataError(f"{file}: {error}") from error
     load_weights(module, checkpoint)
@@ -182,6 +182,18 @@ def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Modul
     return build_teacher(model, **arguments)
 
 
+def build_empty(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a model whose weights do not matter, to count it or to load others; on `meta` where that is safe.
+
+    A model that is not ours may compute with its weights while it is built, or have buffers that no checkpoint has: it
+    is built on the CPU. Arguments and errors are those of `build_model`.
+    """
+    from pipeline.models.students import is_foreign
+
+    with contextlib.nullcontext() if is_foreign(model) else torch.device("meta"):
+        return build_model(kind, model, arguments)
+
+
 def _load_export(directory: Path, format: str | None, device: str | None) -> Classifier:
     """Load a file of a directory that `pipeline export` wrote: that of the format, or the first without a program."""
     config = read_json(directory / CONFIG)
@@ -246,7 +258,7 @@ class Description:
         """
         arguments, names = meta.get("arguments"), meta.get("class_names")
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        limits = _limits(meta.get("kind"))
+        limits = _limits(meta.get("kind"), meta.get("model"))
         checks = {
             "kind": meta.get("kind") in KINDS,
             "model": isinstance(meta.get("model"), str),
@@ -268,22 +280,25 @@ class Description:
         return cls(meta["kind"], meta["model"], meta["arguments"], tuple(names or ()), meta["image_size"], **channels)
 
 
-def _limits(kind: Any) -> dict[str, tuple[type, float, float]]:
+def _limits(kind: Any, model: Any) -> dict[str, tuple[type, float, float]]:
     """Return type, least and largest value of the arguments that every model of a kind may have."""
     if kind == "teacher":
         return {"num_classes": CLASSES, "bn_momentum": (float, 0.0, 1.0)}
-    from pipeline.models.students import GEOMETRY
+    from pipeline.models.students import GEOMETRY, is_foreign
 
+    if isinstance(model, str) and is_foreign(model):
+        return {"num_classes": CLASSES, "image_size": IMAGE_SIZES}
     ranges = {field.name: field.metadata.get("range", ()) for field in dataclasses.fields(StudentRecipe)}
-    return {"num_classes": CLASSES, "image_size": IMAGE_SIZES, **{name: (int, *ranges[name]) for name in GEOMETRY}}
+    limits = {name: (int, *ranges[name]) for name in GEOMETRY} | {"drop_path": (float, *ranges["drop_path"])}
+    return {"num_classes": CLASSES, "image_size": IMAGE_SIZES, **limits}
 
 
 def _takes(meta: Mapping[str, Any], names: AbstractSet[str]) -> bool:
     """Return whether the model's constructor takes these arguments of its own."""
-    from pipeline.models.students import STUDENTS, check_arguments
+    from pipeline.models.students import STUDENTS, check_arguments, is_foreign
 
     model = meta.get("model")
-    if meta.get("kind") != "student" or not isinstance(model, str) or model not in STUDENTS:
+    if meta.get("kind") != "student" or not isinstance(model, str) or not (model in STUDENTS or is_foreign(model)):
         return not names
     try:
         check_arguments(model, {name: meta["arguments"][name] for name in names}, "arguments")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.config.recipes import FitRecipe
 from pipeline.errors import NumericalError, UsageError
 from pipeline.system.stopping import StopSignal, stopped
-from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
+from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches, step_draws
 from pipeline.training.checkpoints import RunState
 from pipeline.training.distributed import has_batch_norm, parallel
 from pipeline.training.evaluation import evaluate
@@ -90,11 +90,13 @@ class _Share:
         indices: `(B,)` int64, the samples that its model sees.
         count: B, or 0 where they have no weight.
         size: Samples of all ranks together.
+        rows: Which of those they are.
     """
 
     indices: Tensor
     count: int
     size: int
+    rows: slice
 
 
 @dataclass(kw_only=True)
@@ -135,7 +137,7 @@ class Fit:
         self.parallel = parallel(self.model, self.group)
         self.average = MovingAverage(self.model, self.ema) if self.ema else None
         captured = self.execution.step == "graph"
-        self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=captured)
+        self.optimizer = build_optimizer(self.model, self.recipe, captured=captured)
         step = functools.partial(
             train_step,
             self.parallel,
@@ -149,6 +151,7 @@ class Fit:
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1
+        self.num_draws = int(getattr(self.model, "num_draws", 0))
         result = FitResult(rules=self.rules)
         self.progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device), result=result)
         self.saved_at = time.monotonic()
@@ -199,7 +202,7 @@ class Fit:
         for share, batch in zip(shares, batches, strict=True):
             lr = self._learning_rate(progress.step)
             set_learning_rate(self.optimizer, lr)
-            loss, is_finite = self.step(self._weighed(batch, share))
+            loss, is_finite = self.step(self._with_draws(self._weighed(batch, share), share))
             if self.average is not None:
                 self.average.update(self._steps_done(progress.step))
             progress.loss_sum += loss.double() * (share.size / ranks)
@@ -268,8 +271,16 @@ class Fit:
             share = self.group.share(len(batch), least=self.least)
             count = share.stop - share.start
             # A rank without samples still takes part in the reduction, with the first samples and no weight.
-            shares.append(_Share(batch[share if count else slice(self.least)], count, len(batch)))
+            rows = share if count else slice(self.least)
+            shares.append(_Share(batch[rows], count, len(batch), rows))
         return shares
+
+    def _with_draws(self, batch: Batch, share: _Share) -> Batch:
+        """Add the random numbers that the model takes, if it does: those of this rank's samples."""
+        if not self.num_draws:
+            return batch
+        draws = step_draws(self.seed, self._steps_done(self.progress.step), share.size, self.num_draws)
+        return dataclasses.replace(batch, draws=draws[share.rows].to(self.device, non_blocking=True))
 
     def _weighed(self, batch: Batch, share: _Share) -> Batch:
         """Add a batch's weight among the ranks, and the mean confidence over all their samples."""

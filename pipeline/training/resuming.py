@@ -157,7 +157,7 @@ def load_progress(
     tensors, best = (loaded[0].tensors, loaded[0].best) if loaded else ({}, {})
     tensors = group.distribute(tensors)
     model.load_state_dict(_part(tensors, "model."))
-    _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
+    _load_optimizer(optimizer, _part(tensors, "optimizer."))
     if average is not None:
         average.load(_part(tensors, "average."))
     progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
@@ -175,10 +175,9 @@ def load_progress(
     )  # fmt: skip
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load an optimiser's moments."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()
     state["state"] = {}
     for name, tensor in tensors.items():

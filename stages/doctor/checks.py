@@ -15,7 +15,7 @@ import torch
 from pipeline.config.recipes import FitRecipe, Recipe
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, UsageError
-from pipeline.models.students import build_student, use_inner_block
+from pipeline.models.students import build_student, is_foreign, use_inner_block
 from pipeline.models.teachers import weights_file
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
@@ -283,6 +283,8 @@ def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
             recipe = student_recipe(context.recipe, name, {})
             image_size = context.recipe.dataset.image_size
             arguments = student_arguments(recipe, num_classes=10, image_size=image_size)
+            if is_foreign(recipe.model):
+                continue
             student = build_student(recipe.model, **{**arguments, "depth": 1})
             precision = resolve_precision(recipe.precision, device)
             answer = use_inner_block(student, recipe.inner_block, device, precision=precision)

@@ -12,9 +12,11 @@ import torch
 
 from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.data.sources import KNOWN_SIZES
-from pipeline.inference.loading import build_model
+from pipeline.errors import UsageError
+from pipeline.inference.loading import build_empty
 from pipeline.labels.answers import PROBABILITY_DTYPE
 from pipeline.labels.identity import label_dtype
+from pipeline.models.students import has_distillation_head, is_foreign
 from pipeline.models.teachers import weights_file
 from pipeline.system.memory import available_ram
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
@@ -98,6 +100,22 @@ def sizes(context: Context, *, prepared: bool) -> Sizes | None:
     return Sizes(train - val, val or test, test, total, num_classes, recipe.dataset.image_size)
 
 
+def foreign_students(context: Context, sizes: Sizes) -> list[Finding]:
+    """Try the students whose models are not ours on a batch, as training does at its start."""
+    findings = []
+    for name in context.params.students:
+        student = context.recipe.students.get(name)
+        if student is None or not is_foreign(student.model):
+            continue
+        arguments = student_arguments(student, num_classes=sizes.num_classes, image_size=sizes.image_size)
+        try:
+            heads = "both heads" if has_distillation_head(student.model, arguments) else "a class head alone"
+            findings.append(Finding("project", OK, f"students.{name}: {student.model} works and has {heads}"))
+        except UsageError as error:
+            findings.append(Finding("project", PROBLEM, f"students.{name}: {error}"))
+    return findings
+
+
 def artefacts(context: Context, tasks: list[Task], sizes: Sizes) -> list[Artefact]:
     """Estimate everything that a full run writes; reports and curves, some megabytes, are not counted."""
     paths, recipe = context.paths, context.recipe
@@ -161,8 +179,7 @@ def model_bytes(context: Context, task: Task, sizes: Sizes) -> int:
     if task.kind == "student":
         student = context.recipe.students[task.name]
         arguments = student_arguments(student, num_classes=sizes.num_classes, image_size=sizes.image_size)
-    with torch.device("meta"):
-        model = build_model(task.kind, task.model, arguments)
+    model = build_empty(task.kind, task.model, arguments)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 

@@ -38,8 +38,12 @@ def check_model(student: StudentRecipe, path: str) -> None:
     Raises:
         UsageError: It does not.
     """
-    from pipeline.models.students import STUDENTS, check_arguments
+    from pipeline.models.students import check_arguments, check_student, recorded_arguments
 
-    if student.model not in STUDENTS:
-        raise UsageError(f"{path}.model: {student.model!r} is no student; choose from {', '.join(STUDENTS)}")
+    check_student(student.model, f"{path}.model")
+    if student.drop_path and "drop_path" not in recorded_arguments(student.model):
+        raise UsageError(
+            f"{path}.drop_path: {student.drop_path:g}, but {student.model} takes no such argument; set it to 0, and "
+            "give it its own in arguments, as timm's drop_path_rate"
+        )
     check_arguments(student.model, student.arguments, f"{path}.arguments")

@@ -37,7 +37,7 @@ MAX_NAMED = 3
 # Said in place of values that tell people nothing.
 _PHRASES = {
     "dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights",
-    "rules": "judged by other rules", "labels_sha256": "other labels",
+    "rules": "judged by other rules", "labels_sha256": "other labels", "code_sha256": "other code",
 }  # fmt: skip
 # Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
@@ -136,15 +136,23 @@ class Run:
         return {"seed": self.seed, "inputs": dict(self.inputs), "version": RESULTS_VERSION}
 
     @property
+    def _recipe(self) -> dict[str, Any]:
+        """What of the recipe decides the result: models that are not ours have no geometry of ours."""
+        if isinstance(self.recipe, StudentRecipe):
+            from pipeline.models.students import GEOMETRY, is_foreign
+
+            return deciding_values(self.recipe, but=GEOMETRY if is_foreign(self.recipe.model) else ())
+        return deciding_values(self.recipe)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result."""
-        recipe = deciding_values(self.recipe)
-        return fingerprint({"model": dict(self.description), "recipe": recipe, **self._rest})
+        return fingerprint({"model": dict(self.description), "recipe": self._recipe, **self._rest})
 
     @property
     def decided_by(self) -> dict[str, Any]:
         """What decides the result, as the checkpoint's JSON keeps it."""
-        return {**self.description, "training": deciding_values(self.recipe), **self._rest}
+        return {**self.description, "training": self._recipe, **self._rest}
 
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run, or not whole; None if they are."""
@@ -364,7 +372,9 @@ def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: in
 
     shared = {"num_classes": num_classes, "image_size": image_size}
     shared |= {key: getattr(recipe, key) for key in SHARED_ARGUMENTS if key not in shared}
-    return {**{key: shared[key] for key in recorded_arguments(recipe.model)}, **recipe.arguments}
+    if not recipe.drop_path:  # as before there was such an argument
+        del shared["drop_path"]
+    return {**{key: shared[key] for key in recorded_arguments(recipe.model) if key in shared}, **recipe.arguments}
 
 
 def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -396,13 +406,10 @@ def costs(meta: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 
 @functools.cache
 def _costs(kind: str, model_name: str, arguments: str, image_size: int) -> dict[str, Any]:
-    import torch
-
-    from pipeline.inference.loading import build_model
+    from pipeline.inference.loading import build_empty
     from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024
 
-    with torch.device("meta"):
-        model = build_model(kind, model_name, json.loads(arguments))
+    model = build_empty(kind, model_name, json.loads(arguments))
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

@@ -158,7 +158,7 @@ class Graphs:
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr("pipeline.training.step._another_stream", contextlib.nullcontext)
         # Optimisers whose steps may be captured need a GPU.
-        eager = lambda parameters, recipe, captured: build_optimizer(parameters, recipe)  # noqa: E731
+        eager = lambda model, recipe, captured: build_optimizer(model, recipe)  # noqa: E731
         monkeypatch.setattr("pipeline.training.fit.build_optimizer", eager)
 
     @contextlib.contextmanager
