@@ -100,12 +100,12 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
         file_bytes, paper_macs and flops_per_image (of one image), top1 (percent; None of a quantised one) and
         top1_split (`test` where its score there is known, else the split that chose the checkpoint; None if unknown).
     """
-    from pipeline.inference.loading import build_empty
+    from pipeline.inference.loading import build_unfilled
     from pipeline.models.counting import flops_per_image, num_parameters, paper_macs
 
     config, size = classifier.config, classifier.image_size
     assert classifier.file is not None, "it has been loaded"
-    plain = build_empty(config["kind"], config["model"], config["arguments"])
+    plain = build_unfilled(config["kind"], config["model"], config["arguments"])
     judged = Judged.of(config, classifier.file)
     return {
         "model": config["model"],

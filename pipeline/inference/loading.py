@@ -108,7 +108,7 @@ def from_checkpoint(
         if precision not in PRECISIONS:
             raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
     try:
-        module = build_empty(described.kind, described.model, described.arguments)
+        module = build_unfilled(described.kind, described.model, described.arguments)
     except UsageError as error:
         raise DataError(f"{file}: {error}") from error
     load_weights(module, checkpoint)
@@ -182,7 +182,7 @@ def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Modul
     return build_teacher(model, **arguments)
 
 
-def build_empty(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_unfilled(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Build a model whose weights do not matter, to count it or to load others; on `meta` where that is safe.
 
     A model that is not ours may compute with its weights while it is built, or have buffers that no checkpoint has: it

@@ -13,7 +13,7 @@ import torch
 from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.data.sources import KNOWN_SIZES
 from pipeline.errors import UsageError
-from pipeline.inference.loading import build_empty
+from pipeline.inference.loading import build_unfilled
 from pipeline.labels.answers import PROBABILITY_DTYPE
 from pipeline.labels.identity import label_dtype
 from pipeline.models.students import has_distillation_head, is_foreign
@@ -179,7 +179,7 @@ def model_bytes(context: Context, task: Task, sizes: Sizes) -> int:
     if task.kind == "student":
         student = context.recipe.students[task.name]
         arguments = student_arguments(student, num_classes=sizes.num_classes, image_size=sizes.image_size)
-    model = build_empty(task.kind, task.model, arguments)
+    model = build_unfilled(task.kind, task.model, arguments)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 

@@ -125,7 +125,7 @@ def settings_table(recipe: Recipe, num_classes: int | None) -> Table:
 
 
 def _settings_row(recipe: Recipe, name: str, num_classes: int | None, *, is_papers: bool) -> list[str]:
-    from pipeline.inference.loading import build_empty
+    from pipeline.inference.loading import build_unfilled
     from pipeline.models.counting import num_parameters
     from pipeline.models.students import STUDENTS, is_foreign
 
@@ -142,7 +142,7 @@ def _settings_row(recipe: Recipe, name: str, num_classes: int | None, *, is_pape
     if num_classes is None:
         return [*cells, "-"]
     arguments = student_arguments(student, num_classes=num_classes, image_size=image_size)
-    count = num_parameters(build_empty("student", student.model, arguments)) / 1e6
+    count = num_parameters(build_unfilled("student", student.model, arguments)) / 1e6
     if not is_papers:
         return [*cells, number(count)]
     table1 = reported.parameters if reported else None

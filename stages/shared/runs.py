@@ -406,10 +406,10 @@ def costs(meta: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 
 @functools.cache
 def _costs(kind: str, model_name: str, arguments: str, image_size: int) -> dict[str, Any]:
-    from pipeline.inference.loading import build_empty
+    from pipeline.inference.loading import build_unfilled
     from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024
 
-    model = build_empty(kind, model_name, json.loads(arguments))
+    model = build_unfilled(kind, model_name, json.loads(arguments))
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

@@ -113,7 +113,7 @@ def test_a_report_shows_them_and_the_doctor_tries_them(trained: Project, tmp_pat
         ("micro_batch=4", "micro_batch: 4: the model has batch norm, which needs whole ones; set it to 0"),
         ("inner_block=fused", "inner_block: fused is not available here: the student has no inner blocks"),
         ("arguments={width: 0}", "my_student.py:build"),
-        ("soft=2", "keeps the argmax"),
+        ("soft=2", "keeps argmax"),
     ],
 )
 def test_what_such_a_student_cannot_do_is_said(trained: Project, setting: str, words: str) -> None:

@@ -145,6 +145,7 @@ def test_a_users_model_that_gives_no_logits_is_refused_in_one_line(
 
 
 def test_a_student_is_tried_once_until_its_file_changes(own: str, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "my_student.py").write_text(OWN + "# of this test alone")
     for _ in range(3):
         has_distillation_head(own, SIZES)
     captured = capfd.readouterr()
