@@ -223,7 +223,8 @@ class StudentRecipe(FitRecipe):
     """How one student is built and distilled.
 
     Attributes:
-        model: Architecture, a key of pipeline.models.students.STUDENTS.
+        model: Architecture, a key of pipeline.models.students.STUDENTS; `timm/NAME`; or `FILE.py:FUNCTION`, which is
+            run. The last two have none of the geometry below.
         views: Name of the view recipe it trains on.
         alpha: Weight of the distillation term of equation 10.
         patch_size: Side of a patch, pixels.

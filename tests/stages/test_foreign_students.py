@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -10,8 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from pipeline.system.stopping import StopSignal
 from pipeline.training.checkpoints import read_meta
+from stages.doctor import space
+from stages.reports.runs import FinishedRuns
+from stages.reports.tables import drops_table, settings_table
+from stages.shared.context import Context
+from stages.shared.params import read_params
 from tests.support.in_process import invoke
 from tests.support.project import Project
 
@@ -90,20 +98,50 @@ def test_it_is_evaluated_used_exported_and_measured(trained: Project, student: s
     assert json.loads(measured)["models"][0]["parameters"] == parameters
 
 
-def test_a_report_shows_them_and_the_doctor_tries_them(trained: Project, tmp_path: Path) -> None:
-    project = Project(tmp_path / "project")
-    shutil.copytree(trained.path, project.path)
-    invoke(project, "report", "--no-figures")
-    text = (project.data / "reports/report.md").read_text()
-    assert "| mine |" in text and "| small |" in text
+def known_to_dvc(project: Project) -> None:
+    """Name both in the list at the top, which `dvc repro` and the doctor go by."""
     file = project.path / "params.yaml"
     file.write_text(file.read_text().replace("students:\n", "students:\n  mine: default\n  small: default\n", 1))
-    found = invoke(project, "doctor", code=None)
-    assert "students.mine: my_student.py:build works and has both heads" in found
-    assert "students.small: timm/test_vit works and has a class head alone" in found
+
+
+def test_tables_name_their_figures_and_the_doctor_tries_them(trained: Project, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    shutil.copytree(trained.path, project.path)
+    known_to_dvc(project)
+    with contextlib.chdir(project.path):
+        params = read_params(Path("params.yaml"))
+        context = Context(params, params.select("smoke"), Console(quiet=True), StopSignal(), "cpu")
+        rows = {row[0]: row[1:] for row in settings_table(context.recipe, 10).rows}
+        assert rows["mine"] == ["32", "-", "-", "-", "-", "-", "0.00"] and rows["small"][:-1] == rows["mine"][:-1]
+        assert [row[1] for row in drops_table(FinishedRuns.read(context.recipe, context.paths)).rows][-1] == "mine"
+        sizes = space.sizes(context, prepared=True)
+        assert sizes is not None
+        found = [finding.text for finding in space.foreign_students(context, sizes)]
+        assert found == [
+            "students.mine: my_student.py:build works and has both heads",
+            "students.small: timm/test_vit works and has a class head alone",
+        ]
+        Path("my_student.py").write_text(OWN.replace("AvgPool2d(4)", "AvgPool2d(8)"))
+        wrong, _ = space.foreign_students(context, sizes)
+        assert wrong.mark == "problem"
+        assert "students.mine: model my_student.py:build in training mode, for images (2, 3, 32, 32)" in wrong.text
+
+
+@pytest.mark.slow
+def test_a_report_shows_them_and_onnx_files_answer_as_they_do(trained: Project, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    shutil.copytree(trained.path, project.path)
+    invoke(project, "report")
+    text = (project.data / "reports/report.md").read_text()
+    assert "| mine |" in text and "| small |" in text
+    known_to_dvc(project)
+    assert "students.mine: my_student.py:build works" in invoke(project, "doctor", code=None)
+    for student in ("mine", "small"):
+        out = project.data / "students" / student
+        invoke(project, "export", str(out), "--format", "onnx", "--int8", "--out", str(tmp_path / student))
+        assert invoke(project, "evaluate", str(tmp_path / student))
     (project.path / "my_student.py").write_text(OWN.replace("AvgPool2d(4)", "AvgPool2d(8)"))
-    found = invoke(project, "doctor", code=1)
-    assert "students.mine: model my_student.py:build in training mode, for images (2, 3, " in found
+    assert "students.mine: model my_student.py:build in training mode" in invoke(project, "doctor", code=1)
 
 
 @pytest.mark.parametrize(

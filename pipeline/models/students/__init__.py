@@ -157,6 +157,9 @@ def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
         UsageError: An argument is unknown or of another type, or one without a default is missing; the message names
             the key, the value and what is allowed.
     """
+    for key, value in arguments.items():
+        if type(value) in (int, float) and not abs(value) <= MAX_ARGUMENT:
+            raise UsageError(f"{path}.{key}: {value!r} is out of range; allowed is up to {MAX_ARGUMENT:,} either way")
     if is_foreign(name):
         check_foreign_arguments(name, arguments, path)
         return
@@ -173,8 +176,6 @@ def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
             raise UsageError(
                 f"{path}.{key}: {value!r} is not of the type {' or '.join(kind.__name__ for kind in possible)}"
             )
-        if type(value) in (int, float) and not abs(value) <= MAX_ARGUMENT:
-            raise UsageError(f"{path}.{key}: {value!r} is out of range; allowed is up to {MAX_ARGUMENT:,} either way")
     for key, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
             raise UsageError(f"{path}.{key}: missing; {name} needs it")

@@ -117,3 +117,15 @@ def test_a_model_without_matrices_or_without_anything_else_has_one_group() -> No
     assert group["weight_decay"] == 0.0
     [group] = build_optimizer(torch.nn.Linear(2, 2, bias=False), settings).param_groups
     assert group["weight_decay"] == 0.5
+
+
+def test_both_groups_follow_a_learning_rate_that_is_a_tensor() -> None:
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), recipe(decay="matrices"), captured=True)
+    for loaded in (False, True):
+        if loaded:
+            optimizer.load_state_dict(optimizer.state_dict())
+        rates = [group["lr"] for group in optimizer.param_groups]
+        set_learning_rate(optimizer, 0.25)
+        assert [rate.item() for rate in rates] == [0.25, 0.25], "in place, where a CUDA graph reads it"
+        assert [id(group["lr"]) for group in optimizer.param_groups] == [id(rate) for rate in rates]
+        set_learning_rate(optimizer, 0.5)
