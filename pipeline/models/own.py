@@ -6,6 +6,7 @@ The file is code that runs with all of the user's rights. A recipe or a command 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import re
@@ -38,7 +39,7 @@ def load_function(model: str) -> Callable[..., nn.Module]:
         model: `FILE.py:FUNCTION`; the file is relative to the working directory.
 
     Returns:
-        The function. Where it raises an error, or returns no nn.Module, the caller gets a UsageError.
+        The function, with its attributes. Where it fails, or returns no nn.Module, the caller gets a UsageError.
 
     Raises:
         UsageError: There is no such file or function, or the file fails; the message has its own error.
@@ -50,6 +51,7 @@ def load_function(model: str) -> Callable[..., nn.Module]:
         known = [key for key, value in vars(module).items() if _is_function_of(value, module)]
         raise UsageError(f"model {model!r}: {file} has no function {name!r}; it has {', '.join(known) or 'none'}")
 
+    @functools.wraps(function)  # with its attributes, which may say more of the model
     def build(*args: Any, **arguments: Any) -> nn.Module:
         from torch import nn
 

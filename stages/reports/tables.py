@@ -91,7 +91,8 @@ class Model:
         if not self.runs:
             return [f"{self.name}{self.mark}", NOT_RUN, *cells[1:], "-"]
         best = ", ".join(str(run.metrics["best"]["epoch"]) for run in self.runs)
-        return [f"{self.name}{self.mark}", *cells, f"{best} of {self.runs[0].metrics['epochs']}"]
+        epochs = self.runs[0].metrics["epochs"]
+        return [f"{self.name}{self.mark}", *cells, f"{best} of {epochs}" if epochs else "not trained"]
 
 
 def _score_table(title: str, heading: str, models: Sequence[Model], columns: Sequence[Column], note: str) -> Table:
@@ -142,7 +143,7 @@ def _settings_row(recipe: Recipe, name: str, num_classes: int | None, *, is_pape
     if num_classes is None:
         return [*cells, "-"]
     arguments = student_arguments(student, num_classes=num_classes, image_size=image_size)
-    count = num_parameters(build_unfilled("student", student.model, arguments)) / 1e6
+    count = num_parameters(build_unfilled("student", student.model, arguments, own_code=(student.model,))) / 1e6
     if not is_papers:
         return [*cells, number(count)]
     table1 = reported.parameters if reported else None

@@ -92,24 +92,22 @@ def is_foreign(model: str) -> bool:
 
 
 def check_foreign(model: str, path: str) -> None:
-    """Check that timm has a model, or that a user's file is there; it is not run.
+    """Check that timm, where it is installed, has a model. A user's file is not looked at: building the model tells.
 
     Args:
         model: `timm/NAME` or `FILE.py:FUNCTION`.
         path: Its key, for messages.
 
     Raises:
-        UsageError: It is not, timm is not installed, or the name is none.
+        UsageError: It has not, or the name is none.
     """
     if is_own(model):
-        try:
-            code_sha256(model)
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
         return
     if _NAME.fullmatch(model) is None:
         raise UsageError(f"{path}: {model!r} is no name of timm's; write it as timm/vit_tiny_patch16_224")
-    timm, name = _timm(model, path), model.removeprefix(TIMM)
+    if importlib.util.find_spec("timm") is None:
+        return
+    timm, name = _timm(model), model.removeprefix(TIMM)
     if not timm.is_model(name):
         near = [f"{TIMM}{other}" for other in difflib.get_close_matches(name, timm.list_models())]
         resembling = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() names all"
@@ -145,9 +143,7 @@ def build_foreign(model: str, *, num_classes: int, image_size: int, **arguments:
         return ForeignStudent(load_function(model)(num_classes=num_classes, image_size=image_size, **arguments))
     check_foreign(model, "model")
     check_foreign_arguments(model, arguments, "arguments")
-    build = functools.partial(
-        _timm(model, "model").create_model, model.removeprefix(TIMM), num_classes=num_classes, **arguments
-    )
+    build = functools.partial(_timm(model).create_model, model.removeprefix(TIMM), num_classes=num_classes, **arguments)
     try:
         try:
             return ForeignStudent(build(img_size=image_size))
@@ -213,10 +209,10 @@ def _try(student: nn.Module, model: str, num_classes: int, image_size: int) -> i
     return counts[0]
 
 
-def _timm(model: str, path: str) -> Any:
+def _timm(model: str) -> Any:
     """Import timm."""
     if importlib.util.find_spec("timm") is None:
-        raise UsageError(f"{path}: {model} needs timm, which is not installed; run `pip install 'titn-pipeline[timm]'`")
+        raise UsageError(f"model {model} needs timm, which is not installed; run `pip install 'titn-pipeline[timm]'`")
     import timm
 
     return timm
