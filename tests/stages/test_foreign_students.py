@@ -144,6 +144,15 @@ def test_a_report_shows_them_and_onnx_files_answer_as_they_do(trained: Project, 
     assert "students.mine: model my_student.py:build in training mode" in invoke(project, "doctor", code=1)
 
 
+def test_a_checkpoint_alone_has_no_code_run(trained: Project, tmp_path: Path) -> None:
+    for student, code in (("mine", 3), ("small", 0)):
+        out = shutil.copytree(trained.data / "students" / student, tmp_path / student)
+        shutil.copy(trained.path / "my_student.py", tmp_path)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "black.png")
+        answer = invoke(Project(tmp_path), "predict", str(out), "black.png", code=code)
+        assert ("its model is your own code, my_student.py:build, which is run only where you" in answer) == bool(code)
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
