@@ -42,11 +42,13 @@ class ForeignStudent(Student):
         module: Maps normalised images to the logits of one head or of two, `(B, K)` each.
     """
 
+    module: Any
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         if hasattr(module, "set_distilled_training"):
-            module.set_distilled_training(True)
+            self.module.set_distilled_training(True)
 
     def train(self, mode: bool = True) -> ForeignStudent:
         """Set training or evaluation mode.
@@ -54,7 +56,7 @@ class ForeignStudent(Student):
         Of timm's layers that return both heads in training alone only the parts are set.
         """
         super().train(mode)
-        for layer in self.module.modules():
+        for layer in self.modules():
             if getattr(layer, "distilled_training", False):
                 layer.training = True
         return self

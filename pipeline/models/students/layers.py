@@ -5,7 +5,6 @@ Letters: B batch, P patches, D width, K classes, N sequences of T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -82,9 +81,9 @@ def drop_paths(rate: float, depth: int) -> list[float]:
     return [rate * block / max(1, depth - 1) for block in range(depth)]
 
 
-def draws_by_block(draws: Tensor | None, depth: int) -> Iterator[Tensor | None]:
-    """Yield each block's part of a student's draws, `(B, DRAWS)`; None where there are none."""
-    return iter([None] * depth if draws is None else draws.split(DRAWS, dim=1))
+def draws_by_block(draws: Tensor | None, depth: int) -> list[Tensor | None]:
+    """Return each block's part of a student's draws, `(B, DRAWS)`; None where there are none."""
+    return [None] * depth if draws is None else [*torch.split(draws, DRAWS, dim=1)]
 
 
 def divide(whole_name: str, whole: int, part_name: str, part: int) -> int:
