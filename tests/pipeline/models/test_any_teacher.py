@@ -24,6 +24,7 @@ from pipeline.models.teachers import (
     require_size,
     teacher_input,
 )
+from pipeline.system.runtime import images_at_once
 from pipeline.training.distributed import synchronize_norms
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -117,6 +118,8 @@ def test_images_are_resized_on_the_way_in_as_torch_does_without_antialiasing() -
     model(images)
     model(expected := nn.functional.interpolate(images, 12, mode="bilinear", antialias=False, align_corners=False))
     assert torch.equal(seen[0], expected) and seen[1] is expected
+    cpu, large = torch.device("cpu"), ResizedInput(Recorder(), 224)
+    assert images_at_once(cpu, 32, large) == images_at_once(cpu, 224) < images_at_once(cpu, 32)
 
 
 def test_a_size_that_a_model_cannot_take_is_refused_by_name() -> None:
