@@ -404,4 +404,5 @@ def selected(context: Context) -> str:
     cache = any_labels(context)
     if cache is None:
         raise DataError(f"{context.paths.winner}: no teacher is selected")
-    return str(cache.provenance["teacher"])
+    made_by = str(cache.provenance["teacher"])  # its architecture
+    return next((name for name, teacher in context.recipe.teachers.items() if teacher.model == made_by), made_by)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, printable
+from pipeline.models.own import is_own
 from pipeline.system.canonical import is_whole
 from pipeline.system.storage import read_json
 from pipeline.training.manifest import MANIFEST, read_checked, read_json_checked
@@ -187,9 +188,11 @@ class FinishedRun:
     def initial_weights(self) -> str | None:
         """The weights before its training, as `random weights`; None where its checkpoint does not say."""
         training = self.meta.get("training") if self.meta else None
-        if not isinstance(training, dict):
+        if self.meta is None or not isinstance(training, dict):
             return None
         weights = str(training.get("weights", "none")) if self.kind == "teacher" else "none"
+        if weights == "none" and is_own(model := str(self.meta.get("model"))):
+            return f"the weights that {model} returns"
         return {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, f"the weights {weights}")
 
     def curve(self) -> list[dict[str, float | None]]:
