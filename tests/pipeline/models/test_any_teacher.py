@@ -117,7 +117,7 @@ def test_images_are_resized_on_the_way_in_as_torch_does_without_antialiasing() -
     model = ResizedInput(Recorder(), 12)
     model(images)
     model(expected := nn.functional.interpolate(images, 12, mode="bilinear", antialias=False, align_corners=False))
-    assert torch.equal(seen[0], expected) and seen[1] is expected
+    assert torch.equal(seen[0], expected) and torch.equal(seen[1], expected)
     cpu, large = torch.device("cpu"), ResizedInput(Recorder(), 224)
     assert images_at_once(cpu, 32, large) == images_at_once(cpu, 224) < images_at_once(cpu, 32)
 
