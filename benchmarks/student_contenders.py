@@ -140,7 +140,7 @@ def turn(
         return steps.forward_pass(model.eval(), batch, precision=precision)
     student_recipe = recipe(student, depth)
     captured = contender.run_as == CAPTURED
-    optimizer = steps.at_rest(build_optimizer(model.train().parameters(), student_recipe, captured=captured))
+    optimizer = steps.at_rest(build_optimizer(model.train(), student_recipe, captured=captured))
     if not contender.is_ours:
         return steps.plain_step(model, batch, optimizer=optimizer, precision=precision)
     return steps.our_step(

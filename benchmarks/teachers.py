@@ -105,7 +105,7 @@ def our_turn(name: str, model: nn.Module, batch: Batch, operation: str, precisio
     if operation == "forward":
         return steps.forward_pass(copied.eval(), batch, precision=precision)
     recipe = _recipe(name)
-    optimizer = steps.at_rest(build_optimizer(copied.train().parameters(), recipe))
+    optimizer = steps.at_rest(build_optimizer(copied.train(), recipe))
     loss = objective(recipe)
     return steps.our_step(copied, batch, recipe=recipe, objective=loss, optimizer=optimizer, precision=precision)
 

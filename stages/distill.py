@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from pipeline.config.params import override
 from pipeline.config.recipes import MAX_VIEWS, Recipe, StudentRecipe, deciding_values
 from pipeline.errors import UsageError
+from pipeline.models.own import code_sha256
 from pipeline.report.tables import spread
 from pipeline.training.checkpoints import read_meta
 from pipeline.training.manifest import read_json_checked
@@ -69,6 +70,7 @@ def distill(
 
     from pipeline.models.students import build_student, use_inner_block
     from pipeline.system.runtime import resolve_precision
+    from pipeline.training.distributed import has_batch_norm
     from pipeline.training.execution import Execution
     from stages.shared.fitting import carry_out, make_views, require_same_run, up_to_date
 
@@ -89,7 +91,7 @@ def distill(
             precision=resolve_precision(recipe.precision, device),
             agree=group.first_reason,
         )
-        execution = Execution.of(recipe, device, group, inner_block=inner_block)
+        execution = Execution.of(recipe, device, group, inner_block=inner_block, whole=has_batch_norm(model))
         carry_out(
             context, run, model, dataset=dataset, views=views, execution=execution, teaching=teaching, fresh=fresh
         )
@@ -105,7 +107,8 @@ def plan_student(
     if distillation.labels == "none":  # nothing is learned from a teacher, softly or not
         recipe = dataclasses.replace(recipe, soft=0.0)
     dataset, view_recipe = context.dataset(), context.recipe.views[recipe.views]
-    source = TeacherSource.find(context, name, recipe, distillation)
+    arguments = student_arguments(recipe, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    source = TeacherSource.find(context, name, recipe, distillation, arguments)
     differs = distillation.differences(context.recipe, name, recipe)
     selected = read_meta(context.paths.winner) if distillation.teacher is not None else None
     if distillation.teacher is not None and (selected is None or selected["sha256"] != source.digest):
@@ -118,7 +121,8 @@ def plan_student(
         inputs["topk"] = source.cache.topk if source.cache else None
     if distillation.confidence:
         inputs["confidence"] = True
-    arguments = student_arguments(recipe, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    if (code := code_sha256(recipe.model)) is not None:
+        inputs["code_sha256"] = code
     run = Run.of(
         dataset, context.recipe.name, "student", name, recipe, seed, differs, model=recipe.model, arguments=arguments,
         inputs=inputs, num_views=view_recipe.count, soft=recipe.soft or None, confidence=distillation.confidence,

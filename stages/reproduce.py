@@ -290,7 +290,8 @@ def _ablation(params: Params, recipe: Recipe, scope: Scope) -> Iterator[Job]:
         raise _unknown(name, [recipe])
     student = recipe.students[name]
     if student.model in STUDENTS and not STUDENTS[student.model].has_distillation_head:
-        able = ", ".join(key for key, other in recipe.students.items() if STUDENTS[other.model].has_distillation_head)
+        models = {key: STUDENTS.get(other.model) for key, other in recipe.students.items()}
+        able = ", ".join(key for key, model in models.items() if model is None or model.has_distillation_head)
         raise UsageError(f"--student {name}: has no distillation head, so that labels make no difference; try {able}")
     chain = Chain(params, recipe)
     yield from chain.teaching()

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
+DECAYS = ("all", "matrices")
 PRECISIONS = ("auto", "fp32", "bf16")
 STEPS = ("auto", "eager", "graph")
 INNER_BLOCKS = ("auto", "plain", "fused")
@@ -176,6 +177,8 @@ class FitRecipe(RecipeSection):
         lr: Peak learning rate.
         momentum: Of sgd and rmsprop; beta1 of adam and adamw.
         weight_decay: L2 penalty; decoupled for adamw.
+        decay: What it acts on: `all` parameters, as in the paper; or `matrices`, the weights of linear and convolution
+            layers, which leaves out norms, biases, tokens and positions.
         schedule: `cosine` to zero at the last step, or `constant`.
         warmup_epochs: Linear warm-up from 0, in epochs, may be fractional; at most `epochs`.
         clip: Largest gradient norm; 0 leaves gradients alone.
@@ -192,6 +195,7 @@ class FitRecipe(RecipeSection):
     lr: float = number(0.0, 100.0)
     momentum: float = number(0.0, 0.9999, 0.9)
     weight_decay: float = number(0.0, 10.0, 1e-4)
+    decay: str = choice(DECAYS, "all", absent="all")
     schedule: str = choice(("cosine", "constant"), "cosine")
     warmup_epochs: float = number(0.0, 1000.0, 0.0)
     clip: float = number(0.0, 1e6, 0.0)
@@ -206,12 +210,27 @@ class TeacherRecipe(FitRecipe):
     """How one teacher is fine-tuned, on the view recipe `default` under draws of its own.
 
     Attributes:
-        weights: `imagenet` (torchvision downloads them), `none` (random), or the path of a state dict.
+        epochs: Passes over the training set; 0 takes a finished teacher as it is.
+        weights: `imagenet` (torchvision or timm downloads them), `none` (random; a user's function returns what it
+            likes), or the path of a state dict.
         bn_momentum: Momentum of every batch norm; 0 keeps the architecture's own.
+        model: One of the eight of pipeline.models.TEACHERS, `torchvision/NAME`, `timm/NAME` or `FILE.py:FUNCTION`. In
+            params.yaml it defaults to the teacher's name. The checkpoint's description holds it.
+        input_size: Side at which the teacher sees the images, pixels; 0 is the data set's for the eight and with
+            `stem: cifar`, the model's own for others. The description's arguments hold it.
+        normalization: By which mean and std: the `data` set's; the `model`'s own; or `auto`: the data set's for the
+            eight, the model's own for others where its weights are ImageNet's. The description holds what comes of it.
+        stem: `cifar` replaces the first convolution of ResNets and DenseNets by one of 3x3 and stride 1, and takes out
+            the pooling behind it. The description's arguments hold it.
     """
 
+    epochs: int = number(0, 100_000)
     weights: str = "imagenet"
     bn_momentum: float = number(0.0, 1.0, 0.0)
+    model: str = setting("", decides=False)
+    input_size: int = number(1, 4096, 0, off=0, decides=False)
+    normalization: str = choice(("auto", "data", "model"), "auto", decides=False)
+    stem: str = choice(("default", "cifar"), "default", decides=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +238,8 @@ class StudentRecipe(FitRecipe):
     """How one student is built and distilled.
 
     Attributes:
-        model: Architecture, a key of pipeline.models.students.STUDENTS.
+        model: Architecture, a key of pipeline.models.students.STUDENTS; `timm/NAME`; or `FILE.py:FUNCTION`, which is
+            run. The last two have none of the geometry below.
         views: Name of the view recipe it trains on.
         alpha: Weight of the distillation term of equation 10.
         patch_size: Side of a patch, pixels.
@@ -233,6 +253,8 @@ class StudentRecipe(FitRecipe):
             the teacher's probabilities, which `LabelRecipe.topk` keeps.
         ema: Share of the old value that an exponential moving average of the weights keeps in each step; the average
             is what is evaluated and kept. 0 keeps none.
+        drop_path: Rate of stochastic depth in the last block; it rises linearly from 0 in the first. In training each
+            branch is left out with this probability, for each image by a draw of its own. 0 leaves none out.
         inner_block: How inner blocks are computed (tnt and titn): `plain`, by PyTorch's own operations; `fused`, in
             C++ on a CPU or Triton on CUDA; `auto`: fused where it is available.
         micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
@@ -254,6 +276,7 @@ class StudentRecipe(FitRecipe):
     micro_batch: int = number(0, 1_000_000, 0)
     soft: float = number(0.01, 1000.0, 0.0, off=0.0, absent=0.0)
     ema: float = number(0.0, 0.999999, 0.0, absent=0.0)
+    drop_path: float = number(0.0, 0.9, 0.0, absent=0.0)
     inner_block: str = choice(INNER_BLOCKS, "auto")
     arguments: Mapping[str, int | float | str | bool] = setting(default_factory=dict, absent={})
 

@@ -73,21 +73,22 @@ def to_onnx(classifier: Classifier, metadata: Mapping[str, str]) -> bytes:
         metadata: Written to the file.
 
     Raises:
-        UsageError: The extra `onnx` is not installed.
+        UsageError: The extra `onnx` is not installed, or the model is not one that PyTorch can export.
     """
     _require("onnx", "onnxruntime", "onnxscript")
     module, images = _whole(classifier)
     num_outputs = len(classifier.outputs(images))
-    program = torch.onnx.export(
-        module,
-        (images,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=[INPUT],
-        output_names=list(OUTPUTS[:num_outputs]),
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
+    with _exporting("onnx", classifier):
+        program = torch.onnx.export(
+            module,
+            (images,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS[:num_outputs]),
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     # The exporter notes Python's stack at every node, with this machine's paths, and shapes that can be inferred.
@@ -137,10 +138,14 @@ def to_onnx_int8(content: bytes) -> bytes:
 
 
 def to_torchscript(classifier: Classifier) -> bytes:
-    """Export a classifier, as `to_onnx` takes it, as a TorchScript archive for batches of any size."""
+    """Export a classifier, as `to_onnx` takes it, as a TorchScript archive for batches of any size.
+
+    Raises:
+        UsageError: The model is not one that PyTorch can export.
+    """
     module, images = _whole(classifier)
     buffer = io.BytesIO()
-    with _torchscript(), torch.no_grad():
+    with _exporting("torchscript", classifier), _torchscript(), torch.no_grad():
         traced = torch.jit.trace(module, images, check_trace=False)  # type: ignore[no-untyped-call]
         torch.jit.save(traced, buffer)
     return _without_sources(buffer.getvalue())
@@ -265,19 +270,28 @@ def _whole(classifier: Classifier) -> tuple[nn.Module, Tensor]:
 
 
 @contextlib.contextmanager
+def _exporting(format: str, classifier: Classifier) -> Iterator[None]:
+    """Turn an error of PyTorch's exporters, which many a model's code gives them, into a line."""
+    try:
+        yield
+    except Exception as error:
+        model = classifier.config.get("model")
+        raise UsageError(
+            f"--format {format}: PyTorch cannot export {model} ({_reason(error)}); leave it out"
+        ) from error
+
+
+@contextlib.contextmanager
 def _torchscript() -> Iterator[None]:
     """Hide PyTorch's warnings about TorchScript.
 
-    They say that torch.export replaces it, and that students compare an image's height and width in Python. Those are
+    They say that torch.export replaces it, and that models compare an image's height and width in Python. Those are
     the same for all images, and `compare` checks that batches of any size work.
     """
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", category)
-        tracing = torch.jit.TracerWarning  # type: ignore[attr-defined]
-        warnings.filterwarnings(
-            "ignore", "Converting a tensor to a Python boolean", tracing, r"pipeline\.models\.students\."
-        )
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
 
 

@@ -27,10 +27,13 @@ class Batch(Targets):
     Attributes:
         images: `(B, 3, H, W)` float32, normalised.
         weight: This rank's number of samples, divided by the mean over all ranks.
+        draws: `(B, n)` float32, uniform in [0, 1): the random numbers that a model takes for each image, see
+            `step_draws`; None for a model that takes none.
     """
 
     images: Tensor = field(kw_only=True)
     weight: float = field(default=1.0, kw_only=True)
+    draws: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         """Return B."""
@@ -95,7 +98,7 @@ class TrainingData:
         batch = Batch(rendered.labels, rendered.partner_labels, rendered.lam, images=images)
         if self.teacher_labels is None:
             return batch
-        labels, confidence = self.teacher_labels(view, rendered.indices, images)
+        labels, confidence = self.teacher_labels(view, rendered.indices, rendered.images)
         mean = None if confidence is None else confidence.mean()
         return dataclasses.replace(batch, teacher_labels=labels, confidence=confidence, mean_confidence=mean)
 
@@ -140,3 +143,18 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
     """Return the order of the samples in an epoch, `(N,)` int64: a pure function of its arguments."""
     keys = uniforms(seed, "order", epoch, "order", num_samples, 1)[:, 0]
     return torch.from_numpy(np.argsort(keys, kind="stable"))
+
+
+def step_draws(seed: int, step: int, num_samples: int, num_draws: int) -> Tensor:
+    """Return a step's random numbers, `(num_samples, num_draws)` float32, uniform in [0, 1].
+
+    They are a pure function of the arguments, so that a resumed run, another number of ranks, other parts of the batch
+    or a CUDA graph change nothing.
+
+    Args:
+        seed: Of the run.
+        step: Steps done before this one, in all epochs.
+        num_samples: Of all ranks.
+        num_draws: For each sample.
+    """
+    return torch.from_numpy(uniforms(seed, "drop path", step, "drop path", num_samples, num_draws)).float()

@@ -41,12 +41,26 @@ class Execution:
 
     @classmethod
     def of(
-        cls, recipe: FitRecipe, device: torch.device, group: Group = ALONE, *, inner_block: str = "none"
+        cls,
+        recipe: FitRecipe,
+        device: torch.device,
+        group: Group = ALONE,
+        *,
+        inner_block: str = "none",
+        whole: bool = False,
     ) -> Execution:
         """Resolve what a recipe leaves to the device.
 
+        Args:
+            recipe: The recipe.
+            device: Where the model is trained.
+            group: The ranks.
+            inner_block: See the attribute.
+            whole: Whether parts of a batch would give other results, as with batch norm.
+
         Raises:
-            UsageError: It asks for a CUDA graph, and there is no CUDA device, or more than one process.
+            UsageError: It asks for a CUDA graph, and there is no CUDA device, or more than one process; or for parts of
+                a batch that must be whole.
         """
         can_capture = device.type == "cuda" and group.is_alone
         if recipe.step == "graph" and not can_capture:
@@ -54,7 +68,11 @@ class Execution:
             raise UsageError(f"step: graph: there are no CUDA graphs {where}; use auto or eager")
         micro_batch = None
         if isinstance(recipe, StudentRecipe):
-            micro_batch = recipe.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" else None)
+            micro_batch = recipe.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" and not whole else None)
+            if whole and recipe.micro_batch:
+                raise UsageError(
+                    f"micro_batch: {recipe.micro_batch}: the model has batch norm, which needs whole ones; set it to 0"
+                )
         return cls(
             precision=resolve_precision(recipe.precision, device),
             step="graph" if can_capture and recipe.step != "eager" else "eager",

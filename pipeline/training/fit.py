@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.config.recipes import FitRecipe
 from pipeline.errors import NumericalError, UsageError
 from pipeline.system.stopping import StopSignal, stopped
-from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
+from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches, step_draws
 from pipeline.training.checkpoints import RunState
 from pipeline.training.distributed import has_batch_norm, parallel
 from pipeline.training.evaluation import evaluate
@@ -90,11 +90,13 @@ class _Share:
         indices: `(B,)` int64, the samples that its model sees.
         count: B, or 0 where they have no weight.
         size: Samples of all ranks together.
+        rows: Which of those they are.
     """
 
     indices: Tensor
     count: int
     size: int
+    rows: slice
 
 
 @dataclass(kw_only=True)
@@ -106,7 +108,7 @@ class Fit:
         data: Training batches.
         evaluation: The split that decides the best epoch.
         objective: The loss.
-        recipe: Epochs, batch size, optimiser, schedule, clipping.
+        recipe: Epochs, batch size, optimiser, schedule, clipping. With 0 epochs the model is evaluated as it is.
         seed: Of the order of samples; initialisation is the caller's.
         metric: The score that decides the best epoch, higher is better. Of equals the lower loss on the same split
             counts, then the later epoch.
@@ -135,7 +137,7 @@ class Fit:
         self.parallel = parallel(self.model, self.group)
         self.average = MovingAverage(self.model, self.ema) if self.ema else None
         captured = self.execution.step == "graph"
-        self.optimizer = build_optimizer(self.model.parameters(), self.recipe, captured=captured)
+        self.optimizer = build_optimizer(self.model, self.recipe, captured=captured)
         step = functools.partial(
             train_step,
             self.parallel,
@@ -149,6 +151,7 @@ class Fit:
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1
+        self.num_draws = int(getattr(self.model, "num_draws", 0))
         result = FitResult(rules=self.rules)
         self.progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device), result=result)
         self.saved_at = time.monotonic()
@@ -179,9 +182,11 @@ class Fit:
                 while progress.epoch < self.recipe.epochs:
                     self.train_epoch()
                     self.end_epoch()
+                if self.recipe.epochs == 0:
+                    self.judge_finished()
             except NumericalError as error:
                 kept = keep_best(state, progress.result, self.group)
-                raise NumericalError(f"epoch {progress.epoch + 1}, {error}; {kept}") from None
+                raise NumericalError(f"epoch {min(progress.epoch + 1, self.recipe.epochs)}, {error}; {kept}") from None
             if self.average is not None:
                 self.average.give()
         return progress.result
@@ -199,7 +204,7 @@ class Fit:
         for share, batch in zip(shares, batches, strict=True):
             lr = self._learning_rate(progress.step)
             set_learning_rate(self.optimizer, lr)
-            loss, is_finite = self.step(self._weighed(batch, share))
+            loss, is_finite = self.step(self._with_draws(self._weighed(batch, share), share))
             if self.average is not None:
                 self.average.update(self._steps_done(progress.step))
             progress.loss_sum += loss.double() * (share.size / ranks)
@@ -213,6 +218,15 @@ class Fit:
                 finite = []
         # The last check has waited for the device.
         self.session.watcher.trained(sum(share.size for share in shares), time.monotonic() - began)
+
+    def judge_finished(self) -> None:
+        """Evaluate a model that is not to be trained; the result's best is the model as it is, its epoch 0."""
+        self._require_finite(self.model.state_dict())
+        scores = evaluate(self.model, self.evaluation, precision=self.execution.precision, group=self.group)
+        row = {"epoch": 0, "lr": 0.0, "train_loss": None, **dataclasses.asdict(scores)}
+        self.progress.result.curve.append(row)
+        self._keep_as_best()
+        self.session.watcher.epoch_ended(row)
 
     def end_epoch(self) -> None:
         """Evaluate, extend the curve, keep the best weights."""
@@ -246,13 +260,18 @@ class Fit:
             "train_loss": float(progress.loss_sum) / self.data.views.num_samples,
             **dataclasses.asdict(scores),
         }
-        best = result.curve[result.best_epoch - 1] if result.best_epoch else None
+        best = result.best_row if result.best_epoch else None
         result.curve.append(row)
         if best is None or standing(row, self.metric) >= standing(best, self.metric):
             result.best_epoch = progress.epoch + 1
-            if self.group.is_main:
-                result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self._keep_as_best()
         return row
+
+    def _keep_as_best(self) -> None:
+        """Copy the weights to the CPU, on rank 0."""
+        if self.group.is_main:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.progress.result.best = weights
 
     def save(self) -> None:
         """Write the resumable state, if the session keeps one."""
@@ -268,8 +287,16 @@ class Fit:
             share = self.group.share(len(batch), least=self.least)
             count = share.stop - share.start
             # A rank without samples still takes part in the reduction, with the first samples and no weight.
-            shares.append(_Share(batch[share if count else slice(self.least)], count, len(batch)))
+            rows = share if count else slice(self.least)
+            shares.append(_Share(batch[rows], count, len(batch), rows))
         return shares
+
+    def _with_draws(self, batch: Batch, share: _Share) -> Batch:
+        """Add the random numbers that the model takes, if it does: those of this rank's samples."""
+        if not self.num_draws:
+            return batch
+        draws = step_draws(self.seed, self._steps_done(self.progress.step), share.size, self.num_draws)
+        return dataclasses.replace(batch, draws=draws[share.rows].to(self.device, non_blocking=True))
 
     def _weighed(self, batch: Batch, share: _Share) -> Batch:
         """Add a batch's weight among the ranks, and the mean confidence over all their samples."""

@@ -24,9 +24,10 @@ class FitResult:
     """The result of `pipeline.training.fit.Fit.run`.
 
     Attributes:
-        curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
+        curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores. Of a model that is
+            finished one row, epoch 0, without a train_loss.
         best: Weights of the best epoch, on the CPU; on rank 0 alone. Replaced, never changed.
-        best_epoch: Its number, from 1.
+        best_epoch: Its number, from 1; 0 of a finished model, and before the first epoch ends.
         warnings: What went wrong without ending the run.
         at_chance: Whether the last epoch predicts no better than guessing.
         rules: Number of the rules by which the epochs were judged; of a run that began under lower ones, theirs.
@@ -38,6 +39,11 @@ class FitResult:
     warnings: list[str] = field(default_factory=list)
     at_chance: bool = False
     rules: int = 1
+
+    @property
+    def best_row(self) -> dict[str, Any]:
+        """The best epoch's row of the curve."""
+        return self.curve[max(self.best_epoch, 1) - 1]
 
 
 @dataclass
@@ -157,7 +163,7 @@ def load_progress(
     tensors, best = (loaded[0].tensors, loaded[0].best) if loaded else ({}, {})
     tensors = group.distribute(tensors)
     model.load_state_dict(_part(tensors, "model."))
-    _load_optimizer(optimizer, list(model.parameters()), _part(tensors, "optimizer."))
+    _load_optimizer(optimizer, _part(tensors, "optimizer."))
     if average is not None:
         average.load(_part(tensors, "average."))
     progress.loss_sum.copy_(tensors["loss_sum"] if group.is_main else torch.zeros(()))
@@ -175,10 +181,9 @@ def load_progress(
     )  # fmt: skip
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load an optimiser's moments."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()
     state["state"] = {}
     for name, tensor in tensors.items():

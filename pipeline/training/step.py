@@ -59,7 +59,7 @@ def train_step(
     for part in parts:
         with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
             with autocast(batch.images.device, precision):
-                outputs = model(part.images)
+                outputs = model(part.images) if part.draws is None else model(part.images, part.draws)
             loss = objective(outputs, part) * (batch.weight * len(part) / len(batch))
             torch.autograd.backward(loss)
         total += loss.detach()

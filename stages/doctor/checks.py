@@ -15,8 +15,8 @@ import torch
 from pipeline.config.recipes import FitRecipe, Recipe
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, UsageError
-from pipeline.models.students import build_student, use_inner_block
-from pipeline.models.teachers import weights_file
+from pipeline.models.students import build_student, is_foreign, use_inner_block
+from pipeline.models.teachers import is_torchvision, weights_file
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
 from pipeline.system.text import counted
@@ -173,7 +173,8 @@ def work(context: Context) -> tuple[list[Task], list[Finding]]:
             findings.append(Finding("data", PROBLEM, f"{job.title}: {state}"))
         why = str(state) if isinstance(state, DataError) else None if state.is_done else state.text
         if isinstance(job, TeacherJob) and job.name is not None:
-            tasks.append(Task("teacher", job.name, why, recipe.teachers[job.name], job.name))
+            teacher = recipe.teachers[job.name]
+            tasks.append(Task("teacher", job.name, why, teacher, teacher.model))
         elif isinstance(job, LabelJob):
             tasks.append(Task("label", job.views, why))
         elif isinstance(job, StudentJob):
@@ -192,18 +193,20 @@ def weights(context: Context, tasks: list[Task]) -> list[Finding]:
     """Report on the initial weights of the teachers that are to be trained."""
     findings, missing = [], []
     names = [task.name for task in tasks if task.kind == "teacher" and task.why]
-    sources = {name: context.recipe.teachers[name].weights for name in names}
+    recipes = context.recipe.teachers
+    sources = {name: recipes[name].weights for name in names}
     for name, source in sources.items():
-        if source == "imagenet" and not weights_file(name).is_file():
+        model = recipes[name].model
+        if source == "imagenet" and is_torchvision(model) and not weights_file(model).is_file():
             missing.append(name)
         elif source not in ("imagenet", "none") and not Path(source).is_file():
             text = f"teachers.{name}: weights {source!r} does not exist"
             findings.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
     if missing:
-        folder = weights_file(missing[0]).parent
+        folder = weights_file(recipes[missing[0]].model).parent
         text = f"ImageNet weights of {', '.join(missing)} are not in {folder}: torchvision downloads them"
         findings.append(Finding("data", WARNING, text, "without a network put them there, or write weights: none"))
-    elif "imagenet" in sources.values():
+    elif any(source == "imagenet" and is_torchvision(recipes[name].model) for name, source in sources.items()):
         findings.append(Finding("data", OK, f"ImageNet weights are in {torch.hub.get_dir()}"))
     return findings
 
@@ -283,6 +286,8 @@ def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
             recipe = student_recipe(context.recipe, name, {})
             image_size = context.recipe.dataset.image_size
             arguments = student_arguments(recipe, num_classes=10, image_size=image_size)
+            if is_foreign(recipe.model):
+                continue
             student = build_student(recipe.model, **{**arguments, "depth": 1})
             precision = resolve_precision(recipe.precision, device)
             answer = use_inner_block(student, recipe.inner_block, device, precision=precision)

@@ -146,9 +146,14 @@ def diagnose(open_context: Callable[[], Context], tell: Callable[[Finding], None
     note(checks.computing(context))
     findings, prepared = checks.data(context)
     note(findings)
+    sizes = space.sizes(context, prepared=prepared)
+    if sizes is not None:
+        findings = space.foreign_students(context, sizes)
+        note(findings)
+        if any(finding.mark == PROBLEM for finding in findings):
+            return diagnosis  # what follows would need them
     diagnosis.tasks, findings = checks.work(context)
     note([*findings, *checks.weights(context, diagnosis.tasks)])
-    sizes = space.sizes(context, prepared=prepared)
     if sizes is None:
         text = f"space: nothing is known of {context.recipe.dataset.source}'s images before they are prepared"
         note([Finding("space", WARNING, text)])

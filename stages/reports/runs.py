@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, printable
+from pipeline.models.own import is_own
 from pipeline.system.canonical import is_whole
 from pipeline.system.storage import read_json
 from pipeline.training.manifest import MANIFEST, read_checked, read_json_checked
@@ -187,13 +188,17 @@ class FinishedRun:
     def initial_weights(self) -> str | None:
         """The weights before its training, as `random weights`; None where its checkpoint does not say."""
         training = self.meta.get("training") if self.meta else None
-        if not isinstance(training, dict):
+        if self.meta is None or not isinstance(training, dict):
             return None
         weights = str(training.get("weights", "none")) if self.kind == "teacher" else "none"
+        if weights == "none" and is_own(model := str(self.meta.get("model"))):
+            return f"the weights that {model} returns"
         return {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, f"the weights {weights}")
 
     def curve(self) -> list[dict[str, float | None]]:
         """Read one row an epoch: epoch (from 1), lr, train_loss and the fields of pipeline.training.metrics.Scores.
+
+        Of a finished teacher, which was not trained, there is one, epoch 0.
 
         Raises:
             DataError: The file is damaged.
@@ -204,7 +209,7 @@ class FinishedRun:
             curve = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
         except ValueError:
             curve = []
-        if len(curve) != epochs or any("top1" not in row for row in curve):
+        if len(curve) != max(epochs, 1) or any("top1" not in row for row in curve):
             raise DataError(f"{file}: not a curve of {epochs} epochs; train the model again")
         return curve
 
@@ -352,8 +357,8 @@ class FinishedRuns:
     def teacher_of(self, run: FinishedRun) -> FinishedRun | None:
         """Return the teacher whose labels a run has, by its SHA-256; None where another has taken its place."""
         teacher = run.metrics["teacher"]
-        found = self.teachers.get(str(teacher["name"])) if teacher else None
-        return found if found is not None and found.sha256 == teacher["sha256"] else None
+        teachers = self.teachers.values() if teacher else ()
+        return next((found for found in teachers if found.sha256 == teacher["sha256"]), None)
 
     @property
     def best_student(self) -> FinishedRun | None:

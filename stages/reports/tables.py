@@ -91,7 +91,8 @@ class Model:
         if not self.runs:
             return [f"{self.name}{self.mark}", NOT_RUN, *cells[1:], "-"]
         best = ", ".join(str(run.metrics["best"]["epoch"]) for run in self.runs)
-        return [f"{self.name}{self.mark}", *cells, f"{best} of {self.runs[0].metrics['epochs']}"]
+        epochs = self.runs[0].metrics["epochs"]
+        return [f"{self.name}{self.mark}", *cells, f"{best} of {epochs}" if epochs else "not trained"]
 
 
 def _score_table(title: str, heading: str, models: Sequence[Model], columns: Sequence[Column], note: str) -> Table:
@@ -125,25 +126,24 @@ def settings_table(recipe: Recipe, num_classes: int | None) -> Table:
 
 
 def _settings_row(recipe: Recipe, name: str, num_classes: int | None, *, is_papers: bool) -> list[str]:
-    import torch
-
+    from pipeline.inference.loading import build_unfilled
     from pipeline.models.counting import num_parameters
-    from pipeline.models.students import STUDENTS, build_student
+    from pipeline.models.students import STUDENTS, is_foreign
 
     student, image_size = student_recipe(recipe, name, {}), recipe.dataset.image_size
     reported = paper.SETTINGS.get(name) if is_papers else None
     cells = [name]
     for key in SETTINGS:
         ours, theirs = image_size if key == "image_size" else getattr(student, key), getattr(reported, key, None)
-        if key in ("pixel_width", "pixel_size") and not STUDENTS[student.model].has_pixels:
+        has_none = is_foreign(student.model) or ("pixel" in key and not STUDENTS[student.model].has_pixels)
+        if key != "image_size" and has_none:
             cells.append("-")
         else:
             cells.append(str(ours) if theirs in (None, ours) else f"{ours} ({theirs})")
     if num_classes is None:
         return [*cells, "-"]
     arguments = student_arguments(student, num_classes=num_classes, image_size=image_size)
-    with torch.device("meta"):
-        count = num_parameters(build_student(student.model, **arguments)) / 1e6
+    count = num_parameters(build_unfilled("student", student.model, arguments, own_code=(student.model,))) / 1e6
     if not is_papers:
         return [*cells, number(count)]
     table1 = reported.parameters if reported else None
@@ -323,8 +323,14 @@ def drops_table(runs: FinishedRuns) -> Table:
 
     recipe, source = runs.recipe, runs.recipe.dataset.source
     is_papers = source in paper.TABLES
-    models = {name: student_recipe(recipe, name, {}).model for name in recipe.students}
-    distilled = [name for name, model in models.items() if STUDENTS[model].has_distillation_head]
+
+    def is_distilled(name: str) -> bool:
+        model = student_recipe(recipe, name, {}).model
+        if model in STUDENTS:
+            return STUDENTS[model].has_distillation_head
+        return any(run.metrics["distilled"] for run in runs.seeds(name))  # a model that is not ours need not be tried
+
+    distilled = [name for name in recipe.students if is_distilled(name)]
     columns = ["teacher", "student", "approach", "teacher top-1 %", "student top-1 %", "change"]
     columns += ["paper: change", "change: difference"] if is_papers else []
     columns += ["teacher's FLOPs, G", "teacher's parameters, M", "student's parameters, M"]

@@ -18,6 +18,7 @@ from pipeline.labels.teacher import Teacher, compile_teacher
 from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision, versions
 from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
+from stages.shared.params import own_code
 from stages.shared.trained import require_same_data
 
 
@@ -44,11 +45,11 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
     from pipeline.models.folding import fold  # imports torchvision, which takes seconds
 
     settings, device = context.recipe.label, context.device
-    module = from_checkpoint(checkpoint, device).module
-    folded = fold(module, dataset.image_size).to(memory_format=torch.channels_last)
+    module = from_checkpoint(checkpoint, device, own_code=own_code(context.params)).module
+    folded = fold(module, dataset.image_size)[0].to(memory_format=torch.channels_last)
     precision = resolve_precision(settings.precision, device)
-    batch_size = images_at_once(device, dataset.image_size, asked=settings.batch_size)
-    teacher = Teacher(folded, dataset.mean, dataset.std, precision, batch_size)
+    batch_size = images_at_once(device, dataset.image_size, module, asked=settings.batch_size)
+    teacher = Teacher(folded, checkpoint.meta["mean"], checkpoint.meta["std"], precision, batch_size)
     return compile_teacher(teacher, dataset.image_size) if settings.compile else teacher
 
 
@@ -78,8 +79,8 @@ def provenance_of(context: Context, dataset: Dataset, checkpoint: Checkpoint, to
     return make_provenance(
         teacher=str(checkpoint.meta["model"]),
         checkpoint_sha256=checkpoint.sha256,
-        mean=dataset.mean,
-        std=dataset.std,
+        mean=checkpoint.meta["mean"],
+        std=checkpoint.meta["std"],
         precision=resolve_precision(settings.precision, device),
         device=device.type,
         versions=versions(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -116,15 +116,25 @@ def soft_name(student: StudentRecipe, name: str, *, given: bool) -> str:
     return f"--soft {student.soft:g}" if given else f"students.{name}.soft: {student.soft:g}"
 
 
-def require_distillation_head(option: str, name: str, recipe: StudentRecipe) -> None:
+def require_distillation_head(
+    option: str, name: str, recipe: StudentRecipe, arguments: Mapping[str, Any] | None = None
+) -> None:
     """Check that a student has a head for the teacher's labels, which an option or field needs.
+
+    Args:
+        option: What needs it.
+        name: The student.
+        recipe: Its recipe.
+        arguments: What it is built with; without them a model that must be tried first is not checked.
 
     Raises:
         UsageError: It has none.
     """
-    from pipeline.models.students import STUDENTS
+    from pipeline.models.students import STUDENTS, has_distillation_head, is_foreign
 
-    if not STUDENTS[recipe.model].has_distillation_head:
+    if arguments is None and is_foreign(recipe.model):
+        return
+    if not has_distillation_head(recipe.model, arguments or {}):
         able = [model for model, student in STUDENTS.items() if student.has_distillation_head]
         way_out = "choose from" if option.startswith("--") else "set it to 0 there, or choose from"
         raise UsageError(
@@ -139,29 +149,50 @@ class TeacherSource:
     Attributes:
         recipe: The student's recipe.
         distillation: What the command changes.
+        is_distilled: Whether the student learns from the teacher's labels.
         digest: SHA-256 of the teacher's checkpoint; None without a teacher.
         cache: The label cache, if there is one; a student that does not learn from it is still measured against it.
     """
 
     recipe: StudentRecipe
     distillation: Distillation
+    is_distilled: bool
     digest: str | None = None
     cache: LabelCache | None = None
 
     @classmethod
-    def find(cls, context: Context, name: str, recipe: StudentRecipe, distillation: Distillation) -> TeacherSource:
+    def find(
+        cls,
+        context: Context,
+        name: str,
+        recipe: StudentRecipe,
+        distillation: Distillation,
+        arguments: Mapping[str, Any],
+    ) -> TeacherSource:
         """Find a student's cache or teacher, and check that it fits the data, the views and the run.
 
+        Args:
+            context: The command's setting.
+            name: The student.
+            recipe: Its recipe.
+            distillation: What the command changes.
+            arguments: What the student is built with.
+
         Raises:
+            UsageError: The student has no head for what is asked for, or cannot be built.
             DataError: It is missing, damaged, belongs to something else or holds too little.
         """
+        from pipeline.models.students import has_distillation_head
         from stages.shared.labelling import read_teacher
 
         dataset, path = context.dataset(), context.paths.labels(recipe.views)
+        is_distilled = has_distillation_head(recipe.model, arguments) and distillation.labels != "none"
+        if recipe.soft or distillation.confidence:
+            option = soft_name(recipe, name, given=distillation.soft_given) if recipe.soft else "--confidence"
+            require_distillation_head(option, name, recipe, arguments)
+        source = cls(recipe=recipe, distillation=distillation, is_distilled=is_distilled)
         if distillation.teacher is not None:
-            digest = read_teacher(context, dataset, distillation.teacher).sha256
-            return cls(recipe=recipe, distillation=distillation, digest=digest)
-        source = cls(recipe=recipe, distillation=distillation)
+            return replace(source, digest=read_teacher(context, dataset, distillation.teacher).sha256)
         if not path.exists():
             if not source.is_distilled:
                 return source
@@ -172,13 +203,6 @@ class TeacherSource:
         cache = open_labels(context.paths, context.recipe, dataset, recipe.views)
         distillation.check_cache(cache, path, context.recipe, name, recipe)
         return replace(source, cache=cache, digest=str(cache.provenance["checkpoint_sha256"]))
-
-    @property
-    def is_distilled(self) -> bool:
-        """Whether the student learns from the teacher's labels."""
-        from pipeline.models.students import STUDENTS
-
-        return STUDENTS[self.recipe.model].has_distillation_head and self.distillation.labels != "none"
 
     def open(self, context: Context, views: Views) -> Teaching:
         """Load the teacher, or put the cached labels on the device, for training.

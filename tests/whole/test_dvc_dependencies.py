@@ -25,7 +25,15 @@ TRAINING = {
 }
 DECIDING = {
     "prepare": {*DATA, "pipeline/data/sources.py", "stages/prepare.py"},
-    "teacher": {*DATA, *VIEWS, *TRAINING, "pipeline/models/teachers.py", "stages/teacher.py"},
+    "teacher": {
+        *DATA,
+        *VIEWS,
+        *TRAINING,
+        "pipeline/models/own.py",
+        "pipeline/models/teachers.py",
+        "pipeline/models/weights.py",
+        "stages/teacher.py",
+    },
     "select": {"stages/selection.py"},
     "label": {
         *DATA,
@@ -34,7 +42,14 @@ DECIDING = {
         "pipeline/models/folding.py",
         "pipeline/system/canonical.py",
     },
-    "student": {*DATA, *VIEWS, *TRAINING, "pipeline/labels/source.py", "pipeline/models/students/titn.py"},
+    "student": {
+        *DATA,
+        *VIEWS,
+        *TRAINING,
+        "pipeline/labels/source.py",
+        "pipeline/models/own.py",
+        "pipeline/models/students/titn.py",
+    },
     "report": {
         "pipeline/report/tables.py",
         "pipeline/models/counting.py",

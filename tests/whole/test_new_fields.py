@@ -52,7 +52,7 @@ class LaterViews(ViewRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class LaterStudent(StudentRecipe):
-    decay: str = choice(("all", "matrices"), "all", absent="all")
+    groups: str = choice(("all", "matrices"), "all", absent="all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class DefaultViews(ViewRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultStudent(StudentRecipe):
-    decay: str = choice(("all", "matrices"), "matrices", absent="all")
+    groups: str = choice(("all", "matrices"), "matrices", absent="all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class PastViews(ViewRecipe):
 
 
 class PastStudent(StudentRecipe):
-    removed: ClassVar = (Removed("decay", absent="all"),)
+    removed: ClassVar = (Removed("groups", absent="all"),)
 
 
 class PastTeacher(TeacherRecipe):
@@ -106,7 +106,7 @@ class PastData(DatasetRecipe):
 # For each record: the field, its absent value and another one; the recipe with it, with a new default, without it.
 FIELDS: dict[str, tuple[str, Any, Any, type[RecipeSection], type[RecipeSection], type[RecipeSection]]] = {
     "views": ("noise", 0.0, 0.25, LaterViews, DefaultViews, PastViews),
-    "student": ("decay", "all", "matrices", LaterStudent, DefaultStudent, PastStudent),
+    "student": ("groups", "all", "matrices", LaterStudent, DefaultStudent, PastStudent),
     "teacher": ("freeze", False, True, LaterTeacher, DefaultTeacher, PastTeacher),
     "data": ("crops", 1, 2, LaterData, DefaultData, PastData),
 }
@@ -252,8 +252,8 @@ def test_the_commands_name_a_field_that_is_used(
     assert "train 8 epochs (views.noise none -> 0.25)" in teacher
     assert all("view_recipe.noise is missing, expected 0.25" in plan for plan in others)
     project.edit(", noise: 0.25", "")
-    project.edit("vit: {}", "vit: {decay: matrices}")
-    assert "decay none -> matrices" in plans(project)[2]
+    project.edit("vit: {}", "vit: {groups: matrices}")
+    assert "groups none -> matrices" in plans(project)[2]
     project.edit("image_size: 32,", "image_size: 32, crops: 2,")
     for plan in plans(project, code=3):
         assert "prepared with crops none, but recipe smoke asks for 2; run `pipeline prepare" in plan
@@ -288,7 +288,7 @@ def test_what_was_made_with_a_field_that_is_gone_is_refused_by_name(
 def test_a_removed_field_is_refused_in_every_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch(monkeypatch, 2)
     for old, new, words in (
-        ("vit: {}", "vit: {decay: matrices}", "students.vit.decay: 'matrices' is no longer possible, only 'all'"),
+        ("vit: {}", "vit: {groups: matrices}", "students.vit.groups: 'matrices' is no longer possible, only 'all'"),
         ("vgg16: {}", "vgg16: {freeze: true}", "teachers.vgg16.freeze: True is no longer possible, only False"),
     ):
         project = Project.create(tmp_path / old[:3])

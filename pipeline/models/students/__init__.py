@@ -1,6 +1,7 @@
 """The students: small transformers, built by name from a shared geometry and arguments of their own.
 
-To add a student, write one file here, one line in STUDENTS and one recipe in params.yaml.
+To add a student, write one file here, one line in STUDENTS and one recipe in params.yaml. Models of timm and those that
+a user's function builds need neither, see pipeline.models.students.foreign.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from pipeline.errors import UsageError
 from pipeline.models.network import decide_in_fp32
 from pipeline.models.students.attention import attention_maps, attention_rollout
 from pipeline.models.students.deit import DeiT
+from pipeline.models.students.foreign import (
+    build_foreign,
+    check_foreign,
+    check_foreign_arguments,
+    is_foreign,
+    num_heads,
+)
 from pipeline.models.students.fused import cpu as inner_cpp
 from pipeline.models.students.fused import cuda as inner_triton
 from pipeline.models.students.fused import guard
@@ -28,7 +36,7 @@ from pipeline.models.students.vit import ViT
 STUDENTS: dict[str, type[Student]] = {"vit": ViT, "deit": DeiT, "tnt": TNT, "titn": TITN}
 GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_width", "pixel_heads")
 """The arguments that are fields of every student's recipe."""
-SHARED_ARGUMENTS = ("num_classes", "image_size", *GEOMETRY)
+SHARED_ARGUMENTS = ("num_classes", "image_size", *GEOMETRY, "drop_path")
 """The arguments offered to every student; it gets those that its constructor takes."""
 RECORDED_WHOLE = ("vit", "deit", "tnt", "titn")
 """The students whose checkpoints have always named the whole geometry, with what the constructor does not take."""
@@ -50,6 +58,9 @@ __all__ = [
     "attention_rollout",
     "build_student",
     "check_arguments",
+    "check_student",
+    "has_distillation_head",
+    "is_foreign",
     "recorded_arguments",
     "use_inner_block",
 ]
@@ -59,7 +70,7 @@ def build_student(name: str, **arguments: Any) -> Student:
     """Build a student from shared arguments, of which it gets those that its constructor takes, and from its own.
 
     Args:
-        name: A key of STUDENTS.
+        name: A key of STUDENTS, `timm/NAME`, or `FILE.py:FUNCTION`, which is run.
         arguments: `num_classes`, any other of SHARED_ARGUMENTS, and the student's own.
 
     Returns:
@@ -70,16 +81,54 @@ def build_student(name: str, **arguments: Any) -> Student:
         UsageError: The name is unknown, the geometry does not divide evenly, or the constructor fails.
         TypeError: An argument is neither the constructor's nor in SHARED_ARGUMENTS.
     """
+    if is_foreign(name):
+        return _deciding_in_fp32(build_foreign(name, **arguments))
     takes = _constructor(name)
     arguments = {key: value for key, value in arguments.items() if key in takes or key not in SHARED_ARGUMENTS}
     try:
-        student = STUDENTS[name](**arguments)
+        return _deciding_in_fp32(STUDENTS[name](**arguments))
     except (ArithmeticError, RuntimeError, ValueError) as error:  # PyTorch's, of sizes that cannot be
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UsageError(f"model {name} cannot be built with {given}: {' '.join(str(error).split())}") from error
+
+
+def _deciding_in_fp32(student: Student) -> Student:
     for layer in student.logit_layers:
         decide_in_fp32(layer)
     return student
+
+
+def has_distillation_head(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a student has a head for the teacher's labels.
+
+    Of a key of STUDENTS it is known; any other is built and tried on a batch, once a process.
+
+    Args:
+        name: See `build_student`.
+        arguments: Likewise, as a checkpoint records them.
+
+    Raises:
+        UsageError: It cannot be built, or does not give the logits of one head or of two.
+    """
+    return num_heads(name, arguments) == 2 if is_foreign(name) else STUDENTS[name].has_distillation_head
+
+
+def check_student(name: str, path: str) -> None:
+    """Check that a student exists, without building it.
+
+    Args:
+        name: See `build_student`.
+        path: Its key, for messages.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if is_foreign(name):
+        check_foreign(name, path)
+    elif name not in STUDENTS:
+        raise UsageError(
+            f"{path}: {name!r} is no student; choose from {', '.join(STUDENTS)}, or write timm/NAME or FILE.py:FUNCTION"
+        )
 
 
 def recorded_arguments(name: str) -> tuple[str, ...]:
@@ -88,6 +137,8 @@ def recorded_arguments(name: str) -> tuple[str, ...]:
     Raises:
         UsageError: The name is unknown.
     """
+    if is_foreign(name):
+        return "num_classes", "image_size"
     takes = _constructor(name)
     return tuple(key for key in SHARED_ARGUMENTS if key in takes or name in RECORDED_WHOLE)
 
@@ -95,8 +146,10 @@ def recorded_arguments(name: str) -> tuple[str, ...]:
 def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
     """Check a student's own arguments: those that its constructor takes beside SHARED_ARGUMENTS.
 
+    Those of timm's models and of a user's function are known only to them.
+
     Args:
-        name: A key of STUDENTS.
+        name: See `build_student`.
         arguments: From a recipe or a checkpoint.
         path: Their key, for messages.
 
@@ -104,6 +157,12 @@ def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
         UsageError: An argument is unknown or of another type, or one without a default is missing; the message names
             the key, the value and what is allowed.
     """
+    for key, value in arguments.items():
+        if type(value) in (int, float) and not abs(value) <= MAX_ARGUMENT:
+            raise UsageError(f"{path}.{key}: {value!r} is out of range; allowed is up to {MAX_ARGUMENT:,} either way")
+    if is_foreign(name):
+        check_foreign_arguments(name, arguments, path)
+        return
     takes = {key: parameter for key, parameter in _constructor(name).items() if key not in SHARED_ARGUMENTS}
     types = typing.get_type_hints(STUDENTS[name].__init__)
     allowed = f"allowed are {', '.join(takes)}" if takes else f"{name} has none of its own"
@@ -117,8 +176,6 @@ def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
             raise UsageError(
                 f"{path}.{key}: {value!r} is not of the type {' or '.join(kind.__name__ for kind in possible)}"
             )
-        if type(value) in (int, float) and not abs(value) <= MAX_ARGUMENT:
-            raise UsageError(f"{path}.{key}: {value!r} is out of range; allowed is up to {MAX_ARGUMENT:,} either way")
     for key, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
             raise UsageError(f"{path}.{key}: missing; {name} needs it")

@@ -21,14 +21,15 @@ class DeiT(ViT):
 
     has_distillation_head: ClassVar[bool] = True
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Classify images by both heads.
 
         Args:
             images: `(B, 3, image_size, image_size)` float, normalised.
+            draws: See Student.num_draws; None draws from PyTorch's generator.
 
         Returns:
             `(B, K)` class logits and `(B, K)` distillation logits.
         """
-        tokens = self.encode(images)
+        tokens = self.encode(images, draws)
         return self.class_head(tokens[:, 0]), self.distillation_head(tokens[:, -1])

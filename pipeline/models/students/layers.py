@@ -19,6 +19,8 @@ ALL = slice(None)
 MAX_SEQUENCES = 65_535
 """Blocks of CUDA's grid in the direction in which attention kernels of some versions count sequences. A plain inner
 block has one for each patch of each image."""
+DRAWS = 2
+"""Numbers that stochastic depth draws for a sample in a block: one for each residual branch."""
 
 
 class Student(nn.Module):
@@ -35,11 +37,14 @@ class Student(nn.Module):
         plain: Whether `forward` calls every module on every token, as the paper's formulas do; costs are counted so.
             Otherwise the last block leaves out the tokens that no head reads, which changes no logit, and the inner
             blocks are computed as `pipeline.models.students.use_inner_block` has set.
+        num_draws: Random numbers that `forward` takes for each image in training, as its second argument `(B,
+            num_draws)` float32, uniform in [0, 1); 0 where it takes none.
     """
 
     has_distillation_head: ClassVar[bool]
     has_pixels: ClassVar[bool] = False
     plain: bool = False
+    num_draws: int = 0
 
     @property
     def logit_layers(self) -> list[nn.Module]:
@@ -61,6 +66,24 @@ class Student(nn.Module):
         if self.plain:
             return ALL
         return slice(None, None, num_tokens - 1) if self.has_distillation_head else slice(1)
+
+
+def drop_paths(rate: float, depth: int) -> list[float]:
+    """Return the rate of stochastic depth in each block: it rises linearly from 0 to `rate` in the last of several.
+
+    Raises:
+        UsageError: The rate is not in [0, 1).
+
+    Source: arXiv:1603.09382 §3; arXiv:2012.12877 Table 9.
+    """
+    if not 0.0 <= rate < 1.0:
+        raise UsageError(f"drop_path {rate:g} is impossible; choose from 0 up to, but not, 1")
+    return [rate * block / max(1, depth - 1) for block in range(depth)]
+
+
+def draws_by_block(draws: Tensor | None, depth: int) -> list[Tensor | None]:
+    """Return each block's part of a student's draws, `(B, DRAWS)`; None where there are none."""
+    return [None] * depth if draws is None else [*torch.split(draws, DRAWS, dim=1)]
 
 
 def divide(whole_name: str, whole: int, part_name: str, part: int) -> int:
@@ -180,15 +203,18 @@ class EncoderBlock(nn.Module):
         width: Token width D.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP as a multiple of D.
+        drop_path: Rate of stochastic depth: in training each branch is left out with this probability, for each
+            sequence by a draw of its own, and otherwise multiplied by 1 / (1 - rate), which keeps its expectation.
 
     Raises:
         UsageError: `num_heads` does not divide `width`, or `mlp_ratio` is below 1.
 
-    Source: arXiv:2502.16762 §3.2; arXiv:2010.11929 Eq. 2 and 3.
+    Source: arXiv:2502.16762 §3.2; arXiv:2010.11929 Eq. 2 and 3; arXiv:1603.09382 §3.
     """
 
-    def __init__(self, *, width: int, num_heads: int, mlp_ratio: int) -> None:
+    def __init__(self, *, width: int, num_heads: int, mlp_ratio: int, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.drop_path = drop_path
         if mlp_ratio < 1:
             raise UsageError(f"mlp_ratio {mlp_ratio} is too small; choose 1 or more")
         self.attention_norm = nn.LayerNorm(width)
@@ -196,19 +222,29 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, tokens: Tensor, selection: slice = ALL) -> Tensor:
+    def forward(self, tokens: Tensor, selection: slice = ALL, draws: Tensor | None = None) -> Tensor:
         """Apply the block.
 
         Args:
             tokens: `(N, T, D)` float.
             selection: Which tokens are returned, W of them; all tokens are attended to.
+            draws: `(N, DRAWS)` float32, uniform in [0, 1), which decide what stochastic depth leaves out in training;
+                None draws them from PyTorch's generator.
 
         Returns:
             `(N, W, D)` float.
         """
-        tokens = tokens[:, selection] + self.attention(self.attention_norm(tokens), selection)
-        tokens = tokens + self.mlp(self.mlp_norm(tokens))
+        tokens = tokens[:, selection] + self._kept(self.attention(self.attention_norm(tokens), selection), draws, 0)
+        tokens = tokens + self._kept(self.mlp(self.mlp_norm(tokens)), draws, 1)
         return tokens
+
+    def _kept(self, branch: Tensor, draws: Tensor | None, which: int) -> Tensor:
+        """Return a residual branch, of which stochastic depth leaves out some sequences in training."""
+        if not (self.training and self.drop_path):
+            return branch
+        keep = 1.0 - self.drop_path
+        drawn = torch.rand(len(branch), device=branch.device) if draws is None else draws[:, which]
+        return branch * ((drawn < keep) / keep)[:, None, None]
 
 
 class PatchEmbedding(nn.Module):

@@ -16,7 +16,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.models.students.fused.interface import InnerBlock, InnerWeights
-from pipeline.models.students.layers import ALL, EncoderBlock, Student, divide, initialise, learned
+from pipeline.models.students.layers import (
+    ALL,
+    DRAWS,
+    EncoderBlock,
+    Student,
+    divide,
+    draws_by_block,
+    drop_paths,
+    initialise,
+    learned,
+)
 
 
 class PixelEmbedding(nn.Module):
@@ -89,6 +99,7 @@ class NestedBlock(nn.Module):
         mlp_ratio: Hidden width of both MLPs as a multiple of their tokens' width.
         num_behind: Tokens behind the patches: 1 with a distillation token, 0 without. The class token is always in
             front.
+        drop_path: Of the outer block.
 
     Attributes:
         fused: Computes the inner block and the LayerNorm behind it in place of their modules; None where they do.
@@ -111,18 +122,25 @@ class NestedBlock(nn.Module):
         num_heads: int,
         mlp_ratio: int,
         num_behind: int,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         divide("pixel_width", pixel_width, "pixel_heads", pixel_heads)
         self.inner = EncoderBlock(width=pixel_width, num_heads=pixel_heads, mlp_ratio=mlp_ratio)
         self.pixel_norm = nn.LayerNorm(pixel_width)
         self.pixels_to_patch = nn.Linear(num_pixels * pixel_width, width)
-        self.outer = EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        self.outer = EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
         self.num_pixels = num_pixels
         self.num_behind = num_behind
 
     def forward(
-        self, pixels: Tensor, patches: Tensor, selection: slice = ALL, *, plain: bool = False
+        self,
+        pixels: Tensor,
+        patches: Tensor,
+        selection: slice = ALL,
+        draws: Tensor | None = None,
+        *,
+        plain: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Apply the block.
 
@@ -130,6 +148,7 @@ class NestedBlock(nn.Module):
             pixels: `(B * P, M, c)` float.
             patches: `(B, 1 + P + num_behind, D)` float, class token first.
             selection: Which patch tokens are returned, W of them.
+            draws: `(B, DRAWS)` float32, of the outer block's stochastic depth.
             plain: Whether the modules compute the inner block although `fused` could.
 
         Returns:
@@ -138,7 +157,7 @@ class NestedBlock(nn.Module):
         pixels, normed = self._refine(pixels, plain)
         flat = rearrange(normed, "(b p) m c -> b p (m c)", b=patches.shape[0])
         residual = F.pad(self.pixels_to_patch(flat), (0, 0, 1, self.num_behind))
-        patches = self.outer(patches + residual, selection)
+        patches = self.outer(patches + residual, selection, draws)
         return pixels, patches
 
     @property
@@ -196,13 +215,15 @@ class TNT(Student):
         depth: Number of blocks L.
         num_heads: Heads of the outer attention.
         mlp_ratio: Hidden width of the MLPs as a multiple of their tokens' width.
+        drop_path: Rate of stochastic depth in the last outer block, see pipeline.models.students.layers.drop_paths.
 
     Raises:
         UsageError: A size or a number of heads does not divide what it cuts.
 
     Source: arXiv:2502.16762 Table 3; arXiv:2103.00112 §2.
     Differs: from arXiv:2103.00112 in learned patch tokens, and in slicing the class token before the last
-        LayerNorm (the paper's counts).
+        LayerNorm (the paper's counts). Stochastic depth is in the outer blocks alone, in that article's code in the
+        inner ones too; a fused inner block adds its branches before anything could leave them out.
     """
 
     has_distillation_head: ClassVar[bool] = False
@@ -221,6 +242,7 @@ class TNT(Student):
         depth: int = 12,
         num_heads: int = 3,
         mlp_ratio: int = 4,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = PixelEmbedding(
@@ -238,32 +260,37 @@ class TNT(Student):
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,
                 num_behind=int(self.has_distillation_head),
+                drop_path=rate,
             )
-            for _ in range(depth)
+            for rate in drop_paths(drop_path, depth)
         )
+        self.num_draws = DRAWS * depth if drop_path else 0
         self.class_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
         if self.has_distillation_head:
             self.distillation_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
         initialise(self)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """Return the tokens that the heads read, `(B, W, D)`: class token first, distillation token, if any, last."""
         pixels = self.embedding(images)
         patches = (self.patch_tokens + self.patch_positions).expand(images.shape[0], -1, -1)
         *blocks, last = self.blocks
-        for block in blocks:
-            pixels, patches = block(pixels, patches, plain=self.plain)
-        encoded: Tensor = last(pixels, patches, self.head_tokens(patches.shape[1]), plain=self.plain)[1]
+        *parts, last_part = draws_by_block(draws, len(self.blocks))
+        for block, part in zip(blocks, parts, strict=True):
+            pixels, patches = block(pixels, patches, draws=part, plain=self.plain)
+        selection = self.head_tokens(patches.shape[1])
+        encoded: Tensor = last(pixels, patches, selection, last_part, plain=self.plain)[1]
         return encoded
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images.
 
         Args:
             images: `(B, 3, image_size, image_size)` float, normalised.
+            draws: See Student.num_draws; None draws from PyTorch's generator.
 
         Returns:
             `(B, K)` class logits.
         """
-        class_logits: Tensor = self.class_head(self.encode(images)[:, 0])
+        class_logits: Tensor = self.class_head(self.encode(images, draws)[:, 0])
         return class_logits

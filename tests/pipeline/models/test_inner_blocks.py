@@ -160,6 +160,21 @@ def test_tokens_that_no_head_reads_may_be_left_out(name: str) -> None:
         assert error(trimmed, whole) < TOLERANCE
 
 
+def test_stochastic_depth_is_the_same_with_a_fused_inner_block() -> None:
+    torch.manual_seed(0)
+    student = build_student("titn", num_classes=10, depth=3, drop_path=0.5).train()
+    images, draws = torch.randn(6, 3, 32, 32), torch.rand(6, student.num_draws)
+    by_block = []
+    for request in ("plain", "fused"):
+        use_inner_block(student, request, CPU)
+        student.zero_grad()
+        outputs = student(images, draws)
+        sum(head.square().sum() for head in outputs).backward()
+        by_block.append([*outputs, *(parameter.grad.clone() for parameter in student.parameters())])
+    for ours, expected in zip(*by_block, strict=True):
+        assert error(ours, expected) < TOLERANCE
+
+
 def test_what_runs_is_told() -> None:
     titn, vit = build_student("titn", num_classes=3), build_student("vit", num_classes=3)
     assert use_inner_block(titn, "auto", CPU) == use_inner_block(titn, "fused", CPU) == "c++"

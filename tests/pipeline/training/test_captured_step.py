@@ -43,11 +43,13 @@ def make_fit(
     watcher: Watcher | None = None,
     stop: StopSignal | None = None,
     ema: float = 0.0,
+    drop_path: float = 0.0,
     **settings: Any,
 ) -> Fit:
     """A tiny TITN's run on the GPU, with a batch of another size at the end of every epoch."""
     torch.manual_seed(0)
-    model = build_student("titn", num_classes=NUM_CLASSES, image_size=8, patch_size=4, width=48, depth=2).to(CUDA)
+    sizes = {"image_size": 8, "patch_size": 4, "width": 48, "depth": 2}
+    model = build_student("titn", num_classes=NUM_CLASSES, drop_path=drop_path, **sizes).to(CUDA)
     use_inner_block(model, inner_block, CUDA)
     images, labels = (values.to(CUDA) for values in images_and_labels(50, seed=0))
     teacher_labels = (labels + 1) % NUM_CLASSES
@@ -89,6 +91,15 @@ def test_a_captured_run_is_the_eager_one(tmp_path: Path, optimizer: str, inner_b
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
     for name, tensor in weights.items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_has_the_stochastic_depth_and_the_decay_of_the_eager_one(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"optimizer": "adamw", "lr": 0.002, "drop_path": 0.5, "decay": "matrices"}
+    eager, _ = fit(tmp_path / "eager", captured=False, **settings)
+    captured, _ = fit(tmp_path / "captured", captured=True, **settings)
+    losses = [row["train_loss"] for row in eager.curve]
+    assert [row["train_loss"] for row in captured.curve] == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.gpu
@@ -158,7 +169,7 @@ class Graphs:
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr("pipeline.training.step._another_stream", contextlib.nullcontext)
         # Optimisers whose steps may be captured need a GPU.
-        eager = lambda parameters, recipe, captured: build_optimizer(parameters, recipe)  # noqa: E731
+        eager = lambda model, recipe, captured: build_optimizer(model, recipe)  # noqa: E731
         monkeypatch.setattr("pipeline.training.fit.build_optimizer", eager)
 
     @contextlib.contextmanager

@@ -22,9 +22,10 @@ from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
 from pipeline.labels.teacher import Teacher, label_view
 from pipeline.losses import Outputs, training_loss
-from pipeline.models.students import STUDENTS, build_student
+from pipeline.models.students import STUDENTS, Student, build_student
+from pipeline.system.runtime import Ranks
 from pipeline.system.stopping import StopSignal
-from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches
+from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches, step_draws
 from pipeline.training.checkpoints import RunState, load_checkpoint
 from pipeline.training.distributed import ALONE, Group
 from pipeline.training.evaluation import evaluate
@@ -312,6 +313,59 @@ def test_the_parts_of_a_batch_have_its_loss_gradients_and_weights(student: str, 
             torch.testing.assert_close(others, parameter, rtol=0, atol=tolerance)
 
 
+def dropping(name: str = "titn") -> Student:
+    torch.manual_seed(0)
+    sizes = {"image_size": SIZE, "patch_size": 4, "width": 12, "depth": 2, "pixel_width": 4}
+    return build_student(name, num_classes=NUM_CLASSES, drop_path=0.5, **sizes)
+
+
+@pytest.mark.parametrize("student", ["vit", "titn"])
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_a_stopped_run_with_stochastic_depth_and_groups_of_decay_ends_like_an_unbroken_one(
+    tmp_path: Path, student: str, decay: str
+) -> None:
+    settings: dict[str, Any] = {"optimizer": "adamw", "lr": 0.002, "decay": decay, "weight_decay": 0.1, "epochs": 2}
+    whole, last = run(tmp_path / "whole", model=dropping(student), **settings)
+    stop = StopSignal()
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", model=dropping(student), stop=stop, watcher=Watcher(stop, 3), **settings)
+    torch.manual_seed(99)
+    resumed = make_fit(tmp_path / "cut", model=dropping(student), **settings)
+    torch.manual_seed(100)
+    assert resumed.run().curve == whole.curve
+    assert all(torch.equal(tensor, last[name]) for name, tensor in resumed.model.state_dict().items())
+    other = "all" if decay == "matrices" else "matrices"
+    assert run(tmp_path / "other", model=dropping(student), **{**settings, "decay": other})[0].curve != whole.curve
+
+
+def test_stochastic_depth_drops_the_same_whatever_the_parts_of_a_batch_and_the_generator(tmp_path: Path) -> None:
+    def curve(directory: str, **settings: Any) -> list[float]:
+        return [row["train_loss"] for row in run(tmp_path / directory, model=dropping(), epochs=2, **settings)[0].curve]
+
+    whole = curve("whole")
+    assert curve("parts", micro_batch=5) == pytest.approx(whole, abs=1e-5)
+    assert step_draws(3, 7, 4, 2).equal(step_draws(3, 7, 9, 2)[:4]), "a sample's draws are its own"
+    assert not step_draws(3, 7, 4, 2).equal(step_draws(3, 8, 4, 2))
+    assert not step_draws(3, 7, 4, 2).equal(step_draws(4, 7, 4, 2))
+    fit = make_fit(tmp_path / "drawn", model=dropping())
+    fit.progress.epoch, fit.progress.step = 1, 2
+    [share, *_] = fit._shares(epoch_order(3, 1, NUM_TRAIN))
+    batch = next(fit.data.batches(1, [share.indices]))
+    assert torch.equal(fit._with_draws(batch, share).draws, step_draws(3, 4 + 2, 16, 4))  # type: ignore[arg-type]
+
+
+def test_each_rank_gets_its_samples_draws(tmp_path: Path) -> None:
+    fit = make_fit(tmp_path, model=dropping())
+    fit.group = Group(Ranks(2, 4, 2))
+    *_, last = shares = fit._shares(epoch_order(3, 0, NUM_TRAIN))
+    assert [share.rows for share in shares] == [slice(8, 12)] * 3 + [slice(1)]
+    assert (last.count, last.size) == (0, 2), "of the last two samples it has none, and takes part with the first"
+    for share in shares:
+        batch = next(fit.data.batches(0, [share.indices]))
+        drawn = fit._with_draws(batch, share).draws
+        assert drawn is not None and torch.equal(drawn, step_draws(3, 0, share.size, 4)[share.rows])
+
+
 def test_state_is_saved_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
@@ -482,7 +536,8 @@ def test_a_student_cycles_through_its_views_and_a_teacher_does_not() -> None:
 
 
 def test_cached_and_online_labels_give_the_same_loss_at_every_step(tmp_path: Path) -> None:
-    teacher = Teacher(small_model(0.0).eval(), MEAN, STD, "fp32", batch_size=7)
+    # Its normalisation is another one than the student's.
+    teacher = Teacher(small_model(0.0).eval(), (0.1, 0.5, 0.3), (0.2, 0.4, 0.1), "fp32", batch_size=7)
     views = Views(*images_and_labels(NUM_TRAIN, seed=0), VIEW_RECIPE)
     identity = make_identity(
         dataset_sha256="0" * 64,

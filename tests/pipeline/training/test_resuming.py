@@ -20,7 +20,7 @@ MEGABYTE = 1_000_000
 def test_a_state_of_titn_under_sgd_is_smaller_than_48_mb_and_its_best_than_24(tmp_path: Path) -> None:
     recipe = StudentRecipe(model="titn", epochs=1, batch_size=1024, lr=0.1)
     model = build_student("titn", num_classes=100)
-    optimizer = build_optimizer(model.parameters(), recipe)
+    optimizer = build_optimizer(model, recipe)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -37,7 +37,7 @@ def test_a_state_of_titn_under_sgd_is_smaller_than_48_mb_and_its_best_than_24(tm
     other, progress = copy.deepcopy(model), Progress(loss_sum)
     for parameter in other.parameters():
         torch.nn.init.zeros_(parameter)
-    other_optimizer = build_optimizer(other.parameters(), recipe)
+    other_optimizer = build_optimizer(other, recipe)
     load_progress(RunState(tmp_path, "f"), progress, other, other_optimizer, ALONE)
     assert (progress.epoch, progress.step, progress.result.best_epoch) == (1, 3, 1)
     weights = other.state_dict()
