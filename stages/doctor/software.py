@@ -64,6 +64,7 @@ PURPOSES = {
     "fast": "a C++ compiler, for the fused inner block",
     "report": "the figures of `pipeline report`, the last stage of `dvc repro`",
     "onnx": "`pipeline export --format onnx`",
+    "demo": "`pipeline demo`",
 }
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([A-Za-z0-9._-]+)['\"]")
 
