@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, StorageError, UsageError, one_line, printable
 from pipeline.inference.card import SCORES
-from stages.predict import Prediction
+from stages.predict import MAX_INPUT_BYTES, Prediction
 from stages.shared.options import PATH, any_device_option, precision_option, tell_plain
 from stages.shared.trained import Judged
 
