@@ -266,13 +266,20 @@ def _routes(demo: Demo, text: str, worker: ThreadPoolExecutor) -> Starlette:
 
 
 async def _read(request: Request) -> bytes | None:
-    """Return a request's body; None if it has more than MAX_BYTES, of which no more is kept."""
-    content = bytearray()
+    """Return a request's body; None if it has more than MAX_BYTES.
+
+    What is too much is read and dropped, up to what `predict` would read: who is still sending hears no answer.
+    """
+    content, size = bytearray(), 0
     async for part in request.stream():
-        content += part
-        if len(content) > MAX_BYTES:
-            return None
-    return bytes(content)
+        size += len(part)
+        if size <= MAX_BYTES:
+            content += part
+        else:
+            content.clear()
+        if size > MAX_INPUT_BYTES:
+            break
+    return bytes(content) if size <= MAX_BYTES else None
 
 
 def _refusal(scope: Scope, hosts: set[str]) -> str | None:
