@@ -24,6 +24,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from pipeline.errors import printable
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import build_model, load
 from pipeline.models.students import attention_maps
@@ -346,7 +347,7 @@ DROP = """(async () => {
     name: document.querySelector("h1").textContent, facts: text(document, "#facts li"), alerts,
     cards: [...document.querySelectorAll("article")].map((card) => ({
       file: text(card, "h2")[0], best: text(card, ".verdict bdi")[0], problem: text(card, ".problem")[0],
-      heads: text(card, ".heads h3"), percents: text(card, ".percent"), markup: card.querySelectorAll("bdi *").length,
+      names: text(card, ".heads bdi"), heads: text(card, ".heads h3"), percents: text(card, ".percent"), markup: card.querySelectorAll("bdi *").length,
       bars: [...card.querySelectorAll(".fill")].map((one) => one.offsetWidth / one.parentElement.offsetWidth),
       sizes: [...card.querySelectorAll("img")].map((one) => one.naturalWidth),
       hidden: card.querySelector(".attention")?.hidden,
@@ -376,7 +377,8 @@ def test_a_dropped_picture_shows_the_answer_of_predict(place: Project, page: str
     for card, name, picture in ((turned, "turned.jpg", "turned.jpg"), (glass, "<b>glass.png", "glass.png")):
         expected = predicted(place, "titn", picture)
         rows = [*expected["top"], *expected["heads"]["class"], *expected["heads"]["distillation"]]
-        assert (card["file"], card["best"]) == (name, rows[0]["class"])
+        assert (card["file"], card["best"]) == (name, card["names"][0])
+        assert card["names"] == [printable(row["class"]) for row in rows]
         assert card["heads"] == ["Prediction", "Class head", "Distillation head"]
         assert card["percents"] == [f"{100 * row['probability']:.2f} %" for row in rows]
         np.testing.assert_allclose(card["bars"], [row["probability"] for row in rows], atol=0.02)
