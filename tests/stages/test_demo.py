@@ -347,7 +347,8 @@ DROP = """(async () => {
     name: document.querySelector("h1").textContent, facts: text(document, "#facts li"), alerts,
     cards: [...document.querySelectorAll("article")].map((card) => ({
       file: text(card, "h2")[0], best: text(card, ".verdict bdi")[0], problem: text(card, ".problem")[0],
-      names: text(card, ".heads bdi"), heads: text(card, ".heads h3"), percents: text(card, ".percent"), markup: card.querySelectorAll("bdi *").length,
+      names: text(card, ".heads bdi"), heads: text(card, ".heads h3"),
+      percents: text(card, ".percent"), markup: card.querySelectorAll("bdi *").length,
       bars: [...card.querySelectorAll(".fill")].map((one) => one.offsetWidth / one.parentElement.offsetWidth),
       sizes: [...card.querySelectorAll("img")].map((one) => one.naturalWidth),
       hidden: card.querySelector(".attention")?.hidden,
