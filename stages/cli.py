@@ -43,6 +43,7 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "Stage two: students": (("distill", "distill", "Train a student against the cached labels."),),
     "Trained models": (
         ("predict", "predict", "Name the classes of images, by a student or a teacher."),
+        ("demo", "demo", "Show on a page of this machine what a model sees in pictures."),
         ("bench", "bench", "Show what models cost and how fast they answer here."),
         ("export", "export", "Write a trained model as ONNX, TorchScript or safetensors, with a model card."),
     ),

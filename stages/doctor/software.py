@@ -65,8 +65,9 @@ PURPOSES = {
     "report": "the figures of `pipeline report`, the last stage of `dvc repro`",
     "onnx": "`pipeline export --format onnx`",
     "timm": "teachers and students of timm",
+    "demo": "`pipeline demo`",
 }
-UNNEEDED = ("fast", "timm")
+UNNEEDED = ("demo", "fast", "tensorboard", "timm")
 """Extras without which every recipe of ours works as well."""
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([A-Za-z0-9._-]+)['\"]")
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.datasets import Dataset
+from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import load
 from pipeline.models.students import STUDENTS, Student, attention_maps, attention_rollout
 from pipeline.report.figures import Cell, sheet
@@ -25,6 +26,7 @@ COLUMNS = (
     "class token,\nrollout",
     "distillation token,\nrollout",
 )
+NAMES = tuple(column.replace("\n", " ") for column in COLUMNS)
 EXPLANATION = (
     "Yellow patches get the most attention, blue ones the least; what is missing to 100 % goes to the two tokens "
     "themselves. Last block: mean over heads. Rollout (arXiv:2005.00928): attention through all blocks, each of which "
@@ -52,26 +54,22 @@ def _figure(run: FinishedRun, dataset: Dataset) -> Figure:
     student = classifier.module
     assert isinstance(student, Student)
     samples = _choose(dataset.test.labels)
-    pixels = dataset.test.images[samples]
-    mean, std = classifier.config["mean"], classifier.config["std"]
-    images = normalize(torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2), mean, std)
-    maps = attention_maps(student, images)
+    pixels = np.ascontiguousarray(dataset.test.images[samples])
     with torch.no_grad():
-        class_logits, distillation_logits = student(images)
+        class_logits, distillation_logits = student(_normalized(classifier, pixels))
     predicted = [logits.argmax(dim=1).tolist() for logits in (class_logits, distillation_logits)]
-    shares = token_shares(maps)
-    side = round((maps.shape[-1] - 2) ** 0.5)
+    shares = attention_over(student, classifier, pixels)
+    side = shares[NAMES[0]].shape[-1]
     names, rows, data = dataset.class_names, [], []
     for row, (sample, image) in enumerate(zip(samples.tolist(), pixels, strict=True)):
         target = names[dataset.test.labels[sample]]
         heads = [f"its head: {names[of_images[row]]}" for of_images in predicted]
         cells = [Cell(image, [f"#{sample}", f"target: {target}"], grid=side)]
-        for column in range(len(COLUMNS)):
-            patches = shares[row, column].reshape(side, side)
+        for column, name in enumerate(NAMES):
+            patches = shares[name][row]
             lines = [f"up to {100 * patches.max():.0f} % a patch", f"{100 * patches.sum():.0f} % on patches"]
             lines += heads[column : column + 1]
             cells.append(Cell(image, lines, weights=patches / patches.max()))
-            name = COLUMNS[column].replace("\n", " ")
             data.append([str(sample), target, name, *(number(value, 4) for value in patches.flatten())])
         rows.append(cells)
     epoch = f"epoch {run.metrics['test']['epoch']} of {run.metrics['epochs']}"
@@ -82,19 +80,47 @@ def _figure(run: FinishedRun, dataset: Dataset) -> Figure:
     return Figure(f"attention-{run.name}", title, sheet(rows, ["image, patches", *COLUMNS]), alt, note, table)
 
 
-def token_shares(maps: torch.Tensor) -> NDArray[np.float64]:
+def attention_over(
+    student: Student, classifier: Classifier, pixels: NDArray[np.uint8]
+) -> dict[str, NDArray[np.float64]]:
+    """Return how much a student's tokens attend to each patch of some images.
+
+    Args:
+        student: In evaluation mode.
+        classifier: The same, as loaded.
+        pixels: `(B, image_size, image_size, 3)` uint8 RGB.
+
+    Returns:
+        `(B, S, S)` float64 in [0, 1] for each of NAMES, S patches a side; without those of a distillation token where
+        the student has none.
+    """
+    both = student.has_distillation_head
+    shares = token_shares(attention_maps(student, _normalized(classifier, pixels)), has_distillation_token=both)
+    side = round(shares.shape[-1] ** 0.5)
+    names = [name for name in NAMES if both or name.startswith("class token")]
+    return {name: shares[:, index].reshape(-1, side, side) for index, name in enumerate(names)}
+
+
+def token_shares(maps: torch.Tensor, *, has_distillation_token: bool = True) -> NDArray[np.float64]:
     """Return how much the class and the distillation token attend to each patch.
 
     Args:
         maps: `(B, L, heads, T, T)` float, of pipeline.models.students.attention_maps.
+        has_distillation_token: Whether the last token is one.
 
     Returns:
         `(B, 4, T - 2)` float64 in [0, 1]: of the last block, mean over heads, class and distillation token; of the
-        rollout the same.
+        rollout the same. Without a distillation token `(B, 2, T - 1)`.
     """
+    tokens, patches = ((0, -1), slice(1, -1)) if has_distillation_token else ((0,), slice(1, None))
     last, rollout = maps[:, -1].mean(dim=1), attention_rollout(maps)
-    shares = [matrix[:, token, 1:-1] for matrix in (last, rollout) for token in (0, -1)]
-    return torch.stack(shares, dim=1).double().numpy()
+    shares = [matrix[:, token, patches] for matrix in (last, rollout) for token in tokens]
+    return torch.stack(shares, dim=1).cpu().double().numpy()
+
+
+def _normalized(classifier: Classifier, pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """Return pixels `(B, H, W, 3)` uint8 as the input of the classifier's module."""
+    return normalize(classifier.place(pixels), classifier.config["mean"], classifier.config["std"])
 
 
 def _choose(labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -25,6 +25,7 @@ HOMES = {
         "pipeline/report/figures/canvas.py",
         "pipeline/data/images.py",
         "pipeline/data/sources.py",
+        "stages/demo.py",
     },
     "matplotlib": {
         "pipeline/report/figures/canvas.py",
@@ -45,6 +46,8 @@ HOMES = {
         "stages/shared/context.py",
         "stages/shared/options.py",
     },
+    "starlette": {"stages/demo.py"},
+    "uvicorn": {"stages/demo.py"},
     "triton": {
         "pipeline/models/students/fused/cuda.py",
         "pipeline/models/students/fused/triton_backward.py",
@@ -145,5 +148,6 @@ def test_an_installation_holds_every_package_and_every_file_beside_the_modules()
         for glob in settings["package-data"][name]
         for file in folder.glob(glob)
     }
-    beside = {file for file in ROOT.glob("pipeline/**/*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    files = [*ROOT.glob("pipeline/**/*"), *ROOT.glob("stages/**/*")]
+    beside = {file for file in files if file.is_file() and file.suffix not in (".py", ".pyc")}
     assert shipped == beside
