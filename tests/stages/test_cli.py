@@ -55,7 +55,7 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     for path in [*(data / "teachers" / name for name in TEACHERS), data / "students/titn", data / "students/vit"]:
         names = {"best.safetensors", "best.json", "metrics.json", "curve.csv", "predictions.csv", "run.json"}
         names |= {"last.safetensors", "last.json"} if path.parent.name == "students" else set()
-        assert {file.name for file in path.iterdir()} == {*names, "manifest.json"}
+        assert {file.name for file in path.iterdir()} == {*names, "log.jsonl", "manifest.json"}
         digests = json.loads((path / "manifest.json").read_text())["files"]
         assert digests == {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
     assert {path.name for path in (data / "teacher").iterdir()} == {"best.safetensors", "best.json", "manifest.json"}

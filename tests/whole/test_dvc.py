@@ -109,7 +109,11 @@ def checkout(reproduced: Checkout, tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "project", reproduced.python)
 
 
-def test_a_second_repro_runs_nothing(reproduced: Checkout) -> None:
+def test_a_second_repro_runs_nothing_and_asks_for_no_log(reproduced: Checkout) -> None:
+    logs = [*reproduced.data.glob("*/*/log.jsonl")]
+    assert len(logs) == 4
+    for log in logs:  # as after `dvc pull`
+        log.unlink()
     assert reproduced.repro() == set()
     assert reproduced.dvc("status").split() == ["prepare:", "always", "changed"]
     assert all((reproduced.data / "reports" / name).is_file() for name in ("report.html", "report.md", "report.json"))
