@@ -61,8 +61,8 @@ class Watchers:
         guests: Those that the user asked for, by the name that messages call them.
     """
 
-    def __init__(self, *own: object, guests: Mapping[str, object]) -> None:
-        self._own, self._guests = own, dict(guests)
+    def __init__(self, *own: object, guests: Mapping[str, object] | None = None) -> None:
+        self._own, self._guests = own, dict(guests or {})
 
     def __enter__(self) -> Watchers:
         return self

@@ -359,6 +359,10 @@ def test_a_stopped_run_exits_by_its_signal_and_goes_on_to_the_same_weights(proje
     assert not out.exists()
     assert "going on from epoch" in project.run(*long)
     assert (out / "last.safetensors").read_bytes() == whole
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    told = [line["event"] for line in logged if line["event"] not in ("epoch", "warned")]
+    assert told == ["started", "stopped", "started", "ended"]
+    assert [line["epoch"] for line in logged if line["event"] == "epoch"] == list(range(1, 13))
 
 
 @pytest.mark.slow

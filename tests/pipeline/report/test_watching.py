@@ -35,7 +35,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def logged(path: Path, **settings: Any) -> list[dict[str, Any]]:
     """Train with a log and return it."""
-    with Watchers(RunLog(path, watched(), pytest.fail), settings.pop("other", None), guests={}) as watchers:
+    with Watchers(RunLog(path, watched(), pytest.fail), settings.pop("other", None)) as watchers:
         make_fit(path.parent, watcher=watchers, **settings).run()  # type: ignore[arg-type]
     return lines_of(path)
 
@@ -95,7 +95,7 @@ def test_the_log_says_what_is_trained_each_epoch_and_the_end(tmp_path: Path) -> 
     path, warnings = tmp_path / "work" / LOG, []
     log = RunLog(path, watched(), warnings.append)
     log.warned("before it began")
-    fit = make_fit(tmp_path, watcher=Watchers(log, guests={}))  # type: ignore[arg-type]
+    fit = make_fit(tmp_path, watcher=Watchers(log))  # type: ignore[arg-type]
     curve = fit.run().curve
     log.finished(METRICS, 12.34, tmp_path / "out")
     started, warned, *epochs, ended = lines_of(path)
