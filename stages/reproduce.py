@@ -401,6 +401,7 @@ def _unknown(name: str, recipes: Sequence[Recipe]) -> UsageError:
 )  # fmt: skip
 @options.device_option
 @click.option("--download", is_flag=True, help="Download what is missing to data/raw.")
+@options.watch_option
 @options.records_option
 @options.time_limit_option
 @options.dry_run_option

@@ -184,6 +184,7 @@ def sweep(context: Context, winner: str, optimizers: Sequence[str], *, fresh: bo
     "--optimizers", type=options.split_names, metavar="A,B,...", help="Train the winner with each of these (Figure 5)."
 )
 @options.settings_option
+@options.watch_option
 @click.option("--views", "num_views", type=click.IntRange(1, MAX_VIEWS), help="Label the first views only.")
 @click.option("--fresh", is_flag=True, help="Train and label everything again.")
 @options.time_limit_option

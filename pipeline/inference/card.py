@@ -135,13 +135,15 @@ print(model.class_names[probabilities.argmax()], float(probabilities.max()))
 Without PyTorch:
 
 ```python
-import numpy as np, onnxruntime
+import json, numpy as np, onnxruntime, pathlib
 from PIL import Image
 
+names = json.loads(pathlib.Path("config.json").read_text())["class_names"]
 session = onnxruntime.InferenceSession("model.onnx")
 image = Image.open("image.png").convert("RGB").resize(({side}, {side}), Image.Resampling.BILINEAR)
 batch = np.asarray(image).transpose(2, 0, 1)[None]  # uint8
-probabilities = session.run(["probabilities"], {{"images": batch}})[0]
+probabilities = session.run(["probabilities"], {{"images": batch}})[0][0]
+print(names[probabilities.argmax()], float(probabilities.max()))
 ```"""
     mean = " The probabilities are the mean of both heads'." if len(config["outputs"]) > 2 else ""
     outputs = ", ".join(f"`{output['name']}`" for output in config["outputs"])

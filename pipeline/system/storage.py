@@ -87,6 +87,31 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
         _write_all(descriptor, data)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line to a log, in place: only for a file without a second name. Readers see it at once.
+
+    A last line that was torn by a kill or a full disk is cut off before. Missing parent directories are made.
+
+    Args:
+        path: The file, made where missing. One process writes it.
+        line: Without its line break.
+
+    Raises:
+        OSError: Writing failed; the line may be torn.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
+    try:
+        size = end = os.lseek(descriptor, 0, os.SEEK_END)
+        while end and os.pread(descriptor, 1, end - 1) != b"\n":
+            end -= 1
+        if end < size:
+            os.ftruncate(descriptor, end)
+        _write_all(descriptor, line + b"\n")
+    finally:
+        os.close(descriptor)
+
+
 def write_together(files: Mapping[Path, bytes]) -> None:
     """Write files that belong together: all of them beside their destinations, and only then in their places.
 

@@ -45,7 +45,12 @@ ADVICE = "lower lr or set clip to 1.0"
 
 
 class Watcher(Protocol):
-    """Follows a run's progress, for example to show it."""
+    """Follows a run's progress, for example to show it.
+
+    Calls come from the thread that trains, which waits for them, in this order: `started`; for each epoch `stepped`
+    after every step, `trained`, `epoch_ended`; then `ended` or `stopped`, from who writes the result. `warned` comes at
+    any time. What `--watch` names needs only the methods that it wants, see pipeline.report.watching.Watchers.
+    """
 
     def started(self, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
         """Begin at `step` of `epoch`, both counted from 0."""
@@ -57,10 +62,16 @@ class Watcher(Protocol):
         """Note an epoch's steps done: the images of all ranks since it began or went on, and the seconds."""
 
     def epoch_ended(self, row: Mapping[str, Any]) -> None:
-        """Note a row of the curve."""
+        """Note a row of the curve: `epoch` from 1, `lr`, `train_loss` and scores; what does not apply is None."""
 
     def warned(self, message: str) -> None:
         """Show a warning."""
+
+    def ended(self, metrics: Mapping[str, Any]) -> None:
+        """Note that the result is written; `metrics` is its metrics.json."""
+
+    def stopped(self, reason: str) -> None:
+        """Note that the run was interrupted, or failed, before its end. A later process may go on with it."""
 
 
 class Silent(Watcher):

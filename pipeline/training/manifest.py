@@ -23,6 +23,7 @@ from pipeline.system.storage import (
     read_bytes,
     read_if_exists,
     sha256_file,
+    storage_errors,
     to_json,
     write_atomic,
     write_together,
@@ -153,11 +154,15 @@ def damage(path: Path) -> DataError:
 
 
 def refuse_writing(path: Path) -> None:
-    """Refuse a user's file that would replace one of a run's, and so make its manifest false.
+    """Refuse a user's file that would replace one of a run's, and so make its manifest false, or a device or folder.
 
     Raises:
-        UsageError: The manifest beside it names it.
+        UsageError: The manifest beside it names it, or there is something else than a file.
+        StorageError: That cannot be told.
     """
+    with storage_errors(f"write {path}"):
+        if not path.is_file() and (path.exists() or path.is_symlink()):
+            raise UsageError(f"{printable(path)}: there is something that is no file; name a file")
     names: list[str] = [MANIFEST]
     with contextlib.suppress(DataError, StorageError):
         manifest = read_manifest(path.parent)

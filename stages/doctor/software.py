@@ -66,6 +66,7 @@ PURPOSES = {
     "onnx": "`pipeline export --format onnx`",
     "timm": "teachers and students of timm",
     "demo": "`pipeline demo`",
+    "tensorboard": "`--watch tensorboard`",
 }
 UNNEEDED = ("demo", "fast", "tensorboard", "timm")
 """Extras without which every recipe of ours works as well."""

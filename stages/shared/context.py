@@ -44,6 +44,7 @@ class Context:
         stop: SIGINT, SIGTERM and the time limit.
         device_name: The device that --device names; None chooses one.
         position: Which of the command's runs is under way, see `in_turn`.
+        watch: Who follows each run, as `--watch` names them.
     """
 
     params: Params
@@ -52,6 +53,7 @@ class Context:
     stop: StopSignal
     device_name: str | None = None
     position: Position | None = None
+    watch: tuple[str, ...] = ()
     _changed: list[str] = field(default_factory=list)
     _group: Group | None = None
     _loaded: tuple[tuple[int, ...], Dataset] | None = None

@@ -1,8 +1,8 @@
 """What `teacher` and `distill` share: run the fit loop and write its outputs.
 
 A run's directory holds best.safetensors and best.json (students also last.*), metrics.json, curve.csv, predictions.csv
-(the best epoch's on the test split), run.json, and manifest.json with the SHA-256 of them all. Times, dates and the
-device are in run.json alone.
+(the best epoch's on the test split), run.json, and manifest.json with the SHA-256 of them all; beside them log.jsonl,
+which grows in the run's folder of data/work meanwhile. Times, dates and the device are in run.json and log.jsonl alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from pipeline.views.views import Views
 from stages.shared import kept
 from stages.shared.context import Context
 from stages.shared.runs import NOT_TRAINED, OUTPUTS, RULES, Run, costs, disagreement
+from stages.shared.watching import watch
 
 DESCRIBED = ("teacher", "views", "soft", "confidence", "warnings", "evaluated_on", "rules")
 """Keys of metrics.json that the checkpoints' JSON has too."""
@@ -200,18 +201,21 @@ def carry_out(
     if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
         raise stopped(code, f"before {run.name}")
     split_name, split = dataset.evaluation
-    watcher = RunWatcher(context.console, run.name, split_name, context.position)
-    if recipe.warmup_epochs == recipe.epochs > 0:
-        watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
+    shown = RunWatcher(context.console, run.name, split_name, context.position)
     with _claimed(run, group, fresh=fresh) as state:
         if state is None:
             context.say(f"{run.name}: up to date ({run.out}), another run has finished it meanwhile")
             return
-        context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
+        watchers, log = watch(context, run, execution, device, shown)
+        if recipe.warmup_epochs == recipe.epochs > 0:
+            watchers.warned(
+                f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends"
+            )
+        context.say(f"{shown.name}: {execution.describe(device, recipe.batch_size, ema)}")
         if not group.is_alone:
             context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
         evaluation = evaluation_data(dataset, split, device, run.description, teaching.clean.get(split_name))
-        with context.stop.deferred(), execution.compiling(model), watcher:
+        with context.stop.deferred(), watchers, execution.compiling(model), shown:
             fit = Fit(
                 model=model,
                 data=TrainingData(views, evaluation.mean, evaluation.std, run.num_views, teaching.labels),
@@ -223,7 +227,7 @@ def carry_out(
                 rules=RULES,
                 ema=ema,
                 execution=execution,
-                session=Session(state, watcher, context.stop),
+                session=Session(state, watchers, context.stop),
             )
             result = fit.run()
             last = _take_best(run, group, model, result)
@@ -239,10 +243,13 @@ def carry_out(
                 where = {**environment(device), "ranks": group.world_size, "execution": fit.execution.as_json()}
                 where["seconds"] = round(fit.progress.seconds, 1)
                 table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
+                if log is not None:  # first, so that a kill in between leaves it to the run that goes on
+                    log.finished(metrics, fit.progress.seconds, run.out)
                 _write(run, result, last, metrics, table, where)
                 if run.result is not None:
                     kept.keep(context, run.result)
                 state.delete()
+                watchers.ended(metrics)
 
             group.on_main(end)
     if run.stage is not None:

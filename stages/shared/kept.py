@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, StorageError
+from pipeline.report.watching import LOG
 from pipeline.system.canonical import fingerprint
 from pipeline.system.storage import (
     duplicate,
@@ -50,7 +51,7 @@ LOCK_ATTEMPTS = 1200
 # Of each file this much tells results apart: it has the SHA-256 that prepared data, checkpoints and labels begin with
 # or have in the JSON beside them.
 _TELLING_BYTES = 2**20
-_UNTELLING = ("run.json", MANIFEST)  # times and device, which differ between equal results, and a digest of these
+_UNTELLING = ("run.json", LOG, MANIFEST)  # times and device, which differ between equal results, and digests of these
 _MAX_EARLIER = 50
 
 

@@ -20,12 +20,14 @@ from pipeline.system.stopping import StopSignal
 from stages.shared.context import Context
 from stages.shared.params import read_params
 from stages.shared.paths import PARAMS, RECORDS
+from stages.shared.watching import check_watchers
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
 
 STOP = StopSignal()
 MAX_SEED = 2**31 - 1
+WATCH = f"{__name__}.watch"  # in click's `meta`
 LOG_WIDTH = 180  # columns of a table in a log, where no terminal gives one
 
 
@@ -110,9 +112,24 @@ settings_option = click.option(
 )  # fmt: skip
 
 
+def note_watchers(context: click.Context, param: click.Parameter, names: tuple[str, ...]) -> None:
+    """Check whom `--watch` names, before anything heavy, and leave them to `open_context`."""
+    context.meta[WATCH] = check_watchers(names)
+
+
+watch_option = click.option(
+    "--watch",
+    multiple=True,
+    metavar="WHAT",
+    callback=note_watchers,
+    expose_value=False,
+    help="tensorboard, or MODULE:CLASS of your own, told of each epoch (docs/watching.md). Repeatable.",
+)
+
+
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --fresh, --seed and --set."""
-    command = settings_option(command)
+    """Add --fresh, --seed, --set and --watch."""
+    command = settings_option(watch_option(command))
     seeds, what = click.IntRange(0, MAX_SEED), "Initialisation and order."
     command = click.option("--seed", default=0, show_default=True, type=seeds, help=what)(command)
     return click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping a result.")(command)
@@ -142,7 +159,8 @@ def open_context(
             known = ", ".join(params.recipes)
             raise UsageError(f"recipe {named}, which the file names, is not in params.yaml; give --recipe, of {known}")
         recipe = named
-    context = Context(params, params.select(recipe), open_console(), STOP, device)
+    watch = click.get_current_context().meta.get(WATCH, ())
+    context = Context(params, params.select(recipe), open_console(), STOP, device, watch=watch)
     click.get_current_context().find_root().obj = context.recipe.name  # for the hints of errors
     context.console.quiet = not context.ranks.is_main
     if device is not None:

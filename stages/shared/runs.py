@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.recipes import FitRecipe, StudentRecipe, deciding_values
 from pipeline.errors import DataError, StorageError
+from pipeline.report.watching import LOG
 from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
 from pipeline.system.storage import lock, remove_leftovers
 from pipeline.system.text import counted
@@ -48,6 +49,7 @@ LESSON = ("labels", "teacher", "topk", "confidence")
 """Keys of `Run.inputs` that decide nothing where a student does not learn from its teacher."""
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
 OUTPUTS = ("run.json", "predictions.csv", "curve.csv", "metrics.json")
+"""LOG lies beside them and is none of them: a result of an older version has none, and DVC passes over it."""
 
 
 class State(NamedTuple):
@@ -221,7 +223,10 @@ class Run:
         if self.stage is None:
             return None
         checkpoints = CHECKPOINTS if self.keep_last else CHECKPOINTS[:2]
-        paths = tuple(self.out / name for name in (*checkpoints, *OUTPUTS, MANIFEST))  # the last makes it complete
+        log = (LOG,) if (self.out / LOG).is_file() else ()
+        paths = tuple(
+            self.out / name for name in (*log, *checkpoints, *OUTPUTS, MANIFEST)
+        )  # the last makes it complete
         recipe = str(self.description["recipe"])
         return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock)
 
@@ -232,7 +237,7 @@ class Run:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of killed writers; the caller holds the lock."""
-        for name in (*CHECKPOINTS, *OUTPUTS, MANIFEST):
+        for name in (*CHECKPOINTS, *OUTPUTS, LOG, MANIFEST):
             remove_leftovers(self.out / name)
 
     def clean_up(self) -> None:

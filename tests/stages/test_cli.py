@@ -55,7 +55,7 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     for path in [*(data / "teachers" / name for name in TEACHERS), data / "students/titn", data / "students/vit"]:
         names = {"best.safetensors", "best.json", "metrics.json", "curve.csv", "predictions.csv", "run.json"}
         names |= {"last.safetensors", "last.json"} if path.parent.name == "students" else set()
-        assert {file.name for file in path.iterdir()} == {*names, "manifest.json"}
+        assert {file.name for file in path.iterdir()} == {*names, "log.jsonl", "manifest.json"}
         digests = json.loads((path / "manifest.json").read_text())["files"]
         assert digests == {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
     assert {path.name for path in (data / "teacher").iterdir()} == {"best.safetensors", "best.json", "manifest.json"}
@@ -359,6 +359,10 @@ def test_a_stopped_run_exits_by_its_signal_and_goes_on_to_the_same_weights(proje
     assert not out.exists()
     assert "going on from epoch" in project.run(*long)
     assert (out / "last.safetensors").read_bytes() == whole
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    told = [line["event"] for line in logged if line["event"] not in ("epoch", "warned")]
+    assert told == ["started", "stopped", "started", "ended"]
+    assert [line["epoch"] for line in logged if line["event"] == "epoch"] == list(range(1, 13))
 
 
 @pytest.mark.slow

@@ -257,7 +257,9 @@ def test_the_readmes_example_runs(exported: Project, capsys: pytest.CaptureFixtu
     assert name in "0123456789" and 0.1 <= float(probability) <= 1
 
 
-def test_the_cards_examples_run(exported: Project, tmp_path: Path) -> None:
+def test_the_cards_examples_run_and_name_the_class(
+    exported: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     shutil.copytree(exported.path / "exported", tmp_path / "exported")
     Image.new("RGB", (50, 20), "teal").save(tmp_path / "exported/image.png")
     examples = re.findall(r"```python\n(.*?)```", (tmp_path / "exported/README.md").read_text(), re.DOTALL)
@@ -269,6 +271,9 @@ def test_the_cards_examples_run(exported: Project, tmp_path: Path) -> None:
             exec(example, names)
             answers.append(np.asarray(names["probabilities"]).ravel())
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-4)
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in said] == [config(exported)["class_names"][answers[0].argmax()]] * 2
+    assert [float(value) for _, value in said] == pytest.approx([answers[0].max()] * 2, abs=1e-4)
 
 
 def test_a_folders_classes_are_known_in_either_unicode_form_and_thumbnails_are_passed_over(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_a_teacher_that_is_gone_is_put_back_and_counts_as_up_to_date(project: Project) -> None:
     out = project.data / "teachers/squeezenet1_1"
     trained = contents(out)
+    assert "log.jsonl" in trained
     shutil.rmtree(out)
     assert "squeezenet1_1: put back what was finished on 20" in invoke(project, *TEACHER, "--dry-run")
     assert not out.exists()

@@ -168,6 +168,68 @@ def test_the_rest_is_answered_where_files_are_bad(place: Path, tmp_path: Path) -
     assert problems["left out, not having an image's suffix"] == "1 .mp4"
 
 
+def test_csv_has_a_row_for_each_image(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "=1.png").write_bytes((place / "images/cat/1.png").read_bytes())
+    (tmp_path / "torn.png").write_bytes(b"")
+    files = ["=1.png", str(place / "images/bee/0.png")]
+    model = ("predict", str(place / "titn"))
+    told = [json.loads(line) for line in run(tmp_path, *model, *files, "--json").out.splitlines()]
+    ended = run(tmp_path, *model, *files, "torn.png", "--csv", "rows.csv", code=1)
+    assert ended.out == "rows.csv: written\n" and "torn.png: empty\n1 of 3 could not be read" in ended.err
+    rows = rows_of(tmp_path / "rows.csv")
+    assert [row["path"] for row in rows] == ["'=1.png", files[1]], "no spreadsheet computes it"
+    for row, line in zip(rows, told, strict=True):
+        pairs = {"prediction": line["top"], **{f"{name}_head": top for name, top in line["heads"].items()}}
+        for key, top in pairs.items():
+            probability = row[{"prediction": "probability"}.get(key, f"{key}_probability")]
+            assert (row[key], float(probability)) == (top[0]["class"], top[0]["probability"])
+    assert list(rows[0]) == [
+        "path", "prediction", "probability", "class_head", "class_head_probability", "distillation_head",
+        "distillation_head_probability",
+    ]  # fmt: skip
+    printed = run(tmp_path, "predict", str(place / "vit"), "=1.png", "--csv", "-", "--topk", "9").out
+    (row,) = csv.DictReader(io.StringIO(printed))
+    assert list(row)[-4:] == ["prediction_2", "probability_2", "prediction_3", "probability_3"], "of three classes"
+    assert row["class_head"] == row["prediction"] and row["distillation_head"] == ""
+    assert sum(float(row[f"probability{rank}"]) for rank in ("", "_2", "_3")) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_csv_file_is_whole_or_not_there_and_replaces_no_file_of_a_run(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    arguments = ("predict", "vit", "images/cat/1.png", "--csv", str(file))
+    assert "give one of them" in run(place, *arguments, "--json", code=2).err
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Classifier, "answer", lambda *_: 1 / 0)
+        run(place, *arguments)
+    assert not list(tmp_path.iterdir())
+    for odd in (str(tmp_path), "/dev/null"):
+        assert f"{odd}: there is something that is no file" in run(place, *arguments[:-1], odd, code=2).err
+        rows = ("evaluate", "vit", "--data", "images", "--predictions", odd)
+        assert f"{odd}: there is something that is no file" in run(place, *rows, code=2).err
+    named = run(place, *arguments[:-1], "vit/manifest.json", code=2).err
+    assert "vit/manifest.json: one of a run's own files; name another" in named
+
+
+def test_predictions_below_the_threshold_are_unsure(place: Path) -> None:
+    images = ("predict", "vit", "images/cat/1.png", "images/cat/3.png")
+    first, other = (json.loads(line)["top"][0] for line in run(place, *images, "--json").out.splitlines())
+    low, high = sorted((first, other), key=lambda top: top["probability"])
+    assert low["probability"] < high["probability"], "else the test shows nothing"
+    between = ("--threshold", str((low["probability"] + high["probability"]) / 2))
+    lines = [json.loads(line) for line in run(place, *images, *between, "--json").out.splitlines()]
+    assert [line["unsure"] for line in lines] == [first is low, other is low]
+    rows = list(csv.DictReader(io.StringIO(run(place, *images, *between, "--csv", "-").out)))
+    assert [row["unsure"] for row in rows] == ["yes" if line["unsure"] else "no" for line in lines]
+    text = run(place, *images, *between).out
+    assert text.count("unsure") == 1
+    assert f".png: unsure ({low['class']} {100 * low['probability']:.2f} %)\n" in text
+    assert "unsure" not in run(place, *images, "--json", "--threshold", "0").out.replace('"unsure": false', "")
+    assert run(place, *images, "--threshold", "1").out.count(": unsure (") == 2
+    assert "unsure" not in run(place, *images, "--csv", "-").out + run(place, *images, "--json").out
+    assert "0.0<=x<=1.0" in run(place, *images, "--threshold", "1.5", code=2).err
+    assert "nan" in run(place, *images, "--threshold", "nan", code=2).err
+
+
 def test_a_dash_is_one_images_bytes_on_standard_input(place: Path) -> None:
     content = (place / "images/cat/1.png").read_bytes()
     piped = json.loads(run(place, "predict", "titn", "-", "--json", stdin=content).out)

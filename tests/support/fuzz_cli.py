@@ -155,6 +155,8 @@ def _cases_of(words: tuple[str, ...], command: click.Command, parameter: click.P
 
 def _bad_values(parameter: click.Parameter) -> tuple[list[str], frozenset[int]]:
     kind: Any = parameter.type
+    if parameter.name in ("csv_file", "predictions"):  # any file would be written
+        return [path for path in DESTINATIONS if path != "params.yaml"], BAD_INPUT
     if isinstance(kind, click.Path):
         is_destination = parameter.name == "out"
         return list(DESTINATIONS if is_destination else PATHS), BAD_INPUT

@@ -26,7 +26,7 @@ from tests.support.tally import Tally
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 # Instead of a minute, so that runs of seconds have states to resume from.
 SECONDS_BETWEEN_SAVES = 0.1
-UNEQUAL = ("run.json", "manifest.json")
+UNEQUAL = ("run.json", "log.jsonl", "manifest.json")
 
 
 @dataclass
@@ -190,7 +190,7 @@ def is_told(folder: Path) -> bool:
 def files(project: Path) -> dict[str, str]:
     """Map each file below a project's data to its SHA-256, except locks, and what has times or digests of such.
 
-    These are run.json, a run's manifest, and what is kept.
+    These are run.json, log.jsonl, a run's manifest, and what is kept.
     """
     data = project / "data"
     return {

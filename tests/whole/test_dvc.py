@@ -109,7 +109,11 @@ def checkout(reproduced: Checkout, tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "project", reproduced.python)
 
 
-def test_a_second_repro_runs_nothing(reproduced: Checkout) -> None:
+def test_a_second_repro_runs_nothing_and_asks_for_no_log(reproduced: Checkout) -> None:
+    logs = [*reproduced.data.glob("*/*/log.jsonl")]
+    assert len(logs) == 4
+    for log in logs:  # as after `dvc pull`
+        log.unlink()
     assert reproduced.repro() == set()
     assert reproduced.dvc("status").split() == ["prepare:", "always", "changed"]
     assert all((reproduced.data / "reports" / name).is_file() for name in ("report.html", "report.md", "report.json"))
@@ -347,7 +351,7 @@ def test_labels_that_rotted_in_dvcs_cache_reach_no_student(checkout: Checkout) -
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("run.json", "log.jsonl")}
 
 
 def append_comment(checkout: Checkout, name: str) -> None:
@@ -406,11 +410,13 @@ def test_a_newer_result_comes_back_and_changed_code_is_really_run(checkout: Chec
     older = contents(vit)
     checkout.edit("      vit: {}\n", "      vit: {epochs: 1}\n")
     assert "epoch 1/1" in checkout.pipeline("distill", "--student", "vit")
-    newer = contents(vit)
+    newer, log = contents(vit), (vit / "log.jsonl").read_bytes()
     checkout.dvc("checkout", "--force", "student@vit")
     assert contents(vit) == older
+    (vit / "log.jsonl").unlink()
     out = checkout.pipeline("distill", "--student", "vit")
     assert "put back as it was finished on" in out and "epoch 1/1" not in out and contents(vit) == newer
+    assert (vit / "log.jsonl").read_bytes() == log
     out = checkout.dvc("repro", "student@vit")  # deletes it, for its recipe is another than DVC's
     assert "put back as it was finished on" in out and "epoch 1/1" not in out and contents(vit) == newer
     checkout.dvc("exp", "run", "student@vit", "-S", "recipes.smoke.students.vit.epochs=2", "-n", "longer")
@@ -425,6 +431,7 @@ def test_a_newer_result_comes_back_and_changed_code_is_really_run(checkout: Chec
 def test_what_rotted_in_place_is_told_and_comes_back_by_dvc_checkout(checkout: Checkout) -> None:
     checkout.forget()  # nothing is kept
     vit, name = checkout.data / "students/vit", "data/smoke/students/vit/curve.csv"
+    (vit / "log.jsonl").unlink()  # DVC has none
     whole = {path.name: path.read_bytes() for path in vit.iterdir()}
     (vit / "curve.csv").write_bytes(whole["curve.csv"][:-20])
     way = f"`dvc checkout {name}`"

@@ -62,11 +62,13 @@ SHOWING = {
     "docs/tutorial.md",
     "pipeline/report/progress.py",
     "pipeline/report/tables.py",
+    "pipeline/report/watching.py",
     "pipeline/system/stopping.py",
     "pipeline/system/threads.py",
     "stages/cli.py",
     "stages/reports/tables.py",
     "stages/shared/options.py",
+    "stages/shared/watching.py",
 }
 
 

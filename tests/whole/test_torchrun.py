@@ -28,6 +28,12 @@ CPU = ("--device", "cpu")
 DISTILL = ("distill", "--student", "vit", "--set", f"epochs={EPOCHS}")
 OUT = Path(f"data/runs/smoke/vit-epochs-{EPOCHS}")
 SECONDS_UNTIL_ENDED = 60
+MINE = """
+class Mine:
+    def __init__(self, run):
+        with open("made", "a") as file:
+            file.write("made\\n")
+"""
 
 
 @contextlib.contextmanager
@@ -94,8 +100,12 @@ def project(alone: Project, tmp_path: Path) -> Project:
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_student_of_several_ranks_is_that_of_one_process(alone: Project, project: Project, world_size: int) -> None:
-    said = finish(project, world_size, *DISTILL, *CPU)
+    (project.path / "mine.py").write_text(MINE)
+    said = finish(project, world_size, *DISTILL, *CPU, "--watch", "mine:Mine")
     assert same_curve(curve(project), curve(alone))
+    assert (project.path / "made").read_text() == "made\n", "rank 0 alone is watched"
+    started, *_ = [json.loads(line) for line in (project.path / OUT / "log.jsonl").read_text().splitlines()]
+    assert started["ranks"] == world_size
     assert said.count(f"vit: epoch {EPOCHS}/{EPOCHS}") == 1, "rank 0 alone prints"
     assert f"{world_size} ranks (gloo) share each batch of 128" in said
     assert json.loads((project.path / OUT / "run.json").read_text())["ranks"] == world_size
