@@ -1,7 +1,8 @@
-"""A teacher that labels a recipe's data, and the identity and provenance of its labels."""
+"""A teacher that labels a recipe's data, and the identity of its labels; stages.shared.labellers on who labels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from pipeline.config.recipes import ViewRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.data.streaming import place_images
 from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
-from pipeline.labels.cache import make_identity, make_provenance
+from pipeline.labels.cache import make_identity
 from pipeline.labels.teacher import Teacher, compile_teacher
-from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision, versions
+from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision
 from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
 from stages.shared.trained import require_same_data
@@ -61,6 +62,11 @@ def label_clean(context: Context, dataset: Dataset, teacher: Teacher) -> dict[st
     }
 
 
+def accuracy_of(clean: Mapping[str, NDArray[Any]], dataset: Dataset) -> dict[str, float]:
+    """Return how many of the labels of unaugmented images are right, in percent, by split."""
+    return {split: 100.0 * float(np.mean(row == dataset.splits[split].labels)) for split, row in clean.items()}
+
+
 def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
     """Return the identity of the labels of a data set's training views."""
     return make_identity(
@@ -69,20 +75,4 @@ def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
         view_recipe=view_recipe,
         class_names=dataset.class_names,
         num_samples=len(dataset.train),
-    )
-
-
-def provenance_of(context: Context, dataset: Dataset, checkpoint: Checkpoint, topk: int) -> dict[str, Any]:
-    """Return the provenance of the labels that a teacher makes here, keeping `topk` classes of each sample."""
-    settings, device = context.recipe.label, context.device
-    return make_provenance(
-        teacher=str(checkpoint.meta["model"]),
-        checkpoint_sha256=checkpoint.sha256,
-        mean=dataset.mean,
-        std=dataset.std,
-        precision=resolve_precision(settings.precision, device),
-        device=device.type,
-        versions=versions(),
-        topk=topk,
-        compiled=settings.compile,
     )

@@ -42,7 +42,7 @@ _PHRASES = {
 # Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 
-LESSON = ("labels", "teacher", "topk", "confidence")
+LESSON = ("labels", "teacher", "teacher_labels", "topk", "confidence")
 """Keys of `Run.inputs` that decide nothing where a student does not learn from its teacher."""
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
 OUTPUTS = ("run.json", "predictions.csv", "curve.csv", "metrics.json")
