@@ -187,9 +187,10 @@ class TeacherSource:
             if not source.is_distilled:
                 return source
             if distillation.teacher_labels is not None:
+                command = f"pipeline label --recipe {context.recipe.name} --view-recipe {recipe.views}"
                 raise DataError(
-                    f"{path}: no labels of this name; make them with `pipeline label --teacher WHAT --as "
-                    f"{distillation.teacher_labels}`, or --from FILE; there are {named_labels(path) or 'none'}"
+                    f"{path}: no labels of this name, there are {named_labels(path) or 'none'}; run `{command} "
+                    f"--teacher WHAT --as {distillation.teacher_labels}`, or with --from FILE"
                 )
             raise DataError(
                 f"{path}: no cached labels; run `pipeline teacher-select --recipe {context.recipe.name}`, or "
