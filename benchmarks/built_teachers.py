@@ -44,6 +44,6 @@ def folded(model: nn.Module, device: torch.device, batch_size: int, precision: s
         batch_size: Images a forward pass.
         precision: `fp32` or `bf16`.
     """
-    light = fold(model, SIZE).to(device)
+    light = fold(model, SIZE)[0].to(device)
     light.to(memory_format=torch.channels_last)
     return Teacher(light, MEAN, STD, precision, batch_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from pipeline.inference.classifier import Classifier, Transform
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: Path | str, *, format: str | None = None, device: str | None = "cpu") -> tuple[Classifier, Transform]:
+def load(
+    path: Path | str,
+    *,
+    format: str | None = None,
+    device: str | None = "cpu",
+    own_code: Collection[str] = (),
+) -> tuple[Classifier, Transform]:
     """Load a trained model and the transform that makes images fit it.
 
         model, transform = pipeline.load("exported")
@@ -33,6 +40,8 @@ def load(path: Path | str, *, format: str | None = None, device: str | None = "c
         format: Of an export: `safetensors`, `safetensors-bf16`, `onnx`, `onnx-int8` or `torchscript`; None takes the
             first that exists, but never `torchscript`.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one. ONNX files run on the CPU.
+        own_code: Your own functions, `FILE.py:FUNCTION`, that may be run to build a model that has been trained from
+            one of them; without it such a checkpoint is refused.
 
     Returns:
         The model, images `(B, 3, H, W)` uint8 to probabilities `(B, K)` float32, computed in fp32, whose `module` is
@@ -44,5 +53,5 @@ def load(path: Path | str, *, format: str | None = None, device: str | None = "c
     """
     from pipeline.inference.loading import load
 
-    model = load(path, format=format, device=device)
+    model = load(path, format=format, device=device, own_code=own_code)
     return model, model.transform

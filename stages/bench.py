@@ -17,6 +17,7 @@ from pipeline.errors import UsageError
 from pipeline.inference.card import ROUNDED
 from pipeline.report.tables import Table, number
 from stages.shared.options import PATH, any_device_option, json_option, open_console, parse_batch_sizes, tell_plain
+from stages.shared.params import own_code_here
 from stages.shared.paths import Paths
 from stages.shared.trained import Judged, require_same_data
 
@@ -62,7 +63,7 @@ def command(
         for path in checkpoints:
             if str(path) in models:
                 raise UsageError(f"{path}: named twice; name each checkpoint once")
-            models[str(path)] = model = load(path, device=device, precision=precision)
+            models[str(path)] = model = load(path, device=device, precision=precision, own_code=own_code_here())
             tell_plain(model)
             check_data(model)
         costs = [{"checkpoint": name, **costs_of(model)} for name, model in models.items()]
@@ -100,15 +101,13 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
         file_bytes, paper_macs and flops_per_image (of one image), top1 (percent; None of a quantised one) and
         top1_split (`test` where its score there is known, else the split that chose the checkpoint; None if unknown).
     """
-    import torch
-
-    from pipeline.inference.loading import build_model
+    from pipeline.inference.loading import build_unfilled
     from pipeline.models.counting import flops_per_image, num_parameters, paper_macs
 
     config, size = classifier.config, classifier.image_size
     assert classifier.file is not None, "it has been loaded"
-    with torch.device("meta"):
-        plain = build_model(config["kind"], config["model"], config["arguments"])
+    # The user's own code has been run already, to load the model.
+    plain = build_unfilled(config["kind"], config["model"], config["arguments"], own_code=(config["model"],))
     judged = Judged.of(config, classifier.file)
     return {
         "model": config["model"],

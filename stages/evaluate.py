@@ -23,6 +23,7 @@ from pipeline.system.text import counted
 from pipeline.training.manifest import EVALUATED, MANIFEST, check_all, read_manifest, refuse_writing
 from stages.shared import kept, options
 from stages.shared.context import Context
+from stages.shared.params import own_code_here
 from stages.shared.trained import require_same_data
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def command(
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
-        classifier = load(checkpoint, device=device, precision=precision)
+        classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
         options.tell_plain(classifier)
         context = options.open_context(recipe, named_by=lambda params: classifier.config.get("recipe"))
         if mend:
@@ -82,7 +83,7 @@ def command(
         if recipe is not None or split is not None or mend:
             given = "--recipe" if recipe is not None else "--mend" if mend else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
-        classifier = load(checkpoint, device=device, precision=precision)
+        classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
         options.tell_plain(classifier)
         result = evaluate_folder(classifier, data, skip_bad=skip_bad, per_class=per_class, rows=predictions)
     if as_json:
@@ -123,7 +124,7 @@ def evaluate_split(
     assert classifier.file is not None, "it has been loaded"
     way_out = "name its own recipe, train it again, or score it on a folder's images with --data"
     require_same_data(classifier.config, classifier.file, context.paths, way_out, sha256=dataset.sha256)
-    data = evaluation_data(dataset, dataset.splits[split], classifier.device)
+    data = evaluation_data(dataset, dataset.splits[split], classifier.device, classifier.config)
     meter = Meter(dataset.num_classes, classifier.device)
     predictions = Predictions.of(data)
     for part, images in data.batches(classifier.batch_size, slice(0, len(data.labels))):
@@ -263,7 +264,7 @@ def mend_run(context: Context, classifier: Classifier) -> None:
     way_out = "name its own recipe, or prepare its data again"
     require_same_data(meta, classifier.file, paths, way_out, sha256=dataset.sha256)
     teacher_labels = _teacher_labels(context, meta.get("teacher"))
-    data = evaluation_data(dataset, dataset.test, classifier.device, teacher_labels)
+    data = evaluation_data(dataset, dataset.test, classifier.device, meta, teacher_labels)
     predictions = Predictions.of(data)
     precision = classifier.precision if record is None else record["precision"]
     # Teachers are trained in this layout; in another one the last digits differ.

@@ -30,6 +30,7 @@ from pipeline.system.storage import read_json, remove_leftovers, storage_errors,
 from pipeline.training.checkpoints import load_checkpoint
 from stages.shared.context import Context
 from stages.shared.options import EXISTING, PATH, json_option, open_console, open_context
+from stages.shared.params import own_code_here
 from stages.shared.trained import Judged, read_beside, require_same_data
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def command(
         raise UsageError(f"--license {license!r}: write an identifier, as apache-2.0")
     names = format_names(formats, dtype, int8=int8)
     check_out(out)
-    classifier = from_checkpoint(load_checkpoint(checkpoint), CPU, inner_block="plain")
+    classifier = from_checkpoint(load_checkpoint(checkpoint), CPU, inner_block="plain", own_code=own_code_here())
     if data is not None:
         console, real = open_console(), from_folder(data, classifier, labelled=int8 or dtype == "bf16")
     else:
@@ -291,7 +292,8 @@ def export(
     for name in formats:
         contents[name] = _make(name, classifier, contents)
         # As its users will load it.
-        models[name] = from_file(name, contents[name], classifier.config, classifier.file, classifier.device)
+        own = (classifier.config["model"],)  # its code has been run already, where it is the user's own
+        models[name] = from_file(name, contents[name], classifier.config, classifier.file, classifier.device, own)
         entries[name] = entry = _entry(name, contents[name], classifier, models[name], sample)
         if name == "onnx-int8":
             entries["onnx"] |= _measured(models["onnx"], real)

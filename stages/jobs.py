@@ -400,7 +400,7 @@ def selected(context: Context) -> str:
     """
     chosen = read_meta(context.paths.winner)
     if chosen is not None:
-        return str(chosen["model"])
+        return str(chosen.get("metrics", {}).get("name", chosen["model"]))  # older versions knew the eight alone
     cache = any_labels(context)
     if cache is None:
         raise DataError(f"{context.paths.winner}: no teacher is selected")

@@ -21,6 +21,7 @@ from pipeline.data.images import BadFile
 from pipeline.errors import PipelineError, UsageError, printable
 from pipeline.system.text import counted
 from stages.shared.options import PATH, any_device_option, precision_option, tell_plain
+from stages.shared.params import own_code_here
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
@@ -52,7 +53,7 @@ def command(
     """
     from pipeline.inference.loading import load
 
-    classifier = load(checkpoint, device=device, precision=precision)
+    classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
     tell_plain(classifier)
     # A heading as wide as its columns.
     width = max(len("distillation head") - 9, *(len(printable(name)) for name in classifier.class_names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.system.storage import sha256_file
 from stages.shared import options
 from stages.shared.context import Context
+from stages.shared.params import check_teacher_recipe
 from stages.shared.places import settings_as_written
 from stages.shared.runs import Run
 
@@ -29,7 +30,10 @@ def teacher_recipe(recipe: Recipe, name: str, settings: Mapping[str, str] | None
     """
     if name not in recipe.teachers:
         raise UsageError(f"teacher {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}")
-    return override(recipe.teachers[name], settings or {}, f"teachers.{name}")
+    teacher = override(recipe.teachers[name], settings or {}, f"teachers.{name}")
+    if settings:
+        check_teacher_recipe(teacher, f"teachers.{name}")
+    return teacher
 
 
 def train_teacher(
@@ -54,7 +58,7 @@ def train_teacher(
     """
     import torch
 
-    from pipeline.models.teachers import build_teacher
+    from pipeline.models.teachers import build_teacher, require_size
     from pipeline.training.execution import Execution
     from stages.shared.fitting import carry_out, make_views, require_same_run, up_to_date
 
@@ -70,7 +74,11 @@ def train_teacher(
 
         def build() -> nn.Module:
             torch.manual_seed(seed)
-            return build_teacher(name, weights=recipe.weights, **run.description["arguments"])
+            architecture, arguments = run.description["model"], run.description["arguments"]
+            teacher = build_teacher(architecture, weights=recipe.weights, finished=recipe.epochs == 0, **arguments)
+            size, num_classes = dataset.image_size, dataset.num_classes
+            require_size(teacher, architecture, num_classes=num_classes, image_size=size)
+            return teacher
 
         model = group.main_first(build)
         model.to(device).to(memory_format=torch.channels_last)
@@ -81,17 +89,28 @@ def train_teacher(
 
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
     """Return a candidate's run, with the arguments of `train_teacher`."""
+    from pipeline.models.own import code_sha256
+    from pipeline.models.teachers import teacher_input
+
     recipe = teacher_recipe(context.recipe, name, settings)
-    dataset = context.dataset()
-    arguments = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
+    dataset, model = context.dataset(), recipe.model or name
+    seen = teacher_input(
+        model, weights=recipe.weights, image_size=dataset.image_size, mean=dataset.mean, std=dataset.std,
+        input_size=recipe.input_size, normalization=recipe.normalization, stem=recipe.stem,
+    )  # fmt: skip
+    arguments: dict[str, Any] = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
+    arguments |= {} if seen.size == dataset.image_size else {"input_size": seen.size}
+    arguments |= {} if recipe.stem == "default" else {"stem": recipe.stem}
     views = deciding_values(context.recipe.views["default"], but=("count",))
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
+    if (code := code_sha256(model)) is not None:
+        inputs["code_sha256"] = code
     differs = settings_as_written(recipe, settings or {})
     return Run.of(
-        dataset, context.recipe.name, "teacher", name, recipe, seed, differs, model=name, arguments=arguments,
-        inputs=inputs, metric=context.recipe.select.by,
+        dataset, context.recipe.name, "teacher", name, recipe, seed, differs, model=model, arguments=arguments,
+        normalization=(seen.mean, seen.std), inputs=inputs, metric=context.recipe.select.by,
     )  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def _recipe(name: str, section: Any) -> Recipe:
             _name(view, f"{path}.views"): _view_recipe(fields, f"{path}.views.{view}")
             for view, fields in _mapping(parts["views"], f"{path}.views").items()
         },
-        teachers=family(TeacherRecipe, "teacher", lambda member: {}),
+        teachers=family(TeacherRecipe, "teacher", lambda member: {"model": member}),
         select=_build(SelectRecipe, parts.get("select", {}), f"{path}.select"),
         label=_build(LabelRecipe, parts.get("label", {}), f"{path}.label"),
         students=family(StudentRecipe, "student", lambda member: {"model": member}),
@@ -297,7 +297,7 @@ def _build(cls: type[T], values: Any, path: str) -> T:
     values = _section(_without_removed(cls, values, path), path, tuple(fields), required=required)
     types = _types(cls)  # type: ignore[arg-type]  # mypy takes the class for one of its instances, without a hash
     built = cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
-    if isinstance(built, FitRecipe) and built.warmup_epochs > built.epochs:
+    if isinstance(built, FitRecipe) and built.warmup_epochs > built.epochs > 0:
         raise UsageError(
             f"{path}.warmup_epochs: {built.warmup_epochs:g} is more than {path}.epochs, {built.epochs}, so that lr is "
             "never reached; make it smaller"

@@ -206,12 +206,27 @@ class TeacherRecipe(FitRecipe):
     """How one teacher is fine-tuned, on the view recipe `default` under draws of its own.
 
     Attributes:
-        weights: `imagenet` (torchvision downloads them), `none` (random), or the path of a state dict.
+        epochs: Passes over the training set; 0 takes a finished teacher as it is.
+        weights: `imagenet` (torchvision or timm downloads them), `none` (random; a user's function returns what it
+            likes), or the path of a state dict.
         bn_momentum: Momentum of every batch norm; 0 keeps the architecture's own.
+        model: One of the eight of pipeline.models.TEACHERS, `torchvision/NAME`, `timm/NAME` or `FILE.py:FUNCTION`. In
+            params.yaml it defaults to the teacher's name. The checkpoint's description holds it.
+        input_size: Side at which the teacher sees the images, pixels; 0 is the data set's for the eight and with
+            `stem: cifar`, the model's own for others. The description's arguments hold it.
+        normalization: By which mean and std: the `data` set's; the `model`'s own; or `auto`: the data set's for the
+            eight, the model's own for others where its weights are ImageNet's. The description holds what comes of it.
+        stem: `cifar` replaces the first convolution of ResNets and DenseNets by one of 3x3 and stride 1, and takes out
+            the pooling behind it. The description's arguments hold it.
     """
 
+    epochs: int = number(0, 100_000)
     weights: str = "imagenet"
     bn_momentum: float = number(0.0, 1.0, 0.0)
+    model: str = setting("", decides=False)
+    input_size: int = number(1, 4096, 0, off=0, decides=False)
+    normalization: str = choice(("auto", "data", "model"), "auto", decides=False)
+    stem: str = choice(("default", "cifar"), "default", decides=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from pipeline.errors import DataError, UsageError
 from pipeline.inference.card import CONFIG, FILES, SCHEMA
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.inference.exporting import run_onnx, run_torchscript
+from pipeline.models import TEACHERS
 from pipeline.models.network import Network
+from pipeline.models.own import is_own
 from pipeline.system.canonical import SEAL, is_whole
 from pipeline.system.runtime import resolve_device, resolve_precision
 from pipeline.system.storage import read_bytes, read_json
@@ -31,11 +33,18 @@ from pipeline.training.checkpoints import Checkpoint, load_checkpoint, load_weig
 KINDS = ("student", "teacher")
 CLASSES = (int, 2, 65535)
 IMAGE_SIZES = (int, 4, 1024)
+INPUT_SIZES = (int, 1, 4096)
 """Type, least and largest value."""
+STEMS = ("default", "cifar")
 
 
 def load(
-    path: Path | str, *, format: str | None = None, device: str | None = "cpu", precision: str | None = "fp32"
+    path: Path | str,
+    *,
+    format: str | None = None,
+    device: str | None = "cpu",
+    precision: str | None = "fp32",
+    own_code: Collection[str] = (),
 ) -> Classifier:
     """Load a trained model.
 
@@ -45,6 +54,7 @@ def load(
         format: Of an export; see pipeline.load.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one, but the CPU for ONNX files.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training. Exports compute as they were exported.
+        own_code: Functions of the user's, `FILE.py:FUNCTION`, that may be run to build the model.
 
     Raises:
         UsageError: The path, the format or the device does not exist, or the precision is not the export's.
@@ -58,12 +68,12 @@ def load(
     if (directory / CONFIG).is_file():
         if precision == "bf16":
             raise UsageError(f"--precision bf16: {path} is an export, which computes in fp32 or int8; leave it out")
-        return _load_export(directory, named or format, device)
+        return _load_export(directory, named or format, device, own_code)
     if not path.exists():
         raise UsageError(f"{path}: no such model; name what `pipeline export` wrote, or a stage's checkpoint")
     if format not in (None, "checkpoint"):
         raise UsageError(f"format {format!r}: {path} is no export, it has no {CONFIG}; leave it out")
-    return from_checkpoint(load_checkpoint(path), resolve_device(device), precision=precision)
+    return from_checkpoint(load_checkpoint(path), resolve_device(device), precision=precision, own_code=own_code)
 
 
 def load_checkpoint_of(path: Path, kind: str) -> Checkpoint:
@@ -84,7 +94,12 @@ def load_checkpoint_of(path: Path, kind: str) -> Checkpoint:
 
 
 def from_checkpoint(
-    checkpoint: Checkpoint, device: torch.device, *, precision: str | None = "fp32", inner_block: str = "auto"
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    precision: str | None = "fp32",
+    inner_block: str = "auto",
+    own_code: Collection[str] = (),
 ) -> Classifier:
     """Build a checkpoint's model with its weights, in evaluation mode.
 
@@ -93,9 +108,11 @@ def from_checkpoint(
         device: Where the model computes.
         precision: See `load`.
         inner_block: See pipeline.models.students.use_inner_block.
+        own_code: See `load`.
 
     Raises:
-        DataError: The JSON describes no model or no precision, or the weights are another model's.
+        DataError: The JSON describes no model or no precision, or one of the user's own code that `own_code` does not
+            name; or the weights are another model's.
     """
     from pipeline.models.students import Student, use_inner_block
 
@@ -107,9 +124,8 @@ def from_checkpoint(
         if precision not in PRECISIONS:
             raise DataError(f"{file}: training.precision is {precision!r}; give --precision")
     try:
-        with torch.device("meta"):
-            module = build_model(described.kind, described.model, described.arguments)
-    except UsageError as error:
+        module = build_unfilled(described.kind, described.model, described.arguments, own_code=own_code)
+    except (DataError, UsageError) as error:
         raise DataError(f"{file}: {error}") from error
     load_weights(module, checkpoint)
     precision, runs = resolve_precision(precision, device), "none"
@@ -128,7 +144,14 @@ def from_checkpoint(
     )
 
 
-def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path, device: torch.device) -> Classifier:
+def from_file(
+    format: str,
+    content: bytes,
+    config: Mapping[str, Any],
+    file: Path,
+    device: torch.device,
+    own_code: Collection[str] = (),
+) -> Classifier:
     """Build the model of one file of an export.
 
     Args:
@@ -137,6 +160,7 @@ def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path
         config: The export's config.json, or the JSON of the exported checkpoint.
         file: The file's path, for messages.
         device: Where the model computes; the CPU for ONNX files.
+        own_code: See `load`.
 
     Raises:
         UsageError: onnxruntime is not installed.
@@ -150,7 +174,8 @@ def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path
             raise DataError(f"{file}: not a safetensors file ({error}); export it again") from None
         # The model computes in float32, also with weights rounded to bfloat16.
         weights = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in tensors.items()}
-        return dataclasses.replace(from_checkpoint(Checkpoint(file, config, weights), device), format=format)
+        loaded = from_checkpoint(Checkpoint(file, config, weights), device, own_code=own_code)
+        return dataclasses.replace(loaded, format=format)
     try:
         runner = run_torchscript(content, device) if format == "torchscript" else run_onnx(content)
     except DataError as error:
@@ -167,12 +192,24 @@ def from_file(format: str, content: bytes, config: Mapping[str, Any], file: Path
     )
 
 
-def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_model(kind: str, model: str, arguments: Mapping[str, Any], *, own_code: Collection[str] = ()) -> nn.Module:
     """Build an untrained model from its Description's kind, name and arguments.
+
+    Args:
+        kind: `student` or `teacher`.
+        model: See Description.
+        arguments: See Description.
+        own_code: Functions of the user's, `FILE.py:FUNCTION`, that may be run. A checkpoint alone never has one run.
 
     Raises:
         UsageError: The name is unknown, or the geometry does not divide evenly.
+        DataError: The model is the user's own code, and `own_code` does not name it.
     """
+    if is_own(model) and model not in own_code:
+        raise DataError(
+            f"its model is your own code, {model}, which is run only where you name it: as `model` in a recipe of "
+            f"params.yaml here, or pipeline.load(..., own_code=({model!r},)) in Python"
+        )
     if kind == "student":
         from pipeline.models.students import build_student
 
@@ -182,7 +219,22 @@ def build_model(kind: str, model: str, arguments: Mapping[str, Any]) -> nn.Modul
     return build_teacher(model, **arguments)
 
 
-def _load_export(directory: Path, format: str | None, device: str | None) -> Classifier:
+def build_unfilled(kind: str, model: str, arguments: Mapping[str, Any], *, own_code: Collection[str] = ()) -> nn.Module:
+    """Build a model whose weights are still to be loaded, or of which only the shapes count; see `build_model`.
+
+    Our students and the eight teachers are built on the device `meta`, which takes no memory. Others are built for
+    real: their constructors may fail there, and buffers that no checkpoint holds would stay empty.
+    """
+    from pipeline.models.students import STUDENTS
+
+    if model in (STUDENTS if kind == "student" else TEACHERS):
+        with torch.device("meta"):
+            return build_model(kind, model, arguments)
+    with torch.random.fork_rng(devices=[]):  # what is loaded must not change what is drawn
+        return build_model(kind, model, arguments, own_code=own_code)
+
+
+def _load_export(directory: Path, format: str | None, device: str | None, own_code: Collection[str]) -> Classifier:
     """Load a file of a directory that `pipeline export` wrote: that of the format, or the first without a program."""
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict) or config.get("schema") != SCHEMA or not isinstance(config.get("files"), dict):
@@ -212,7 +264,7 @@ def _load_export(directory: Path, format: str | None, device: str | None) -> Cla
     digest = hashlib.sha256(content).hexdigest()
     if not isinstance(entry, dict) or entry.get("sha256") != digest:
         raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again")
-    return from_file(format, content, config, file, target)
+    return from_file(format, content, config, file, target, own_code)
 
 
 @dataclass(frozen=True)
@@ -221,7 +273,7 @@ class Description:
 
     Attributes:
         kind: `student` or `teacher`.
-        model: Its name in pipeline.models.students.STUDENTS or pipeline.models.teachers.TEACHERS.
+        model: A student's name, see StudentRecipe.model, or a teacher's, see pipeline.models.teachers.build_teacher.
         arguments: Of its constructor. Never a teacher's `weights`: a file must not make us read or download more.
         class_names: K names.
         image_size: Side of the images, pixels.
@@ -259,6 +311,7 @@ class Description:
         if isinstance(arguments, dict):
             known = sorted(limits.keys() & arguments.keys())
             checks |= {f"arguments.{key}": _is_within(arguments[key], *limits[key]) for key in known}
+            checks["arguments.stem"] = arguments.get("stem", "default") in STEMS
             checks["arguments.num_classes"] = is_list and arguments.get("num_classes") == len(names or ())
             size = meta.get("image_size")
             checks["arguments.image_size"] = arguments.get("image_size", size) == size
@@ -271,7 +324,7 @@ class Description:
 def _limits(kind: Any) -> dict[str, tuple[type, float, float]]:
     """Return type, least and largest value of the arguments that every model of a kind may have."""
     if kind == "teacher":
-        return {"num_classes": CLASSES, "bn_momentum": (float, 0.0, 1.0)}
+        return {"num_classes": CLASSES, "bn_momentum": (float, 0.0, 1.0), "input_size": INPUT_SIZES}
     from pipeline.models.students import GEOMETRY
 
     ranges = {field.name: field.metadata.get("range", ()) for field in dataclasses.fields(StudentRecipe)}
@@ -283,6 +336,8 @@ def _takes(meta: Mapping[str, Any], names: AbstractSet[str]) -> bool:
     from pipeline.models.students import STUDENTS, check_arguments
 
     model = meta.get("model")
+    if meta.get("kind") == "teacher":
+        return names <= {"stem"}
     if meta.get("kind") != "student" or not isinstance(model, str) or model not in STUDENTS:
         return not names
     try:

@@ -29,13 +29,13 @@ class TeacherAnswer(NamedTuple):
 
 
 TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
-"""Maps (view, indices `(B,)` on the device, normalised images `(B, 3, H, W)`) to the teacher's answer."""
+"""Maps (view, indices `(B,)` on the device, images `(B, 3, H, W)` uint8) to the teacher's answer."""
 
 
 def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = False) -> TeacherLabels:
     """Return a source that runs the teacher in every step, for pipeline.training.batches.TrainingData.
 
-    The images are normalised by the data set's mean and std, which are also the teacher's.
+    The teacher normalises the images itself: its mean and std need not be the student's.
 
     Args:
         teacher: The teacher.
@@ -45,7 +45,7 @@ def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = Fa
 
     def answer(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
         # Cloned, because tensors made in inference mode can't be saved for a backward pass.
-        logits = teacher.logits(images).clone()
+        logits = teacher(images).clone()
         probabilities = logits.softmax(1)
         return TeacherAnswer(probabilities if soft else logits.argmax(1), probabilities.amax(1) if confidence else None)
 

@@ -9,6 +9,8 @@ Two foldings, both exact but for rounding:
 
 Under autocast the last layer keeps the precision of its weights, see `pipeline.models.network.decide_in_fp32`.
 
+A model that torch.fx cannot trace, as some transformers, stays as it is.
+
 Folded models cannot be trained: a batch norm in training uses the statistics of its batch, and the sum of 49 columns
 would need a learning rate and a weight decay of its own. Checkpoints keep torchvision's shapes.
 """
@@ -23,28 +25,36 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models import VGG
 
 from pipeline.models.network import decide_in_fp32, last_layers
+from pipeline.models.teachers import ResizedInput
 
 
-def fold(model: nn.Module, image_size: int) -> nn.Module:
+def fold(model: nn.Module, image_size: int) -> tuple[nn.Module, bool]:
     """Return an equivalent model for inference on square images of one size.
 
     Args:
-        model: A traceable model (torch.fx) of `(B, 3, H, W)` images, such as any teacher; not changed.
+        model: Of `(B, 3, H, W)` images, such as any teacher; not changed.
         image_size: Side of the images, pixels. A folded VGG refuses images of another size.
 
     Returns:
-        A copy in evaluation mode, of the model's dtype and on its device, that shares no memory with the model. A batch
-        norm before its convolution stays, as in DenseNet. Under autocast its logits are of the weights' dtype.
+        A copy in evaluation mode, of the model's dtype and on its device, that shares no memory with the model; and
+        whether it is folded, which needs a model that torch.fx can trace. A batch norm before its convolution stays, as
+        in DenseNet. Under autocast the logits of a folded model are of the weights' dtype.
     """
+    if isinstance(model, ResizedInput):
+        module, is_folded = fold(model.module, model.input_size)
+        return ResizedInput(module, model.input_size).eval(), is_folded
     weight = next(model.parameters())
     # On the CPU in double precision, so that the folded weights are the same on every device.
     folded = copy.deepcopy(model).cpu().eval()
     if isinstance(folded, VGG):
         _fold_pooling(folded, image_size)
-    folded = fuse(folded.double(), inplace=True)
+    try:
+        folded = fuse(folded.double(), inplace=True)
+    except Exception:  # tracing fails in as many ways as a model's code is written
+        return copy.deepcopy(model).eval(), False
     for layer in last_layers(folded):
         decide_in_fp32(layer)
-    return folded.to(weight.device, weight.dtype).eval()
+    return folded.to(weight.device, weight.dtype).eval(), True
 
 
 def _fold_pooling(model: VGG, image_size: int) -> None:

@@ -100,8 +100,8 @@ class RunWatcher:
         self._epoch_began, self._is_whole = now, True
         parts = {
             "epoch": f": epoch {row['epoch']}/{self._epochs}",
-            "lr": f", lr {row['lr']:.2e}",
-            "loss": f", train loss {row['train_loss']:.4f}",
+            "lr": f", lr {row['lr']:.2e}" if row["epoch"] else "",
+            "loss": "" if row["train_loss"] is None else f", train loss {row['train_loss']:.4f}",
             "top1": f", {self._split} top-1 {row['top1']:.2f} %",
             "top5": f", top-5 {row['top5']:.2f} %",
             "agreement": "" if row["agreement"] is None else f", agreement {row['agreement']:.2f} %",

@@ -116,11 +116,13 @@ def images_at_once(device: torch.device, image_size: int, model: object = None, 
     Args:
         device: Where the model is.
         image_size: Side of the images, pixels.
-        model: Its `tokens_per_image` count, where it has them, as students do.
+        model: Its `tokens_per_image` count, where it has them, as students do; and its `input_size`, pixels, where it
+            sees images at a size of its own, as teachers may.
         asked: The number that a recipe asks for: the result is at most that. A CPU's cache is no limit then.
     """
     most = AT_ONCE.get("cuda" if asked is not None else device.type, AT_ONCE["cpu"])
-    tokens = max(1, int(getattr(model, "tokens_per_image", 1)))
+    tokens, size = max(1, int(getattr(model, "tokens_per_image", 1))), getattr(model, "input_size", None)
+    image_size = max(image_size, size if type(size) is int else 0)
     return max(1, min(most, asked or most, most * 32**2 // image_size**2, most * MANY_TOKENS // tokens))
 
 

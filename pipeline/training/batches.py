@@ -95,7 +95,7 @@ class TrainingData:
         batch = Batch(rendered.labels, rendered.partner_labels, rendered.lam, images=images)
         if self.teacher_labels is None:
             return batch
-        labels, confidence = self.teacher_labels(view, rendered.indices, images)
+        labels, confidence = self.teacher_labels(view, rendered.indices, rendered.images)
         mean = None if confidence is None else confidence.mean()
         return dataclasses.replace(batch, teacher_labels=labels, confidence=confidence, mean_confidence=mean)
 

@@ -106,7 +106,7 @@ class Fit:
         data: Training batches.
         evaluation: The split that decides the best epoch.
         objective: The loss.
-        recipe: Epochs, batch size, optimiser, schedule, clipping.
+        recipe: Epochs, batch size, optimiser, schedule, clipping. With 0 epochs the model is evaluated as it is.
         seed: Of the order of samples; initialisation is the caller's.
         metric: The score that decides the best epoch, higher is better. Of equals the lower loss on the same split
             counts, then the later epoch.
@@ -179,9 +179,11 @@ class Fit:
                 while progress.epoch < self.recipe.epochs:
                     self.train_epoch()
                     self.end_epoch()
+                if self.recipe.epochs == 0:
+                    self.judge_finished()
             except NumericalError as error:
                 kept = keep_best(state, progress.result, self.group)
-                raise NumericalError(f"epoch {progress.epoch + 1}, {error}; {kept}") from None
+                raise NumericalError(f"epoch {min(progress.epoch + 1, self.recipe.epochs)}, {error}; {kept}") from None
             if self.average is not None:
                 self.average.give()
         return progress.result
@@ -213,6 +215,15 @@ class Fit:
                 finite = []
         # The last check has waited for the device.
         self.session.watcher.trained(sum(share.size for share in shares), time.monotonic() - began)
+
+    def judge_finished(self) -> None:
+        """Evaluate a model that is not to be trained; the result's best is the model as it is, its epoch 0."""
+        self._require_finite(self.model.state_dict())
+        scores = evaluate(self.model, self.evaluation, precision=self.execution.precision, group=self.group)
+        row = {"epoch": 0, "lr": 0.0, "train_loss": None, **dataclasses.asdict(scores)}
+        self.progress.result.curve.append(row)
+        self._keep_as_best()
+        self.session.watcher.epoch_ended(row)
 
     def end_epoch(self) -> None:
         """Evaluate, extend the curve, keep the best weights."""
@@ -246,13 +257,18 @@ class Fit:
             "train_loss": float(progress.loss_sum) / self.data.views.num_samples,
             **dataclasses.asdict(scores),
         }
-        best = result.curve[result.best_epoch - 1] if result.best_epoch else None
+        best = result.best_row if result.best_epoch else None
         result.curve.append(row)
         if best is None or standing(row, self.metric) >= standing(best, self.metric):
             result.best_epoch = progress.epoch + 1
-            if self.group.is_main:
-                result.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self._keep_as_best()
         return row
+
+    def _keep_as_best(self) -> None:
+        """Copy the weights to the CPU, on rank 0."""
+        if self.group.is_main:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.progress.result.best = weights
 
     def save(self) -> None:
         """Write the resumable state, if the session keeps one."""

@@ -24,9 +24,10 @@ class FitResult:
     """The result of `pipeline.training.fit.Fit.run`.
 
     Attributes:
-        curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores.
+        curve: One row for every epoch: epoch (from 1), lr, train_loss and the fields of Scores. Of a model that is
+            finished one row, epoch 0, without a train_loss.
         best: Weights of the best epoch, on the CPU; on rank 0 alone. Replaced, never changed.
-        best_epoch: Its number, from 1.
+        best_epoch: Its number, from 1; 0 of a finished model, and before the first epoch ends.
         warnings: What went wrong without ending the run.
         at_chance: Whether the last epoch predicts no better than guessing.
         rules: Number of the rules by which the epochs were judged; of a run that began under lower ones, theirs.
@@ -38,6 +39,11 @@ class FitResult:
     warnings: list[str] = field(default_factory=list)
     at_chance: bool = False
     rules: int = 1
+
+    @property
+    def best_row(self) -> dict[str, Any]:
+        """The best epoch's row of the curve."""
+        return self.curve[max(self.best_epoch, 1) - 1]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pipeline.config.recipes import FitRecipe, Recipe
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, UsageError
 from pipeline.models.students import build_student, use_inner_block
-from pipeline.models.teachers import weights_file
+from pipeline.models.teachers import is_torchvision, weights_file
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
 from pipeline.system.text import counted
@@ -173,7 +173,8 @@ def work(context: Context) -> tuple[list[Task], list[Finding]]:
             findings.append(Finding("data", PROBLEM, f"{job.title}: {state}"))
         why = str(state) if isinstance(state, DataError) else None if state.is_done else state.text
         if isinstance(job, TeacherJob) and job.name is not None:
-            tasks.append(Task("teacher", job.name, why, recipe.teachers[job.name], job.name))
+            teacher = recipe.teachers[job.name]
+            tasks.append(Task("teacher", job.name, why, teacher, teacher.model))
         elif isinstance(job, LabelJob):
             tasks.append(Task("label", job.views, why))
         elif isinstance(job, StudentJob):
@@ -194,13 +195,14 @@ def weights(context: Context, tasks: list[Task]) -> list[Finding]:
     names = [task.name for task in tasks if task.kind == "teacher" and task.why]
     sources = {name: context.recipe.teachers[name].weights for name in names}
     for name, source in sources.items():
-        if source == "imagenet" and not weights_file(name).is_file():
+        model = context.recipe.teachers[name].model
+        if source == "imagenet" and is_torchvision(model) and not weights_file(model).is_file():
             missing.append(name)
         elif source not in ("imagenet", "none") and not Path(source).is_file():
             text = f"teachers.{name}: weights {source!r} does not exist"
             findings.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
     if missing:
-        folder = weights_file(missing[0]).parent
+        folder = weights_file(context.recipe.teachers[missing[0]].model).parent
         text = f"ImageNet weights of {', '.join(missing)} are not in {folder}: torchvision downloads them"
         findings.append(Finding("data", WARNING, text, "without a network put them there, or write weights: none"))
     elif "imagenet" in sources.values():

@@ -12,10 +12,10 @@ import torch
 
 from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.data.sources import KNOWN_SIZES
-from pipeline.inference.loading import build_model
+from pipeline.inference.loading import build_unfilled
 from pipeline.labels.answers import PROBABILITY_DTYPE
 from pipeline.labels.identity import label_dtype
-from pipeline.models.teachers import weights_file
+from pipeline.models.teachers import is_torchvision, weights_file
 from pipeline.system.memory import available_ram
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
 from stages.doctor.checks import DVC, Task, dvc_setting, has_source
@@ -135,8 +135,12 @@ def _downloads(context: Context, teachers: Mapping[str, int]) -> list[Artefact]:
         size = DOWNLOADS[recipe.dataset.source]
         is_there = context.paths.dataset.exists() or has_source(recipe, raw)
         downloads.append(Artefact(f"{recipe.dataset.source} as downloaded", raw, size, 0 if is_there else size))
+    sizes = {recipe.teachers[name]: size for name, size in teachers.items()}
+    # timm keeps its weights in another folder, of another library.
     weights = {
-        weights_file(name): size for name, size in teachers.items() if recipe.teachers[name].weights == "imagenet"
+        weights_file(teacher.model): size
+        for teacher, size in sizes.items()
+        if teacher.weights == "imagenet" and is_torchvision(teacher.model)
     }
     if weights:
         missing = sum(size for file, size in weights.items() if not file.is_file())
@@ -161,8 +165,7 @@ def model_bytes(context: Context, task: Task, sizes: Sizes) -> int:
     if task.kind == "student":
         student = context.recipe.students[task.name]
         arguments = student_arguments(student, num_classes=sizes.num_classes, image_size=sizes.image_size)
-    with torch.device("meta"):
-        model = build_model(task.kind, task.model, arguments)
+    model = build_unfilled(task.kind, task.model, arguments, own_code=(task.model,))  # a recipe names it
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 

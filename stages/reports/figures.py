@@ -97,12 +97,9 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _curves(runs: FinishedRuns, names: Iterable[str], reported: Mapping[str, paper.Reported]) -> list[Curve]:
-    """Return a curve for each name that has been run."""
-    return [
-        Curve(name, runs.seeds(name), reported[name].top1 if name in reported else None)
-        for name in names
-        if runs.seeds(name)
-    ]
+    """Return a curve for each name that has been run; a finished teacher, which was not trained, has none."""
+    trained = {name: [run for run in runs.seeds(name) if run.metrics["epochs"]] for name in names}
+    return [Curve(name, of, reported[name].top1 if name in reported else None) for name, of in trained.items() if of]
 
 
 def _figure(name: str, title: str, kind: str, curves: Sequence[Curve]) -> Figure:

@@ -204,6 +204,8 @@ class FinishedRun:
     def curve(self) -> list[dict[str, float | None]]:
         """Read one row an epoch: epoch (from 1), lr, train_loss and the fields of pipeline.training.metrics.Scores.
 
+        Of a finished teacher, which was not trained, there is one, epoch 0.
+
         Raises:
             DataError: The file is damaged.
         """
@@ -213,7 +215,7 @@ class FinishedRun:
             curve = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
         except ValueError:
             curve = []
-        if len(curve) != epochs or any("top1" not in row for row in curve):
+        if len(curve) != max(epochs, 1) or any("top1" not in row for row in curve):
             raise DataError(f"{file}: not a curve of {epochs} epochs; train the model again")
         return curve
 
@@ -360,8 +362,9 @@ class FinishedRuns:
 
     def teacher_of(self, run: FinishedRun) -> FinishedRun | None:
         """Return the teacher whose labels a run has, by its SHA-256; None where another has taken its place."""
-        sha256 = (run.metrics["teacher"] or {}).get("sha256")
-        return next((found for found in self.teachers.values() if sha256 and found.sha256 == sha256), None)
+        teacher = run.metrics["teacher"]
+        teachers = self.teachers.values() if teacher else ()
+        return next((found for found in teachers if found.sha256 == teacher["sha256"]), None)
 
     @property
     def best_student(self) -> FinishedRun | None:

@@ -91,7 +91,8 @@ class Model:
         if not self.runs:
             return [f"{self.name}{self.mark}", NOT_RUN, *cells[1:], "-"]
         best = ", ".join(str(run.metrics["best"]["epoch"]) for run in self.runs)
-        return [f"{self.name}{self.mark}", *cells, f"{best} of {self.runs[0].metrics['epochs']}"]
+        epochs = self.runs[0].metrics["epochs"]
+        return [f"{self.name}{self.mark}", *cells, f"{best} of {epochs}" if epochs else "not trained"]
 
 
 def _score_table(title: str, heading: str, models: Sequence[Model], columns: Sequence[Column], note: str) -> Table:

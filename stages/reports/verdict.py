@@ -16,6 +16,7 @@ from stages.reports.compare import Comparison
 from stages.reports.conditions import conditions, copies
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
+from stages.shared.params import own_code
 
 TITLE = "Teacher and student side by side"
 NUM_MISTAKES = 12
@@ -99,7 +100,10 @@ def speeds_here(context: Context, runs: FinishedRuns) -> tuple[dict[str, float],
         return {}, "images/s are left out: the weights of both are not here."
     most = max(float(model.metrics["flops_per_image"]) for model in models.values())
     size = BATCH if context.device.type != "cpu" else int(max(1, min(BATCH, MOST_FLOPS // max(most, 1.0))))
-    loaded = {kind: load(model.directory, device=context.device_name) for kind, model in models.items()}
+    loaded = {
+        kind: load(model.directory, device=context.device_name, own_code=own_code(context.params))
+        for kind, model in models.items()
+    }
     load_average = os.getloadavg()[0]
     measured = measure_speed(loaded, [size], rounds=ROUNDS)
     how = f"images/s: batches of {size}, in turns on {device_name(context.device)}, "

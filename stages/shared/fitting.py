@@ -70,14 +70,26 @@ def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str
 
 
 def evaluation_data(
-    dataset: Dataset, split: Split, device: torch.device, teacher_labels: np.ndarray[Any, Any] | None = None
+    dataset: Dataset,
+    split: Split,
+    device: torch.device,
+    described: Mapping[str, Any],
+    teacher_labels: np.ndarray[Any, Any] | None = None,
 ) -> EvaluationData:
-    """Put a split on the device; too many images for it stream."""
+    """Put a split on the device; too many images for it stream.
+
+    Args:
+        dataset: Whose split it is.
+        split: Clean images.
+        device: Where they are evaluated.
+        described: The JSON of the model's description or checkpoint, which names its own mean and std.
+        teacher_labels: `(n,)` integers, or None.
+    """
     return EvaluationData(
         images=place_images(split.images, device, resident_limit(device)),
         labels=torch.from_numpy(split.labels).to(device),
-        mean=dataset.mean,
-        std=dataset.std,
+        mean=tuple(described["mean"]),
+        std=tuple(described["std"]),
         num_classes=dataset.num_classes,
         teacher_labels=None if teacher_labels is None else torch.from_numpy(teacher_labels.astype(np.int64)).to(device),
     )
@@ -189,7 +201,7 @@ def carry_out(
         raise stopped(code, f"before {run.name}")
     split_name, split = dataset.evaluation
     watcher = RunWatcher(context.console, run.name, split_name, context.position)
-    if recipe.warmup_epochs == recipe.epochs:
+    if recipe.warmup_epochs == recipe.epochs > 0:
         watcher.warned(f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends")
     with _claimed(run, group, fresh=fresh) as state:
         if state is None:
@@ -198,11 +210,12 @@ def carry_out(
         context.say(f"{watcher.name}: {execution.describe(device, recipe.batch_size, ema)}")
         if not group.is_alone:
             context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
+        evaluation = evaluation_data(dataset, split, device, run.description, teaching.clean.get(split_name))
         with context.stop.deferred(), execution.compiling(model), watcher:
             fit = Fit(
                 model=model,
-                data=TrainingData(views, dataset.mean, dataset.std, run.num_views, teaching.labels),
-                evaluation=evaluation_data(dataset, split, device, teaching.clean.get(split_name)),
+                data=TrainingData(views, evaluation.mean, evaluation.std, run.num_views, teaching.labels),
+                evaluation=evaluation,
                 objective=objective(recipe),
                 recipe=recipe,
                 seed=run.seed,
@@ -214,7 +227,7 @@ def carry_out(
             )
             result = fit.run()
             last = _take_best(run, group, model, result)
-            test = evaluation_data(dataset, dataset.test, device, teaching.clean.get("test"))
+            test = evaluation_data(dataset, dataset.test, device, run.description, teaching.clean.get("test"))
             predictions = Predictions.of(test)
             try:
                 scores = evaluate(model, test, precision=execution.precision, group=group, predictions=predictions)
@@ -283,7 +296,7 @@ def _metrics(
     def scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in row.items() if key not in ("lr", "train_loss")}
 
-    best = result.curve[result.best_epoch - 1]
+    best = result.best_row
     return {
         "name": run.name,
         "kind": run.description["kind"],

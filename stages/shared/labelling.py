@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline.config.recipes import ViewRecipe
 from pipeline.data.datasets import Dataset
@@ -19,6 +20,7 @@ from pipeline.labels.teacher import Teacher, compile_teacher
 from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision
 from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
+from stages.shared.params import own_code
 from stages.shared.trained import require_same_data
 
 
@@ -36,7 +38,7 @@ def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
 
 
 def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Teacher:
-    """Build a checkpoint's teacher: on the device, folded, compiled where the recipe asks for it.
+    """Build a checkpoint's teacher: on the device, folded if it can be, compiled where the recipe asks for it.
 
     Raises:
         UsageError: torch.compile was asked for and fails.
@@ -44,12 +46,27 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
     """
     from pipeline.models.folding import fold  # imports torchvision, which takes seconds
 
+    module = from_checkpoint(checkpoint, context.device, own_code=own_code(context.params)).module
+    return teacher_of(context, dataset, fold(module, dataset.image_size)[0], checkpoint.meta)
+
+
+def teacher_of(context: Context, dataset: Dataset, module: nn.Module, meta: Mapping[str, Any]) -> Teacher:
+    """Return a model on the device, folded if it can be, as a teacher that labels as the recipe says.
+
+    Args:
+        context: The command's setting.
+        dataset: What it labels.
+        module: The model.
+        meta: What describes it, as a checkpoint's JSON: its own mean and std.
+
+    Raises:
+        UsageError: torch.compile was asked for and fails.
+    """
     settings, device = context.recipe.label, context.device
-    module = from_checkpoint(checkpoint, device).module
-    folded = fold(module, dataset.image_size).to(memory_format=torch.channels_last)
     precision = resolve_precision(settings.precision, device)
-    batch_size = images_at_once(device, dataset.image_size, asked=settings.batch_size)
-    teacher = Teacher(folded, dataset.mean, dataset.std, precision, batch_size)
+    batch_size = images_at_once(device, dataset.image_size, module, asked=settings.batch_size)
+    module = module.to(memory_format=torch.channels_last)
+    teacher = Teacher(module, meta["mean"], meta["std"], precision, batch_size)
     return compile_teacher(teacher, dataset.image_size) if settings.compile else teacher
 
 

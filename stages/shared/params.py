@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.params import Params, load_params
-from pipeline.config.recipes import StudentRecipe
+from pipeline.config.recipes import StudentRecipe, TeacherRecipe
 from pipeline.errors import UsageError
+from pipeline.models.own import is_own
+from pipeline.system.storage import read_if_exists
+from stages.shared.paths import PARAMS
 
 
 def read_params(path: Path) -> Params:
@@ -15,17 +18,50 @@ def read_params(path: Path) -> Params:
     Raises:
         UsageError: The file or a name in it is wrong.
     """
-    from pipeline.models import TEACHERS
-
     params = load_params(path)
     for recipe in params.recipes.values():
-        for name in recipe.teachers:
-            if name not in TEACHERS:
-                where = f"recipes.{recipe.name}.teachers.{name}"
-                raise UsageError(f"{where}: {name!r} is no teacher; choose from {', '.join(TEACHERS)}")
+        for name, teacher in recipe.teachers.items():
+            check_teacher_recipe(teacher, f"recipes.{recipe.name}.teachers.{name}")
         for name, student in recipe.students.items():
             check_model(student, f"recipes.{recipe.name}.students.{name}")
     return params
+
+
+def check_teacher_recipe(teacher: TeacherRecipe, path: str) -> None:
+    """Check that a teacher's model exists, and takes the recipe's weights and stem; a user's file is not run.
+
+    Args:
+        teacher: The recipe.
+        path: Its key, for messages.
+
+    Raises:
+        UsageError: It does not.
+    """
+    from pipeline.models import TEACHERS
+
+    # The eight need no look into torchvision, which takes a second to import.
+    if teacher.model not in TEACHERS or teacher.stem != "default":
+        from pipeline.models.teachers import check_teacher
+
+        check_teacher(teacher.model, path, weights=teacher.weights, stem=teacher.stem)
+
+
+def own_code(params: Params) -> frozenset[str]:
+    """Return the user's functions, `FILE.py:FUNCTION`, that the recipes name: what may be run to build a model."""
+    named = (
+        part.model
+        for recipe in params.recipes.values()
+        for part in [*recipe.teachers.values(), *recipe.students.values()]
+    )
+    return frozenset(filter(is_own, named))
+
+
+def own_code_here() -> frozenset[str]:
+    """Return `own_code` of the params.yaml in the working directory; nothing where there is none.
+
+    For commands that need no params.yaml: without a `.py:` in it, it is not looked at more closely.
+    """
+    return own_code(read_params(PARAMS)) if b".py:" in (read_if_exists(PARAMS) or b"") else frozenset()
 
 
 def check_model(student: StudentRecipe, path: str) -> None:

@@ -23,7 +23,9 @@ from stages.shared.paths import Paths
 from stages.shared.places import Place
 
 if TYPE_CHECKING:
-    from pipeline.data.datasets import Dataset
+    from pipeline.data.datasets import Channels, Dataset
+
+    Normalization = tuple[Channels, Channels]
 
 # Raised where the code gives other results from the same recipe: what was trained before is then trained again. The
 # package's own version may change without that.
@@ -37,7 +39,7 @@ MAX_NAMED = 3
 # Said in place of values that tell people nothing.
 _PHRASES = {
     "dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights",
-    "rules": "judged by other rules", "labels_sha256": "other labels",
+    "rules": "judged by other rules", "labels_sha256": "other labels", "code_sha256": "other code of its own",
 }  # fmt: skip
 # Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
@@ -99,7 +101,8 @@ class Run:
     @classmethod
     def of(
         cls, dataset: Dataset, recipe_name: str, kind: str, name: str, recipe: FitRecipe, seed: int,
-        differs: Mapping[str, str], *, model: str, arguments: dict[str, Any], **fields: Any,
+        differs: Mapping[str, str], *, model: str, arguments: dict[str, Any],
+        normalization: Normalization | None = None, **fields: Any,
     ) -> Run:  # fmt: skip
         """Describe a run and place its files: a run that differs from the recipe goes to data/runs.
 
@@ -113,12 +116,15 @@ class Run:
             differs: What differs from the recipe but for the seed.
             model: The architecture.
             arguments: What the architecture is built with, as plain JSON values.
+            normalization: See `describe`.
             fields: The other attributes.
         """
         paths = Paths(recipe_name)
         out = paths.teacher(name) if kind == "teacher" else paths.student(name)
         work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
-        description = describe(dataset, recipe_name, kind=kind, model=model, arguments=arguments)
+        description = describe(
+            dataset, recipe_name, kind=kind, model=model, arguments=arguments, normalization=normalization
+        )
         run = cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
         if not (differs or seed):
             return run
@@ -188,7 +194,10 @@ class Run:
         saved = None if fresh else state.peek()
         if saved is None:
             state.require_whole()
-            return State(f"train {counted(self.recipe.epochs, 'epoch')} ({why}); writes {self.out}")
+            what = (
+                f"train {counted(self.recipe.epochs, 'epoch')}" if self.recipe.epochs else "evaluate what is finished"
+            )
+            return State(f"{what} ({why}); writes {self.out}")
         where = f"epoch {saved['epoch'] + 1} of {self.recipe.epochs}, step {saved['step']}"
         return State(f"interrupted, goes on from {where} ({why}); writes {self.out}")
 
@@ -367,8 +376,26 @@ def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: in
     return {**{key: shared[key] for key in recorded_arguments(recipe.model)}, **recipe.arguments}
 
 
-def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a checkpoint's JSON from which the model can be built and used again."""
+def describe(
+    dataset: Dataset,
+    recipe_name: str,
+    *,
+    kind: str,
+    model: str,
+    arguments: dict[str, Any],
+    normalization: Normalization | None = None,
+) -> dict[str, Any]:
+    """Return the part of a checkpoint's JSON from which the model can be built and used again.
+
+    Args:
+        dataset: What it is trained on.
+        recipe_name: The recipe of params.yaml.
+        kind: `teacher` or `student`.
+        model: The architecture.
+        arguments: What it is built with, as plain JSON values.
+        normalization: Mean and std of its inputs; None takes the data set's.
+    """
+    mean, std = normalization or (dataset.mean, dataset.std)
     return {
         "kind": kind,
         "model": model,
@@ -376,8 +403,8 @@ def describe(dataset: Dataset, recipe_name: str, *, kind: str, model: str, argum
         "recipe": recipe_name,
         "class_names": list(dataset.class_names),
         "image_size": dataset.image_size,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
+        "mean": list(mean),
+        "std": list(std),
         "dataset_sha256": dataset.sha256,
     }
 
@@ -388,7 +415,8 @@ def costs(meta: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     Counting takes a second or two: of several seeds it is done once.
 
     Args:
-        meta: Has the model's kind, model and arguments, plain JSON values.
+        meta: Has the model's kind, model and arguments, plain JSON values. It comes from a recipe: if the model is the
+            user's own code, it is run.
         image_size: Side of the image, pixels.
     """
     return dict(_costs(meta["kind"], meta["model"], json.dumps(meta["arguments"], sort_keys=True), image_size))
@@ -396,13 +424,10 @@ def costs(meta: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 
 @functools.cache
 def _costs(kind: str, model_name: str, arguments: str, image_size: int) -> dict[str, Any]:
-    import torch
-
-    from pipeline.inference.loading import build_model
+    from pipeline.inference.loading import build_unfilled
     from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024
 
-    with torch.device("meta"):
-        model = build_model(kind, model_name, json.loads(arguments))
+    model = build_unfilled(kind, model_name, json.loads(arguments), own_code=(model_name,))
     return {
         "parameters": num_parameters(model),
         "paper_gmacs_1024": round(paper_gmacs_1024(model, image_size), 3),

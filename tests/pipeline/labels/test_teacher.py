@@ -152,7 +152,7 @@ def real_size(request: pytest.FixtureRequest) -> RealSize:
     with torch.no_grad():
         head.weight.mul_((SPREAD / std)[:, None])
         head.bias.sub_(mean).mul_(SPREAD / std)
-    folded = fold(model, 32).to(memory_format=torch.channels_last)
+    folded = fold(model, 32)[0].to(memory_format=torch.channels_last)
     logits = find_logits(folded, images)
     assert len(logits.argmax(1).unique()) == 10
     return RealSize(model, folded, images, logits)

@@ -54,7 +54,7 @@ QUICK = ("densenet121", "mobilenet_v3_large", "resnet50", "squeezenet1_1")
 )
 def test_every_teacher_folds_to_one_of_fewer_norms_and_the_same_logits(name: str) -> None:
     model = used_teacher(name).eval()
-    folded = fold(model, 32)
+    folded = fold(model, 32)[0]
     assert len(norms(folded)) == REMAINING_NORMS.get(name, 0)
     single = logits(folded, images())
     with torch.autocast("cpu", torch.bfloat16):
@@ -62,14 +62,14 @@ def test_every_teacher_folds_to_one_of_fewer_norms_and_the_same_logits(name: str
     assert not torch.equal(mixed, mixed.bfloat16().double()), "logits are rounded to bf16"
     expected = logits(model.double(), images())
     assert relative_error(single, expected) < 1e-4
-    assert relative_error(logits(fold(model, 32), images()), expected) < 1e-10
+    assert relative_error(logits(fold(model, 32)[0], images()), expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_large", pytest.param("vgg16", marks=pytest.mark.slow)])
 def test_the_folded_model_shares_nothing_with_the_given_one(name: str) -> None:
     model = used_teacher(name)
     before = copy.deepcopy(model.state_dict())
-    folded = fold(model, 32)
+    folded = fold(model, 32)[0]
     assert not any(module.training for module in folded.modules())
     assert all(module.training for module in model.modules())
     for tensor in [*folded.parameters(), *folded.buffers()]:
@@ -86,7 +86,7 @@ def vgg() -> nn.Module:
 
 @pytest.mark.parametrize(("size", "num_columns"), [(32, 512), (63, 512), (64, NUM_COLUMNS)])
 def test_a_vggs_repeated_columns_are_added_up_where_the_map_is_1x1(vgg: nn.Module, size: int, num_columns: int) -> None:
-    folded = fold(vgg, size)
+    folded = fold(vgg, size)[0]
     columns = {module.in_features for module in folded.modules() if isinstance(module, nn.Linear)}
     assert columns == {num_columns, 4096}
     batch = images(size, batch_size=2)
@@ -95,7 +95,7 @@ def test_a_vggs_repeated_columns_are_added_up_where_the_map_is_1x1(vgg: nn.Modul
 
 def test_a_folded_vgg_refuses_images_at_which_its_map_is_larger(vgg: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        logits(fold(vgg, 32), images(64, batch_size=1))
+        logits(fold(vgg, 32)[0], images(64, batch_size=1))
 
 
 def test_a_convolution_that_something_else_reads_keeps_its_norm() -> None:
@@ -111,6 +111,6 @@ def test_a_convolution_that_something_else_reads_keeps_its_norm() -> None:
 
     model = Forked()
     nn.init.uniform_(model.norm.weight, 2.0, 3.0)
-    folded = fold(model, 32)
+    folded = fold(model, 32)[0]
     assert len(norms(folded)) == 1
     assert torch.allclose(logits(folded, images()), logits(model.eval(), images()), atol=1e-6)

@@ -59,7 +59,7 @@ def test_a_teacher_is_evaluated_by_the_classes_that_it_labels_with(name: str) ->
         layer = model.get_submodule(TEACHERS[name])
         nn.init.zeros_(layer.weight)
         layer.bias.data[[7, 3]] = torch.tensor([9.02, 9.0])
-    labeller = Teacher(fold(model, 32), MEAN, STD, "bf16", batch_size=NUM_IMAGES)
+    labeller = Teacher(fold(model, 32)[0], MEAN, STD, "bf16", batch_size=NUM_IMAGES)
     assert num_ties(labeller.logits(labeller.normalize(pixels))) > NUM_IMAGES / 4
     assert torch.equal(evaluated(model, pixels).classes, torch.from_numpy(labeller.label(pixels)))
 
