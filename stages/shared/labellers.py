@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from pipeline.config.recipes import MAX_VIEWS
+from pipeline.config.recipes import MAX_VIEWS, TeacherRecipe
 from pipeline.data.datasets import Dataset
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, PipelineError, UsageError
+from pipeline.inference.loading import from_checkpoint
 from pipeline.labels.answers import ViewLabels
 from pipeline.labels.given import GivenLabels
 from pipeline.labels.identity import GIVEN, MEMBER_FIELDS, make_ensemble, make_member, make_provenance
 from pipeline.labels.teacher import Ensemble, Teacher, label_view
 from pipeline.models import TEACHERS
+from pipeline.models.own import code_sha256, is_own
 from pipeline.system.runtime import resolve_precision, versions
-from pipeline.training.checkpoints import Checkpoint, read_meta
+from pipeline.system.storage import sha256_file
+from pipeline.training.checkpoints import checkpoint_files, read_meta
 from pipeline.views.views import Views
 from stages.shared.context import Context
-from stages.shared.labelling import label_clean, make_ready, read_teacher
+from stages.shared.labelling import label_clean, read_teacher, teacher_of
+from stages.shared.params import own_code
+from stages.shared.runs import describe, teacher_description
 from stages.shared.trained import SHORT
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,30 +42,48 @@ class Member:
     """A teacher that labels, alone or in an ensemble.
 
     Attributes:
-        checkpoint: Its weights, and the JSON that describes it.
+        context: The command's setting.
+        dataset: What it labels.
+        meta: What describes it, as the JSON of a checkpoint: model, arguments, mean, std.
+        sha256: Of its checkpoint, of the state dict that it was given, or of the one that it was built with.
         title: What a label file that is named after it is called.
+        load: Returns the model in evaluation mode, on the context's device.
     """
 
-    checkpoint: Checkpoint
+    context: Context
+    dataset: Dataset
+    meta: Mapping[str, Any]
+    sha256: str
     title: str
+    load: Callable[[], nn.Module]
 
     @property
     def model(self) -> str:
         """Its architecture."""
-        return str(self.checkpoint.meta["model"])
+        return str(self.meta["model"])
 
-    @property
-    def sha256(self) -> str:
-        """Of its weights."""
-        return self.checkpoint.sha256
+    @cached_property
+    def _folded(self) -> tuple[nn.Module, bool]:
+        from pipeline.models.folding import fold  # imports torchvision, which takes seconds
 
-    def describe(self, dataset: Dataset) -> dict[str, Any]:
-        """Return what the provenance says of it, see `make_member`."""
-        return make_member(teacher=self.model, checkpoint_sha256=self.sha256, mean=dataset.mean, std=dataset.std)
+        return fold(self.load(), self.dataset.image_size)
 
-    def ready(self, context: Context, dataset: Dataset) -> Teacher:
-        """See `make_ready`."""
-        return make_ready(context, dataset, self.checkpoint)
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """What the provenance says of it, see `make_member`."""
+        return make_member(
+            teacher=self.model,
+            checkpoint_sha256=self.sha256,
+            mean=self.meta["mean"],
+            std=self.meta["std"],
+            folded=self.model in TEACHERS or self._folded[1],  # the eight can be folded, which need not be tried
+            input_size=self.meta["arguments"].get("input_size"),
+            code_sha256=code_sha256(self.model),
+        )
+
+    def ready(self) -> Teacher:
+        """Make it ready to label, see `teacher_of`."""
+        return teacher_of(self.context, self.dataset, self._folded[0], self.meta)
 
 
 class Labeller(Protocol):
@@ -101,16 +130,14 @@ class TeacherLabeller:
 
     Attributes:
         members: The teachers.
-        dataset: What they label.
     """
 
     members: Sequence[Member]
-    dataset: Dataset
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        """Return the arguments of `make_provenance` that describe it."""
-        described = [member.describe(self.dataset) for member in self.members]
+        """The arguments of `make_provenance` that describe it."""
+        described = [member.fields for member in self.members]
         return described[0] if len(described) == 1 else make_ensemble(described)
 
     @property
@@ -139,7 +166,7 @@ class TeacherLabeller:
             **self.fields,
             precision=resolve_precision(settings.precision, device),
             device=device.type,
-            versions=versions(),
+            versions=versions() | _version_of_timm(self.members),
             topk=topk,
             compiled=settings.compile,
         )
@@ -150,11 +177,11 @@ class TeacherLabeller:
 
     def open(self, context: Context, views: Views) -> Source:
         """Build the teacher on the device."""
-        return _Asked(context, self.dataset, self.ready(context), views)
+        return _Asked(context, self.members[0].dataset, self.ready(), views)
 
-    def ready(self, context: Context) -> Teacher:
-        """Build the teacher on the device, see `make_ready`."""
-        teachers = [member.ready(context, self.dataset) for member in self.members]
+    def ready(self) -> Teacher:
+        """Make the teachers ready to label, as one."""
+        teachers = [member.ready() for member in self.members]
         return teachers[0] if len(teachers) == 1 else Ensemble(teachers)
 
 
@@ -238,7 +265,7 @@ def read_labeller(context: Context, dataset: Dataset, teachers: Sequence[str], g
     """
     if given is not None:
         return GivenLabeller.read(given, dataset)
-    return TeacherLabeller([find_member(context, dataset, what) for what in teachers or [_winner(context)]], dataset)
+    return TeacherLabeller([find_member(context, dataset, what) for what in teachers or [str(context.paths.winner)]])
 
 
 def find_member(context: Context, dataset: Dataset, what: str) -> Member:
@@ -247,18 +274,95 @@ def find_member(context: Context, dataset: Dataset, what: str) -> Member:
     Args:
         context: The command's setting.
         dataset: The data to label.
-        what: A teacher of the recipe, or the path of a checkpoint.
+        what: A teacher of the recipe, trained or finished (`epochs: 0`); the path of a checkpoint; a model of
+            torchvision, timm or a user's file, whose weights must be for these classes; or MODEL=FILE, a state dict.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: It is none of these, or the model cannot be built.
         DataError: It does not fit the data.
     """
-    path = context.paths.teacher(what) if what in context.recipe.teachers else Path(what)
-    if not path.exists():
-        raise UsageError(f"{path}: No such file or directory; name what exists")
-    folder = path.parent if path.stem in ("best", "last") else path
-    title = folder.resolve().stem if folder.suffix == ".safetensors" else folder.resolve().name
-    return Member(read_teacher(context, dataset, path), title)
+    option, recipe = f"--teacher {what}", context.recipe.teachers.get(what)
+    if recipe is not None:
+        if read_meta(folder := context.paths.teacher(what)) is not None:
+            return _checkpoint(context, dataset, folder, what)
+        if recipe.epochs == 0:
+            return _built(context, dataset, recipe, option, what)
+        raise DataError(f"{folder}: {what} is not trained; run `pipeline teacher {what}`")
+    model, equals, file = what.partition("=")
+    if equals and _is_model(model):
+        return _built(context, dataset, _finished(model, file), option, Path(file).stem)
+    path = Path(what)
+    if path.exists():
+        if path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".json").is_file()):
+            is_code = path.suffix == ".py"
+            way_out = f"{what}:FUNCTION" if is_code else f"MODEL={what}, as torchvision/resnet18={what}"
+            what_it_is = "code without the name of its function" if is_code else "no checkpoint of ours"
+            raise UsageError(f"{option}: {what_it_is}; write --teacher {way_out}")
+        folder = path.parent if path.is_file() and path.stem in ("best", "last") else path
+        return _checkpoint(context, dataset, path, folder.resolve().name.removesuffix(".safetensors"))
+    if _is_model(what):
+        weights = "none" if is_own(what) else "imagenet"
+        name = Path(what.rpartition(":")[0]).stem if is_own(what) else what.rpartition("/")[2]
+        return _built(context, dataset, _finished(what, weights), option, name)
+    known = ", ".join(context.recipe.teachers)
+    raise UsageError(
+        f"{option}: no teacher of recipe {context.recipe.name} ({known}), no path that exists and no model; a model is "
+        "torchvision/NAME, timm/NAME or FILE.py:FUNCTION, a state dict MODEL=FILE"
+    )
+
+
+def _is_model(text: str) -> bool:
+    return text in TEACHERS or text.startswith(("torchvision/", "timm/")) or is_own(text)
+
+
+def _title(text: str) -> str:
+    """Return a text as the name of a file of labels."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", text).lstrip("._+-") or "teacher"
+
+
+def _checkpoint(context: Context, dataset: Dataset, path: Path, title: str) -> Member:
+    """Return the teacher of a checkpoint."""
+    checkpoint = read_teacher(context, dataset, path)
+
+    def load() -> nn.Module:
+        return from_checkpoint(checkpoint, context.device, own_code=own_code(context.params)).module
+
+    return Member(context, dataset, checkpoint.meta, checkpoint.sha256, _title(title), load)
+
+
+def _finished(model: str, weights: str) -> TeacherRecipe:
+    """Return the recipe of a teacher that is named on a command line."""
+    return TeacherRecipe(model=model, weights=weights, epochs=0, batch_size=1, optimizer="sgd", lr=0.0)
+
+
+def _built(context: Context, dataset: Dataset, recipe: TeacherRecipe, option: str, title: str) -> Member:
+    """Return a teacher that is finished as it is built.
+
+    Raises:
+        UsageError: There is no such model, or its head would be random.
+        DataError: The weights do not fit.
+    """
+    import torch
+
+    from pipeline.models.teachers import build_teacher, check_teacher, require_size
+
+    check_teacher(recipe.model, option, weights=recipe.weights, stem=recipe.stem)
+    built = teacher_description(dataset, recipe)
+    description = describe(dataset, context.recipe.name, kind="teacher", **built)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of a function that draws weights and does not say how
+        module = build_teacher(recipe.model, weights=recipe.weights, finished=True, **built["arguments"])
+    require_size(module, recipe.model, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    if recipe.weights in ("none", "imagenet"):
+        _, sha256 = checkpoint_files("best", module.state_dict(), {})
+    else:
+        sha256 = sha256_file(Path(recipe.weights))
+    return Member(context, dataset, description, sha256, _title(title), lambda: module.to(context.device).eval())
+
+
+def _version_of_timm(members: Sequence[Member]) -> dict[str, str]:
+    """Return timm's version where it has built one of the teachers."""
+    return {"timm": importlib.metadata.version("timm")} if any(m.model.startswith("timm/") for m in members) else {}
 
 
 def find_labeller(
@@ -284,7 +388,7 @@ def find_labeller(
         members.sort(key=lambda member: order.index(member.sha256) if member.sha256 in order else len(order))
     else:
         members = [_find_recorded(context, dataset, path, member) for member in wanted]
-    labeller = TeacherLabeller(members, dataset)
+    labeller = TeacherLabeller(members)
     if labeller.sha256 != recorded["checkpoint_sha256"]:
         raise DataError(
             f"{path}: labelled by checkpoint {recorded['checkpoint_sha256'][:SHORT]}..., not by "
@@ -294,22 +398,26 @@ def find_labeller(
 
 
 def _find_recorded(context: Context, dataset: Dataset, path: Path, recorded: Mapping[str, Any]) -> Member:
-    """Return the teacher of a provenance: a checkpoint of the recipe.
+    """Return the teacher of a provenance: a checkpoint of the recipe, or one that is finished as it is built.
+
+    A function of the user's is called only where the recipe names it.
 
     Raises:
         DataError: None of them is it.
     """
-    paths, sha256 = context.paths, recorded["checkpoint_sha256"]
+    paths, sha256, model = context.paths, recorded["checkpoint_sha256"], recorded["teacher"]
     runs = sorted(paths.run("").iterdir()) if paths.run("").is_dir() else []
     for folder in (paths.winner, *map(paths.teacher, context.recipe.teachers), *runs):
         if (meta := read_meta(folder)) is not None and meta["sha256"] == sha256:
             return find_member(context, dataset, str(folder))
+    finished = [recipe for recipe in context.recipe.teachers.values() if recipe.epochs == 0 and recipe.model == model]
+    if _is_model(model) and not is_own(model):
+        finished.append(_finished(model, "imagenet"))
+    for recipe in finished:
+        with contextlib.suppress(PipelineError):
+            if (member := _built(context, dataset, recipe, model, model)).sha256 == sha256:
+                return member
     raise DataError(
-        f"{path}: labelled by checkpoint {sha256[:SHORT]}... of {recorded['teacher']}, which none of the teachers in "
-        f"{paths.root} has; name the right one with --teacher"
+        f"{path}: labelled by checkpoint {sha256[:SHORT]}... of {model}, which none of the teachers in {paths.root} "
+        "has, nor is there a way to build it; name the right one with --teacher"
     )
-
-
-def _winner(context: Context) -> str:
-    """Return the folder of the selected teacher, as a path even where a teacher has that name."""
-    return str(context.paths.winner)
