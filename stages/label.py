@@ -108,8 +108,8 @@ class LabelRequest:
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
 @click.option(
     "--teacher", "teachers", multiple=True, metavar="WHAT",
-    help="A teacher of the recipe, a checkpoint, a model as timm/NAME or FILE.py:FUNCTION, or MODEL=FILE, a state dict; "
-    "default: the selected teacher. Several make an ensemble.",
+    help="A teacher of the recipe, a checkpoint, a model as timm/NAME or FILE.py:FUNCTION, or MODEL=FILE for a state "
+    "dict; default: the selected teacher. Several make an ensemble.",
 )  # fmt: skip
 @click.option(
     "--from", "given", type=options.EXISTING, metavar="FILE",
