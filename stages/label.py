@@ -16,10 +16,10 @@ import click
 
 from pipeline.config.recipes import MAX_VIEWS
 from pipeline.errors import DataError, UsageError
-from pipeline.labels.cache import LabelCache
+from pipeline.labels.cache import RELABEL, LabelCache
 from pipeline.labels.parts import LabelParts, seal
 from pipeline.report.progress import progress_bar
-from pipeline.system.canonical import fingerprint
+from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import is_locked, lock, remove_leftovers
 from pipeline.system.text import counted
@@ -220,7 +220,7 @@ class LabelTarget:
                 where = f"recipes.{context.recipe.name}.views.{request.view_recipe}.count"
                 context.say(f"{request.given}: {counted(len(views), 'view')}, the recipe asks for {count} ({where})")
         selected = read_meta(paths.winner)
-        is_selected = request.name is None and selected is not None and selected["sha256"] == labeller.sha256
+        is_selected = request.name is None and selected is not None and labeller.is_of(selected)
         teacher = None if is_selected else request.name or labeller.title
         if teacher is not None:
             check_label_name("--as" if request.name else "the name of the teacher", teacher)
@@ -248,9 +248,10 @@ def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | N
         missing = [view for view in missing if view >= cache.num_views]
         if cache.num_views < views.stop:
             parts.adopt(cache)
+    by = labeller.sha256 if labeller.is_usual else labeller.deciding
     result = kept.Result(
-        context.recipe.name, f"label@{target.name}", fingerprint({**identity, "teacher": labeller.sha256}), path,
-        (path,), {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
+        context.recipe.name, f"label@{target.name}", fingerprint({**identity, "teacher": by}), path, (path,),
+        {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
     )  # fmt: skip
     return LabelPlan(path, views, missing, parts, cache, target, fresh, result)
 
@@ -298,11 +299,13 @@ def _reusable_cache(context: Context, target: LabelTarget, identity: Mapping[str
     Raises:
         DataError: It has a name of its own, and another teacher's labels of the same views.
     """
-    path, expected = target.path, {"checkpoint_sha256": target.labeller.sha256}
+    path, expected = target.path, target.labeller.deciding
     if not path.exists():
         return None
     try:
-        return LabelCache.open(path, expected_identity=identity, expected_provenance=expected)
+        cache = LabelCache.open(path, expected_identity=identity)
+        require_equal(f"{path}", {key: cache.provenance.get(key) for key in expected}, expected, RELABEL)
+        return cache
     except DataError as error:
         if not target.is_selected:
             _refuse_anothers(path, identity)

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from pipeline.config.recipes import MAX_VIEWS, TeacherRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, PipelineError, UsageError
-from pipeline.inference.loading import from_checkpoint
+from pipeline.inference.loading import Description, from_checkpoint
 from pipeline.labels.answers import ViewLabels
 from pipeline.labels.given import GivenLabels
 from pipeline.labels.identity import GIVEN, MEMBER_FIELDS, make_ensemble, make_member, make_provenance
 from pipeline.labels.teacher import Ensemble, Teacher, label_view
 from pipeline.models import TEACHERS
 from pipeline.models.own import code_sha256, is_own
+from pipeline.system.canonical import require_equal
 from pipeline.system.runtime import resolve_precision, versions
 from pipeline.system.storage import sha256_file
 from pipeline.training.checkpoints import checkpoint_files, read_meta
@@ -35,6 +36,9 @@ from stages.shared.trained import SHORT
 
 if TYPE_CHECKING:
     from torch import nn
+
+DECIDING = ("checkpoint_sha256", "mean", "std", "input_size", "code_sha256")
+"""The fields of a provenance that decide a teacher's labels, beside how they were computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,13 @@ class Labeller(Protocol):
     def is_usual(self) -> bool:
         """Whether it is one of the paper's teachers, of whose files no byte has changed since."""
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides its labels, of the fields of the provenance; None for those that it has not."""
+
+    def is_of(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Tell whether it is the teacher of a checkpoint, by the checkpoint's JSON."""
+
     def topk(self, asked: int) -> int:
         """Return how many classes it keeps with their probabilities where `asked` are asked for."""
 
@@ -154,6 +165,18 @@ class TeacherLabeller:
     def is_usual(self) -> bool:
         """Whether it is one of the eight, with nothing of its own."""
         return self.members[0].model in TEACHERS and self.fields.keys() == set(MEMBER_FIELDS)
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The weights, and what the teacher sees."""
+        return {key: self.fields.get(key) for key in DECIDING}
+
+    def is_of(self, checkpoint: Mapping[str, Any]) -> bool:
+        """By weights, model and input."""
+        [first, *others] = self.members
+        keys = ("model", "arguments", "mean", "std")
+        is_same = first.sha256 == checkpoint["sha256"] and all(first.meta[key] == checkpoint.get(key) for key in keys)
+        return is_same and not others
 
     def topk(self, asked: int) -> int:
         """As asked."""
@@ -224,6 +247,15 @@ class GivenLabeller:
     def sha256(self) -> str:
         """Of the file."""
         return self.given.sha256
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The file."""
+        return {"checkpoint_sha256": self.sha256}
+
+    def is_of(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Never."""
+        return False
 
     def topk(self, asked: int) -> int:
         """As many as the file has, whatever is asked for."""
@@ -321,8 +353,13 @@ def _title(text: str) -> str:
 
 
 def _checkpoint(context: Context, dataset: Dataset, path: Path, title: str) -> Member:
-    """Return the teacher of a checkpoint."""
+    """Return the teacher of a checkpoint.
+
+    Raises:
+        DataError: Its JSON describes no model, or it was trained on other data.
+    """
     checkpoint = read_teacher(context, dataset, path)
+    Description.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
 
     def load() -> nn.Module:
         return from_checkpoint(checkpoint, context.device, own_code=own_code(context.params)).module
@@ -394,6 +431,8 @@ def find_labeller(
             f"{path}: labelled by checkpoint {recorded['checkpoint_sha256'][:SHORT]}..., not by "
             f"{labeller.title} ({labeller.sha256[:SHORT]}...); name the right one with --teacher"
         )
+    what_decides = {key: recorded.get(key) for key in DECIDING}
+    require_equal(f"{path}", what_decides, labeller.deciding, f"{labeller.title} has changed since; label again")
     return labeller
 
 
@@ -405,7 +444,7 @@ def _find_recorded(context: Context, dataset: Dataset, path: Path, recorded: Map
     Raises:
         DataError: None of them is it.
     """
-    paths, sha256, model = context.paths, recorded["checkpoint_sha256"], recorded["teacher"]
+    paths, sha256, model = context.paths, recorded["checkpoint_sha256"], str(recorded["teacher"])
     runs = sorted(paths.run("").iterdir()) if paths.run("").is_dir() else []
     for folder in (paths.winner, *map(paths.teacher, context.recipe.teachers), *runs):
         if (meta := read_meta(folder)) is not None and meta["sha256"] == sha256:

@@ -129,6 +129,18 @@ def test_all_have_one_fingerprint_and_are_replayed(labelled: Project) -> None:
         assert "name the right one with --teacher" in out
 
 
+def test_a_teacher_that_sees_otherwise_is_another(labelled: Project, tmp_path: Path) -> None:
+    shutil.copytree(labelled.path, tmp_path / "project")
+    project = Project(tmp_path / "project")
+    assert "up to date" in invoke(project, "label", *ONE, "--teacher", "shuffle")
+    project.edit("input_size: 48", "input_size: 64")
+    assert "have this name" in invoke(project, "label", *ONE, "--teacher", "shuffle", code=2)
+    verify = ("labels", "verify", f"{LABELS}/default@shuffle.h5")
+    assert "input_size is 48, expected 64" in invoke(project, *verify, code=3)
+    project.edit("weights: shuffle.pth", "weights: vit.pth")
+    assert "name the right one with --teacher" in invoke(project, *verify, code=3)
+
+
 @pytest.mark.parametrize("name", ["vit", "mine"])
 def test_a_student_learns_from_any_of_them(labelled: Project, tmp_path: Path, name: str) -> None:
     shutil.copytree(labelled.path, tmp_path / "project")
