@@ -117,6 +117,8 @@ def plan_student(
         view_recipe = dataclasses.replace(view_recipe, count=distillation.num_views)
     inputs: dict[str, Any] = {"views": deciding_values(view_recipe), "labels": distillation.labels}
     inputs["teacher"] = source.digest
+    if distillation.teacher_labels is not None:
+        inputs["teacher_labels"] = distillation.teacher_labels
     if recipe.soft:
         inputs["topk"] = source.cache.topk if source.cache else None
     if distillation.confidence:
@@ -143,6 +145,7 @@ def plan_student(
     show_default=True,
     help="none and online are controls; they go to data/runs.",
 )
+@click.option("--teacher-labels", metavar="NAME", help="Learn from this label file, as `label --as` named it.")
 @click.option("--teacher", type=options.EXISTING, help="The checkpoint that --labels online asks.")
 @click.option(
     "--soft",

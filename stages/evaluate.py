@@ -307,8 +307,10 @@ def _teacher_labels(context: Context, teacher: Any) -> np.ndarray[Any, Any] | No
 
     if not teacher:
         return None
-    dataset = context.dataset()
-    for path in (context.paths.labels(name) for name in context.recipe.views):
+    if teacher.get("test_top1", 0.0) is None:  # labels that were given, without those of test images
+        return None
+    dataset, named = context.dataset(), teacher.get("labels")
+    for path in (context.paths.labels(name, named) for name in context.recipe.views):
         if path.is_file():
             cache = LabelCache.open(path)
             is_its = cache.provenance["checkpoint_sha256"] == teacher["sha256"]

@@ -146,7 +146,7 @@ class TeacherJob(TrainingJob):
         name = self._teacher(context)
         if self.keeps and not self._settings(context) and read_meta(context.paths.teacher(name)) is None:
             cache = any_labels(context)
-            if cache is not None and cache.provenance["teacher"] == name:
+            if cache is not None and _maker(context, cache) == name:
                 return ELSEWHERE
         return super().state(context, fresh=fresh)
 
@@ -194,7 +194,7 @@ class SelectJob(Job):
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """Return that it is done if the best candidate is selected, or the selected one stays."""
         paths, cache = context.paths, any_labels(context) if self.keeps else None
-        maker = None if cache is None else str(cache.provenance["teacher"])
+        maker = None if cache is None else _maker(context, cache)
         makers = None if maker is None else read_meta(paths.teacher(maker))
         if cache is not None and makers is None:
             return ELSEWHERE
@@ -404,5 +404,10 @@ def selected(context: Context) -> str:
     cache = any_labels(context)
     if cache is None:
         raise DataError(f"{context.paths.winner}: no teacher is selected")
-    made_by = str(cache.provenance["teacher"])  # its architecture
-    return next((name for name, teacher in context.recipe.teachers.items() if teacher.model == made_by), made_by)
+    return _maker(context, cache)
+
+
+def _maker(context: Context, cache: LabelCache) -> str:
+    """Return the name of the teacher that made labels, by its model; the model where the recipe has none of it."""
+    model = str(cache.provenance["teacher"])
+    return next((name for name, teacher in context.recipe.teachers.items() if (teacher.model or name) == model), model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -15,20 +16,24 @@ import click
 
 from pipeline.config.recipes import MAX_VIEWS
 from pipeline.errors import DataError, UsageError
-from pipeline.labels.cache import LabelCache
+from pipeline.labels.cache import RELABEL, LabelCache
 from pipeline.labels.parts import LabelParts, seal
 from pipeline.report.progress import progress_bar
-from pipeline.system.canonical import fingerprint
+from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import is_locked, lock, remove_leftovers
 from pipeline.system.text import counted
+from pipeline.training.checkpoints import read_meta
 from stages.shared import kept, options
 from stages.shared.context import Context
+from stages.shared.paths import labels_name
+from stages.shared.teacher_labels import check_label_name
+from stages.shared.trained import SHORT
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
     from pipeline.system.runtime import Ranks
-    from pipeline.training.checkpoints import Checkpoint
+    from stages.shared.labellers import Labeller
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 10.0
@@ -40,7 +45,10 @@ class LabelRequest:
 
     Attributes:
         view_recipe: Whose views to label.
-        teacher: A checkpoint; None takes the selected teacher.
+        teachers: Who labels, see stages.shared.labelling.find_member; several are an ensemble, none is the selected
+            teacher. The labels of any other go to a file of their own.
+        given: A file of labels that something else has computed, instead.
+        name: What the file of labels that are not the selected teacher's is called; None names it after the teachers.
         fresh: Whether to leave existing labels aside.
         keep: Classes to keep of each sample with their probabilities, K, 0 for the argmax alone; None takes the
             recipe's. A sealed file that keeps more goes on keeping it.
@@ -50,7 +58,9 @@ class LabelRequest:
     """
 
     view_recipe: str = "default"
-    teacher: Path | None = None
+    teachers: tuple[str, ...] = ()
+    given: Path | None = None
+    name: str | None = None
     fresh: bool = False
     keep: int | None = None
     views: tuple[int, int | None] | None = None
@@ -59,13 +69,19 @@ class LabelRequest:
         """Refuse what `label` cannot do, before any data is looked for, and return the views asked for.
 
         Raises:
-            UsageError: There is no such view recipe or slice; or `fresh` does not go together with the others.
+            UsageError: There is no such view recipe or slice; or options do not go together.
             DataError: There is no teacher.
         """
         name, recipe, paths = self.view_recipe, context.recipe, context.paths
         if name not in recipe.views:
             raise UsageError(f"--view-recipe {name}: not in {recipe.name}; choose from {', '.join(recipe.views)}")
-        if self.teacher is None and not paths.winner.exists():
+        if self.given is not None:
+            beside = {"--teacher": self.teachers, "--keep": self.keep is not None, "--views": self.views}
+            if refused := [option for option, is_given in beside.items() if is_given]:
+                raise UsageError(f"{refused[0]}: --from takes the labels of {self.given} as they are; leave it out")
+        if self.name is not None:
+            check_label_name("--as", self.name)
+        if self.given is None and not self.teachers and not paths.winner.exists():
             raise DataError(
                 f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`"
             )
@@ -80,7 +96,8 @@ class LabelRequest:
             )
         if self.fresh and (context.ranks.world_size > 1 or self.views is not None):
             why = "under torchrun, whose ranks would" if self.views is None else "with --views, whose slices would"
-            files = f"{paths.labels(name)} and {paths.kept}/label@{name}.json"
+            other = self.name or ("NAME" if self.teachers or self.given else None)
+            files = f"{paths.labels(name, other)} and {paths.kept}/label@{labels_name(name, other)}.json"
             raise UsageError(f"--fresh: not {why} delete each other's work; delete {files} first")
         return range(start, stop)
 
@@ -89,7 +106,19 @@ class LabelRequest:
 @options.recipe_option
 @options.device_option
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
-@click.option("--teacher", type=options.EXISTING, help="A checkpoint; default: the selected teacher.")
+@click.option(
+    "--teacher", "teachers", multiple=True, metavar="WHAT",
+    help="A teacher of the recipe, a checkpoint, a model as timm/NAME or FILE.py:FUNCTION, or MODEL=FILE for a state "
+    "dict; default: the selected teacher. Several make an ensemble.",
+)  # fmt: skip
+@click.option(
+    "--from", "given", type=options.EXISTING, metavar="FILE",
+    help="Take the labels that something else has computed from this .npy or .npz file.",
+)  # fmt: skip
+@click.option(
+    "--as", "name", metavar="NAME",
+    help="The name of labels that are not the selected teacher's; default: that of their teacher, or given.",
+)  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Label every view again.")
 @click.option(
     "--keep", type=options.parse_keep, metavar="argmax|topk=K",
@@ -121,8 +150,7 @@ class LabelPlan:
         missing: Those of them still to be labelled, ascending.
         parts: The views labelled so far.
         cache: The sealed file that the run extends; None without one that it can.
-        dataset: The data set whose training images are labelled.
-        checkpoint: The teacher's checkpoint.
+        target: Who labels what.
         fresh: Whether to delete the parts first.
         result: The sealed file as it is kept; what is put back holds more views than the one that is there.
     """
@@ -132,8 +160,7 @@ class LabelPlan:
     missing: list[int]
     parts: LabelParts
     cache: LabelCache | None
-    dataset: Dataset
-    checkpoint: Checkpoint
+    target: LabelTarget
     fresh: bool
     result: kept.Result
 
@@ -153,37 +180,80 @@ class LabelPlan:
             return f"{self.path}: every view is labelled; seals them"
         is_first = len(self.missing) == len(self.asked)
         why = "--fresh" if self.fresh else "no labels yet" if is_first else "the others are labelled"
-        what = f"the views {slices(self.missing)} of {len(self.dataset.train)} images"
-        how = f"{options.kept_name(self.parts.topk)}, by {self.checkpoint.meta['model']}"
-        return f"{self.path}: label {what}, {how} in {self.parts.provenance['precision']} ({why})"
+        what = f"the views {slices(self.missing)} of {len(self.target.dataset.train)} images"
+        return f"{self.path}: label {what}, {options.kept_name(self.parts.topk)}, {self.target.how} ({why})"
 
 
-def plan_labels(context: Context, request: LabelRequest) -> LabelPlan:
+@dataclass(frozen=True)
+class LabelTarget:
+    """Who labels what, and what the file is called.
+
+    Attributes:
+        dataset: The data set whose training images are labelled.
+        labeller: Who labels.
+        how: How, in a few words.
+        views: The views asked for.
+        path: The sealed file.
+        name: Its name without suffix, which parts and locks share.
+        is_selected: Whether the labels are the selected teacher's, which students take unless they are told others.
+    """
+
+    dataset: Dataset
+    labeller: Labeller
+    how: str
+    views: range
+    path: Path
+    name: str
+    is_selected: bool
+
+    @classmethod
+    def find(cls, context: Context, request: LabelRequest) -> LabelTarget:
+        """Look for the data and the teacher of a request."""
+        from stages.shared.labellers import GivenLabeller, read_labeller
+
+        views, paths = request.check(context), context.paths
+        dataset = context.dataset()
+        labeller = read_labeller(context, dataset, request.teachers, request.given)
+        if isinstance(labeller, GivenLabeller):
+            views, count = range(labeller.given.num_views), context.recipe.views[request.view_recipe].count
+            if len(views) != count:
+                where = f"recipes.{context.recipe.name}.views.{request.view_recipe}.count"
+                context.say(f"{request.given}: {counted(len(views), 'view')}, the recipe asks for {count} ({where})")
+        selected = read_meta(paths.winner)
+        is_selected = request.name is None and selected is not None and labeller.is_of(selected)
+        teacher = None if is_selected else request.name or labeller.title
+        if teacher is not None:
+            check_label_name("--as" if request.name else "the name of the teacher", teacher)
+        path, name = paths.labels(request.view_recipe, teacher), labels_name(request.view_recipe, teacher)
+        return cls(dataset, labeller, labeller.how(context), views, path, name, is_selected)
+
+
+def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | None = None) -> LabelPlan:
     """Return what `label` would do, and write nothing; the errors are the same."""
-    from stages.shared.labelling import identity_of, provenance_of, read_teacher
+    from stages.shared.labelling import identity_of
 
-    views, fresh = request.check(context), request.fresh
-    recipe, paths = context.recipe, context.paths
-    dataset, path = context.dataset(), paths.labels(request.view_recipe)
-    checkpoint = read_teacher(context, dataset, request.teacher or paths.winner)
-    identity, inode = identity_of(dataset, recipe.views[request.view_recipe]), _inode(path)
-    cache = None if fresh else _reusable_cache(context, path, identity, checkpoint.sha256)
-    topk = _topk(context, path, cache, dataset.num_classes, request.keep)
-    provenance = provenance_of(context, dataset, checkpoint, topk)
-    parts = LabelParts(paths.work("labels", request.view_recipe), identity=identity, provenance=provenance)
+    target = target or LabelTarget.find(context, request)
+    dataset, labeller, path, views, fresh = target.dataset, target.labeller, target.path, target.views, request.fresh
+    identity, inode = identity_of(dataset, context.recipe.views[request.view_recipe]), _inode(path)
+    cache = None if fresh else _reusable_cache(context, target, identity)
+    topk = labeller.topk(_topk(context, path, cache, dataset.num_classes, request.keep))
+    parts = LabelParts(
+        context.paths.work("labels", target.name), identity=identity, provenance=labeller.provenance(context, topk)
+    )
     missing = list(views) if fresh else parts.missing(views.stop, views.start)
     # Rank 0 deletes parts only after it has sealed them, so a view that vanished meanwhile is in the new file.
     if not fresh and _inode(path) != inode:
-        cache = _reusable_cache(context, path, identity, checkpoint.sha256)
+        cache = _reusable_cache(context, target, identity)
     if cache is not None:
         missing = [view for view in missing if view >= cache.num_views]
         if cache.num_views < views.stop:
             parts.adopt(cache)
+    by = labeller.sha256 if labeller.is_usual else labeller.deciding
     result = kept.Result(
-        recipe.name, f"label@{request.view_recipe}", fingerprint({**identity, "teacher": checkpoint.sha256}), path,
-        (path,), {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
+        context.recipe.name, f"label@{target.name}", fingerprint({**identity, "teacher": by}), path, (path,),
+        {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
     )  # fmt: skip
-    return LabelPlan(path, views, missing, parts, cache, dataset, checkpoint, fresh, result)
+    return LabelPlan(path, views, missing, parts, cache, target, fresh, result)
 
 
 def label(context: Context, request: LabelRequest) -> Path:
@@ -198,15 +268,14 @@ def label(context: Context, request: LabelRequest) -> Path:
 
     Raises:
         UsageError: See `LabelRequest.check`; or there are fewer classes than are to be kept.
-        DataError: There is no teacher; the sealed file keeps less than is asked for; or views are to be added to
-            labels that another precision, device or version made.
+        DataError: There is no teacher; the sealed file keeps less than is asked for; views are to be added to labels
+            that another precision, device or version made; or a file of that name is another teacher's.
     """
-    request.check(context)  # before a lock is written
-    ranks, name = context.ranks, request.view_recipe
-    with lock(context.paths.work("labels", f"{name}-{ranks.rank}.lock")):
-        plan = plan_labels(context, request)
+    target, ranks = LabelTarget.find(context, request), context.ranks  # before a lock is written
+    with lock(context.paths.work("labels", f"{target.name}-{ranks.rank}.lock")):
+        plan = plan_labels(context, request, target)
         if not request.fresh and not plan.is_up_to_date and kept.put_back(context, plan.result):
-            plan = plan_labels(context, request)
+            plan = plan_labels(context, request, target)
         if plan.is_up_to_date:
             kept.say_if_older(context, dataclasses.replace(plan.result, amounts={}))
             _clean_up(plan, ranks)
@@ -215,7 +284,7 @@ def label(context: Context, request: LabelRequest) -> Path:
         if request.fresh:
             plan.parts.delete()
         if plan.missing and (code := context.stop.before_step()):
-            raise stopped(code, f"before the labels of {name}")
+            raise stopped(code, f"before the labels of {target.name}")
         labelling = _Labelling(context, request, plan)
         labelling.label_share()
         if ranks.is_main:
@@ -224,19 +293,32 @@ def label(context: Context, request: LabelRequest) -> Path:
     return plan.path
 
 
-def _reusable_cache(
-    context: Context, path: Path, identity: Mapping[str, Any], checkpoint_sha256: str
-) -> LabelCache | None:
-    """Open the sealed file if it is of this data, view recipe and teacher; else say that it will be replaced."""
+def _reusable_cache(context: Context, target: LabelTarget, identity: Mapping[str, Any]) -> LabelCache | None:
+    """Open the sealed file if it is of this data, view recipe and teacher; else say that it will be replaced.
+
+    Raises:
+        DataError: It has a name of its own, and another teacher's labels of the same views.
+    """
+    path, expected = target.path, target.labeller.deciding
     if not path.exists():
         return None
     try:
-        return LabelCache.open(
-            path, expected_identity=identity, expected_provenance={"checkpoint_sha256": checkpoint_sha256}
-        )
+        cache = LabelCache.open(path, expected_identity=identity)
+        require_equal(f"{path}", {key: cache.provenance.get(key) for key in expected}, expected, RELABEL)
+        return cache
     except DataError as error:
+        if not target.is_selected:
+            _refuse_anothers(path, identity)
         context.say(f"labelling every view again: {error}")
         return None
+
+
+def _refuse_anothers(path: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to replace whole labels of the same views by another teacher, whose name is a new one's too."""
+    with contextlib.suppress(DataError):
+        provenance = LabelCache.open(path, expected_identity=identity).provenance
+        by = f"{provenance['teacher']} (SHA-256 {provenance['checkpoint_sha256'][:SHORT]}...)"
+        raise UsageError(f"{path}: labels by {by} have this name; choose another with --as, or replace them by --fresh")
 
 
 def _topk(context: Context, path: Path, cache: LabelCache | None, num_classes: int, keep: int | None) -> int:
@@ -297,12 +379,11 @@ class _Labelling:
 
     def __init__(self, context: Context, request: LabelRequest, plan: LabelPlan) -> None:
         from stages.shared.fitting import make_views
-        from stages.shared.labelling import make_ready
 
         self._context, self._request, self._plan = context, request, plan
         self._parts, self._ranks = plan.parts, context.ranks
-        self._teacher = make_ready(context, plan.dataset, plan.checkpoint)
-        self._views = make_views(context, plan.dataset, request.view_recipe)
+        self._views = make_views(context, plan.target.dataset, request.view_recipe)
+        self._source = plan.target.labeller.open(context, self._views)
 
     def label_share(self) -> None:
         """Label this rank's share of the missing views and show the progress."""
@@ -355,9 +436,9 @@ class _Labelling:
     def seal(self) -> None:
         """Seal the finished views into one file, unless a slice left views before them to other runs."""
         from pipeline.labels.replay import make_canaries
-        from stages.shared.labelling import label_clean
+        from stages.shared.labelling import accuracy_of
 
-        context, plan, parts = self._context, self._plan, self._parts
+        context, plan, parts, target = self._context, self._plan, self._parts, self._plan.target
         count = plan.asked.stop
         if self._request.views is not None:
             while parts.read(count) is not None:  # other slices may have got ahead
@@ -366,14 +447,19 @@ class _Labelling:
                 missing = f"the views {slices(gaps)} are missing; label them with --views"
                 context.say(f"{plan.path}: not sealed yet, {missing}")
                 return
-        clean = label_clean(context, plan.dataset, self._teacher)
+        clean = self._source.clean()
         canaries = make_canaries(self._views, count)
+        is_usual = target.is_selected and target.labeller.is_usual
+        accuracy = None if is_usual else accuracy_of(clean, target.dataset)
         with context.stop.deferred():
-            seal(plan.path, parts=parts, count=count, clean=clean, canaries=canaries)
+            seal(plan.path, parts=parts, count=count, clean=clean, canaries=canaries, accuracy=accuracy)
             kept.keep(context, dataclasses.replace(plan.result, amounts={"topk": parts.topk, "views": count}))
-        what = f"{counted(count, 'view')} of {counted(len(plan.dataset.train), 'image')}"
+        what = f"{counted(count, 'view')} of {counted(len(target.dataset.train), 'image')}"
         context.say(f"{plan.path}: {what}, {options.kept_name(parts.topk)}, sealed")
-        context.changed(f"label@{self._request.view_recipe}")
+        if accuracy:
+            scores = ", ".join(f"{value:.2f} % of {split}" for split, value in sorted(accuracy.items()))
+            context.say(f"{plan.path}: right on {scores}, unaugmented")
+        context.changed(plan.result.stage)
 
     def _label(self, view: int) -> None:
         """Label a view completely or not at all.
@@ -381,10 +467,8 @@ class _Labelling:
         Raises:
             Interrupted: A signal came, or the time limit has been reached; this view is saved.
         """
-        from pipeline.labels.teacher import label_view
-
         with self._context.stop.deferred():
-            self._parts.write(view, label_view(self._teacher, self._views, view, self._parts.topk))
+            self._parts.write(view, self._source.view(view, self._parts.topk))
             code = self._context.stop.after_step()
         if code:
             raise stopped(code, f"after view {view}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.errors import DataError, PipelineError, printable
+from pipeline.errors import DataError, PipelineError, UsageError, printable
 from pipeline.system.storage import read_json
 from pipeline.system.text import counted
 from stages.shared import options
@@ -43,6 +44,7 @@ def inspect(file: Path, as_json: bool) -> None:
         "topk": cache.topk,
         "fingerprint": cache.fingerprint,
         "clean": {split: len(rows) for split, rows in cache.clean.items()},
+        **({} if cache.accuracy is None else {"accuracy": dict(cache.accuracy)}),
         "identity": cache.identity,
         "provenance": cache.provenance,
     }
@@ -58,17 +60,25 @@ def inspect(file: Path, as_json: bool) -> None:
 @options.recipe_option
 @options.device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
-@click.option("--teacher", type=options.EXISTING, help="The checkpoint; default: the selected teacher.")
+@click.option(
+    "--teacher", "teachers", multiple=True, metavar="WHAT",
+    help="Who labelled, as for `label`; default: found by its SHA-256 among the recipe's teachers, or built again.",
+)  # fmt: skip
 @click.option("--margin", type=options.FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")
 def verify(
-    file: Path, recipe: str | None, device: str | None, sample: int, teacher: Path | None, margin: float | None
+    file: Path, recipe: str | None, device: str | None, sample: int, teachers: tuple[str, ...], margin: float | None
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others.
 
-    The recipe is by default that of the file's data and views.
+    The recipe is by default that of the file's data and views. Of labels that something else has computed only the seal
+    and the views are checked: there is no teacher to ask.
     """
     context = options.open_context(recipe, device, named_by=lambda params: _recipe_of(params, file))
-    replayed, allowed = _replay(context, file, teacher=teacher, num_samples=sample, margin=margin)
+    replayed, allowed = _replay(context, file, teachers=teachers, num_samples=sample, margin=margin)
+    if replayed is None:
+        what = "the seal holds, and the views are those of today; the labels were given, so that there is no teacher"
+        context.say(f"{file}: {what} to ask")
+        return
     num_failed = 0
     for difference in replayed.differences:
         is_tie = difference.margin <= allowed
@@ -109,13 +119,15 @@ def _recipe_of(params: Params, file: Path) -> str:
 
 
 def _replay(
-    context: Context, path: Path, *, teacher: Path | None, num_samples: int, margin: float | None
-) -> tuple[Replay, float]:
+    context: Context, path: Path, *, teachers: Sequence[str], num_samples: int, margin: float | None
+) -> tuple[Replay | None, float]:
     """Replay the teacher on (view, sample) pairs drawn at a fixed seed, and return the margin that was applied too.
 
-    Without `margin` it is SAME_MARGIN on the recorded kind of device and precision, else OTHER_MARGIN.
+    Without `margin` it is SAME_MARGIN on the recorded kind of device and precision, else OTHER_MARGIN. Labels that
+    were given cannot be replayed.
 
     Raises:
+        UsageError: `teachers` are named for labels that were given.
         DataError: The file is not valid or belongs to other data, views or another teacher.
     """
     import numpy as np
@@ -124,24 +136,27 @@ def _replay(
     from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, check_canaries, replay
     from pipeline.system.canonical import require_equal
     from stages.shared.fitting import make_views
-    from stages.shared.labelling import identity_of, make_ready, read_teacher
+    from stages.shared.labellers import find_labeller
+    from stages.shared.labelling import identity_of
 
     cache, dataset = LabelCache.open(path), context.dataset()
     names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:
-        view_recipe = context.recipe.views.get(path.stem, context.recipe.views["default"])
-        require_equal(str(path), cache.identity, identity_of(dataset, view_recipe), RELABEL)
-    checkpoint = read_teacher(context, dataset, teacher or context.paths.winner)
-    recorded = cache.provenance
-    if checkpoint.sha256 != recorded["checkpoint_sha256"]:
-        raise DataError(
-            f"{path}: labelled by checkpoint {recorded['checkpoint_sha256'][:12]}..., not by {checkpoint.path} "
-            f"({checkpoint.sha256[:12]}...); name the right one with --teacher"
+        named, default = path.stem.partition("@")[0], context.recipe.views["default"]
+        require_equal(
+            str(path), cache.identity, identity_of(dataset, context.recipe.views.get(named, default)), RELABEL
         )
-    model, views = make_ready(context, dataset, checkpoint), make_views(context, dataset, names[0])
+    recorded, is_given = cache.provenance, "given" in cache.provenance
+    if is_given and teachers:
+        raise UsageError(f"--teacher {teachers[0]}: the labels of {path} were given, by no teacher; leave it out")
+    labeller = None if is_given else find_labeller(context, dataset, path, recorded, teachers)
+    views = make_views(context, dataset, names[0])
     changed = check_canaries(cache, views)
     if changed is not None:
         raise DataError(f"{path}: the pixels of view {changed} are not those that were labelled; label again")
+    if labeller is None:
+        return None, 0.0
+    model = labeller.ready(context)
     if margin is None:
         now = (model.precision, context.device.type, model.compiled)
         same = now == (recorded["precision"], recorded["device"], recorded["compiled"])

@@ -137,7 +137,8 @@ def record_of(directory: Path) -> dict[str, Any]:
         raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")
     require_same_data(meta, directory, Paths(str(run.metrics["recipe"])), "train it again, or prepare its data again")
     run.curve()
-    metrics, taught, judged = run.metrics, run.metrics["teacher"], run.teacher_top1
+    metrics, taught, (top1, split) = run.metrics, run.metrics["teacher"], run.teacher_top1 or (None, None)
+    named = {"labels": taught["labels"]} if taught and "labels" in taught else {}
     decided = f"{meta['fingerprint']} {meta['sha256']}"
     training = meta.get("training")
     weights = training.get("weights") if isinstance(training, Mapping) else None
@@ -146,7 +147,7 @@ def record_of(directory: Path) -> dict[str, Any]:
         **{key: metrics.get(key) for key in METRICS},
         "overrides": run.differs,
         "description": run.description,
-        "teacher": judged and {"name": taught["name"], "top1": judged[0], "split": judged[1]},
+        "teacher": taught and {"name": taught["name"], "top1": top1, "split": split, **named},
         "weights": weights if run.kind == "teacher" else "random",
         **{epoch: {key: metrics[epoch][key] for key in SCORES} for epoch in ("best", "last", "test")},
         **{key: run.environment[key] for key in ENVIRONMENT},

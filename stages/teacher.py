@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +16,7 @@ from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.params import check_teacher_recipe
 from stages.shared.places import settings_as_written
-from stages.shared.runs import Run
+from stages.shared.runs import Run, teacher_description
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,27 +90,20 @@ def train_teacher(
 def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Run:
     """Return a candidate's run, with the arguments of `train_teacher`."""
     from pipeline.models.own import code_sha256
-    from pipeline.models.teachers import teacher_input
 
     recipe = teacher_recipe(context.recipe, name, settings)
-    dataset, model = context.dataset(), recipe.model or name
-    seen = teacher_input(
-        model, weights=recipe.weights, image_size=dataset.image_size, mean=dataset.mean, std=dataset.std,
-        input_size=recipe.input_size, normalization=recipe.normalization, stem=recipe.stem,
-    )  # fmt: skip
-    arguments: dict[str, Any] = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
-    arguments |= {} if seen.size == dataset.image_size else {"input_size": seen.size}
-    arguments |= {} if recipe.stem == "default" else {"stem": recipe.stem}
+    dataset = context.dataset()
+    built = teacher_description(dataset, recipe, name)
     views = deciding_values(context.recipe.views["default"], but=("count",))
     inputs = {"views": views, "metric": context.recipe.select.by}
     if recipe.weights not in ("imagenet", "none") and Path(recipe.weights).is_file():
         inputs["weights_sha256"] = sha256_file(Path(recipe.weights))
-    if (code := code_sha256(model)) is not None:
+    if (code := code_sha256(built["model"])) is not None:
         inputs["code_sha256"] = code
     differs = settings_as_written(recipe, settings or {})
     return Run.of(
-        dataset, context.recipe.name, "teacher", name, recipe, seed, differs, model=model, arguments=arguments,
-        normalization=(seen.mean, seen.std), inputs=inputs, metric=context.recipe.select.by,
+        dataset, context.recipe.name, "teacher", name, recipe, seed, differs, inputs=inputs,
+        metric=context.recipe.select.by, **built,
     )  # fmt: skip
 
 

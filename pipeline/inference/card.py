@@ -196,7 +196,8 @@ def _training(config: Mapping[str, Any]) -> str:
         on_test = isinstance(teacher.get("test_top1"), float)
         top1, split = (teacher["test_top1"], "test") if on_test else (teacher.get("top1"), config["selected_on"])
         accuracy = f", top-1 {top1:.2f} % on {_split(split)}" if isinstance(top1, float) else ""
-        rows.append(("teacher", f"`{_text(teacher.get('name'))}`{accuracy}"))
+        labels = f", labels `{_text(teacher['labels'])}`" if teacher.get("labels") else ""
+        rows.append(("teacher", f"`{_text(teacher.get('name'))}`{accuracy}{labels}"))
     elif config["kind"] == "student":
         rows.append(("teacher", "none"))
     fields = ["epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "weights", "views"]

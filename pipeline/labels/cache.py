@@ -28,7 +28,7 @@ from pipeline.labels.identity import (
     make_identity,
     make_provenance,
 )
-from pipeline.system.canonical import fingerprint, require_equal
+from pipeline.system.canonical import fingerprint, require_equal, show
 from pipeline.system.storage import busy, is_busy, read_bytes, read_if_exists
 
 __all__ = [
@@ -79,6 +79,17 @@ class LabelCache(Contents):
             raise ValueError(f"its canaries are of more than {MAX_CANARY_SAMPLES} samples")
         for canary in self.canaries:
             canary.check(self.num_views, self.num_samples)
+        self._check_accuracy()
+
+    def _check_accuracy(self) -> None:
+        """Refuse an accuracy of what has no clean labels, or one that is no share."""
+        if self.accuracy is None:
+            return
+        if not isinstance(self.accuracy, Mapping) or not self.accuracy.keys() <= self.clean.keys():
+            raise ValueError(f"accuracy is {show(self.accuracy)}, expected numbers by split of {sorted(self.clean)}")
+        for split, value in self.accuracy.items():
+            if type(value) is not float or not 0.0 <= value <= 100.0:
+                raise ValueError(f"accuracy.{split} is {show(value)}, expected a percentage")
 
     def _check_topk(self) -> None:
         """Refuse top-k answers that no teacher can have given, a view at a time to spare memory."""

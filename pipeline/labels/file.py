@@ -14,6 +14,7 @@ Layout, open to any HDF5 tool:
     identity         group whose attributes are the fields of the identity, each as canonical JSON
     provenance       likewise
     canaries         attribute of the root, canonical JSON
+    accuracy         likewise, only where it is recorded
 
 This module knows the layout and what HDF5 can do; pipeline.labels.cache knows what the values mean.
 """
@@ -25,7 +26,7 @@ import io
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.labels.answers import PROBABILITY_DTYPE, ViewLabels
-from pipeline.labels.identity import IDENTITY_FIELDS, PROVENANCE_FIELDS, SCHEMA_VERSION
+from pipeline.labels.identity import IDENTITY_FIELDS, PROVENANCE_FIELDS, PROVENANCE_OPTIONS, SCHEMA_VERSION
 from pipeline.system.canonical import canonical_json, is_sha256
 
 SEAL_SIZE = 512
@@ -81,10 +82,12 @@ class Contents:
         clean: Split name to `(n,)` of the same type, its argmax on unaugmented images.
         canaries: Digests of a few views' pixels.
         identity: JSON values under IDENTITY_FIELDS, see `make_identity`.
-        provenance: JSON values under PROVENANCE_FIELDS, see `make_provenance`.
+        provenance: JSON values under PROVENANCE_FIELDS and some of PROVENANCE_OPTIONS, see `make_provenance`.
         classes: `(V, N, K)` as `labels`, its K most probable classes, descending, the label first; None where
             `provenance["topk"]` is 0.
         probabilities: `(V, N, K)` float16 in [0, 1], descending, of those classes; None without `classes`.
+        accuracy: Split name to the share of its unaugmented images, in percent, that `clean` has right; None where it
+            is not recorded, as in the files of the eight teachers of the paper, whose bytes stay as they were.
     """
 
     labels: NDArray[Any]
@@ -94,6 +97,7 @@ class Contents:
     provenance: dict[str, Any]
     classes: NDArray[Any] | None = None
     probabilities: NDArray[Any] | None = None
+    accuracy: Mapping[str, float] | None = None
 
     def view(self, index: int) -> ViewLabels:
         """Return the answers to a view, below V, sharing memory with these arrays."""
@@ -109,8 +113,10 @@ def encode(contents: Contents) -> bytes:
     # most 64 KiB, too little for the names of many classes.
     with h5py.File(buffer, "w", userblock_size=SEAL_SIZE, libver=("v108", "v108")) as file:
         file.attrs["canaries"] = np.bytes_(canonical_json([asdict(canary) for canary in contents.canaries]))
+        if contents.accuracy is not None:
+            file.attrs["accuracy"] = np.bytes_(canonical_json(dict(contents.accuracy)))
         for name, fields in (("identity", contents.identity), ("provenance", contents.provenance)):
-            group = _create_group(file, name)
+            group = _create_group(file, name, len(fields))
             for key in sorted(fields):
                 group.attrs[key] = np.bytes_(canonical_json(fields[key]))
         _write_views(file, "labels", contents.labels)
@@ -128,10 +134,11 @@ def encode(contents: Contents) -> bytes:
     return buffer.getvalue()
 
 
-def _create_group(file: h5py.File, name: str) -> h5py.Group:
+def _create_group(file: h5py.File, name: str, num_fields: int) -> h5py.Group:
     """Create a group with all attributes in its header; beyond 8 HDF5 would use a heap and a tree for them."""
     properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
-    properties.set_attr_phase_change(len(PROVENANCE_FIELDS), 0)
+    # The number is stored, so without options it must stay what it was before there were any.
+    properties.set_attr_phase_change(max(len(PROVENANCE_FIELDS), num_fields), 0)
     properties.set_obj_track_times(False)
     return h5py.Group(h5py.h5g.create(file.id, name.encode(), gcpl=properties))
 
@@ -179,9 +186,10 @@ def decode(data: bytes) -> Contents:
             raise ValueError(f"its user block has {file.userblock_size} bytes")
         keeps_topk = "topk" in set(file)  # of the names; `in file` would follow a link
         optional = {"topk"} if keeps_topk else set()
-        _require_members(file, {"labels", "digest", "clean", "identity", "provenance"} | optional, {"canaries"})
+        members = {"labels", "digest", "clean", "identity", "provenance"} | optional
+        _require_members(file, members, {"canaries"}, {"accuracy"})
         _require_members(file["identity"], set(), set(IDENTITY_FIELDS))
-        _require_members(file["provenance"], set(), set(PROVENANCE_FIELDS))
+        _require_members(file["provenance"], set(), set(PROVENANCE_FIELDS), set(PROVENANCE_OPTIONS))
         _require_members(file["clean"], None, set())
         if keeps_topk:
             _require_members(file["topk"], {"classes", "probabilities"}, set())
@@ -193,7 +201,12 @@ def decode(data: bytes) -> Contents:
                 Canary(**{**canary, "samples": tuple(canary["samples"])}) for canary in _read_json(file, "canaries")
             ),
             identity={key: _read_json(file["identity"], key) for key in IDENTITY_FIELDS},
-            provenance={key: _read_json(file["provenance"], key) for key in PROVENANCE_FIELDS},
+            provenance={
+                key: _read_json(file["provenance"], key)
+                for key in (*PROVENANCE_FIELDS, *PROVENANCE_OPTIONS)
+                if key in file["provenance"].attrs
+            },
+            accuracy=_read_json(file, "accuracy") if "accuracy" in file.attrs else None,
         )
         if keeps_topk:
             contents = replace(
@@ -210,12 +223,12 @@ def decode(data: bytes) -> Contents:
     return contents
 
 
-def _require_members(group: Any, links: set[str] | None, attributes: set[str]) -> None:
+def _require_members(group: Any, links: set[str] | None, attributes: set[str], optional: Collection[str] = ()) -> None:
     """Refuse a group with other members, or members with more than one hard link; `links` None allows any names."""
     if not isinstance(group, h5py.Group):
         raise ValueError(f"{group.name} is not a group")
-    names = set(group)
-    if names != (names if links is None else links) or set(group.attrs) != attributes:
+    names, given = set(group), set(group.attrs)
+    if names != (names if links is None else links) or not attributes <= given <= attributes.union(optional):
         raise ValueError(f"{group.name} does not hold exactly what a label cache holds")
     for name in names:
         # Checked before the object is opened, which would follow soft and external links.

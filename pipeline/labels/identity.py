@@ -2,11 +2,12 @@
 
 The identity says which images the labels are for, and must equal that of a student's data field by field; the
 provenance says which teacher labelled them and how. Both are plain JSON values, and are equal if their canonical JSON
-is.
+is. So caches of two teachers on one view recipe have the same identity and differ in provenance.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from pipeline.config.recipes import ViewRecipe, deciding_values
 from pipeline.errors import DataError
-from pipeline.system.canonical import is_sha256, show
+from pipeline.system.canonical import canonical_json, is_sha256, sha256_of, show
 
 SCHEMA_VERSION = 2
 IDENTITY_FIELDS = (
@@ -37,7 +38,16 @@ PROVENANCE_FIELDS = (
     "compiled",
     "topk",
 )
+MEMBER_FIELDS = ("teacher", "checkpoint_sha256", "mean", "std")
+# Written only where they are not as in every file before them: folded true, the images' own size, no code of the
+# user's, one teacher, which was run here.
+TEACHER_OPTIONS = ("folded", "input_size", "code_sha256")
+PROVENANCE_OPTIONS = (*TEACHER_OPTIONS, "members", "given")
+GIVEN = "given"
+"""Stands for precision and device where something else has computed the labels."""
 MAX_CLASSES = 65535
+MAX_INPUT_SIZE = 65535
+MAX_MEMBERS = 64
 
 
 def make_identity(
@@ -83,6 +93,11 @@ def make_provenance(
     versions: Mapping[str, str],
     compiled: bool = False,
     topk: int = 0,
+    folded: bool = True,
+    input_size: int | None = None,
+    code_sha256: str | None = None,
+    members: Sequence[Mapping[str, Any]] = (),
+    given: bool = False,
 ) -> dict[str, Any]:
     """Describe who labels, how, and what is kept of the answers.
 
@@ -96,21 +111,70 @@ def make_provenance(
         versions: Library name to version.
         compiled: Whether the teacher was compiled, which changes its rounding.
         topk: Classes of each sample that are kept with their probabilities, K; 0 keeps the argmax alone.
+        folded: Whether batch norms are folded into weights, see pipeline.models.folding.
+        input_size: Side to which the teacher upsamples the images, pixels; None for their own.
+        code_sha256: Digest of the file of a model that is the user's own code.
+        members: Of an ensemble, two at least, each as `make_member` describes it; see `make_ensemble`.
+        given: Whether something else has computed the labels, and `checkpoint_sha256` is of the file that held them.
 
     Returns:
-        JSON values under the keys PROVENANCE_FIELDS.
+        JSON values under the keys PROVENANCE_FIELDS, and under those of PROVENANCE_OPTIONS that are not as usual.
+    """
+    member = make_member(
+        teacher=teacher, checkpoint_sha256=checkpoint_sha256, mean=mean, std=std, folded=folded, input_size=input_size,
+        code_sha256=code_sha256,
+    )  # fmt: skip
+    return {
+        **member,
+        "precision": precision,
+        "device": device,
+        "versions": dict(versions),
+        "compiled": bool(compiled),
+        "topk": int(topk),
+        **({"members": [dict(one) for one in members]} if members else {}),
+        **({"given": True} if given else {}),
+    }
+
+
+def make_member(
+    *,
+    teacher: str,
+    checkpoint_sha256: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    folded: bool = True,
+    input_size: int | None = None,
+    code_sha256: str | None = None,
+) -> dict[str, Any]:
+    """Describe one teacher, alone or in an ensemble; the arguments are those of `make_provenance`.
+
+    Returns:
+        JSON values under the keys MEMBER_FIELDS, and under those of TEACHER_OPTIONS that are not as usual.
     """
     return {
         "teacher": teacher,
         "checkpoint_sha256": checkpoint_sha256,
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
-        "precision": precision,
-        "device": device,
-        "versions": dict(versions),
-        "compiled": bool(compiled),
-        "topk": int(topk),
+        **({} if folded else {"folded": False}),
+        **({} if input_size is None else {"input_size": int(input_size)}),
+        **({} if code_sha256 is None else {"code_sha256": code_sha256}),
     }
+
+
+def make_ensemble(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the arguments of `make_provenance` that describe an ensemble; each member normalises images itself."""
+    return {
+        "teacher": " + ".join(member["teacher"] for member in members),
+        "checkpoint_sha256": _sha256_of_members(members),
+        "mean": (),
+        "std": (),
+        "members": members,
+    }
+
+
+def _sha256_of_members(members: Sequence[Mapping[str, Any]]) -> str:
+    return sha256_of(canonical_json([dict(member) for member in members]))
 
 
 def check_identity(identity: Mapping[str, Any]) -> None:
@@ -127,18 +191,71 @@ def check_identity(identity: Mapping[str, Any]) -> None:
 
 def check_provenance(provenance: Mapping[str, Any]) -> None:
     """Raise ValueError, with the field and its value, for a provenance that `make_provenance` cannot have made."""
-    _check_keys("provenance", provenance, PROVENANCE_FIELDS)
+    _check_keys("provenance", provenance, PROVENANCE_FIELDS, PROVENANCE_OPTIONS)
     _check_sha256("provenance.checkpoint_sha256", provenance["checkpoint_sha256"])
     topk, compiled = provenance["topk"], provenance["compiled"]
     if type(topk) is not int or not 0 <= topk <= MAX_CLASSES:
         raise ValueError(f"provenance.topk is {show(topk)}, expected a number in 0..{MAX_CLASSES}")
     if type(compiled) is not bool:
         raise ValueError(f"provenance.compiled is {show(compiled)}, expected true or false")
+    _check_teacher_options("provenance", provenance)
+    options = [key for key in PROVENANCE_OPTIONS if key in provenance]
+    if "given" in provenance:
+        _check_alone("given", provenance, options, {"precision": GIVEN, "device": GIVEN, "compiled": False})
+        if provenance["given"] is not True:
+            raise ValueError(f"provenance.given is {show(provenance['given'])}, expected true or nothing")
+    if "members" in provenance:
+        _check_alone("members", provenance, options, {})
+        _check_members(provenance["members"])
+        if provenance["checkpoint_sha256"] != _sha256_of_members(provenance["members"]):
+            raise ValueError("provenance.checkpoint_sha256 is not that of its members")
 
 
-def _check_keys(what: str, fields: Mapping[str, Any], expected: Sequence[str]) -> None:
-    if set(fields) != set(expected):
-        raise ValueError(f"{what} has the fields {show(sorted(fields))}, expected {show(sorted(expected))}")
+def _check_alone(key: str, provenance: Mapping[str, Any], options: Sequence[str], expected: Mapping[str, Any]) -> None:
+    """Refuse what cannot stand beside an option: other options, a normalisation, and values that it does not allow."""
+    for name, value in {"mean": [], "std": [], **expected}.items():
+        if provenance[name] != value:
+            raise ValueError(f"provenance.{name} is {show(provenance[name])}, expected {show(value)} beside {key}")
+    if list(options) != [key]:
+        raise ValueError(f"provenance has the fields {show(sorted(options))}, expected {key} without the others")
+
+
+def _check_members(members: Any) -> None:
+    """Raise ValueError for members of an ensemble that `make_member` cannot have made."""
+    if not isinstance(members, list) or not 2 <= len(members) <= MAX_MEMBERS:
+        raise ValueError(f"provenance.members is {show(members)}, expected a list of 2 to {MAX_MEMBERS}")
+    for index, member in enumerate(members):
+        what = f"provenance.members[{index}]"
+        if not isinstance(member, dict):
+            raise ValueError(f"{what} is {show(member)}, expected an object")
+        _check_keys(what, member, MEMBER_FIELDS, TEACHER_OPTIONS)
+        if not isinstance(member["teacher"], str):
+            raise ValueError(f"{what}.teacher is {show(member['teacher'])}, expected a text")
+        _check_sha256(f"{what}.checkpoint_sha256", member["checkpoint_sha256"])
+        for key in ("mean", "std"):
+            values = member[key]
+            if not isinstance(values, list) or not all(
+                type(value) is float and math.isfinite(value) for value in values
+            ):
+                raise ValueError(f"{what}.{key} is {show(values)}, expected a list of finite numbers")
+        _check_teacher_options(what, member)
+
+
+def _check_teacher_options(what: str, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for one of TEACHER_OPTIONS that cannot be, or need not be there."""
+    if fields.get("folded", False) is not False:
+        raise ValueError(f"{what}.folded is {show(fields['folded'])}, expected false or nothing")
+    size = fields.get("input_size", 1)
+    if type(size) is not int or not 1 <= size <= MAX_INPUT_SIZE:
+        raise ValueError(f"{what}.input_size is {show(size)}, expected a number in 1..{MAX_INPUT_SIZE}")
+    if "code_sha256" in fields:
+        _check_sha256(f"{what}.code_sha256", fields["code_sha256"])
+
+
+def _check_keys(what: str, fields: Mapping[str, Any], expected: Sequence[str], options: Sequence[str] = ()) -> None:
+    if not set(expected) <= set(fields) <= {*expected, *options}:
+        allowed = f", and perhaps {show(sorted(options))}" if options else ""
+        raise ValueError(f"{what} has the fields {show(sorted(fields))}, expected {show(sorted(expected))}{allowed}")
 
 
 def _check_sha256(field: str, value: Any) -> None:

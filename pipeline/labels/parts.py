@@ -182,6 +182,7 @@ def seal(
     count: int,
     clean: Mapping[str, Any],
     canaries: Sequence[Canary] = (),
+    accuracy: Mapping[str, float] | None = None,
 ) -> LabelCache:
     """Write the label cache from complete parts, read it back, and delete its parts.
 
@@ -194,6 +195,7 @@ def seal(
         count: Number of views, V.
         clean: Split name to `(n,)` labels in [0, C) of its unaugmented images.
         canaries: Digests of a few views' pixels.
+        accuracy: See pipeline.labels.file.Contents.
 
     Returns:
         The cache as read back.
@@ -214,6 +216,7 @@ def seal(
             canaries=tuple(canaries),
             identity=parts.identity,
             provenance=parts.provenance,
+            accuracy=accuracy,
         ).to_bytes()
     except ValueError as error:
         raise DataError(f"cannot seal {path}: {error}; {RELABEL}") from error

@@ -104,6 +104,38 @@ class Teacher(Network):
         return logits.float()
 
 
+class Ensemble(Teacher):
+    """Several teachers that answer as one: the probability of a class is the mean of theirs.
+
+    Its inputs are uint8 images, for each member normalises them itself, and its logits the logarithm of the mean
+    probabilities; so whatever a teacher is used for, labels, top-k or online distillation, an ensemble is too.
+
+    Args:
+        members: Teachers of the same classes on the same device, in the same precision.
+    """
+
+    def __init__(self, members: Sequence[Teacher]) -> None:
+        first, batch_size = members[0], min(member.batch_size for member in members)
+        is_compiled = all(member.compiled for member in members)
+        unchanged = torch.zeros_like(first.mean), torch.ones_like(first.std)
+        super().__init__(nn.ModuleList(members), *unchanged, first.precision, batch_size, compiled=is_compiled)
+        self.members = tuple(members)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return the images as they are, `(B, 3, H, W)` uint8."""
+        return images
+
+    @torch.inference_mode()
+    def _forward(self, inputs: Tensor) -> Tensor:
+        shares = torch.stack([_log_probabilities(member._forward(member.normalize(inputs))) for member in self.members])
+        return shares.logsumexp(0) - math.log(len(self.members))
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Return the log-softmax of `(B, C)` logits; NaN where one is not finite, which a mean could hide."""
+    return logits.log_softmax(1).masked_fill(~torch.isfinite(logits).all(1, keepdim=True), math.nan)
+
+
 def compile_teacher(teacher: Teacher, image_size: int) -> Teacher:
     """Return a teacher whose module is compiled by torch.compile, which changes its rounding.
 

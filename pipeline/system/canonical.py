@@ -43,7 +43,12 @@ def canonical_json(value: Any) -> str:
 
 def fingerprint(value: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a value's canonical JSON, 64 hexadecimal digits; see `canonical_json` for errors."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return sha256_of(canonical_json(value))
+
+
+def sha256_of(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8, 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:

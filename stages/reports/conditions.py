@@ -154,10 +154,10 @@ def _seeds(runs: Sequence[FinishedRun]) -> str:
 
 def _teacher(run: FinishedRun, runs: Iterable[FinishedRun]) -> str:
     """Return the teacher of a run, with its top-1; with its initial weights where it is among the runs."""
-    assert run.teacher_top1 is not None, "it has a teacher"
-    teacher, (top1, split) = run.metrics["teacher"], run.teacher_top1
+    teacher = run.metrics["teacher"]
+    at = "" if run.teacher_top1 is None else " at {:.2f} % on {}".format(*run.teacher_top1)
     began = next((other.initial_weights for other in runs if other.sha256 == teacher["sha256"]), None)
-    return f"{teacher['name']} at {top1:.2f} % on {split}" + (f" (trained from {began})" if began else "")
+    return f"{run.taught_by}{at}" + (f" (trained from {began})" if began else "")
 
 
 def device_of(environment: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ METRICS: Form = {
     "num_train": int, "num_test": int, "parameters": int, "paper_gmacs_1024": NUMBER, "flops_per_image": NUMBER,
     "distilled": bool, "at_chance": bool, "warnings": list, "differs": dict, "teacher": (dict, type(None)),
 }  # fmt: skip
-TEACHER: Form = {"name": str, "sha256": str, "top1": NUMBER}
+TEACHER: Form = {"name": str, "sha256": str, "top1": MAYBE}
 ENVIRONMENT: Form = {
     "device": str, "seconds": NUMBER, "commit": (str, type(None)), "date": str, "versions": {"torch": str},
 }  # fmt: skip
@@ -172,12 +172,21 @@ class FinishedRun:
 
     @property
     def teacher_top1(self) -> tuple[float, str] | None:
-        """Its teacher's top-1 in percent and the split it is on: test where that was measured; None without one."""
+        """Its teacher's top-1 in percent and the split it is on: test where that was measured; None without one.
+
+        Labels that something else has computed may say nothing of unaugmented images.
+        """
+        teacher = self.metrics["teacher"] or {}
+        scores = {"test": teacher.get("test_top1"), str(self.metrics["evaluated_on"]): teacher.get("top1")}
+        return next(((score, split) for split, score in scores.items() if score is not None), None)
+
+    @property
+    def taught_by(self) -> str | None:
+        """Its teacher's name, and that of the label file where it is not the selected teacher's; None without one."""
         teacher = self.metrics["teacher"]
         if not teacher:
             return None
-        on_test = "test_top1" in teacher  # not in the metrics.json of former versions
-        return (teacher["test_top1"], "test") if on_test else (teacher["top1"], str(self.metrics["evaluated_on"]))
+        return teacher["name"] + (f" (labels {teacher['labels']})" if teacher.get("labels") else "")
 
     @property
     def sha256(self) -> str | None:

@@ -160,7 +160,7 @@ def runs_table(runs: Sequence[FinishedRun]) -> Table:
     for run in runs:
         metrics, where = run.metrics, run.environment
         trained = [str(metrics[key]) for key in ("seed", "epochs", "batch_size", "optimizer")]
-        learned = metrics["teacher"]["name"] if metrics["distilled"] and metrics["teacher"] else "-"
+        learned = (run.taught_by if metrics["distilled"] else None) or "-"
         rows.append([
             ", ".join([run.name, *(f"{key} {value}" for key, value in run.differs.items())]),
             *trained,

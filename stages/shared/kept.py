@@ -386,7 +386,8 @@ def _entries(recipe: str | None) -> Iterable[_Entry]:
     """Return where something is kept, or lies half kept."""
     pattern = "*" if recipe is None else recipe
     paths = [path for path in Paths.kept_of_all().glob(f"{pattern}/*") if not path.name.startswith(".")]
-    found = {path.with_suffix("") for path in paths if path.suffix != ".lock"}
+    # A folder's name may hold dots: a label file's is that of a teacher.
+    found = {path.with_suffix("") if path.suffix == ".json" else path for path in paths if path.suffix != ".lock"}
     return [_Entry(path.parent.name, path.name) for path in sorted(found)]
 
 

@@ -1,21 +1,23 @@
-"""A teacher that labels a recipe's data, and the identity and provenance of its labels."""
+"""A teacher that labels a recipe's data, and the identity of its labels; stages.shared.labellers on who labels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline.config.recipes import ViewRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.data.streaming import place_images
 from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
-from pipeline.labels.cache import make_identity, make_provenance
+from pipeline.labels.cache import make_identity
 from pipeline.labels.teacher import Teacher, compile_teacher
-from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision, versions
+from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision
 from pipeline.training.checkpoints import Checkpoint
 from stages.shared.context import Context
 from stages.shared.params import own_code
@@ -36,7 +38,7 @@ def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
 
 
 def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Teacher:
-    """Build a checkpoint's teacher: on the device, folded, compiled where the recipe asks for it.
+    """Build a checkpoint's teacher: on the device, folded if it can be, compiled where the recipe asks for it.
 
     Raises:
         UsageError: torch.compile was asked for and fails.
@@ -44,12 +46,27 @@ def make_ready(context: Context, dataset: Dataset, checkpoint: Checkpoint) -> Te
     """
     from pipeline.models.folding import fold  # imports torchvision, which takes seconds
 
+    module = from_checkpoint(checkpoint, context.device, own_code=own_code(context.params)).module
+    return teacher_of(context, dataset, fold(module, dataset.image_size)[0], checkpoint.meta)
+
+
+def teacher_of(context: Context, dataset: Dataset, module: nn.Module, meta: Mapping[str, Any]) -> Teacher:
+    """Return a model on the device, folded if it can be, as a teacher that labels as the recipe says.
+
+    Args:
+        context: The command's setting.
+        dataset: What it labels.
+        module: The model.
+        meta: What describes it, as a checkpoint's JSON: its own mean and std.
+
+    Raises:
+        UsageError: torch.compile was asked for and fails.
+    """
     settings, device = context.recipe.label, context.device
-    module = from_checkpoint(checkpoint, device, own_code=own_code(context.params)).module
-    folded = fold(module, dataset.image_size)[0].to(memory_format=torch.channels_last)
     precision = resolve_precision(settings.precision, device)
     batch_size = images_at_once(device, dataset.image_size, module, asked=settings.batch_size)
-    teacher = Teacher(folded, checkpoint.meta["mean"], checkpoint.meta["std"], precision, batch_size)
+    module = module.to(memory_format=torch.channels_last)
+    teacher = Teacher(module, meta["mean"], meta["std"], precision, batch_size)
     return compile_teacher(teacher, dataset.image_size) if settings.compile else teacher
 
 
@@ -62,6 +79,11 @@ def label_clean(context: Context, dataset: Dataset, teacher: Teacher) -> dict[st
     }
 
 
+def accuracy_of(clean: Mapping[str, NDArray[Any]], dataset: Dataset) -> dict[str, float]:
+    """Return how many of the labels of unaugmented images are right, in percent, by split."""
+    return {split: 100.0 * float(np.mean(row == dataset.splits[split].labels)) for split, row in clean.items()}
+
+
 def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
     """Return the identity of the labels of a data set's training views."""
     return make_identity(
@@ -70,20 +92,4 @@ def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
         view_recipe=view_recipe,
         class_names=dataset.class_names,
         num_samples=len(dataset.train),
-    )
-
-
-def provenance_of(context: Context, dataset: Dataset, checkpoint: Checkpoint, topk: int) -> dict[str, Any]:
-    """Return the provenance of the labels that a teacher makes here, keeping `topk` classes of each sample."""
-    settings, device = context.recipe.label, context.device
-    return make_provenance(
-        teacher=str(checkpoint.meta["model"]),
-        checkpoint_sha256=checkpoint.sha256,
-        mean=checkpoint.meta["mean"],
-        std=checkpoint.meta["std"],
-        precision=resolve_precision(settings.precision, device),
-        device=device.type,
-        versions=versions(),
-        topk=topk,
-        compiled=settings.compile,
     )

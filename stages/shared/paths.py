@@ -10,6 +10,11 @@ DATA = Path("data")
 RECORDS = Path("results") / "runs.jsonl"
 
 
+def labels_name(view_recipe: str, teacher: str | None = None) -> str:
+    """Return the name of a label file without suffix, which its parts, locks and second name have too."""
+    return view_recipe if teacher is None else f"{view_recipe}@{teacher}"
+
+
 @dataclass(frozen=True)
 class Paths:
     """The files of one recipe, relative to the project's folder.
@@ -64,9 +69,9 @@ class Paths:
         """The comparison of the candidates."""
         return DATA / self.recipe / "selection.json"
 
-    def labels(self, view_recipe: str) -> Path:
-        """The label cache of a view recipe."""
-        return DATA / self.recipe / "labels" / f"{view_recipe}.h5"
+    def labels(self, view_recipe: str, teacher: str | None = None) -> Path:
+        """The label cache of a view recipe: that of the selected teacher, or another that has a name of its own."""
+        return DATA / self.recipe / "labels" / f"{labels_name(view_recipe, teacher)}.h5"
 
     def student(self, name: str) -> Path:
         """One student's checkpoints, metrics and curve."""

@@ -18,7 +18,7 @@ from stages.shared.paths import Paths
 MAX_NAME = 120  # characters; file systems take 255 bytes, of which locks and temporary files need some
 NUM_DIGITS = 10
 _KEYS = {
-    "labels", "teacher", "confidence", "num_views", "seed",
+    "labels", "teacher", "teacher_labels", "confidence", "num_views", "seed",
     *(field.name for cls in (TeacherRecipe, StudentRecipe) for field in dataclasses.fields(cls)),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.config.recipes import FitRecipe, StudentRecipe, deciding_values
+from pipeline.config.recipes import FitRecipe, StudentRecipe, TeacherRecipe, deciding_values
 from pipeline.errors import DataError, StorageError
 from pipeline.report.watching import LOG
 from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
@@ -45,7 +45,7 @@ _PHRASES = {
 # Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
 
-LESSON = ("labels", "teacher", "topk", "confidence")
+LESSON = ("labels", "teacher", "teacher_labels", "topk", "confidence")
 """Keys of `Run.inputs` that decide nothing where a student does not learn from its teacher."""
 CHECKPOINTS = ("best.safetensors", "best.json", "last.safetensors", "last.json")
 OUTPUTS = ("run.json", "predictions.csv", "curve.csv", "metrics.json")
@@ -389,6 +389,27 @@ def student_arguments(recipe: StudentRecipe, *, num_classes: int, image_size: in
     if not recipe.drop_path:  # as before there was such an argument
         del shared["drop_path"]
     return {**{key: shared[key] for key in recorded_arguments(recipe.model) if key in shared}, **recipe.arguments}
+
+
+def teacher_description(dataset: Dataset, recipe: TeacherRecipe, name: str = "") -> dict[str, Any]:
+    """Return what `describe` needs to know of a teacher: `model`, `arguments` and `normalization`.
+
+    Args:
+        dataset: What it is for.
+        recipe: The teacher's.
+        name: Its model where the recipe names none.
+    """
+    from pipeline.models.teachers import teacher_input
+
+    model = recipe.model or name
+    seen = teacher_input(
+        model, weights=recipe.weights, image_size=dataset.image_size, mean=dataset.mean, std=dataset.std,
+        input_size=recipe.input_size, normalization=recipe.normalization, stem=recipe.stem,
+    )  # fmt: skip
+    arguments: dict[str, Any] = {"num_classes": dataset.num_classes, "bn_momentum": recipe.bn_momentum}
+    arguments |= {} if seen.size == dataset.image_size else {"input_size": seen.size}
+    arguments |= {} if recipe.stem == "default" else {"stem": recipe.stem}
+    return {"model": model, "arguments": arguments, "normalization": (seen.mean, seen.std)}
 
 
 def describe(

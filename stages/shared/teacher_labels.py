@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from pipeline.config.recipes import Recipe, StudentRecipe
 from pipeline.data.datasets import Dataset
@@ -38,6 +37,8 @@ class Distillation:
     Attributes:
         labels: `cached`; or a control: `none` trains both heads on the ground truth, `online` asks the teacher at every
             step.
+        teacher_labels: The name of the label file that `cached` reads, as `label --as` gave it; None reads the selected
+            teacher's.
         teacher: The checkpoint that `online` asks.
         confidence: Whether the teacher's probability of its label weighs each sample's distillation term.
         num_views: Views that the epochs cycle through, always the first ones; None takes the recipe's number.
@@ -45,6 +46,7 @@ class Distillation:
     """
 
     labels: str = "cached"
+    teacher_labels: str | None = None
     teacher: Path | None = None
     confidence: bool = False
     num_views: int | None = None
@@ -63,6 +65,10 @@ class Distillation:
         """
         if (self.labels == "online") != (self.teacher is not None):
             raise UsageError(f"--labels {self.labels}: --teacher CHECKPOINT belongs to --labels online, and only to it")
+        if self.teacher_labels is not None:
+            check_label_name("--teacher-labels", self.teacher_labels)
+            if self.labels != "cached":
+                raise UsageError(f"--teacher-labels {self.teacher_labels}: --labels {self.labels} reads no label file")
         given = (soft_name(recipe, name, given=True),) if self.soft_given and recipe.soft else ()
         for option in (*given, *(("--confidence",) if self.confidence else ())):
             if self.labels == "none":
@@ -74,6 +80,8 @@ class Distillation:
         differs = {}
         if self.labels != "cached":
             differs["labels"] = self.labels
+        if self.teacher_labels is not None:
+            differs["teacher_labels"] = self.teacher_labels
         if student.soft != recipe.students[name].soft:
             differs |= settings_as_written(student, {"soft"} & self.settings.keys())
         if self.confidence:
@@ -91,6 +99,9 @@ class Distillation:
         view_recipe = student.views
         command = f"pipeline label --recipe {recipe.name}"
         command += "" if view_recipe == "default" else f" --view-recipe {view_recipe}"
+        if self.teacher_labels is not None:
+            source = "--from FILE" if "given" in cache.provenance else "--teacher WHAT"
+            command += f" {source} --as {self.teacher_labels}"
         count = recipe.views[view_recipe].count
         if self.num_views is not None and cache.num_views < self.num_views:
             raise DataError(
@@ -109,6 +120,16 @@ class Distillation:
                 f"{path}: keeps {kept_name(cache.topk)}, {option} needs the teacher's probabilities; "
                 f"run `{command}{keep} --fresh`"
             )
+
+
+def check_label_name(option: str, name: str) -> None:
+    """Check a name for a label file beside the selected teacher's.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}", name):
+        raise UsageError(f"{option} {name!r}: no name; write letters, digits, and within them . _ + -, at most 80")
 
 
 def soft_name(student: StudentRecipe, name: str, *, given: bool) -> str:
@@ -185,7 +206,7 @@ class TeacherSource:
         from pipeline.models.students import has_distillation_head
         from stages.shared.labelling import read_teacher
 
-        dataset, path = context.dataset(), context.paths.labels(recipe.views)
+        dataset, path = context.dataset(), context.paths.labels(recipe.views, distillation.teacher_labels)
         is_distilled = has_distillation_head(recipe.model, arguments) and distillation.labels != "none"
         if recipe.soft or distillation.confidence:
             option = soft_name(recipe, name, given=distillation.soft_given) if recipe.soft else "--confidence"
@@ -196,11 +217,17 @@ class TeacherSource:
         if not path.exists():
             if not source.is_distilled:
                 return source
+            if distillation.teacher_labels is not None:
+                command = f"pipeline label --recipe {context.recipe.name} --view-recipe {recipe.views}"
+                raise DataError(
+                    f"{path}: no labels of this name, there are {named_labels(path) or 'none'}; run `{command} "
+                    f"--teacher WHAT --as {distillation.teacher_labels}`, or with --from FILE"
+                )
             raise DataError(
                 f"{path}: no cached labels; run `pipeline teacher-select --recipe {context.recipe.name}`, or "
                 f"`pipeline label --view-recipe {recipe.views}` where a teacher is selected"
             )
-        cache = open_labels(context.paths, context.recipe, dataset, recipe.views)
+        cache = open_labels(context.paths, context.recipe, dataset, recipe.views, distillation.teacher_labels)
         distillation.check_cache(cache, path, context.recipe, name, recipe)
         return replace(source, cache=cache, digest=str(cache.provenance["checkpoint_sha256"]))
 
@@ -218,7 +245,7 @@ class TeacherSource:
         from pipeline.labels.replay import check_canaries
         from pipeline.labels.source import cached_labels, online_labels
         from stages.shared.fitting import Teaching
-        from stages.shared.labelling import label_clean, make_ready, read_teacher
+        from stages.shared.labelling import accuracy_of, label_clean, make_ready, read_teacher
 
         dataset, kind = context.dataset(), {"soft": self.recipe.soft > 0, "confidence": self.distillation.confidence}
         if self.distillation.teacher is not None:
@@ -238,27 +265,43 @@ class TeacherSource:
         else:
             return Teaching()
 
-        def top1(split: str) -> float:
-            return 100.0 * float(np.mean(clean[split] == dataset.splits[split].labels))
+        accuracy = accuracy_of(clean, dataset)  # labels that are given may lack those of clean images
+        scores = {"top1": accuracy.get(dataset.evaluation[0]), "test_top1": accuracy.get("test")}
+        named = {"labels": self.distillation.teacher_labels} if self.distillation.teacher_labels else {}
+        return Teaching(labels, clean, {"name": name, "sha256": self.digest, **scores, **named})
 
-        scores = {"top1": top1(dataset.evaluation[0]), "test_top1": top1("test")}
-        return Teaching(labels, clean, {"name": name, "sha256": self.digest, **scores})
+
+def named_labels(path: Path) -> str:
+    """Name the label files beside one, of the same view recipe."""
+    view_recipe = path.stem.partition("@")[0]
+    return ", ".join(sorted(file.stem.partition("@")[2] for file in path.parent.glob(f"{view_recipe}@*.h5")))
 
 
-def open_labels(paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str) -> LabelCache:
+def open_labels(
+    paths: Paths, recipe: Recipe, dataset: Dataset, view_recipe: str, teacher: str | None = None
+) -> LabelCache:
     """Open a recipe's label cache.
 
+    Args:
+        paths: The recipe's.
+        recipe: The recipe.
+        dataset: Its data.
+        view_recipe: Whose views are labelled.
+        teacher: The name of the file; None is the selected teacher's.
+
     Raises:
-        DataError: It is not valid, or belongs to other data, views, evaluation images or another teacher than the
-            selected one.
+        DataError: It is not valid, or belongs to other data, views or evaluation images; or, where it has no name of
+            its own, to another teacher than the selected one.
     """
     from stages.shared.labelling import identity_of
 
-    identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe)
-    winner = read_meta(paths.winner)
+    identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe, teacher)
+    winner = read_meta(paths.winner) if teacher is None else None
     provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}
     cache = LabelCache.open(path, expected_identity=identity, expected_provenance=provenance)
     labelled = {split: len(labels) for split, labels in cache.clean.items()}
     expected = {split: len(part) for split, part in dataset.splits.items() if split != "train"}
+    if "given" in cache.provenance:  # of what its maker knew
+        expected = {split: size for split, size in expected.items() if split in labelled}
     require_equal(f"{path}", {"clean": labelled}, {"clean": expected}, RELABEL)
     return cache

@@ -33,6 +33,17 @@ def test_a_student_without_a_teachers_labels_has_no_teacher() -> None:
     assert described is not None and described["inputs"] == {"views": {"count": 4}, "labels": "none"}
 
 
+def test_students_of_two_label_files_are_never_seeds_of_one_setting() -> None:
+    def described(name: str, *, distilled: bool) -> Any:
+        inputs = {**META["inputs"], "teacher_labels": name}
+        return describe_finished({**META, "inputs": inputs}, {**METRICS, "distilled": distilled})
+
+    ours, theirs = described("ours", distilled=True), described("theirs", distilled=True)
+    assert ours != theirs != describe_finished(META, METRICS)
+    assert differences(ours, theirs) == ["teacher_labels ours -> theirs"]
+    assert described("ours", distilled=False) == describe_finished(META, {**METRICS, "distilled": False})
+
+
 @pytest.mark.parametrize("meta", [None, [], {}, {**META, "training": 1}, {**META, "dataset_sha256": None}])
 def test_a_checkpoint_that_does_not_say_has_none(meta: object) -> None:
     assert describe_finished(meta, METRICS) is None

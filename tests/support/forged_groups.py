@@ -116,6 +116,67 @@ def missing_field(file):
     del file["provenance"].attrs["device"]
 
 
+@hostile("/provenance does not hold exactly")
+def extra_field_of_the_provenance(file):
+    file["provenance"].attrs["extra"] = np.bytes_("1")
+
+
+@hostile("provenance.folded is true")
+def folded_as_usual(file):
+    file["provenance"].attrs["folded"] = np.bytes_("true")
+
+
+@hostile("provenance.input_size is 0")
+def input_of_no_size(file):
+    file["provenance"].attrs["input_size"] = np.bytes_("0")
+
+
+@hostile("provenance.code_sha256 is null")
+def code_without_a_digest(file):
+    file["provenance"].attrs["code_sha256"] = np.bytes_("null")
+
+
+@hostile("expected [] beside given")
+def given_by_a_teacher(file):
+    file["provenance"].attrs["given"] = np.bytes_("true")
+
+
+@hostile("provenance.members is []")
+def ensemble_of_none(file):
+    for key in ("mean", "std", "members"):
+        file["provenance"].attrs[key] = np.bytes_("[]")
+
+
+@hostile("is not that of its members")
+def members_of_another_ensemble(file):
+    member = {"checkpoint_sha256": "e" * 64, "mean": [0.5], "std": [0.5], "teacher": "resnet50"}
+    for key, value in {"mean": [], "std": [], "members": [member, member]}.items():
+        file["provenance"].attrs[key] = np.bytes_(json.dumps(value, separators=(",", ":"), sort_keys=True))
+
+
+@hostile("members[1].input_size is true")
+def member_with_an_impossible_field(file):
+    member = {"checkpoint_sha256": "e" * 64, "mean": [0.5], "std": [0.5], "teacher": "resnet50"}
+    members = [member, {**member, "input_size": True}]
+    for key, value in {"mean": [], "std": [], "members": members}.items():
+        file["provenance"].attrs[key] = np.bytes_(json.dumps(value, separators=(",", ":"), sort_keys=True))
+
+
+@hostile("accuracy.val is 101.0")
+def accuracy_above_everything(file):
+    file.attrs["accuracy"] = np.bytes_('{"val":101.0}')
+
+
+@hostile('accuracy is {"train":50.0}')
+def accuracy_of_a_split_without_labels(file):
+    file.attrs["accuracy"] = np.bytes_('{"train":50.0}')
+
+
+@hostile("accuracy is 7")
+def accuracy_of_no_split(file):
+    file.attrs["accuracy"] = np.bytes_("7")
+
+
 @hostile("split is not a text")
 def text_of_variable_length(file):
     file["identity"].attrs["split"] = '"train"'

@@ -106,6 +106,13 @@ def test_dvc_has_every_file_of_a_run_or_its_checkout_would_mix_runs(stage: str, 
     assert sorted(PurePosixPath(out).name for out in outs) == sorted([*checkpoints, *OUTPUTS, MANIFEST])
 
 
+def test_dvc_sees_the_selected_teachers_labels_and_no_others() -> None:
+    pathspec = pytest.importorskip("pathspec", reason="comes with the extra dvc")
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".dvcignore").read_text().splitlines())
+    assert ignored.match_file("data/digits/labels/default@api.h5")
+    assert not any(map(ignored.match_file, ("data/digits/labels/default.h5", "data/digits/teacher/best.json")))
+
+
 def test_every_dependency_is_there_and_the_file_is_short() -> None:
     assert all((ROOT / path).exists() for stage in STAGES for path in code(stage))
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 150
