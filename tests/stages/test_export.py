@@ -516,7 +516,7 @@ def test_wrong_usage_is_one_line(exported: Project, arguments: tuple[str, ...], 
 def test_a_missing_extra_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     line = run(project, "export", STUDENT, "--format", "onnx", "--out", "new", code=2)
-    assert missing in line and "pip install -e '.[onnx]'" in line
+    assert missing in line and "pip install 'titn-pipeline[onnx]'" in line
     assert not (project.path / "new").exists()
 
 

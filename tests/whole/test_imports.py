@@ -145,5 +145,6 @@ def test_an_installation_holds_every_package_and_every_file_beside_the_modules()
         for glob in settings["package-data"][name]
         for file in folder.glob(glob)
     }
-    beside = {file for file in ROOT.glob("pipeline/**/*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    files = [*ROOT.glob("pipeline/**/*"), *ROOT.glob("stages/**/*")]
+    beside = {file for file in files if file.is_file() and file.suffix not in (".py", ".pyc")}
     assert shipped == beside
