@@ -182,6 +182,7 @@ def plan_labels(context: Context, request: LabelRequest) -> LabelPlan:
     result = kept.Result(
         recipe.name, f"label@{request.view_recipe}", fingerprint({**identity, "teacher": checkpoint.sha256}), path,
         (path,), {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
+        project=context.project,
     )  # fmt: skip
     return LabelPlan(path, views, missing, parts, cache, dataset, checkpoint, fresh, result)
 

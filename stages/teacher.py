@@ -91,7 +91,7 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
     differs = settings_as_written(recipe, settings or {})
     return Run.of(
         dataset, context.recipe.name, "teacher", name, recipe, seed, differs, model=name, arguments=arguments,
-        inputs=inputs, metric=context.recipe.select.by,
+        inputs=inputs, metric=context.recipe.select.by, project=context.project,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Context:
         stop: SIGINT, SIGTERM and the time limit.
         device_name: The device that --device names; None chooses one.
         position: Which of the command's runs is under way, see `in_turn`.
+        project: The project's folder, see Paths.
     """
 
     params: Params
@@ -52,6 +53,7 @@ class Context:
     stop: StopSignal
     device_name: str | None = None
     position: Position | None = None
+    project: Path = Path()
     _changed: list[str] = field(default_factory=list)
     _group: Group | None = None
     _loaded: tuple[tuple[int, ...], Dataset] | None = None
@@ -59,7 +61,7 @@ class Context:
     @property
     def paths(self) -> Paths:
         """Where the recipe's files lie."""
-        return Paths(self.recipe.name)
+        return Paths(self.recipe.name, self.project)
 
     @property
     def device(self) -> torch.device:
@@ -171,8 +173,8 @@ class Context:
 
     def end(self) -> None:
         """Name the command by which DVC adopts the replaced outputs; without it, DVC's next run restores its copies."""
-        if not self._changed or not Path(".dvc").is_dir() or "DVC_STAGE" in os.environ:
+        if not self._changed or not (self.project / ".dvc").is_dir() or "DVC_STAGE" in os.environ:
             return
-        stages = [stage for stage in self._changed if can_commit(stage, self.recipe.name, self.params)]
+        stages = [stage for stage in self._changed if can_commit(stage, self.recipe.name, self.params, self.project)]
         if stages:
             self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(stages)}")
