@@ -15,9 +15,19 @@ def read_params(path: Path) -> Params:
     Raises:
         UsageError: The file or a name in it is wrong.
     """
+    params = load_params(path)
+    check_models(params)
+    return params
+
+
+def check_models(params: Params) -> None:
+    """Check that every recipe's teachers and students can be built.
+
+    Raises:
+        UsageError: A name is wrong, or a student does not take its arguments.
+    """
     from pipeline.models import TEACHERS
 
-    params = load_params(path)
     for recipe in params.recipes.values():
         for name in recipe.teachers:
             if name not in TEACHERS:
@@ -25,7 +35,6 @@ def read_params(path: Path) -> Params:
                 raise UsageError(f"{where}: {name!r} is no teacher; choose from {', '.join(TEACHERS)}")
         for name, student in recipe.students.items():
             check_model(student, f"recipes.{recipe.name}.students.{name}")
-    return params
 
 
 def check_model(student: StudentRecipe, path: str) -> None:

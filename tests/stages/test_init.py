@@ -20,7 +20,7 @@ from stages.init import DVC_IGNORE, README
 from stages.shared.params import read_params
 from tests.support.project import ROOT, environment, smoke_params
 
-BUILT_OF = ("pyproject.toml", "README.md", "LICENSE", "params.yaml", "dvc.yaml", "pipeline", "stages")
+BUILT_OF = ("pyproject.toml", "README.md", "LICENSE", "params.yaml", "dvc.yaml", "pipeline", "stages", "titn")
 FILES = {"params.yaml", "dvc.yaml", ".dvcignore", "README.md", "data/.gitignore"}
 
 
