@@ -206,7 +206,7 @@ def distill(
     from pipeline.inference.loading import load
     from pipeline.training.manifest import read_json_checked
     from stages.distill import distill as train_student
-    from stages.distill import student_recipe
+    from stages.distill import plan_student, student_recipe
     from stages.shared.teacher_labels import require_distillation_head
     from stages.teacher_select import teacher_select
 
@@ -220,6 +220,8 @@ def distill(
     with context.stop.taking_ctrl_c():
         _prepare(context, data)
         teacher_select(context)
+        if not plan_student(context, name, seed=seed)[1].is_distilled:  # a model that had to be tried first
+            raise UsageError(f"student={student!r}: it has one head, and none for the teacher's labels; return two")
         out = train_student(context, name, seed=seed)
     model = load(out, device=str(context.device))
     own = dataclasses.replace(context, _loaded=None)  # the images need not stay in memory
