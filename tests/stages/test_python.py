@@ -272,7 +272,7 @@ def test_a_model_has_a_name(model: str, name: str) -> None:
         ({"teacher_epochs": -1}, "teacher_epochs: -1 is out of range"),
         ({"image_size": 2}, "image_size: 2 is out of range"),
         ({"weights": 3}, "weights: 3 is not a text"),
-        ({"student": "vit"}, "student='vit': student vit (vit) has no distillation head; choose from titn, deit"),
+        ({"student": "vit"}, "student='vit': student vit (vit) has no distillation head; choose from deit, titn"),
         ({"student": "tnn"}, "student: 'tnn' is no student"),
         ({"teacher": "vgg15"}, "teachers.vgg15: 'vgg15' is no teacher"),
         ({"settings": {"students": {}}}, "settings: 'students'"),
