@@ -190,7 +190,7 @@ def distill(
         device: `cpu`, `cuda` or `cuda:1`; None takes a GPU where there is one.
         settings: Any other field of the recipe, by its section in params.yaml, as `{"student": {"lr": 0.05, "width":
             96}, "views": {"operations": {"flip": False}}}`; docs/recipes.md lists them.
-        folder: Where everything is kept, made if missing.
+        folder: Where everything is kept, made if missing. To start over, delete it.
         quiet: Whether to print nothing.
 
     Returns:
@@ -203,10 +203,14 @@ def distill(
         StorageError: Reading, writing or downloading failed.
         KeyboardInterrupt: Ctrl-C; what was done is saved.
     """
+    import torch
+
     from pipeline.inference.loading import load
+    from pipeline.models.students import STUDENTS, build_student
     from pipeline.training.manifest import read_json_checked
     from stages.distill import distill as train_student
     from stages.distill import plan_student, student_recipe
+    from stages.shared.runs import student_arguments
     from stages.shared.teacher_labels import require_distillation_head
     from stages.teacher_select import teacher_select
 
@@ -216,7 +220,12 @@ def distill(
         folder=Path(folder), quiet=quiet,
     )  # fmt: skip
     (name,) = context.params.students
-    require_distillation_head(f"student={student!r}", name, student_recipe(context.recipe, name, {}))
+    recipe = student_recipe(context.recipe, name, {})
+    require_distillation_head(f"student={student!r}", name, recipe)
+    if recipe.model in STUDENTS:  # what does not fit the images is refused before a teacher is trained
+        size = context.recipe.dataset.image_size
+        with torch.device("meta"):
+            build_student(recipe.model, **student_arguments(recipe, num_classes=2, image_size=size))
     with context.stop.taking_ctrl_c():
         _prepare(context, data)
         teacher_select(context)

@@ -266,6 +266,7 @@ def test_a_model_has_a_name(model: str, name: str) -> None:
         ({"data": 7}, "data: a int"),
         ({"data": ([1], [2])}, "data: a tuple must hold images"),
         ({"data": coloured(6), "image_size": 64}, "image_size=64: the images have 32 pixels"),
+        ({"image_size": 28}, "patch_size 8 does not divide image_size 28"),
         ({"epochs": 0}, "epochs: 0 is out of range"),
         ({"epochs": 1.5}, "epochs: 1.5 is not an integer"),
         ({"views": 0}, "views: 0 is out of range"),
