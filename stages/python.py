@@ -171,9 +171,9 @@ def distill(
         print(model.predict("cat.jpg").class_name, model.scores["top1"])
 
     Called again, it goes on where it was interrupted, keeps what is up to date, and returns at once what is finished.
-    Ctrl-C ends it after the current step, once that is saved; in a thread other than the main one, or without a pause
-    for saving, up to a minute is lost. Results lie in `folder`, which holds one teacher's labels: another teacher's, or
-    those of other views, take their place. The commands work in that folder, as `pipeline report` and `pipeline bench`.
+    Ctrl-C ends it once the current step is saved; after a kill, up to a minute's training is done again. Results lie in
+    `folder`, which holds one teacher's labels: another teacher's, or those of other views, take their place. The
+    commands work in that folder, as `pipeline report` and `pipeline bench`.
 
     Args:
         data: A folder of images (`train/<class>/*`, perhaps with `val` and `test`, or `<class>/*`) or a CSV file, as
