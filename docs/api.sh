@@ -8,6 +8,6 @@ cd "$(dirname "$0")/.."
 # It would also stop, and warn of, what libraries run while they are imported, as `uname`.
 students=pipeline.models.students
 PDOC_ALLOW_EXEC=1 python -W error -W "ignore:Error parsing type annotation:UserWarning:pdoc.doc_types" \
-    -m pdoc --docformat google --output-directory "$out" pipeline \
+    -m pdoc --docformat google --output-directory "$out" pipeline stages.python \
     $students.layers $students.vit $students.deit $students.tnt $students.titn
 echo "$out/index.html"

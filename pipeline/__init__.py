@@ -1,6 +1,6 @@
 """A two-stage knowledge-distillation pipeline: CNN teachers, cached labels, small transformer students.
 
-The command line is the package `stages`; everything here can be used without it. docs/notebook.md shows how, with
+The command line is the package `stages`; everything here can be used without it. docs/titn.ipynb shows how, with
 `pipeline.data.datasets.Dataset`, `pipeline.views.views.Views`, `pipeline.labels.cache.LabelCache`,
 `pipeline.models.students.build_student`, `pipeline.training.fit.Fit`, `pipeline.training.evaluation.evaluate`.
 

@@ -29,6 +29,7 @@ from stages.shared.options import STOP
 # A command's name, the module below stages/ that defines it as `command`, and one line of help.
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "This machine": (
+        ("init", "init", "Write a new project's params.yaml, dvc.yaml, .dvcignore and README.md."),
         ("doctor", "doctor.diagnosis", "Check whether a full run can work here, and estimate its disk and memory."),
         ("clean", "clean", "Free the disk space of finished results' second names."),
     ),

@@ -128,7 +128,7 @@ def plan_student(
     run = Run.of(
         dataset, context.recipe.name, "student", name, recipe, seed, differs, model=recipe.model, arguments=arguments,
         inputs=inputs, num_views=view_recipe.count, soft=recipe.soft or None, confidence=distillation.confidence,
-        keep_last=True,
+        keep_last=True, project=context.project,
     )  # fmt: skip
     return run, source
 

@@ -285,7 +285,9 @@ def mend_run(context: Context, classifier: Classifier) -> None:
         own = paths.teacher(name) if kind == "teacher" else paths.student(name)
         if directory.resolve() == own.resolve():
             files = tuple(own / file for file in (*manifest.files, MANIFEST))
-            result = kept.Result(context.recipe.name, f"{kind}@{name}", str(manifest.fingerprint), own, files)
+            result = kept.Result(
+                context.recipe.name, f"{kind}@{name}", str(manifest.fingerprint), own, files, project=context.project
+            )
             if (former := kept.find(result, any_code=True)) is not None:  # its copy may be the same damaged file
                 kept.keep(context, dataclasses.replace(result, code=former.code))
             context.changed(result.stage)

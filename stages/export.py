@@ -89,10 +89,7 @@ def command(
 
     if recipe is not None and data is not None:
         raise UsageError("--recipe and --data: give one of them; both name the images to check on")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
-        raise UsageError(f"--license {license!r}: write an identifier, as apache-2.0")
-    names = format_names(formats, dtype, int8=int8)
-    check_out(out)
+    names = check_request(formats, dtype, int8=int8, license=license, out=out)
     classifier = from_checkpoint(load_checkpoint(checkpoint), CPU, inner_block="plain", own_code=own_code_here())
     if data is not None:
         console, real = open_console(), from_folder(data, classifier, labelled=int8 or dtype == "bf16")
@@ -106,6 +103,19 @@ def command(
     config = export(classifier, real, out, formats=names, license=license, say=say)
     if as_json:
         click.echo(json.dumps(config, indent=2))
+
+
+def check_request(formats: Sequence[str], dtype: str, *, int8: bool, license: str, out: Path) -> tuple[str, ...]:
+    """Refuse what cannot be exported, before any work is done, and return the `format_names`.
+
+    Raises:
+        UsageError: See `format_names` and `check_out`; or the license is no identifier.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
+        raise UsageError(f"--license {license!r}: write an identifier, as apache-2.0")
+    names = format_names(formats, dtype, int8=int8)
+    check_out(out)
+    return names
 
 
 def format_names(formats: Sequence[str], dtype: str, *, int8: bool) -> tuple[str, ...]:

@@ -252,6 +252,7 @@ def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | N
     result = kept.Result(
         context.recipe.name, f"label@{target.name}", fingerprint({**identity, "teacher": by}), path, (path,),
         {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
+        project=context.project,
     )  # fmt: skip
     return LabelPlan(path, views, missing, parts, cache, target, fresh, result)
 

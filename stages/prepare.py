@@ -58,13 +58,39 @@ def command(
         ):
             context.say(line)
         return
+    prepare_unless_done(context, folder=folder, download=download, skip_bad=skip_bad, fresh=fresh)
+    context.end()
+
+
+def prepare_unless_done(
+    context: Context,
+    *,
+    folder: Path | None = None,
+    download: bool = False,
+    skip_bad: bool = False,
+    fresh: bool = False,
+) -> None:
+    """Prepare a recipe's data unless they are up to date, and say what was done.
+
+    Args:
+        context: The command's setting.
+        folder: See `prepare`.
+        download: See `prepare`.
+        skip_bad: See `prepare`.
+        fresh: Whether to prepare again even if nothing has changed.
+
+    Raises:
+        UsageError: See `prepare`.
+        DataError: See `prepare`.
+        StorageError: See `prepare`.
+    """
+    paths = context.paths
     if not fresh:
         put_back_prepared(context, folder=folder, download=download)
         state = check_prepared(context.recipe, paths, folder=folder, download=download)
         if state.is_done and not _is_of_other_code(context, folder=folder, download=download):
             context.say(f"{paths.dataset}: {state.text}")
             kept.keep_if_first(context, kept_data(context))
-            context.end()
             return
     former = _read_summary(paths)
     summary = prepare(
@@ -76,6 +102,35 @@ def command(
         skip_bad=skip_bad,
         memory=paths.prepare_memory,
     )
+    _tell_prepared(context, former, summary)
+
+
+def take_dataset(context: Context, dataset: Dataset) -> None:
+    """Take a data set that is in memory as a recipe's prepared data, unless it is what is there.
+
+    Args:
+        context: The setting; its recipe's `dataset` has the data set's source and image size.
+        dataset: The data set.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    from pipeline.data.folders import Findings
+
+    paths, former = context.paths, _read_summary(context.paths)
+    settings = deciding_values(context.recipe.dataset)
+    if paths.is_prepared and former is not None and former.get("settings") == settings:
+        if former.get("sha256") == dataset.sha256 and _damage(paths, former) is None:
+            context.say(f"{paths.dataset}: up to date, of the same settings and images")
+            return
+    summary = _summarize(context.recipe, dataset, Findings())
+    _write(paths.prepared, dataset, summary)
+    _tell_prepared(context, former, summary)
+
+
+def _tell_prepared(context: Context, former: Mapping[str, Any] | None, summary: Mapping[str, Any]) -> None:
+    """Say what was prepared in place of what, and keep it."""
+    paths = context.paths
     counts = ", ".join(f"{count} {split}" for split, count in summary["num_samples"].items())
     num_classes = len(summary["class_names"])
     context.say(f"{paths.dataset}: {counts} images of {counted(num_classes, 'class')}, SHA-256 {summary['sha256']}")
@@ -84,7 +139,6 @@ def command(
     for line in [*remarks(summary), *([] if former is None else _changes(former, summary))]:
         context.say(line)
     keep_prepared(context)
-    context.end()
 
 
 def prepare(
@@ -132,12 +186,16 @@ def prepare(
     summary = _summarize(recipe, dataset, findings)
     if place is not None:
         summary |= {"folder": printable(place.resolve().name), "source_sha256": digest, "reader": READER}
+    _write(out, dataset, summary)
+    return summary
+
+
+def _write(out: Path, dataset: Dataset, summary: Mapping[str, Any]) -> None:
     with lock(_lock(out)):
         for name in ("dataset.h5", "summary.json"):
             remove_leftovers(out / name)
         dataset.save(out / "dataset.h5")
         write_json(out / "summary.json", summary)
-    return summary
 
 
 def check_prepared(
@@ -390,7 +448,7 @@ def kept_data(context: Context) -> kept.Result:
     """Describe a recipe's prepared data as they are kept: its settings decide whether they fit."""
     out, decides = context.paths.prepared, fingerprint({"settings": deciding_values(context.recipe.dataset)})
     files = (out / "dataset.h5", out / "summary.json")
-    return kept.Result(context.recipe.name, "prepare", decides, out, files, lock=_lock(out))
+    return kept.Result(context.recipe.name, "prepare", decides, out, files, lock=_lock(out), project=context.project)
 
 
 def keep_prepared(context: Context) -> None:

@@ -126,4 +126,4 @@ def _kept_selection(context: Context, teachers: Sequence[str] | None, outs: Mapp
     decides = fingerprint({"select": deciding_values(recipe.select), "teachers": candidates})
     files = (*(paths.winner / name for name in (*CHECKPOINTS[:2], MANIFEST)), paths.selection)
     claim = paths.work("select.lock")
-    return kept.Result(recipe.name, "select", decides, paths.selection, files, lock=claim)
+    return kept.Result(recipe.name, "select", decides, paths.selection, files, lock=claim, project=context.project)

@@ -103,7 +103,7 @@ def plan_teacher(context: Context, name: str, *, settings: Mapping[str, str] | N
     differs = settings_as_written(recipe, settings or {})
     return Run.of(
         dataset, context.recipe.name, "teacher", name, recipe, seed, differs, inputs=inputs,
-        metric=context.recipe.select.by, **built,
+        metric=context.recipe.select.by, project=context.project, **built,
     )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def load_params(path: Path) -> Params:
     except StorageError as error:
         raise UsageError(str(error)) from None
     if raw is None:
-        raise UsageError(f"{path}: not found; run the command in the project's folder")
+        raise UsageError(f"{path}: not found; run the command in the project's folder, or make one: `pipeline init`")
     if len(raw) > MAX_BYTES:
         raise UsageError(f"{path}: {len(raw)} bytes; at most {MAX_BYTES} are allowed")
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -113,6 +113,21 @@ class Answer:
         return [[(self.class_names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one image.
+
+    Attributes:
+        class_name: The most probable class.
+        probability: Its probability.
+        probabilities: Of every class, the most probable first.
+    """
+
+    class_name: str
+    probability: float
+    probabilities: Mapping[str, float] = field(repr=False)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Classifier:
     """A trained model, from a checkpoint or from any file of an export; see pipeline.load.
@@ -199,6 +214,36 @@ class Classifier:
         """Return the logits of one head or of two, float32; arguments and errors are those of a call."""
         heads = tuple(self.outputs(images).values())[1:]
         return heads[0] if len(heads) == 1 else (heads[0], heads[1])
+
+    @overload
+    def predict(self, images: AnyImage) -> Prediction: ...  # type: ignore[overload-overlap]  # a text is one path
+
+    @overload
+    def predict(self, images: Sequence[AnyImage]) -> list[Prediction]: ...
+
+    def predict(self, images: AnyImage | Sequence[AnyImage]) -> Prediction | list[Prediction]:
+        """Name the class of an image, or of each of a list; `transform` is applied to it.
+
+        Args:
+            images: One image, or a list or tuple of any number; many are answered in batches.
+
+        Returns:
+            A prediction for one image; a list of them, in the same order, for a list.
+
+        Raises:
+            DataError: One is no image, or a damaged one.
+            NumericalError: An output is not finite.
+        """
+        if not isinstance(images, list | tuple):
+            return self._predict([images])[0]
+        sizes = range(0, len(images), self.batch_size)
+        return [one for start in sizes for one in self._predict(images[start : start + self.batch_size])]
+
+    def _predict(self, images: Sequence[AnyImage]) -> list[Prediction]:
+        """Answer to one batch, at least one image."""
+        likely = self(torch.stack([self.transform(image) for image in images])).cpu()
+        answer = Answer(likely, {}, self.class_names)
+        return [Prediction(*top[0], dict(top)) for top in answer.top(len(self.class_names))]
 
     def answer(self, pixels: NDArray[np.uint8]) -> Answer:
         """Answer to pixels `(B, image_size, image_size, 3)` uint8 RGB; errors are those of a call."""

@@ -259,7 +259,9 @@ def _require(*names: str) -> None:
     """Raise a UsageError without packages of the extra `onnx`."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"{name} is not installed, and ONNX files need it; run `pip install -e '.[onnx]'`")
+            raise UsageError(
+                f"{name} is not installed, and ONNX files need it; run `pip install 'titn-pipeline[onnx]'`"
+            )
 
 
 def _whole(classifier: Classifier) -> tuple[nn.Module, Tensor]:

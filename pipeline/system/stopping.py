@@ -110,6 +110,24 @@ class StopSignal:
         if self.received is not None:
             raise self.error("stopped; what was finished is saved; run the same command again to go on")
 
+    @contextlib.contextmanager
+    def taking_ctrl_c(self) -> Iterator[None]:
+        """Take over SIGINT alone until the block ends, as a function of a library may; only in the main thread.
+
+        Raises:
+            KeyboardInterrupt: A signal came, and the work is saved where it can be.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        except Interrupted as error:
+            raise KeyboardInterrupt(str(error)) from error
+        finally:
+            signal.signal(signal.SIGINT, former)
+
     def end(self) -> None:
         """Ignore signals while the interpreter shuts down."""
         for number in _SIGNALS:

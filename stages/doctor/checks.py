@@ -41,7 +41,9 @@ def dvc() -> list[Finding]:
         return [Finding("project", WARNING, f"DVC {version} is installed, but there is no command `dvc`", "mend PATH")]
     if not (DVC.is_dir() and Path("dvc.yaml").is_file()):
         what = f"DVC {version}, but this folder has no .dvc and dvc.yaml: `dvc repro` does not work here"
-        return [Finding("project", WARNING, what, "run it in a clone of the project, or use the commands alone")]
+        return [
+            Finding("project", WARNING, what, "`pipeline init` and `dvc init` make them; or use the commands alone")
+        ]
     if hindrances := [*_python_of_stages(), *_git()]:
         return hindrances
     sections = (section.strip("'\" ") for section in _configuration().sections())

@@ -176,7 +176,7 @@ def extras() -> list[Finding]:
             purpose = f", for {PURPOSES[extra]}" if extra in PURPOSES else ""
             text = f"extra {extra}{purpose}: {', '.join(missing)} not installed"
             mark = OK if extra in UNNEEDED else WARNING
-            findings.append(Finding("software", mark, text, f"pip install -e '.[{extra}]'"))
+            findings.append(Finding("software", mark, text, f"pip install '{DISTRIBUTION}[{extra}]'"))
     if absent:
         findings.append(Finding("software", OK, f"extras for developers, not here: {', '.join(absent)}"))
     return findings

@@ -45,6 +45,7 @@ class Context:
         device_name: The device that --device names; None chooses one.
         position: Which of the command's runs is under way, see `in_turn`.
         watch: Who follows each run, as `--watch` names them.
+        project: The project's folder, see Paths.
     """
 
     params: Params
@@ -54,6 +55,7 @@ class Context:
     device_name: str | None = None
     position: Position | None = None
     watch: tuple[str, ...] = ()
+    project: Path = Path()
     _changed: list[str] = field(default_factory=list)
     _group: Group | None = None
     _loaded: tuple[tuple[int, ...], Dataset] | None = None
@@ -61,7 +63,7 @@ class Context:
     @property
     def paths(self) -> Paths:
         """Where the recipe's files lie."""
-        return Paths(self.recipe.name)
+        return Paths(self.recipe.name, self.project)
 
     @property
     def device(self) -> torch.device:
@@ -173,8 +175,8 @@ class Context:
 
     def end(self) -> None:
         """Name the command by which DVC adopts the replaced outputs; without it, DVC's next run restores its copies."""
-        if not self._changed or not Path(".dvc").is_dir() or "DVC_STAGE" in os.environ:
+        if not self._changed or not (self.project / ".dvc").is_dir() or "DVC_STAGE" in os.environ:
             return
-        stages = [stage for stage in self._changed if can_commit(stage, self.recipe.name, self.params)]
+        stages = [stage for stage in self._changed if can_commit(stage, self.recipe.name, self.params, self.project)]
         if stages:
             self.say(f"DVC keeps its own copy until you adopt this one: dvc commit -f {' '.join(stages)}")

@@ -13,10 +13,9 @@ import stages
 from pipeline.config.params import Params, load_yaml
 from pipeline.errors import UsageError
 from pipeline.system.canonical import fingerprint
-from stages.shared.paths import DATA
+from stages.shared.paths import DATA, PROJECT
 
-# Where the code that is running lies: in a checkout, beside dvc.yaml.
-_CODE = Path(stages.__file__).parents[1]
+_CODE = Path(stages.__file__).parents[1]  # where the code that is running lies
 _PACKAGES = ["pipeline", "stages"]
 _DVC_FILE = "dvc.yaml"
 
@@ -25,7 +24,7 @@ _DVC_FILE = "dvc.yaml"
 def code_digest(stage: str) -> str:
     """Return the SHA-256 of the code that a stage depends on, as it was when this process first asked.
 
-    An installed package has no dvc.yaml beside it: then all of its code counts.
+    The package's own dvc.yaml says which that is, not the project's. Of a stage that it lacks, all code counts.
 
     Args:
         stage: Its name in dvc.yaml, as `prepare` or `teacher@vgg16`.
@@ -35,16 +34,17 @@ def code_digest(stage: str) -> str:
     return fingerprint({dep: _digests(_CODE / dep) for dep in deps})
 
 
-def can_commit(stage: str, recipe: str, params: Params) -> bool:
-    """Tell whether `dvc commit -f STAGE` works in this folder: it is a stage, and whatever it reads and makes is there.
+def can_commit(stage: str, recipe: str, params: Params, project: Path = Path()) -> bool:
+    """Tell whether `dvc commit -f STAGE` works in a folder: it is a stage, and whatever it reads and makes is there.
 
     Args:
         stage: Its name, as `prepare` or `teacher@vgg16`.
         recipe: The recipe that was worked on; DVC knows only that which params.yaml names.
         params: All of params.yaml.
+        project: The folder.
     """
     name, _, item = stage.partition("@")
-    definition = _definitions(Path()).get(name)
+    definition = _definitions(project).get(name)
     lists: dict[str, Mapping[str, str]] = {
         "teacher": {teacher: teacher for teacher in params.teachers},
         "label": {views: views for views in params.view_recipes},
@@ -58,7 +58,8 @@ def can_commit(stage: str, recipe: str, params: Params) -> bool:
         for part in ("deps", "outs", "metrics", "plots")
         for entry in definition.get(part, [])
     ]
-    return all(Path(re.sub(r"\$\{(\w+)\}", lambda match: values.get(match[1], ""), file)).exists() for file in files)
+    named = [re.sub(r"\$\{(\w+)\}", lambda match: values.get(match[1], ""), file) for file in files]
+    return all((project / file).exists() for file in named)
 
 
 def _is_data(dep: str) -> bool:
@@ -67,7 +68,7 @@ def _is_data(dep: str) -> bool:
 
 @functools.cache
 def _own_definitions() -> Mapping[str, Mapping[str, Any]]:
-    return _definitions(_CODE)
+    return _definitions(PROJECT)
 
 
 def _definitions(folder: Path) -> Mapping[str, Mapping[str, Any]]:

@@ -68,6 +68,7 @@ class Result:
         amounts: Of what it may hold more or less, as labelled views: what it holds, or the least that is asked for.
         lock: The lock that its writers hold; None where the caller holds it.
         code: Digest of the code that makes it.
+        project: The project's folder, see Paths.
     """
 
     recipe: str
@@ -78,10 +79,16 @@ class Result:
     amounts: Mapping[str, int] = field(default_factory=dict)
     lock: Path | None = None
     code: str = ""
+    project: Path = Path()
 
     def __post_init__(self) -> None:
         if not self.code:  # as it is before the work begins: the files may be edited while it goes on
             object.__setattr__(self, "code", code_digest(self.stage))
+
+    @property
+    def places(self) -> Paths:
+        """Where the recipe's files lie."""
+        return Paths(self.recipe, self.project)
 
     @property
     def files(self) -> list[Path]:
@@ -183,7 +190,7 @@ def put_back(context: Context, result: Result, *, any_code: bool = False) -> boo
         if (damaged := kept.first_other(entry.folder / kept.folder)) is not None:
             context.say(f"{damaged}: not what was kept, so that {result.out} is not put back")
             return False
-        if kept.first_other(Paths(result.recipe).root) is None:  # another rank has put it back
+        if kept.first_other(result.places.root) is None:  # another rank has put it back
             return True
         entry.restore(kept, result)
     code = "" if kept.code == result.code else ", perhaps by other code than today's"
@@ -281,17 +288,17 @@ def remove(recipe: str | None = None) -> Space:
 class _Entry:
     """Where the kept result of a stage lies."""
 
-    recipe: str
+    paths: Paths
     stage: str
 
     @classmethod
     def of(cls, result: Result) -> _Entry:
-        return cls(result.recipe, result.stage)
+        return cls(result.places, result.stage)
 
     @property
     def folder(self) -> Path:
         """Holds the folder of its files, and those that killed processes left."""
-        return Paths(self.recipe).kept / self.stage
+        return self.paths.kept / self.stage
 
     @property
     def file(self) -> Path:
@@ -325,7 +332,7 @@ class _Entry:
         """Keep a result instead of what is kept."""
         former = self.read()
         self._remove_all_but(former)
-        root, number = Paths(self.recipe).root, secrets.token_hex(4)
+        root, number = self.paths.root, secrets.token_hex(4)
         files = []
         for file in result.paths:  # if DVC deletes one meanwhile, the former one stays
             path = file.relative_to(root)
@@ -358,7 +365,7 @@ class _Entry:
 
     def restore(self, kept: Kept, result: Result) -> None:
         """Put the files of a result in their places, in place of all that are there."""
-        root = Paths(self.recipe).root
+        root = self.paths.root
         with storage_errors(f"put back {result.out}"):
             for file in reversed(result.files):  # first the one that makes a result of them
                 file.unlink(missing_ok=True)
@@ -388,12 +395,12 @@ def _entries(recipe: str | None) -> Iterable[_Entry]:
     paths = [path for path in Paths.kept_of_all().glob(f"{pattern}/*") if not path.name.startswith(".")]
     # A folder's name may hold dots: a label file's is that of a teacher.
     found = {path.with_suffix("") if path.suffix == ".json" else path for path in paths if path.suffix != ".lock"}
-    return [_Entry(path.parent.name, path.name) for path in sorted(found)]
+    return [_Entry(Paths(path.parent.name), path.name) for path in sorted(found)]
 
 
 def _identity(result: Result) -> str:
     """Return a digest that tells the result that is there from others; its times do not count."""
-    root, telling = Paths(result.recipe).root, {}
+    root, telling = result.places.root, {}
     for file in result.files:
         if file.name not in _UNTELLING:
             with storage_errors(f"read {file}"), file.open("rb") as opened:

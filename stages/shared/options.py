@@ -170,7 +170,12 @@ def open_context(
 
 def open_console() -> Console:
     """Return a command's console: standard error where --json takes standard output; wide in a log."""
-    console = Console(stderr=bool(click.get_current_context().params.get("as_json")))
+    return make_console(stderr=bool(click.get_current_context().params.get("as_json")))
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console of plain lines, in a notebook too: wide in a log; a quiet one prints nothing."""
+    console = Console(stderr=stderr, quiet=quiet, force_jupyter=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console

@@ -19,12 +19,21 @@ def read_params(path: Path) -> Params:
         UsageError: The file or a name in it is wrong.
     """
     params = load_params(path)
+    check_models(params)
+    return params
+
+
+def check_models(params: Params) -> None:
+    """Check that every recipe's teachers and students can be built.
+
+    Raises:
+        UsageError: A name is wrong, or a student does not take its arguments.
+    """
     for recipe in params.recipes.values():
         for name, teacher in recipe.teachers.items():
             check_teacher_recipe(teacher, f"recipes.{recipe.name}.teachers.{name}")
         for name, student in recipe.students.items():
             check_model(student, f"recipes.{recipe.name}.students.{name}")
-    return params
 
 
 def check_teacher_recipe(teacher: TeacherRecipe, path: str) -> None:

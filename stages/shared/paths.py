@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import stages
+
+PROJECT = Path(stages.__file__).parent / "project"
+"""The params.yaml and dvc.yaml that come with the package; in a clone they are links to its own."""
 PARAMS = Path("params.yaml")
 DATA = Path("data")
 RECORDS = Path("results") / "runs.jsonl"
@@ -17,28 +21,30 @@ def labels_name(view_recipe: str, teacher: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Paths:
-    """The files of one recipe, relative to the project's folder.
+    """The files of one recipe.
 
     Attributes:
         recipe: The recipe's name.
+        project: The project's folder; that of the process by default, as commands have it.
     """
 
     recipe: str
+    project: Path = Path()
 
     @property
     def root(self) -> Path:
         """Everything that DVC manages of the recipe."""
-        return DATA / self.recipe
+        return self.project / DATA / self.recipe
 
     @property
     def raw(self) -> Path:
         """Downloads, shared by all recipes."""
-        return DATA / "raw"
+        return self.project / DATA / "raw"
 
     @property
     def prepared(self) -> Path:
         """What `prepare` writes: dataset.h5, summary.json."""
-        return DATA / self.recipe / "prepared"
+        return self.root / "prepared"
 
     @property
     def dataset(self) -> Path:
@@ -57,45 +63,45 @@ class Paths:
 
     def teacher(self, name: str) -> Path:
         """One candidate's checkpoint, metrics and curve."""
-        return DATA / self.recipe / "teachers" / name
+        return self.root / "teachers" / name
 
     @property
     def winner(self) -> Path:
         """The selected teacher's checkpoint."""
-        return DATA / self.recipe / "teacher"
+        return self.root / "teacher"
 
     @property
     def selection(self) -> Path:
         """The comparison of the candidates."""
-        return DATA / self.recipe / "selection.json"
+        return self.root / "selection.json"
 
     def labels(self, view_recipe: str, teacher: str | None = None) -> Path:
         """The label cache of a view recipe: that of the selected teacher, or another that has a name of its own."""
-        return DATA / self.recipe / "labels" / f"{labels_name(view_recipe, teacher)}.h5"
+        return self.root / "labels" / f"{labels_name(view_recipe, teacher)}.h5"
 
     def student(self, name: str) -> Path:
         """One student's checkpoints, metrics and curve."""
-        return DATA / self.recipe / "students" / name
+        return self.root / "students" / name
 
     @property
     def reports(self) -> Path:
         """What `report` writes: report.html, report.md, report.json, tables/, figures/."""
-        return DATA / self.recipe / "reports"
+        return self.root / "reports"
 
     def run(self, name: str) -> Path:
         """A run that differs from the recipe."""
-        return DATA / "runs" / self.recipe / name
+        return self.project / DATA / "runs" / self.recipe / name
 
     def work(self, *parts: str) -> Path:
         """The state of a run under way; never tracked."""
-        return DATA.joinpath("work", self.recipe, *parts)
+        return self.project.joinpath(DATA, "work", self.recipe, *parts)
 
     @staticmethod
-    def kept_of_all() -> Path:
+    def kept_of_all(project: Path = Path()) -> Path:
         """Finished results of every recipe, kept where DVC does not look; see stages.shared.kept."""
-        return DATA / "work" / "kept"
+        return project / DATA / "work" / "kept"
 
     @property
     def kept(self) -> Path:
         """Finished results of the recipe, likewise."""
-        return self.kept_of_all() / self.recipe
+        return self.kept_of_all(self.project) / self.recipe

@@ -83,6 +83,7 @@ class Run:
         soft: Temperature of soft distillation; None for hard labels and without a teacher.
         confidence: Whether the teacher's confidence weighs the samples.
         keep_last: Whether the last epoch's weights are kept beside the best's.
+        project: The project's folder, see Paths.
     """
 
     name: str
@@ -99,12 +100,13 @@ class Run:
     soft: float | None = None
     confidence: bool = False
     keep_last: bool = False
+    project: Path = Path()
 
     @classmethod
     def of(
         cls, dataset: Dataset, recipe_name: str, kind: str, name: str, recipe: FitRecipe, seed: int,
         differs: Mapping[str, str], *, model: str, arguments: dict[str, Any],
-        normalization: Normalization | None = None, **fields: Any,
+        normalization: Normalization | None = None, project: Path = Path(), **fields: Any,
     ) -> Run:  # fmt: skip
         """Describe a run and place its files: a run that differs from the recipe goes to data/runs.
 
@@ -119,15 +121,16 @@ class Run:
             model: The architecture.
             arguments: What the architecture is built with, as plain JSON values.
             normalization: See `describe`.
+            project: The project's folder.
             fields: The other attributes.
         """
-        paths = Paths(recipe_name)
+        paths = Paths(recipe_name, project)
         out = paths.teacher(name) if kind == "teacher" else paths.student(name)
         work, stage = paths.work(f"{kind}s", name), f"{kind}@{name}"
         description = describe(
             dataset, recipe_name, kind=kind, model=model, arguments=arguments, normalization=normalization
         )
-        run = cls(name, out, work, stage, description, recipe, seed, differs=differs, **fields)
+        run = cls(name, out, work, stage, description, recipe, seed, differs=differs, project=project, **fields)
         if not (differs or seed):
             return run
         digest = run.fingerprint
@@ -228,7 +231,7 @@ class Run:
             self.out / name for name in (*log, *checkpoints, *OUTPUTS, MANIFEST)
         )  # the last makes it complete
         recipe = str(self.description["recipe"])
-        return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock)
+        return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock, project=self.project)
 
     @property
     def lock(self) -> Path:

@@ -157,7 +157,7 @@ def require_distillation_head(
         return
     if not has_distillation_head(recipe.model, arguments or {}):
         able = [model for model, student in STUDENTS.items() if student.has_distillation_head]
-        way_out = "choose from" if option.startswith("--") else "set it to 0 there, or choose from"
+        way_out = "set it to 0 there, or choose from" if option.startswith("students.") else "choose from"
         raise UsageError(
             f"{option}: student {name} ({recipe.model}) has no distillation head; {way_out} {', '.join(able)}"
         )

@@ -190,7 +190,7 @@ def test_extras_name_the_pip_line_of_what_is_missing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
     dvc, report, rest = extras()
     assert dvc.mark == OK and dvc.text.startswith("extra dvc: click 8")
-    assert report.mark == WARNING and report.line.endswith("not installed; pip install -e '.[report]'")
+    assert report.mark == WARNING and report.line.endswith("not installed; pip install 'titn-pipeline[report]'")
     assert rest.mark == OK and rest.text.endswith("not here: dev")
 
 

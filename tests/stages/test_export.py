@@ -23,6 +23,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import pipeline
+import titn
 from pipeline.data.datasets import Dataset
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, StorageError, UsageError
@@ -244,17 +245,16 @@ def test_the_card_is_what_hubs_read_and_says_what_was_measured(exported: Project
         assert words in text
 
 
-def test_the_readmes_example_runs(exported: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (example,) = re.findall(
-        r"```python\n(from PIL.*?pipeline\.load.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    assert sum(bool(line) for line in example.splitlines()) == 5
-    shutil.copytree(exported.path / "exported", tmp_path / "exported")
+def test_the_readmes_example_runs(exported: Project, tmp_path: Path) -> None:
+    code = re.findall(r"`(model.*?)`", (ROOT / "README.md").read_text())
+    assert [example.partition("(")[0] for example in code] == ["model, transform = titn.load", "model.predict"]
+    shutil.copytree(exported.path / "exported", tmp_path / "data/digits/students/titn")
     Image.new("LA", (50, 20), (90, 128)).save(tmp_path / "image.png")
+    names: dict[str, Any] = {"titn": titn}
     with contextlib.chdir(tmp_path):
-        exec(example, {})
-    name, probability = capsys.readouterr().out.split()
-    assert name in "0123456789" and 0.1 <= float(probability) <= 1
+        exec(code[0], names)
+        prediction = eval(code[1], names)
+    assert prediction.class_name in "0123456789" and 0.1 <= prediction.probability <= 1
 
 
 def test_the_cards_examples_run_and_name_the_class(
@@ -521,7 +521,7 @@ def test_wrong_usage_is_one_line(exported: Project, arguments: tuple[str, ...], 
 def test_a_missing_extra_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     line = run(project, "export", STUDENT, "--format", "onnx", "--out", "new", code=2)
-    assert missing in line and "pip install -e '.[onnx]'" in line
+    assert missing in line and "pip install 'titn-pipeline[onnx]'" in line
     assert not (project.path / "new").exists()
 
 

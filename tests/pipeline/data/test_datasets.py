@@ -371,3 +371,31 @@ def test_a_file_system_without_locks_is_no_damage(saved, monkeypatch, number):
         Dataset.load(saved)
     monkeypatch.setenv("TITN_NO_LOCKS", "1")
     assert len(Dataset.load(saved).train) > 0
+
+
+ARRAYS, CLASSES = np.zeros((6, 4, 4, 3), np.uint8), np.array([0, 1] * 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (ARRAYS.astype(np.float32), CLASSES, "float32"),
+        (ARRAYS[..., 0], CLASSES, "(6, 4, 4)"),
+        (ARRAYS[:, :2], CLASSES, "(6, 2, 4, 3)"),
+        (ARRAYS, CLASSES[:5], "give 6 integers"),
+        (ARRAYS, CLASSES.astype(float), "float64"),
+        (ARRAYS, CLASSES + 1, "from 1 to 2; there are 2"),
+        (ARRAYS, CLASSES - 1, "from -1 to 0"),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_refused(images, labels, words):
+    with pytest.raises(DataError) as error:
+        Dataset.from_arrays(images, labels, ["a", "b"])
+    assert words in str(error.value)
+
+
+def test_a_test_split_of_arrays_is_kept_and_must_fit():
+    dataset = Dataset.from_arrays(ARRAYS, CLASSES, ["a", "b"], test=(ARRAYS[:2] + 9, CLASSES[:2]))
+    assert len(dataset.train) == 6 and dataset.test.images.max() == 9
+    with pytest.raises(DataError, match="test images"):
+        Dataset.from_arrays(ARRAYS, CLASSES, ["a", "b"], test=(np.zeros((2, 8, 8, 3), np.uint8), CLASSES[:2]))

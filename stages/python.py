@@ -1,0 +1,407 @@
+"""Both stages from Python, without a params.yaml: `distill` and `label` of the module titn.
+
+They call what the commands call, on a recipe made of the package's recipe `folder`, in a folder that is a project: the
+commands work there too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+from pipeline.config.params import load_yaml, parse_params
+from pipeline.errors import UsageError, printable
+from pipeline.system.stopping import StopSignal
+from pipeline.system.storage import read_if_exists, write_atomic
+from stages.shared.context import Context
+from stages.shared.options import make_console
+from stages.shared.params import check_models
+from stages.shared.paths import PARAMS, PROJECT
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from pipeline.data.datasets import Dataset
+    from pipeline.inference.classifier import AnyImage, Classifier, Prediction, Transform
+    from pipeline.labels.cache import LabelCache
+
+    Arrays: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.integer[Any]], Sequence[str]]
+
+RECIPE = "folder"
+"""The recipe of the package's params.yaml that is changed, and the name of the result."""
+WRITTEN = "# Written by titn.distill or titn.label, for the commands in this folder; the next call replaces it.\n"
+OWN_ARGUMENTS = {
+    ("dataset", "source"): "data", ("dataset", "path"): "data", ("dataset", "image_size"): "image_size",
+    ("views", "count"): "views", ("teacher", "model"): "teacher", ("teacher", "epochs"): "teacher_epochs",
+    ("teacher", "weights"): "weights", ("student", "model"): "student", ("student", "epochs"): "epochs",
+}  # fmt: skip
+"""The fields of a recipe that have an argument of their own."""
+SECTIONS = ("dataset", "views", "teacher", "select", "label", "student")
+WARM_UP = 0.1  # the most that warming up takes of few epochs
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A student that `distill` has trained.
+
+    Attributes:
+        classifier: The model with its class names; images to probabilities, see Classifier.
+        metrics: What metrics.json says: scores, costs, settings.
+        folder: The run's directory, which the commands `predict`, `bench`, `evaluate` and `export` take.
+    """
+
+    classifier: Classifier
+    metrics: Mapping[str, Any] = field(repr=False)
+    folder: Path
+    _context: Context = field(repr=False)
+
+    def __repr__(self) -> str:
+        """Name the model, its classes and its score."""
+        score = f"{self.scores['top1']:.2f} % of the test images right"
+        return f"TrainedModel({self.metrics['name']}, {len(self.class_names)} classes, {score}, {self.folder})"
+
+    @property
+    def module(self) -> nn.Module:
+        """The student itself: normalised images `(B, 3, S, S)` float32 to the logits of its heads."""
+        return self.classifier.module
+
+    @property
+    def transform(self) -> Transform:
+        """Makes an image of any size a `(3, S, S)` uint8 tensor, as calling the model takes them."""
+        return self.classifier.transform
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The K classes, in the order of the probabilities."""
+        return self.classifier.class_names
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """The scores of the best epoch on the test images, percent: `top1`, `f1` and more."""
+        return dict(self.metrics["test"])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the probabilities `(B, K)` float32 of images `(B, 3, S, S)` uint8; see Classifier."""
+        return self.classifier(images)
+
+    @overload
+    def predict(self, images: AnyImage) -> Prediction: ...  # type: ignore[overload-overlap]  # a text is one path
+
+    @overload
+    def predict(self, images: Sequence[AnyImage]) -> list[Prediction]: ...
+
+    def predict(self, images: AnyImage | Sequence[AnyImage]) -> Prediction | list[Prediction]:
+        """Name the class of an image, or of each of a list.
+
+        Args:
+            images: A path, a file's bytes, a PIL image, or a uint8 array `(H, W)` grey or `(H, W, 3)` RGB, of any size;
+                or a list of these.
+
+        Returns:
+            A prediction for one image; a list of them, in the same order, for a list.
+
+        Raises:
+            DataError: One is no image, or a damaged one.
+        """
+        return self.classifier.predict(images)
+
+    def export(
+        self,
+        folder: Path | str,
+        *,
+        format: str | Sequence[str] = "onnx",
+        int8: bool = False,
+        dtype: str = "fp32",
+        license: str = "unknown",
+    ) -> Path:
+        """Write the model for other programs, with a model card, as `pipeline export` does.
+
+        Args:
+            folder: A new directory, or that of a former export.
+            format: One or more of `onnx`, `torchscript` and `safetensors`.
+            int8: Whether to add a quantised ONNX file.
+            dtype: `fp32`, or `bf16` for safetensors alone.
+            license: Of the weights, for the card.
+
+        Returns:
+            The directory, as `titn.load` takes it.
+
+        Raises:
+            UsageError: Options do not go together, an extra is missing, or the directory holds other files.
+            NumericalError: A file's answers are not PyTorch's on the test images; nothing is written then.
+        """
+        from pipeline.inference.classifier import CPU
+        from pipeline.inference.loading import from_checkpoint
+        from pipeline.training.checkpoints import load_checkpoint
+        from stages.export import check_request, export, from_recipe
+
+        out, formats = Path(folder), [format] if isinstance(format, str) else format
+        names = check_request(formats, dtype, int8=int8, license=license, out=out)
+        classifier, say = from_checkpoint(load_checkpoint(self.folder), CPU, inner_block="plain"), self._context.say
+        export(classifier, from_recipe(self._context, classifier), out, formats=names, license=license, say=say)
+        return out
+
+
+def distill(
+    data: Path | str | Dataset | Arrays,
+    *,
+    teacher: str = "resnet50",
+    student: str = "titn",
+    epochs: int = 100,
+    teacher_epochs: int = 30,
+    weights: str = "imagenet",
+    views: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    folder: Path | str = "titn-work",
+    quiet: bool = False,
+) -> TrainedModel:
+    """Fine-tune a teacher, let it label views of the training images, and train a student on the labels.
+
+        model = titn.distill("my-images", teacher="resnet50", student="titn", epochs=30)
+        print(model.predict("cat.jpg").class_name, model.scores["top1"])
+
+    Called again, it goes on where it was interrupted, keeps what is up to date, and returns at once what is finished.
+    Ctrl-C ends it once the current step is saved; after a kill, up to a minute's training is done again. Results lie in
+    `folder`, which holds one teacher's labels: another teacher's, or those of other views, take their place. The
+    commands work in that folder, as `pipeline report` and `pipeline bench`.
+
+    Args:
+        data: A folder of images (`train/<class>/*`, perhaps with `val` and `test`, or `<class>/*`) or a CSV file, as
+            `pipeline prepare --from` takes them; a Dataset; or arrays: images `(N, S, S, 3)` uint8, labels `(N,)`
+            integers, K class names. Where there is no test split a fifth of the images is held out.
+        teacher: Its model, as in a recipe: one of the eight names, as `resnet50`, or what else `model` takes there.
+        student: The student, likewise: `titn`, `deit`, or what else has a head for the teacher's labels.
+        epochs: The student's.
+        teacher_epochs: The teacher's.
+        weights: The teacher's at the start: `imagenet` (downloaded once), `none` (random), or the path of a state dict.
+        views: Augmented versions of the training set that the teacher labels; None takes one for each epoch.
+        image_size: Side of the images, pixels; None takes 32 for files, else the images' own.
+        seed: Of the student's initialisation and order.
+        device: `cpu`, `cuda` or `cuda:1`; None takes a GPU where there is one.
+        settings: Any other field of the recipe, by its section in params.yaml, as `{"student": {"lr": 0.05, "width":
+            96}, "views": {"operations": {"flip": False}}}`; docs/recipes.md lists them.
+        folder: Where everything is kept, made if missing. To start over, delete it.
+        quiet: Whether to print nothing.
+
+    Returns:
+        The student of the best epoch, on the device, in evaluation mode.
+
+    Raises:
+        UsageError: An argument or setting is wrong.
+        DataError: The images are no data set, or the teacher has learned nothing.
+        NumericalError: A loss is not finite.
+        StorageError: Reading, writing or downloading failed.
+        KeyboardInterrupt: Ctrl-C; what was done is saved.
+    """
+    import torch
+
+    from pipeline.inference.loading import load
+    from pipeline.models.students import STUDENTS, build_student
+    from pipeline.training.manifest import read_json_checked
+    from stages.distill import distill as train_student
+    from stages.distill import plan_student, student_recipe
+    from stages.shared.runs import student_arguments
+    from stages.shared.teacher_labels import require_distillation_head
+    from stages.teacher_select import teacher_select
+
+    context = _open(
+        data, teacher, student, epochs=epochs, teacher_epochs=teacher_epochs, weights=weights,
+        views=views, image_size=image_size, device=device, settings=settings or {},
+        folder=Path(folder), quiet=quiet,
+    )  # fmt: skip
+    (name,) = context.params.students
+    recipe = student_recipe(context.recipe, name, {})
+    require_distillation_head(f"student={student!r}", name, recipe)
+    if recipe.model in STUDENTS:  # what does not fit the images is refused before a teacher is trained
+        size = context.recipe.dataset.image_size
+        with torch.device("meta"):
+            build_student(recipe.model, **student_arguments(recipe, num_classes=2, image_size=size))
+    with context.stop.taking_ctrl_c():
+        _prepare(context, data)
+        teacher_select(context)
+        if not plan_student(context, name, seed=seed)[1].is_distilled:  # a model that had to be tried first
+            raise UsageError(f"student={student!r}: it has one head, and none for the teacher's labels; return two")
+        out = train_student(context, name, seed=seed)
+    model = load(out, device=str(context.device))
+    own = dataclasses.replace(context, _loaded=None)  # the images need not stay in memory
+    return TrainedModel(model, read_json_checked(out / "metrics.json"), out, own)
+
+
+def label(
+    data: Path | str | Dataset | Arrays,
+    *,
+    teacher: str = "resnet50",
+    views: int = 100,
+    teacher_epochs: int = 30,
+    weights: str = "imagenet",
+    image_size: int | None = None,
+    device: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    folder: Path | str = "titn-work",
+    quiet: bool = False,
+) -> LabelCache:
+    """Do the first of the two stages of `distill`: fine-tune a teacher, and let it label views of the training images.
+
+    Arguments and errors are those of `distill`, which goes on from the labels if it is called with the same ones.
+
+    Returns:
+        The labels, `.labels` `(V, N)`, with `.classes` and `.probabilities` if `settings={"label": {"topk": 5}}`.
+    """
+    from stages.shared.teacher_labels import open_labels
+    from stages.teacher_select import teacher_select
+
+    context = _open(
+        data, teacher, "titn", epochs=views, teacher_epochs=teacher_epochs, weights=weights, views=views,
+        image_size=image_size, device=device, settings=settings or {}, folder=Path(folder), quiet=quiet,
+    )  # fmt: skip
+    with context.stop.taking_ctrl_c():
+        _prepare(context, data)
+        teacher_select(context)
+    return open_labels(context.paths, context.recipe, context.dataset(), "default")
+
+
+def _open(
+    data: Path | str | Dataset | Arrays, teacher: str, student: str, *, epochs: int, teacher_epochs: int, weights: str,
+    views: int | None, image_size: int | None, device: str | None, settings: Mapping[str, Mapping[str, Any]],
+    folder: Path, quiet: bool,
+) -> Context:  # fmt: skip
+    """Check the arguments, make the recipe of them, write it into the folder, and return the setting."""
+    tree = _tree(teacher, student, epochs, teacher_epochs, weights, epochs if views is None else views, settings)
+    tree["recipes"][RECIPE]["dataset"] |= _described(data, image_size)
+    try:
+        params = parse_params(tree)
+        check_models(params)
+    except UsageError as error:
+        message = str(error)
+        if views is None:
+            message = message.replace(f"recipes.{RECIPE}.views.default.count", "epochs")
+        for (section, key), argument in OWN_ARGUMENTS.items():
+            message = re.sub(rf"^recipes\.{RECIPE}\.{section}s?\.([^.:]+\.)?{key}(?=:)", argument, message)
+        raise UsageError(message.replace(f"recipes.{RECIPE}.", "settings: ")) from None
+    content = WRITTEN + json.dumps(tree, indent=1) + "\n"
+    file = folder / PARAMS
+    former = read_if_exists(file)
+    if former is not None and not former.startswith(WRITTEN.encode()):
+        raise UsageError(f"folder={str(folder)!r}: a project with a {PARAMS} of its own; name another folder")
+    context = Context(params, params.select(None), make_console(quiet=quiet), StopSignal(), device, project=folder)
+    _ = context.device
+    if former != content.encode() and context.ranks.is_main:
+        write_atomic(file, content.encode())
+    context.console.quiet |= not context.ranks.is_main
+    return context
+
+
+def _tree(
+    teacher: str,
+    student: str,
+    epochs: int,
+    teacher_epochs: int,
+    weights: str,
+    views: int,
+    settings: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return params.yaml's content: the package's recipe `folder` with what the arguments change."""
+    for section, fields in settings.items():
+        if section not in SECTIONS or not isinstance(fields, Mapping):
+            raise UsageError(
+                f"settings: {section!r}: {fields!r}; write a mapping of fields under one of {', '.join(SECTIONS)}"
+            )
+        for key in fields:
+            if (argument := OWN_ARGUMENTS.get((section, key))) is not None:
+                raise UsageError(f"settings: {section}.{key}: give it as {argument}=")
+    tree = load_yaml((PROJECT / PARAMS).read_text(encoding="utf-8"), str(PARAMS))
+    recipe = tree["recipes"][RECIPE]
+    for section in SECTIONS:
+        if section == "views":
+            for fields in recipe[section].values():
+                _merge(fields, {"count": views, **settings.get(section, {})})
+        else:
+            _merge(recipe.setdefault(section, {}), settings.get(section, {}))
+    for kind, length in (("teacher", teacher_epochs), ("student", epochs)):
+        shared = recipe[kind]
+        shared["epochs"] = length
+        if "warmup_epochs" not in settings.get(kind, {}) and isinstance(length, int):
+            shared["warmup_epochs"] = min(shared["warmup_epochs"], WARM_UP * length)
+    recipe["teacher"]["weights"] = weights
+    names = _name_of(teacher), _name_of(student)
+    own = dict(recipe["students"].get(student, {"model": student}))
+    recipe["teachers"] = {names[0]: {} if names[0] == teacher else {"model": teacher}}
+    recipe["students"] = {names[1]: own}
+    used = own.get("views", recipe["student"].get("views", "default"))
+    return {
+        "recipe": RECIPE,
+        "teachers": [names[0]],
+        "view_recipes": [used],
+        "students": {names[1]: used},
+        "recipes": {RECIPE: recipe},
+    }
+
+
+def _merge(section: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Replace fields of a recipe's section; mappings in it, as `operations`, field by field."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping) and isinstance(section.get(key), dict):
+            _merge(section[key], value)
+        else:
+            section[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _name_of(model: str) -> str:
+    """Return a name for a model in a recipe, as `convnext_tiny` for `torchvision/convnext_tiny`."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", model.rpartition("/")[2].replace(".py:", "-").lower())
+    return name.lstrip("-_")[:64] or "model"
+
+
+def _described(data: Path | str | Dataset | Arrays, image_size: int | None) -> dict[str, Any]:
+    """Return what the recipe's `dataset` says of the images; an existing folder, arrays and sizes are checked later."""
+    if isinstance(data, str | Path):
+        if not str(data):
+            raise UsageError("data: an empty path; name a folder of images")
+        return {} if image_size is None else {"image_size": image_size}
+    if isinstance(data, tuple):
+        if len(data) != 3 or getattr(data[0], "ndim", 0) != 4:
+            raise UsageError("data: a tuple must hold images (N, S, S, 3) uint8, labels (N,) and class names")
+        source, size = RECIPE, int(data[0].shape[1])
+    else:
+        from pipeline.data.datasets import Dataset
+
+        if not isinstance(data, Dataset):
+            raise UsageError(
+                f"data: a {type(data).__name__}; give a folder, a Dataset, or (images, labels, class names)"
+            )
+        source, size = data.source, data.image_size
+    if image_size not in (None, size):
+        raise UsageError(f"image_size={image_size}: the images have {size} pixels; leave it out, or resize them before")
+    return {"source": source, "image_size": size}
+
+
+def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
+    """Prepare the images, unless that is up to date."""
+    from pipeline.data.datasets import Dataset
+    from stages.prepare import prepare_unless_done, take_dataset
+
+    def prepare() -> None:
+        if isinstance(data, str | Path):
+            prepare_unless_done(context, folder=Path(data))
+            return
+        recipe = context.recipe.dataset
+        fractions = {"val_fraction": recipe.val_fraction, "test_fraction": recipe.test_fraction}
+        dataset = data
+        if isinstance(dataset, tuple):
+            dataset = Dataset.from_arrays(*dataset, **fractions, split_seed=recipe.split_seed)
+        take_dataset(context, dataset)
+
+    if isinstance(data, str | Path) and not Path(data).exists():
+        raise UsageError(f"data={printable(data)!r}: no such folder or file")
+    with context.joined() as group:
+        group.on_main(prepare)
