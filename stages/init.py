@@ -28,6 +28,8 @@ DVC_IGNORE = """\
 __pycache__/
 /data/raw
 /data/work
+/data/**/log.jsonl
+/data/*/labels/*@*
 """
 # What the clone's dvc.yaml says of itself that is not so in a project.
 OTHERWISE = {
