@@ -34,7 +34,7 @@ build.input_size, build.mean, build.std = 24, {MEAN}, {STD}
 """
 TEACHERS = """mine: {{model: mine.py:build, epochs: 4, lr: 0.01}}
       finished: {{model: mine.py:build, epochs: 0, weights: {weights}}}
-      timm-small: {{model: timm/test_resnet, input_size: 40, batch_size: 128}}
+      timm-small: {{model: timm/test_resnet, input_size: 40}}
       convnext: {{model: torchvision/convnext_tiny, input_size: 32, normalization: model}}
       squeezenet1_1: {{epochs: 8"""
 WEIGHTS = "data/smoke/teachers/mine/best.safetensors"
