@@ -58,6 +58,7 @@ HOMES = {
         "pipeline/system/runtime.py",
         "pipeline/data/sources.py",
         "pipeline/models/teachers.py",
+        "pipeline/models/weights.py",
     },
 }
 FILES = sorted(file for package in ("pipeline", "stages", "titn") for file in ROOT.glob(f"{package}/**/*.py"))
