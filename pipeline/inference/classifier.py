@@ -234,7 +234,7 @@ class Classifier:
             DataError: One is no image, or a damaged one.
             NumericalError: An output is not finite.
         """
-        if not isinstance(images, list | tuple):
+        if isinstance(images, Path | str | bytes | Image.Image | np.ndarray):
             return self._predict([images])[0]
         sizes = range(0, len(images), self.batch_size)
         return [one for start in sizes for one in self._predict(images[start : start + self.batch_size])]

@@ -377,7 +377,8 @@ def _head(module: nn.Module) -> str:
 
 
 def _layer_name(module: nn.Module, layer: nn.Module) -> str:
-    return next(name for name, part in module.named_modules() if part is layer)
+    names: dict[nn.Module, str] = {part: name for name, part in module.named_modules()}
+    return names[layer]
 
 
 def _shrink_stem(module: nn.Module) -> None:
@@ -479,7 +480,8 @@ def _timm(model: str, name: str, num_classes: int, weights: str) -> tuple[nn.Mod
             f"teacher {model}: no weights from timm ({reason}); `weights: none` trains from random initialisation, "
             "`weights: PATH` loads a file downloaded elsewhere"
         ) from error
-    classifier: Any = module.get_classifier()
+    get_classifier: Any = module.get_classifier
+    classifier = get_classifier()
     parts = classifier if isinstance(classifier, tuple | list) else (classifier,)
     layers = [layer for part in parts for layer in last_layers(part)]
     return module, [_layer_name(module, layer) for layer in layers]

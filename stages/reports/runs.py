@@ -186,7 +186,8 @@ class FinishedRun:
         teacher = self.metrics["teacher"]
         if not teacher:
             return None
-        return teacher["name"] + (f" (labels {teacher['labels']})" if teacher.get("labels") else "")
+        name, labels = teacher["name"], teacher.get("labels")
+        return f"{name} (labels {labels})" if labels else str(name)
 
     @property
     def sha256(self) -> str | None:

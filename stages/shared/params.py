@@ -57,11 +57,10 @@ def check_teacher_recipe(teacher: TeacherRecipe, path: str) -> None:
 
 def own_code(params: Params) -> frozenset[str]:
     """Return the user's functions, `FILE.py:FUNCTION`, that the recipes name: what may be run to build a model."""
-    named = (
-        part.model
-        for recipe in params.recipes.values()
-        for part in [*recipe.teachers.values(), *recipe.students.values()]
-    )
+    named: set[str] = set()
+    for recipe in params.recipes.values():
+        named |= {teacher.model for teacher in recipe.teachers.values()}
+        named |= {student.model for student in recipe.students.values()}
     return frozenset(filter(is_own, named))
 
 
