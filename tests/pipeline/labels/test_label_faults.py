@@ -145,8 +145,8 @@ def traced(lines: str, folder: str) -> Iterator[tuple[str, str]]:
 
 
 def unnamed(path: str) -> str:
-    """A path without the random name of a file being written."""
-    return re.sub(r"\.[0-9a-f]{16}\.tmp", ".tmp", path)
+    """A path without the random names of a file being written and of a folder in data/work/kept."""
+    return re.sub(r"/[0-9a-f]{8}(?=/|$)", "/...", re.sub(r"\.[0-9a-f]{16}\.tmp", ".tmp", path))
 
 
 def test_a_file_that_reads_back_differently_is_refused_and_the_parts_remain(tmp_path, monkeypatch):
