@@ -27,6 +27,7 @@ from pipeline.errors import DataError, StorageError, UsageError, one_line, print
 from pipeline.inference.card import SCORES
 from stages.predict import MAX_INPUT_BYTES, Prediction
 from stages.shared.options import PATH, any_device_option, precision_option, tell_plain
+from stages.shared.params import own_code_here
 from stages.shared.trained import Judged
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def command(checkpoint: Path, port: int, topk: int, device: str | None, precisio
     from pipeline.inference.loading import load
 
     with listening(port) as listener:
-        classifier = load(checkpoint, device=device, precision=precision)
+        classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
         tell_plain(classifier)
         with serving(Demo(classifier, topk), listener) as (address, served):
             click.echo(address)
