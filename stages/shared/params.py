@@ -48,12 +48,9 @@ def check_teacher_recipe(teacher: TeacherRecipe, path: str) -> None:
 
 def own_code(params: Params) -> frozenset[str]:
     """Return the user's functions, `FILE.py:FUNCTION`, that the recipes name: what may be run to build a model."""
-    named = (
-        part.model
-        for recipe in params.recipes.values()
-        for part in [*recipe.teachers.values(), *recipe.students.values()]
-    )
-    return frozenset(filter(is_own, named))
+    teachers = (teacher.model for recipe in params.recipes.values() for teacher in recipe.teachers.values())
+    students = (student.model for recipe in params.recipes.values() for student in recipe.students.values())
+    return frozenset(filter(is_own, (*teachers, *students)))
 
 
 def own_code_here() -> frozenset[str]:
