@@ -377,8 +377,8 @@ def _head(module: nn.Module) -> str:
 
 
 def _layer_name(module: nn.Module, layer: nn.Module) -> str:
-    names: dict[nn.Module, str] = {part: name for name, part in module.named_modules()}
-    return names[layer]
+    found: str = next(name for name, part in module.named_modules() if part is layer)
+    return found
 
 
 def _shrink_stem(module: nn.Module) -> None:
@@ -471,7 +471,7 @@ def _timm(model: str, name: str, num_classes: int, weights: str) -> tuple[nn.Mod
     pretrained = weights == "imagenet"
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            module: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+            module: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except Exception as error:  # of a download, or of a constructor that needs another package
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if not pretrained:

@@ -57,11 +57,9 @@ def check_teacher_recipe(teacher: TeacherRecipe, path: str) -> None:
 
 def own_code(params: Params) -> frozenset[str]:
     """Return the user's functions, `FILE.py:FUNCTION`, that the recipes name: what may be run to build a model."""
-    named: set[str] = set()
-    for recipe in params.recipes.values():
-        named |= {teacher.model for teacher in recipe.teachers.values()}
-        named |= {student.model for student in recipe.students.values()}
-    return frozenset(filter(is_own, named))
+    teachers = (teacher.model for recipe in params.recipes.values() for teacher in recipe.teachers.values())
+    students = (student.model for recipe in params.recipes.values() for student in recipe.students.values())
+    return frozenset(filter(is_own, (*teachers, *students)))
 
 
 def own_code_here() -> frozenset[str]:
