@@ -356,9 +356,10 @@ class FinishedRuns:
 
     def teacher_of(self, run: FinishedRun) -> FinishedRun | None:
         """Return the teacher whose labels a run has, by its SHA-256; None where another has taken its place."""
-        teacher = run.metrics["teacher"]
-        teachers = self.teachers.values() if teacher else ()
-        return next((found for found in teachers if found.sha256 == teacher["sha256"]), None)
+        teacher = run.metrics["teacher"] or {}
+        found = [other for other in self.teachers.values() if teacher and other.sha256 == teacher["sha256"]]
+        # Its name there is its architecture, which two teachers of a recipe may share.
+        return next((other for other in found if other.name == teacher["name"]), found[0] if found else None)
 
     @property
     def best_student(self) -> FinishedRun | None:

@@ -34,8 +34,8 @@ build.input_size, build.mean, build.std = 24, {MEAN}, {STD}
 """
 TEACHERS = """mine: {{model: mine.py:build, epochs: 4, lr: 0.01}}
       finished: {{model: mine.py:build, epochs: 0, weights: {weights}}}
-      timm-small: {{model: timm/test_resnet, input_size: 40, batch_size: 128}}
-      tv: {{model: torchvision/shufflenet_v2_x0_5, input_size: 40, batch_size: 128, normalization: model}}
+      timm-small: {{model: timm/test_resnet, input_size: 40}}
+      convnext: {{model: torchvision/convnext_tiny, input_size: 32, normalization: model}}
       squeezenet1_1: {{epochs: 8"""
 WEIGHTS = "data/smoke/teachers/mine/best.safetensors"
 
@@ -145,12 +145,26 @@ def test_a_checkpoint_alone_never_has_your_code_run(project: Project, tmp_path: 
     assert model(transform(np.zeros((8, 8, 3), np.uint8))[None]).shape == (1, 10)
 
 
-@pytest.mark.parametrize("name", ["timm-small", "tv"])
-def test_teachers_of_torchvision_and_timm_train_at_a_size_of_their_own(project: Project, name: str) -> None:
-    invoke(project, "teacher", name, "--set", "epochs=1")
-    (run,) = (project.path / "data/runs/smoke").glob(f"{name}-*")
-    meta = json.loads((run / "best.json").read_text())
-    assert meta["arguments"]["input_size"] == 40
+def test_a_teacher_of_timm_trains_at_a_size_of_its_own(project: Project) -> None:
+    invoke(project, "teacher", "timm-small")
+    meta = read(project, "teachers/timm-small/best.json")
+    assert (meta["model"], meta["arguments"]["input_size"]) == ("timm/test_resnet", 40)
+    assert meta["mean"] == list(dataset(project).mean), "its weights are not ImageNet's"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm-small", "convnext"])
+def test_students_learn_from_teachers_of_timm_and_torchvision(project: Project, tmp_path: Path, name: str) -> None:
+    copy = Project(tmp_path / "copy")
+    shutil.copytree(project.path, copy.path)
+    invoke(copy, "teacher-select", "--teachers", name)
+    made_by = read(copy, f"teachers/{name}/best.json")
+    cache = LabelCache.open(copy.data / "labels/default.h5")
+    assert cache.provenance["checkpoint_sha256"] == made_by["sha256"]
+    assert cache.provenance["mean"] == made_by["mean"]
+    assert (made_by["mean"] == [0.485, 0.456, 0.406]) == (name == "convnext")
+    invoke(copy, "distill", "--student", "titn", "--set", "epochs=1")
+    invoke(copy, "labels", "verify", str(Path("data/smoke/labels/default.h5")))
 
 
 def test_a_changed_file_of_the_users_trains_again(project: Project) -> None:
