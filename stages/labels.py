@@ -156,7 +156,7 @@ def _replay(
         raise DataError(f"{path}: the pixels of view {changed} are not those that were labelled; label again")
     if labeller is None:
         return None, 0.0
-    model = labeller.ready(context)
+    model = labeller.ready()
     if margin is None:
         now = (model.precision, context.device.type, model.compiled)
         same = now == (recorded["precision"], recorded["device"], recorded["compiled"])
