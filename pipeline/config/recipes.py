@@ -223,10 +223,10 @@ class TeacherRecipe(FitRecipe):
     epochs: int = number(0, 100_000)
     weights: str = "imagenet"
     bn_momentum: float = number(0.0, 1.0, 0.0)
-    model: str = setting("", decides=False)
-    input_size: int = number(1, 4096, 0, off=0, decides=False)
-    normalization: str = choice(("auto", "data", "model"), "auto", decides=False)
-    stem: str = choice(("default", "cifar"), "default", decides=False)
+    model: str = setting("", absent="", decides=False)
+    input_size: int = number(1, 4096, 0, off=0, absent=0, decides=False)
+    normalization: str = choice(("auto", "data", "model"), "auto", absent="auto", decides=False)
+    stem: str = choice(("default", "cifar"), "default", absent="default", decides=False)
 
 
 @dataclass(frozen=True, kw_only=True)

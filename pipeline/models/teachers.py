@@ -69,9 +69,9 @@ class ResizedInput(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of images `(B, 3, H, W)`."""
-        if images.shape[-2:] != (self.input_size, self.input_size):
-            images = nn.functional.interpolate(images, (self.input_size, self.input_size), mode="bilinear")
-        logits: Tensor = self.module(images)
+        # Images of this size already stay as they are, bit for bit; asking for the size could not be traced.
+        size = (self.input_size, self.input_size)
+        logits: Tensor = self.module(nn.functional.interpolate(images, size, mode="bilinear"))
         return logits
 
 

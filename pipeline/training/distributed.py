@@ -287,8 +287,27 @@ def parallel(model: nn.Module, group: Group) -> nn.Module:
     assert group.device is not None
     on_gpu = group.device.type == "cuda"
     if on_gpu:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        synchronize_norms(model)
     return DistributedDataParallel(model, device_ids=[group.device] if on_gpu else None)
+
+
+def synchronize_norms(model: nn.Module) -> None:
+    """Replace a model's batch norms by ones that take their statistics over all ranks.
+
+    Raises:
+        UsageError: One of them is of a class of its own, which would lose what it adds to a batch norm.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    libraries = {type(norm).__module__.partition(".")[0]: type(norm).__name__ for norm in norms}
+    if others := libraries.keys() - {"torch", "timm"}:
+        names = ", ".join(sorted(libraries[name] for name in others))
+        raise UsageError(f"{names}: batch norms of their own cannot be synchronised; train this model on one GPU")
+    if "timm" in libraries:
+        from timm.layers import convert_sync_batchnorm  # timm's norms hold an activation, which PyTorch would drop
+
+        convert_sync_batchnorm(model)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def accumulating(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -193,19 +193,20 @@ def weights(context: Context, tasks: list[Task]) -> list[Finding]:
     """Report on the initial weights of the teachers that are to be trained."""
     findings, missing = [], []
     names = [task.name for task in tasks if task.kind == "teacher" and task.why]
-    sources = {name: context.recipe.teachers[name].weights for name in names}
+    recipes = context.recipe.teachers
+    sources = {name: recipes[name].weights for name in names}
     for name, source in sources.items():
-        model = context.recipe.teachers[name].model
+        model = recipes[name].model
         if source == "imagenet" and is_torchvision(model) and not weights_file(model).is_file():
             missing.append(name)
         elif source not in ("imagenet", "none") and not Path(source).is_file():
             text = f"teachers.{name}: weights {source!r} does not exist"
             findings.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
     if missing:
-        folder = weights_file(context.recipe.teachers[missing[0]].model).parent
+        folder = weights_file(recipes[missing[0]].model).parent
         text = f"ImageNet weights of {', '.join(missing)} are not in {folder}: torchvision downloads them"
         findings.append(Finding("data", WARNING, text, "without a network put them there, or write weights: none"))
-    elif "imagenet" in sources.values():
+    elif any(source == "imagenet" and is_torchvision(recipes[name].model) for name, source in sources.items()):
         findings.append(Finding("data", OK, f"ImageNet weights are in {torch.hub.get_dir()}"))
     return findings
 

@@ -64,7 +64,10 @@ PURPOSES = {
     "fast": "a C++ compiler, for the fused inner block",
     "report": "the figures of `pipeline report`, the last stage of `dvc repro`",
     "onnx": "`pipeline export --format onnx`",
+    "timm": "teachers and students of timm",
 }
+UNNEEDED = ("fast", "timm")
+"""Extras without which every recipe of ours works as well."""
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([A-Za-z0-9._-]+)['\"]")
 
 
@@ -170,7 +173,7 @@ def extras() -> list[Finding]:
         elif missing:
             purpose = f", for {PURPOSES[extra]}" if extra in PURPOSES else ""
             text = f"extra {extra}{purpose}: {', '.join(missing)} not installed"
-            mark = OK if extra == "fast" else WARNING
+            mark = OK if extra in UNNEEDED else WARNING
             findings.append(Finding("software", mark, text, f"pip install -e '.[{extra}]'"))
     if absent:
         findings.append(Finding("software", OK, f"extras for developers, not here: {', '.join(absent)}"))

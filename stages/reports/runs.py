@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, printable
+from pipeline.models.own import is_own
 from pipeline.system.canonical import is_whole
 from pipeline.system.storage import read_json
 from pipeline.training.manifest import MANIFEST, read_checked, read_json_checked
@@ -196,9 +197,11 @@ class FinishedRun:
     def initial_weights(self) -> str | None:
         """The weights before its training, as `random weights`; None where its checkpoint does not say."""
         training = self.meta.get("training") if self.meta else None
-        if not isinstance(training, dict):
+        if self.meta is None or not isinstance(training, dict):
             return None
         weights = str(training.get("weights", "none")) if self.kind == "teacher" else "none"
+        if weights == "none" and is_own(model := str(self.meta.get("model"))):
+            return f"the weights that {model} returns"
         return {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, f"the weights {weights}")
 
     def curve(self) -> list[dict[str, float | None]]:
@@ -362,9 +365,10 @@ class FinishedRuns:
 
     def teacher_of(self, run: FinishedRun) -> FinishedRun | None:
         """Return the teacher whose labels a run has, by its SHA-256; None where another has taken its place."""
-        teacher = run.metrics["teacher"]
-        teachers = self.teachers.values() if teacher else ()
-        return next((found for found in teachers if found.sha256 == teacher["sha256"]), None)
+        teacher = run.metrics["teacher"] or {}
+        found = [other for other in self.teachers.values() if teacher and other.sha256 == teacher["sha256"]]
+        # Its name there is its architecture, which two teachers of a recipe may share.
+        return next((other for other in found if other.name == teacher["name"]), found[0] if found else None)
 
     @property
     def best_student(self) -> FinishedRun | None:

@@ -25,7 +25,15 @@ TRAINING = {
 }
 DECIDING = {
     "prepare": {*DATA, "pipeline/data/sources.py", "stages/prepare.py"},
-    "teacher": {*DATA, *VIEWS, *TRAINING, "pipeline/models/teachers.py", "stages/teacher.py"},
+    "teacher": {
+        *DATA,
+        *VIEWS,
+        *TRAINING,
+        "pipeline/models/own.py",
+        "pipeline/models/teachers.py",
+        "pipeline/models/weights.py",
+        "stages/teacher.py",
+    },
     "select": {"stages/selection.py"},
     "label": {
         *DATA,

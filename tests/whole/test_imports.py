@@ -55,6 +55,7 @@ HOMES = {
         "pipeline/system/runtime.py",
         "pipeline/data/sources.py",
         "pipeline/models/teachers.py",
+        "pipeline/models/weights.py",
     },
 }
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")])

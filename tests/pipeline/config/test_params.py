@@ -318,3 +318,15 @@ def test_a_later_field_at_its_absent_value_leaves_former_results_up_to_date() ->
 def test_where_a_folder_lies_decides_nothing() -> None:
     somewhere, elsewhere = (DatasetRecipe(source="folder", path=path) for path in ("", "my-images"))
     assert deciding_values(somewhere) == deciding_values(elsewhere) and "path" not in deciding_values(elsewhere)
+
+
+def test_a_teachers_model_is_its_name_unless_given_and_what_it_resolves_to_is_recorded_elsewhere() -> None:
+    tree = copy.deepcopy(TREE)
+    # One that is finished trains in no epoch, so the warm-up that all teachers share does not matter.
+    given = {"model": "torchvision/resnet18", "stem": "cifar", "input_size": 64, "normalization": "model", "epochs": 0}
+    tree["recipes"]["digits"]["teachers"]["mine"] = {"batch_size": 8, "lr": 0.1, **given}
+    teachers = parse_params(tree).recipes["digits"].teachers
+    assert teachers["resnet50"].model == "resnet50"
+    assert {key: getattr(teachers["mine"], key) for key in given} == given
+    assert teachers["mine"].warmup_epochs == 0.5
+    assert not {"model", "stem", "input_size", "normalization"} & deciding_values(teachers["mine"]).keys()

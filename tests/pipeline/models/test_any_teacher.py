@@ -24,6 +24,8 @@ from pipeline.models.teachers import (
     require_size,
     teacher_input,
 )
+from pipeline.system.runtime import images_at_once
+from pipeline.training.distributed import synchronize_norms
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DATA: dict[str, Any] = {"image_size": 32, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -115,7 +117,9 @@ def test_images_are_resized_on_the_way_in_as_torch_does_without_antialiasing() -
     model = ResizedInput(Recorder(), 12)
     model(images)
     model(expected := nn.functional.interpolate(images, 12, mode="bilinear", antialias=False, align_corners=False))
-    assert torch.equal(seen[0], expected) and seen[1] is expected
+    assert torch.equal(seen[0], expected) and torch.equal(seen[1], expected)
+    cpu, large = torch.device("cpu"), ResizedInput(Recorder(), 224)
+    assert images_at_once(cpu, 32, large) == images_at_once(cpu, 224) < images_at_once(cpu, 32)
 
 
 def test_a_size_that_a_model_cannot_take_is_refused_by_name() -> None:
@@ -169,6 +173,22 @@ def test_timms_models_keep_their_own_head_and_decide_in_float32() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert (ours(images).dtype, theirs(images).dtype) == (torch.float32, torch.bfloat16)
     assert head_of(ours)[0] == "fc"
+
+
+def test_timms_norms_keep_their_activation_where_ranks_share_statistics() -> None:
+    model = build_teacher("timm/test_efficientnet", num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(images)
+        synchronize_norms(model)
+        assert any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
+        torch.testing.assert_close(model(images), before)
+
+    class Own(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UsageError, match="Own: batch norms of their own cannot be synchronised"):
+        synchronize_norms(nn.Sequential(Own(3)))
 
 
 @pytest.mark.parametrize(
