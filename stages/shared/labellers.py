@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -324,7 +325,7 @@ def find_member(context: Context, dataset: Dataset, what: str) -> Member:
     if equals and _is_model(model):
         return _built(context, dataset, _finished(model, file), option, Path(file).stem)
     path = Path(what)
-    if path.exists():
+    if what and os.path.exists(path):  # which takes a name that is too long for one that does not exist
         if path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".json").is_file()):
             is_code = path.suffix == ".py"
             way_out = f"{what}:FUNCTION" if is_code else f"MODEL={what}, as torchvision/resnet18={what}"

@@ -180,6 +180,8 @@ def test_a_student_learns_from_a_convnext_of_torchvision(taught: Project, tmp_pa
         ("resnet18=theirs.pth", 2, "no teacher of recipe smoke"),
         ("densenet121", 3, "densenet121 is not trained; run `pipeline teacher --recipe smoke densenet121`"),
         ("nobody", 2, "no path that exists and no model"),
+        ("", 2, "no path that exists and no model"),
+        ("x" * 5000, 2, "no path that exists and no model"),
     ],
 )  # fmt: skip
 def test_what_is_no_teacher_is_refused(labelled: Project, teacher: str, code: int, words: str) -> None:
