@@ -324,7 +324,7 @@ def find_member(context: Context, dataset: Dataset, what: str) -> Member:
     if equals and _is_model(model):
         return _built(context, dataset, _finished(model, file), option, Path(file).stem)
     path = Path(what)
-    if what and _exists(path):
+    if _exists(path):
         if path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".json").is_file()):
             is_code = path.suffix == ".py"
             way_out = f"{what}:FUNCTION" if is_code else f"MODEL={what}, as torchvision/resnet18={what}"
@@ -344,7 +344,7 @@ def find_member(context: Context, dataset: Dataset, what: str) -> Member:
 
 
 def _exists(path: Path) -> bool:
-    """Return whether there is such a file or folder; a name that is too long, or no name, is none."""
+    """Return whether there is such a file or folder; a name that is too long is none."""
     try:
         path.stat()
     except (OSError, ValueError):

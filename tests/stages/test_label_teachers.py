@@ -180,7 +180,7 @@ def test_a_student_learns_from_a_convnext_of_torchvision(taught: Project, tmp_pa
         ("resnet18=theirs.pth", 2, "no teacher of recipe smoke"),
         ("densenet121", 3, "densenet121 is not trained; run `pipeline teacher --recipe smoke densenet121`"),
         ("nobody", 2, "no path that exists and no model"),
-        ("", 2, "no path that exists and no model"),
+        ("", 2, "an empty path"),
         ("x" * 5000, 2, "no path that exists and no model"),
     ],
 )  # fmt: skip
