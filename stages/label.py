@@ -48,7 +48,8 @@ class LabelRequest:
         teachers: Who labels, see stages.shared.labelling.find_member; several are an ensemble, none is the selected
             teacher. The labels of any other go to a file of their own.
         given: A file of labels that something else has computed, instead.
-        name: What the file of labels that are not the selected teacher's is called; None names it after the teachers.
+        label_name: What the file of labels is called that are not the selected teacher's; None names it after the
+            teachers.
         fresh: Whether to leave existing labels aside.
         keep: Classes to keep of each sample with their probabilities, K, 0 for the argmax alone; None takes the
             recipe's. A sealed file that keeps more goes on keeping it.
@@ -60,7 +61,7 @@ class LabelRequest:
     view_recipe: str = "default"
     teachers: tuple[str, ...] = ()
     given: Path | None = None
-    name: str | None = None
+    label_name: str | None = None
     fresh: bool = False
     keep: int | None = None
     views: tuple[int, int | None] | None = None
@@ -79,8 +80,8 @@ class LabelRequest:
             beside = {"--teacher": self.teachers, "--keep": self.keep is not None, "--views": self.views}
             if refused := [option for option, is_given in beside.items() if is_given]:
                 raise UsageError(f"{refused[0]}: --from takes the labels of {self.given} as they are; leave it out")
-        if self.name is not None:
-            check_label_name("--as", self.name)
+        if self.label_name is not None:
+            check_label_name("--as", self.label_name)
         if self.given is None and not self.teachers and not paths.winner.exists():
             raise DataError(
                 f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`"
@@ -96,7 +97,7 @@ class LabelRequest:
             )
         if self.fresh and (context.ranks.world_size > 1 or self.views is not None):
             why = "under torchrun, whose ranks would" if self.views is None else "with --views, whose slices would"
-            other = self.name or ("NAME" if self.teachers or self.given else None)
+            other = self.label_name or ("NAME" if self.teachers or self.given else None)
             files = f"{paths.labels(name, other)} and {paths.kept}/label@{labels_name(name, other)}.json"
             raise UsageError(f"--fresh: not {why} delete each other's work; delete {files} first")
         return range(start, stop)
@@ -107,7 +108,7 @@ class LabelRequest:
 @options.device_option
 @click.option("--view-recipe", default="default", show_default=True, help="A view recipe of the recipe.")
 @click.option(
-    "--teacher", "teachers", multiple=True, metavar="WHAT",
+    "--teacher", "teachers", multiple=True, type=options.TEACHER, metavar="WHAT",
     help="A teacher of the recipe, a checkpoint, a model as timm/NAME or FILE.py:FUNCTION, or MODEL=FILE for a state "
     "dict; default: the selected teacher. Several make an ensemble.",
 )  # fmt: skip
@@ -116,7 +117,7 @@ class LabelRequest:
     help="Take the labels that something else has computed from this .npy or .npz file.",
 )  # fmt: skip
 @click.option(
-    "--as", "name", metavar="NAME",
+    "--as", "label_name", metavar="NAME",
     help="The name of labels that are not the selected teacher's; default: that of their teacher, or given.",
 )  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Label every view again.")
@@ -220,10 +221,10 @@ class LabelTarget:
                 where = f"recipes.{context.recipe.name}.views.{request.view_recipe}.count"
                 context.say(f"{request.given}: {counted(len(views), 'view')}, the recipe asks for {count} ({where})")
         selected = read_meta(paths.winner)
-        is_selected = request.name is None and selected is not None and labeller.is_of(selected)
-        teacher = None if is_selected else request.name or labeller.title
+        is_selected = request.label_name is None and selected is not None and labeller.is_of(selected)
+        teacher = None if is_selected else request.label_name or labeller.title
         if teacher is not None:
-            check_label_name("--as" if request.name else "the name of the teacher", teacher)
+            check_label_name("--as" if request.label_name else "the name of the teacher", teacher)
         path, name = paths.labels(request.view_recipe, teacher), labels_name(request.view_recipe, teacher)
         return cls(dataset, labeller, labeller.how(context), views, path, name, is_selected)
 

@@ -61,7 +61,7 @@ def inspect(file: Path, as_json: bool) -> None:
 @options.device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
 @click.option(
-    "--teacher", "teachers", multiple=True, metavar="WHAT",
+    "--teacher", "teachers", multiple=True, type=options.TEACHER, metavar="WHAT",
     help="Who labelled, as for `label`; default: found by its SHA-256 among the recipe's teachers, or built again.",
 )  # fmt: skip
 @click.option("--margin", type=options.FiniteFloat(0.0), help="Largest logit margin of a difference that may pass.")

@@ -324,7 +324,7 @@ def find_member(context: Context, dataset: Dataset, what: str) -> Member:
     if equals and _is_model(model):
         return _built(context, dataset, _finished(model, file), option, Path(file).stem)
     path = Path(what)
-    if path.exists():
+    if _exists(path):
         if path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".json").is_file()):
             is_code = path.suffix == ".py"
             way_out = f"{what}:FUNCTION" if is_code else f"MODEL={what}, as torchvision/resnet18={what}"
@@ -341,6 +341,15 @@ def find_member(context: Context, dataset: Dataset, what: str) -> Member:
         f"{option}: no teacher of recipe {context.recipe.name} ({known}), no path that exists and no model; a model is "
         "torchvision/NAME, timm/NAME or FILE.py:FUNCTION, a state dict MODEL=FILE"
     )
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is such a file or folder; a name that is too long is none."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _is_model(text: str) -> bool:

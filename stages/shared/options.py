@@ -55,6 +55,15 @@ class FilePath(click.Path):
         return path
 
 
+class TeacherWhat(FilePath):
+    """A teacher as stages.shared.labellers.find_member reads it; often a path, so that shells complete it as one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        """Return the text; `./x` stays a path where a recipe's teacher has the name x."""
+        super().convert(value, param, context)
+        return os.fsdecode(value)
+
+
 class FiniteFloat(click.FloatRange):
     """A finite number; NaN would pass any bound, since it compares with none."""
 
@@ -68,6 +77,7 @@ class FiniteFloat(click.FloatRange):
 
 PATH = FilePath()
 EXISTING = FilePath(must_exist=True)
+TEACHER = TeacherWhat()
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -16,14 +16,17 @@ from torch import nn
 
 from pipeline.data.datasets import Dataset
 from pipeline.labels.cache import LabelCache
+from pipeline.labels.identity import PROVENANCE_FIELDS
 from pipeline.models.folding import fold
 from pipeline.models.own import code_sha256
+from pipeline.models.teachers import build_teacher
 from pipeline.training.checkpoints import checkpoint_files, read_meta
 from tests.support.in_process import invoke
 from tests.support.project import Project
 
 LABELS = Path("data/smoke/labels")
 ONE = ("--views", ":1")
+EIGHT = "squeezenet1_1"
 OWN = """
 import torch
 
@@ -38,24 +41,23 @@ build.mean, build.std = (0.25, 0.5, 0.75), (0.5, 0.5, 0.25)
 
 @pytest.fixture(scope="module")
 def labelled(taught: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with one view labelled by timm's, torchvision's and a user's models. Who changes it copies it."""
+    """A project with one view labelled by timm's, a user's and downloaded models. Who changes it copies it."""
     timm = pytest.importorskip("timm")
     folder = tmp_path_factory.mktemp("kinds") / "project"
     shutil.copytree(taught.path, folder)
     project = Project(folder)
     (folder / "mine.py").write_text(OWN)
     torch.manual_seed(1)
-    vit = timm.create_model("test_vit", num_classes=10)
-    model = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
-    for module, head, size in ((vit, vit.head, 160), (model, model.fc, 48)):
+    resnet, squeezenet = timm.create_model("test_resnet", num_classes=10), build_teacher(EIGHT, num_classes=10)
+    for module, head, size in ((resnet, resnet.fc, 48), (squeezenet, squeezenet.get_submodule("classifier.1"), 32)):
         with torch.no_grad():  # else random weights give every image the same class
             head.bias -= logits_of(project, module, size)[:50].mean(0)
-    torch.save(vit.state_dict(), folder / "vit.pth")
-    torch.save({"epoch": 3, "model": {f"module.{key}": value for key, value in model.state_dict().items()}},
-               folder / "shuffle.pth")  # fmt: skip
-    entry = "shuffle: {model: torchvision/shufflenet_v2_x0_5, weights: shuffle.pth, input_size: 48, epochs: 0}"
+    torch.save(resnet.state_dict(), folder / "resnet.pth")
+    nested = {"epoch": 3, "model": {f"module.{key}": value for key, value in squeezenet.state_dict().items()}}
+    torch.save(nested, folder / "theirs.pth")
+    entry = "small: {model: timm/test_resnet, weights: resnet.pth, input_size: 48, epochs: 0}"
     project.edit("      densenet121: {}", f"      densenet121: {{}}\n      {entry}")
-    for teacher in ("timm/test_vit=vit.pth", "mine.py:build", "shuffle"):
+    for teacher in ("small", "mine.py:build", f"{EIGHT}=theirs.pth"):
         invoke(project, "label", *ONE, "--teacher", teacher)
     return project
 
@@ -76,31 +78,27 @@ def logits_of(project: Project, module: nn.Module, size: int, mean: Any = None, 
     return logits
 
 
-def built(project: Project, name: str) -> nn.Module:
+def test_a_model_of_timm_labels_at_its_own_size(labelled: Project) -> None:
     import timm
 
-    if name == "vit":
-        model: nn.Module = timm.create_model("test_vit", num_classes=10)
-        model.load_state_dict(torch.load(project.path / "vit.pth", weights_only=True))
-        return model
-    model = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
-    state = torch.load(project.path / "shuffle.pth", weights_only=True)["model"]
-    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    return model
+    cache, module = opened(labelled, "small"), timm.create_model("test_resnet", num_classes=10)
+    module.load_state_dict(torch.load(labelled.path / "resnet.pth", weights_only=True))
+    recorded, dataset = cache.provenance, Dataset.load(labelled.data / "prepared/dataset.h5")
+    assert (recorded["teacher"], recorded["input_size"]) == ("timm/test_resnet", 48)
+    sha256 = hashlib.sha256((labelled.path / "resnet.pth").read_bytes()).hexdigest()
+    assert recorded["checkpoint_sha256"] == sha256, "of the file that it was given"
+    assert recorded["mean"] == list(dataset.mean) and recorded["versions"]["timm"] == timm.__version__
+    assert recorded.get("folded", True) == fold(module, 48)[1]
+    labels = logits_of(labelled, module, 48).argmax(1).numpy()
+    assert (cache.clean["test"] == labels).mean() > 0.99 and len(set(labels.tolist())) > 1
 
 
-@pytest.mark.parametrize(("name", "model", "size"), [("vit", "timm/test_vit", 160),
-                                                     ("shuffle", "torchvision/shufflenet_v2_x0_5", 48)])  # fmt: skip
-def test_a_librarys_model_labels_at_its_own_size(labelled: Project, name: str, model: str, size: int) -> None:
-    cache, module = opened(labelled, name), built(labelled, name)
-    dataset = Dataset.load(labelled.data / "prepared/dataset.h5")
-    assert (cache.provenance["teacher"], cache.provenance["input_size"]) == (model, size)
-    sha256 = hashlib.sha256((labelled.path / f"{name}.pth").read_bytes()).hexdigest()
-    assert cache.provenance["checkpoint_sha256"] == sha256, "of the file that it was given"
-    assert cache.provenance["mean"] == list(dataset.mean) and "members" not in cache.provenance
-    assert cache.provenance.get("folded", True) == fold(module, size)[1]
-    assert ("timm" in cache.provenance["versions"]) == (name == "vit")
-    labels = logits_of(labelled, module, size).argmax(1).numpy()
+def test_a_state_dict_from_elsewhere_labels(labelled: Project) -> None:
+    cache, module = opened(labelled, "theirs"), build_teacher(EIGHT, num_classes=10)
+    state = torch.load(labelled.path / "theirs.pth", weights_only=True)["model"]
+    module.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    assert set(cache.provenance) == set(PROVENANCE_FIELDS) and cache.accuracy is not None
+    labels = logits_of(labelled, module, 32).argmax(1).numpy()
     assert (cache.clean["test"] == labels).mean() > 0.99 and len(set(labels.tolist())) > 1
 
 
@@ -123,12 +121,12 @@ def test_a_users_function_labels_with_its_own_normalisation(labelled: Project, m
 
 
 def test_all_have_one_fingerprint_and_are_replayed(labelled: Project) -> None:
-    assert len({opened(labelled, name).fingerprint for name in ("vit", "shuffle", "mine")}) == 1
-    named = {"vit": ("--teacher", "timm/test_vit=vit.pth"), "mine": ("--teacher", "mine.py:build"), "shuffle": ()}
+    assert len({opened(labelled, name).fingerprint for name in ("small", "theirs", "mine")}) == 1
+    named = {"theirs": ("--teacher", f"{EIGHT}=theirs.pth"), "mine": ("--teacher", "mine.py:build"), "small": ()}
     for name, teacher in named.items():
         out = invoke(labelled, "labels", "verify", f"{LABELS}/default@{name}.h5", "--sample", "60", *teacher)
         assert "60 labels replayed, 0 differ" in out, name
-    for name in ("vit", "mine"):  # a state dict's file is not recorded, and no label file runs code
+    for name in ("theirs", "mine"):  # a state dict's file is not recorded, and no label file runs code
         out = invoke(labelled, "labels", "verify", f"{LABELS}/default@{name}.h5", code=3)
         assert "name the right one with --teacher" in out
 
@@ -136,16 +134,16 @@ def test_all_have_one_fingerprint_and_are_replayed(labelled: Project) -> None:
 def test_a_teacher_that_sees_otherwise_is_another(labelled: Project, tmp_path: Path) -> None:
     shutil.copytree(labelled.path, tmp_path / "project")
     project = Project(tmp_path / "project")
-    assert "up to date" in invoke(project, "label", *ONE, "--teacher", "shuffle")
+    assert "up to date" in invoke(project, "label", *ONE, "--teacher", "small")
     project.edit("input_size: 48", "input_size: 64")
-    assert "have this name" in invoke(project, "label", *ONE, "--teacher", "shuffle", code=2)
-    verify = ("labels", "verify", f"{LABELS}/default@shuffle.h5")
+    assert "have this name" in invoke(project, "label", *ONE, "--teacher", "small", code=2)
+    verify = ("labels", "verify", f"{LABELS}/default@small.h5")
     assert "input_size is 48, expected 64" in invoke(project, *verify, code=3)
-    project.edit("weights: shuffle.pth", "weights: vit.pth")
+    project.edit("weights: resnet.pth", "weights: theirs.pth")
     assert "name the right one with --teacher" in invoke(project, *verify, code=3)
 
 
-@pytest.mark.parametrize("name", ["vit", "mine"])
+@pytest.mark.parametrize("name", ["small", "mine"])
 def test_a_student_learns_from_any_of_them(labelled: Project, tmp_path: Path, name: str) -> None:
     shutil.copytree(labelled.path, tmp_path / "project")
     project = Project(tmp_path / "project")
@@ -173,15 +171,17 @@ def test_a_student_learns_from_a_convnext_of_torchvision(taught: Project, tmp_pa
 @pytest.mark.parametrize(
     ("teacher", "code", "words"),
     [
-        ("vit.pth", 2, "no checkpoint of ours; write --teacher MODEL=vit.pth"),
+        ("theirs.pth", 2, "no checkpoint of ours; write --teacher MODEL=theirs.pth"),
         ("mine.py", 2, "write --teacher mine.py:FUNCTION"),
         ("mine.py:nothing", 2, "has no function 'nothing'"),
         ("torchvision/resnet81", 2, "--teacher torchvision/resnet81: torchvision has no classification model"),
         ("torchvision/resnet18", 2, "random"),
-        ("squeezenet1_1=shuffle.pth", 3, "teacher squeezenet1_1: weights"),
-        ("resnet18=shuffle.pth", 2, "no teacher of recipe smoke"),
-        ("densenet121", 3, "densenet121 is not trained; run `pipeline teacher densenet121`"),
+        ("squeezenet1_1=resnet.pth", 3, "teacher squeezenet1_1: weights"),
+        ("resnet18=theirs.pth", 2, "no teacher of recipe smoke"),
+        ("densenet121", 3, "densenet121 is not trained; run `pipeline teacher --recipe smoke densenet121`"),
         ("nobody", 2, "no path that exists and no model"),
+        ("", 2, "an empty path"),
+        ("x" * 5000, 2, "no path that exists and no model"),
     ],
 )  # fmt: skip
 def test_what_is_no_teacher_is_refused(labelled: Project, teacher: str, code: int, words: str) -> None:

@@ -170,7 +170,7 @@ def _bad_values(parameter: click.Parameter) -> tuple[list[str], frozenset[int]]:
         values += [] if low is None else [str(low - 1), str(low - 10**20)]
         values += [] if high is None else [str(high + 1), str(high + 10**20)]
         return values, WRONG_USAGE
-    if parameter.name == "license":  # any identifier is one
+    if parameter.name in ("license", "label_name", "teacher_labels"):  # any identifier is one
         return [text for text in TEXTS if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", text)], WRONG_USAGE
     return [*TEXTS, *(SETTINGS if parameter.name == "settings" else ())], WRONG_USAGE
 

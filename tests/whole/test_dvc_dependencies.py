@@ -40,7 +40,10 @@ DECIDING = {
         *VIEWS,
         "pipeline/labels/teacher.py",
         "pipeline/models/folding.py",
+        "pipeline/models/own.py",
+        "pipeline/models/weights.py",
         "pipeline/system/canonical.py",
+        "stages/shared/labellers.py",
     },
     "student": {
         *DATA,
