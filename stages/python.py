@@ -395,10 +395,14 @@ def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
             prepare_unless_done(context, folder=Path(data))
             return
         recipe = context.recipe.dataset
-        fractions = {"val_fraction": recipe.val_fraction, "test_fraction": recipe.test_fraction}
         dataset = data
         if isinstance(dataset, tuple):
-            dataset = Dataset.from_arrays(*dataset, **fractions, split_seed=recipe.split_seed)
+            dataset = Dataset.from_arrays(
+                *dataset,
+                val_fraction=recipe.val_fraction,
+                test_fraction=recipe.test_fraction,
+                split_seed=recipe.split_seed,
+            )
         take_dataset(context, dataset)
 
     if isinstance(data, str | Path) and not Path(data).exists():
