@@ -394,7 +394,8 @@ def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
         if isinstance(data, str | Path):
             prepare_unless_done(context, folder=Path(data))
             return
-        recipe, dataset = context.recipe.dataset, data
+        recipe = context.recipe.dataset
+        dataset = data
         if isinstance(dataset, tuple):
             dataset = Dataset.from_arrays(
                 *dataset,

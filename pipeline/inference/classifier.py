@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -234,8 +234,8 @@ class Classifier:
             DataError: One is no image, or a damaged one.
             NumericalError: An output is not finite.
         """
-        if isinstance(images, Path | str | bytes | Image.Image | np.ndarray):
-            return self._predict([images])[0]
+        if not isinstance(images, list | tuple):
+            return self._predict([cast(AnyImage, images)])[0]
         sizes = range(0, len(images), self.batch_size)
         return [one for start in sizes for one in self._predict(images[start : start + self.batch_size])]
 
