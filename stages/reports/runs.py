@@ -186,7 +186,7 @@ class FinishedRun:
         teacher = self.metrics["teacher"]
         if not teacher:
             return None
-        return teacher["name"] + (f" (labels {teacher['labels']})" if teacher.get("labels") else "")
+        return f"{teacher['name']} (labels {teacher['labels']})" if teacher.get("labels") else str(teacher["name"])
 
     @property
     def sha256(self) -> str | None:
