@@ -186,8 +186,7 @@ class FinishedRun:
         teacher = self.metrics["teacher"]
         if not teacher:
             return None
-        name, labels = teacher["name"], teacher.get("labels")
-        return f"{name} (labels {labels})" if labels else str(name)
+        return f"{teacher['name']} (labels {teacher['labels']})" if teacher.get("labels") else str(teacher["name"])
 
     @property
     def sha256(self) -> str | None:
