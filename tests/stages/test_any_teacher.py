@@ -19,6 +19,7 @@ import pipeline
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError
 from pipeline.labels.cache import LabelCache
+from stages.reports.runs import FinishedRun
 from tests.support.in_process import invoke
 from tests.support.project import Project
 
@@ -117,7 +118,11 @@ def test_such_a_teacher_is_distilled_and_reported(project: Project) -> None:
     invoke(project, "report", "--no-figures")
     report = (project.data / "reports/report.md").read_text()
     assert re.search(r"\| finished\W.*not trained", report)
-    assert "from the weights w.safetensors" in report
+    began = {name: FinishedRun.read(project.data / "teachers" / name) for name in ("mine", "finished")}
+    assert {name: run and run.initial_weights for name, run in began.items()} == {
+        "mine": "the weights that mine.py:build returns",
+        "finished": "the weights w.safetensors",
+    }
 
 
 @pytest.mark.slow
