@@ -20,7 +20,7 @@ from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_if_exists, write_atomic
 from stages.shared.context import Context
 from stages.shared.options import make_console
-from stages.shared.params import check_models
+from stages.shared.params import check_models, own_code
 from stages.shared.paths import PARAMS, PROJECT
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ class TrainedModel:
 
         out, formats = Path(folder), [format] if isinstance(format, str) else format
         names = check_request(formats, dtype, int8=int8, license=license, out=out)
-        classifier, say = from_checkpoint(load_checkpoint(self.folder), CPU, inner_block="plain"), self._context.say
+        known, say = own_code(self._context.params), self._context.say
+        classifier = from_checkpoint(load_checkpoint(self.folder), CPU, inner_block="plain", own_code=known)
         export(classifier, from_recipe(self._context, classifier), out, formats=names, license=license, say=say)
         return out
 
@@ -232,7 +233,7 @@ def distill(
         if not plan_student(context, name, seed=seed)[1].is_distilled:  # a model that had to be tried first
             raise UsageError(f"student={student!r}: it has one head, and none for the teacher's labels; return two")
         out = train_student(context, name, seed=seed)
-    model = load(out, device=str(context.device))
+    model = load(out, device=str(context.device), own_code=own_code(context.params))
     own = dataclasses.replace(context, _loaded=None)  # the images need not stay in memory
     return TrainedModel(model, read_json_checked(out / "metrics.json"), out, own)
 
