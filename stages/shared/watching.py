@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Interrupted, UsageError
 from pipeline.report.watching import LOG, RunLog, TensorBoard, WatchedRun, Watchers, describe
-from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +72,7 @@ def watch(
 
     def make() -> None:
         # `tensorboard --logdir data/work` finds those of every run.
-        events = Paths(recipe).work(TENSORBOARD, *run.work.parts[-2:])
+        events = context.paths.work(TENSORBOARD, *run.work.parts[-2:])
         for name in context.watch:
             try:
                 guests[name] = _maker(name)(told, events)
