@@ -10,7 +10,7 @@ import click
 from pipeline.errors import UsageError, printable
 from pipeline.system.storage import write_together
 from stages.shared.options import FilePath
-from stages.shared.paths import DATA, PARAMS, PROJECT
+from stages.shared.paths import DATA, PARAMS, PROJECT, STAGES
 
 README = """\
 # A project of titn-pipeline
@@ -85,7 +85,7 @@ def project_files() -> dict[Path, bytes]:
         Path("README.md"): README,
         Path(".dvcignore"): DVC_IGNORE,
         DATA / ".gitignore": "*\n!.gitignore\n",
-        Path("dvc.yaml"): without_code((PROJECT / "dvc.yaml").read_text(encoding="utf-8")),
+        Path("dvc.yaml"): without_code(STAGES.read_text(encoding="utf-8")),
         PARAMS: (PROJECT / PARAMS).read_text(encoding="utf-8"),
     }
     return {path: text.encode() for path, text in texts.items()}

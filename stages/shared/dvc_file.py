@@ -13,7 +13,7 @@ import stages
 from pipeline.config.params import Params, load_yaml
 from pipeline.errors import UsageError
 from pipeline.system.canonical import fingerprint
-from stages.shared.paths import DATA, PROJECT
+from stages.shared.paths import DATA, STAGES
 
 _CODE = Path(stages.__file__).parents[1]  # where the code that is running lies
 _PACKAGES = ["pipeline", "stages"]
@@ -44,7 +44,7 @@ def can_commit(stage: str, recipe: str, params: Params, project: Path = Path()) 
         project: The folder.
     """
     name, _, item = stage.partition("@")
-    definition = _definitions(project).get(name)
+    definition = _definitions(project / _DVC_FILE).get(name)
     lists: dict[str, Mapping[str, str]] = {
         "teacher": {teacher: teacher for teacher in params.teachers},
         "label": {views: views for views in params.view_recipes},
@@ -68,13 +68,13 @@ def _is_data(dep: str) -> bool:
 
 @functools.cache
 def _own_definitions() -> Mapping[str, Mapping[str, Any]]:
-    return _definitions(PROJECT)
+    return _definitions(STAGES)
 
 
-def _definitions(folder: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Return the stages that a folder's dvc.yaml defines, those of a `foreach` once; none where it cannot be read."""
+def _definitions(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return the stages that a dvc.yaml defines, those of a `foreach` once; none where it cannot be read."""
     try:
-        tree = load_yaml((folder / _DVC_FILE).read_text(encoding="utf-8"), _DVC_FILE)
+        tree = load_yaml(file.read_text(encoding="utf-8"), _DVC_FILE)
         return {name: stage.get("do", stage) for name, stage in tree["stages"].items()}
     except (OSError, UnicodeDecodeError, UsageError, KeyError, TypeError, AttributeError):
         return {}

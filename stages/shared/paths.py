@@ -9,6 +9,8 @@ import stages
 
 PROJECT = Path(stages.__file__).parent / "project"
 """The params.yaml and dvc.yaml that come with the package; in a clone they are links to its own."""
+STAGES = PROJECT / "stages.yaml"
+"""Of these the dvc.yaml, by another name: DVC takes every dvc.yaml of a repository for one more pipeline."""
 PARAMS = Path("params.yaml")
 DATA = Path("data")
 RECORDS = Path("results") / "runs.jsonl"

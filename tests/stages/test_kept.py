@@ -258,11 +258,11 @@ def test_the_digest_is_of_the_code_that_dvc_looks_at(tmp_path: Path, monkeypatch
     (package / "pipeline/data/__pycache__").mkdir(parents=True)
     project = package / "stages/project"
     project.mkdir(parents=True)
-    (project / "dvc.yaml").write_text("stages: {prepare: {cmd: x, deps: [pipeline/data, stages/a.py, data/raw]}}")
+    (project / "stages.yaml").write_text("stages: {prepare: {cmd: x, deps: [pipeline/data, stages/a.py, data/raw]}}")
     for name in ("pipeline/data/a.py", "pipeline/data/table.csv", "pipeline/other.py", "stages/a.py"):
         (package / name).write_text("1")
     monkeypatch.setattr(dvc_file, "_CODE", package)
-    monkeypatch.setattr(dvc_file, "PROJECT", project)
+    monkeypatch.setattr(dvc_file, "STAGES", project / "stages.yaml")
 
     def digest() -> str:
         for cached in (dvc_file.code_digest, dvc_file._own_definitions, dvc_file._digests):
@@ -280,7 +280,7 @@ def test_the_digest_is_of_the_code_that_dvc_looks_at(tmp_path: Path, monkeypatch
             former = digest()
         (package / "pipeline/data/b.py").write_text("")
         assert digest() != former
-        (project / "dvc.yaml").unlink()  # then all of the code counts
+        (project / "stages.yaml").unlink()  # then all of the code counts
         former = digest()
         (package / "pipeline/other.py").write_text("3")
         assert digest() != former
