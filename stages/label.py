@@ -82,6 +82,11 @@ class LabelRequest:
                 raise UsageError(f"{refused[0]}: --from takes the labels of {self.given} as they are; leave it out")
         if self.label_name is not None:
             check_label_name("--as", self.label_name)
+        if self.teachers:
+            from stages.shared.labellers import require_teacher
+
+            for what in self.teachers:
+                require_teacher(context, what)
         if self.given is None and not self.teachers and not paths.winner.exists():
             raise DataError(
                 f"{paths.winner}: no teacher is selected; run `pipeline teacher-select --recipe {recipe.name}`"

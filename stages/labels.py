@@ -136,9 +136,11 @@ def _replay(
     from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, check_canaries, replay
     from pipeline.system.canonical import require_equal
     from stages.shared.fitting import make_views
-    from stages.shared.labellers import find_labeller
+    from stages.shared.labellers import find_labeller, require_teacher
     from stages.shared.labelling import identity_of
 
+    for what in teachers:
+        require_teacher(context, what)
     cache, dataset = LabelCache.open(path), context.dataset()
     names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:

@@ -300,6 +300,21 @@ def read_labeller(context: Context, dataset: Dataset, teachers: Sequence[str], g
     return TeacherLabeller([find_member(context, dataset, what) for what in teachers or [str(context.paths.winner)]])
 
 
+def require_teacher(context: Context, what: str) -> None:
+    """Check that `--teacher` names something, before any data is looked for.
+
+    Raises:
+        UsageError: It does not.
+    """
+    is_known = what in context.recipe.teachers or _is_model(what.partition("=")[0]) or _exists(Path(what))
+    if not is_known:
+        raise UsageError(
+            f"--teacher {what}: no teacher of recipe {context.recipe.name} ({', '.join(context.recipe.teachers)}), no "
+            "path that exists and no model; a model is torchvision/NAME, timm/NAME or FILE.py:FUNCTION, a state dict "
+            "MODEL=FILE"
+        )
+
+
 def find_member(context: Context, dataset: Dataset, what: str) -> Member:
     """Return the teacher that `--teacher` names.
 
@@ -332,15 +347,10 @@ def find_member(context: Context, dataset: Dataset, what: str) -> Member:
             raise UsageError(f"{option}: {what_it_is}; write --teacher {way_out}")
         folder = path.parent if path.is_file() and path.stem in ("best", "last") else path
         return _checkpoint(context, dataset, path, folder.resolve().name.removesuffix(".safetensors"))
-    if _is_model(what):
-        weights = "none" if is_own(what) else "imagenet"
-        name = Path(what.rpartition(":")[0]).stem if is_own(what) else what.rpartition("/")[2]
-        return _built(context, dataset, _finished(what, weights), option, name)
-    known = ", ".join(context.recipe.teachers)
-    raise UsageError(
-        f"{option}: no teacher of recipe {context.recipe.name} ({known}), no path that exists and no model; a model is "
-        "torchvision/NAME, timm/NAME or FILE.py:FUNCTION, a state dict MODEL=FILE"
-    )
+    require_teacher(context, what)
+    weights = "none" if is_own(what) else "imagenet"
+    name = Path(what.rpartition(":")[0]).stem if is_own(what) else what.rpartition("/")[2]
+    return _built(context, dataset, _finished(what, weights), option, name)
 
 
 def _exists(path: Path) -> bool:
