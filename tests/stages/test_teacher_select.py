@@ -51,7 +51,7 @@ def test_labels_of_a_teacher_without_the_settings_are_not_replaced(project: Proj
     ("options", "words"),
     [
         (("--set", "speed=1"), "teachers.squeezenet1_1.speed: unknown key"),
-        (("--set", "epochs=0"), "teachers.squeezenet1_1.epochs: 0 is out of range"),
+        (("--set", "epochs=-1"), "teachers.squeezenet1_1.epochs: -1 is out of range"),
         (("--set", "epochs=1", "--optimizers", "adam"), "--set and --optimizers"),
     ],
 )
