@@ -123,7 +123,7 @@ def evaluate_split(
         raise UsageError(f"--split {split}: recipe {context.recipe.name} has {', '.join(dataset.splits)}")
     assert classifier.file is not None, "it has been loaded"
     way_out = "name its own recipe, train it again, or score it on a folder's images with --data"
-    require_same_data(classifier.config, classifier.file, context.paths, way_out, sha256=dataset.sha256)
+    require_same_data(classifier.config, classifier.file, context.paths, way_out, dataset=dataset)
     data = evaluation_data(dataset, dataset.splits[split], classifier.device, classifier.config)
     meter = Meter(dataset.num_classes, classifier.device)
     predictions = Predictions.of(data)
@@ -262,7 +262,7 @@ def mend_run(context: Context, classifier: Classifier) -> None:
     if record is None and "metrics.json" in broken:
         raise DataError(f"{directory}: of an older version, whose best.json lacks what metrics.json said; train again")
     way_out = "name its own recipe, or prepare its data again"
-    require_same_data(meta, classifier.file, paths, way_out, sha256=dataset.sha256)
+    require_same_data(meta, classifier.file, paths, way_out, dataset=dataset)
     teacher_labels = _teacher_labels(context, meta.get("teacher"))
     data = evaluation_data(dataset, dataset.test, classifier.device, meta, teacher_labels)
     predictions = Predictions.of(data)

@@ -212,7 +212,7 @@ def from_recipe(context: Context, classifier: Classifier) -> RealImages:
         raise DataError(f"{error}, or give a folder of images with --data") from error
     assert classifier.file is not None, "it has been loaded"
     way_out = "name its own with --recipe, train it again, or check it on a folder's images with --data"
-    require_same_data(classifier.config, classifier.file, context.paths, way_out, sha256=dataset.sha256)
+    require_same_data(classifier.config, classifier.file, context.paths, way_out, dataset=dataset)
     return RealImages(
         images=dataset.test.images,
         labels=dataset.test.labels,

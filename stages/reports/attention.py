@@ -45,7 +45,7 @@ def attention(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
     if not able or not context.paths.is_prepared:
         return []
     dataset = context.dataset()
-    return [_figure(run, dataset) for run, meta in able if not other_data(meta, context.paths, dataset.sha256)]
+    return [_figure(run, dataset) for run, meta in able if not other_data(meta, context.paths, dataset)]
 
 
 def _figure(run: FinishedRun, dataset: Dataset) -> Figure:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.config.recipes import MAX_VIEWS, TeacherRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, PipelineError, UsageError
-from pipeline.inference.loading import Description, from_checkpoint
+from pipeline.inference.loading import from_checkpoint
 from pipeline.labels.answers import ViewLabels
 from pipeline.labels.given import GivenLabels
 from pipeline.labels.identity import GIVEN, MEMBER_FIELDS, make_ensemble, make_member, make_provenance
@@ -378,7 +378,6 @@ def _checkpoint(context: Context, dataset: Dataset, path: Path, title: str) -> M
         DataError: Its JSON describes no model, or it was trained on other data.
     """
     checkpoint = read_teacher(context, dataset, path)
-    Description.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
 
     def load() -> nn.Module:
         return from_checkpoint(checkpoint, context.device, own_code=own_code(context.params)).module

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.config.recipes import ViewRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.data.streaming import place_images
-from pipeline.inference.loading import from_checkpoint, load_checkpoint_of
+from pipeline.inference.loading import Description, from_checkpoint, load_checkpoint_of
 from pipeline.labels.cache import make_identity
 from pipeline.labels.teacher import Teacher, compile_teacher
 from pipeline.system.runtime import images_at_once, resident_limit, resolve_precision
@@ -33,7 +33,8 @@ def read_teacher(context: Context, dataset: Dataset, path: Path) -> Checkpoint:
     """
     checkpoint = load_checkpoint_of(path, "teacher")
     way_out = f"train a teacher on these data: pipeline teacher-select --recipe {context.recipe.name}"
-    require_same_data(checkpoint.meta, checkpoint.path, context.paths, way_out, sha256=dataset.sha256)
+    require_same_data(checkpoint.meta, checkpoint.path, context.paths, way_out, dataset=dataset)
+    Description.read(checkpoint.meta, checkpoint.path.with_suffix(".json"))
     return checkpoint
 
 

@@ -6,17 +6,20 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, printable
 from pipeline.system.storage import read_json
 from pipeline.training.manifest import read_json_checked
 from stages.shared.paths import Paths
 
+if TYPE_CHECKING:
+    from pipeline.data.datasets import Dataset
+
 SHORT = 12  # hexadecimal digits of a SHA-256 that people are shown
 
 
-def other_data(meta: Mapping[str, Any], paths: Paths, sha256: str | None = None) -> str | None:
+def other_data(meta: Mapping[str, Any], paths: Paths, dataset: Dataset | None = None) -> str | None:
     """Say in a phrase on which data a model was trained, if not on a recipe's prepared data; None if on these.
 
     Labels that were corrected, or another split, make other data of the same images: what were training images may be
@@ -25,20 +28,25 @@ def other_data(meta: Mapping[str, Any], paths: Paths, sha256: str | None = None)
     Args:
         meta: The JSON of the model's checkpoint or export.
         paths: The recipe's.
-        sha256: Of the prepared data, where they have been loaded; None takes what their summary.json says.
+        dataset: The prepared data, where they have been loaded; None takes what their summary.json says.
     """
-    prepared, trained = sha256 or _prepared_sha256(paths), meta.get("dataset_sha256")
-    if prepared is None or trained == prepared:
+    prepared = _prepared(paths) if dataset is None else (dataset.sha256, list(dataset.class_names))
+    if prepared is None:
         return None
-    these = f"{paths.dataset} (SHA-256 {prepared[:SHORT]})"
+    sha256, class_names = prepared
+    trained, these = meta.get("dataset_sha256"), f"{paths.dataset} (SHA-256 {sha256[:SHORT]})"
+    if trained == sha256:  # these names are then part of the digest, so that others are damage
+        damaged = f"names other classes than {these}, on which it was trained; it is damaged"
+        return None if meta.get("class_names", class_names) == class_names else damaged
     if not isinstance(trained, str):
         return f"names no data that it was trained on, so that it cannot be compared with {these}"
     recipe = printable(str(meta.get("recipe")))
-    return f"trained on other data (recipe {recipe}, SHA-256 {printable(trained[:SHORT])}) than {these}"
+    order = "the order of the images counts too, and a folder's is not that of a download"
+    return f"trained on other data (recipe {recipe}, SHA-256 {printable(trained[:SHORT])}) than {these}; {order}"
 
 
 def require_same_data(
-    meta: Mapping[str, Any], file: Path, paths: Paths, way_out: str, *, sha256: str | None = None
+    meta: Mapping[str, Any], file: Path, paths: Paths, way_out: str, *, dataset: Dataset | None = None
 ) -> None:
     """Check that a model was trained on a recipe's prepared data, wherever the two meet.
 
@@ -47,24 +55,28 @@ def require_same_data(
         file: The model's file, for the message.
         paths: See `other_data`.
         way_out: What to do otherwise, for the message.
-        sha256: See `other_data`.
+        dataset: See `other_data`.
 
     Raises:
         DataError: It was trained on others, or does not name them.
     """
-    difference = other_data(meta, paths, sha256)
+    difference = other_data(meta, paths, dataset)
     if difference is not None:
-        order = "the order of the images counts too, and a folder's is not that of a download"
-        raise DataError(f"{file}: {difference}; {order}; {way_out}")
+        raise DataError(f"{file}: {difference}; {way_out}")
 
 
-def _prepared_sha256(paths: Paths) -> str | None:
-    """Return what summary.json says; None without prepared data, or where it is damaged, as loading them will say."""
+def _prepared(paths: Paths) -> tuple[str, list[str]] | None:
+    """Return SHA-256 and class names by summary.json; None without prepared data, or where it is damaged.
+
+    Loading the data will say what is wrong.
+    """
     if paths.is_prepared:
         with contextlib.suppress(DataError):
             summary = read_json(paths.prepared / "summary.json")
-            sha256 = summary.get("sha256") if isinstance(summary, dict) else None
-            return sha256 if isinstance(sha256, str) else None
+            sha256, names = (
+                summary.get(key) if isinstance(summary, dict) else None for key in ("sha256", "class_names")
+            )
+            return (sha256, names) if isinstance(sha256, str) and isinstance(names, list) else None
     return None
 
 

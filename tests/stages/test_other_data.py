@@ -24,7 +24,7 @@ from stages.shared.paths import Paths
 from stages.shared.runs import describe
 from tests.support.finished_runs import finished
 from tests.support.in_process import invoke
-from tests.support.project import TEACHERS, Project
+from tests.support.project import TEACHERS, Project, unseal
 from tests.support.untrained import NAME, untrained
 
 WINNER, CANDIDATE = "data/smoke/teacher", f"data/smoke/teachers/{NAME}"
@@ -114,6 +114,14 @@ def test_a_model_of_other_data_is_refused_and_both_are_named(
     for word in (f"trained on other data (recipe smoke, SHA-256 {before})", f"dataset.h5 (SHA-256 {now})", way_out):
         assert word in error, error
     assert not (project.path / "exported").exists() and not (project.path / "results").exists()
+
+
+def test_classes_that_are_not_those_of_its_data_are_damage(project: Project) -> None:
+    unseal(project.path / STUDENT)
+    file = project.path / STUDENT / "best.json"
+    file.write_text(file.read_text().replace('"9"', '"y"', 1))
+    for command in (("evaluate", STUDENT, *CPU), ("export", STUDENT, *EXPORT[2:]), ("bench", STUDENT, *CPU)):
+        assert "names other classes than data/smoke/prepared/dataset.h5" in invoke(project, *command, code=3)
 
 
 def test_images_of_a_folder_stay_possible_and_are_named(project: Project) -> None:
