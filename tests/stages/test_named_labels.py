@@ -97,6 +97,7 @@ def test_an_ensembles_probabilities_are_the_mean_of_its_members(labelled: Projec
     assert recorded["teacher"] == "squeezenet1_1 + squeezenet1_1"
 
 
+@pytest.mark.slow
 def test_labels_of_a_name_are_extended_sliced_and_come_back(project: Project) -> None:
     file, named = project.path / LABELS / "default@other.2.h5", ("--teacher", OTHER, "--as", "other.2")
     default = (project.path / LABELS / "default.h5").read_bytes()
@@ -230,6 +231,7 @@ def test_a_student_learns_from_the_labels_that_it_is_told(project: Project) -> N
     assert (project.path / LABELS / "default.h5").read_bytes() == before and not (project.data / "students").exists()
 
 
+@pytest.mark.slow
 def test_a_student_of_given_labels_alone_is_reported_recorded_and_mended(project: Project) -> None:
     invoke(project, "label", "--from", "plain.npy", "--as", "api")
     for labels in (("--teacher-labels", "api"), ("--labels", "none")):
