@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,21 +122,23 @@ def test_the_kernel_sees_no_other_write_than_those_that_are_struck(project: Proj
     labelling = Labelling(project, 2)
     labelling.reset()
     trace = tmp_path / "trace"
-    command = ["strace", "-f", "-y", "-s", "0", "-e", "trace=%file,%desc", "-o", str(trace)]
+    # A file for each thread: in one, another thread's call may cut a line in two.
+    command = ["strace", "-ff", "-ttt", "-y", "-s", "0", "-e", "trace=%file,%desc", "-o", str(trace)]
     program = [sys.executable, "-m", "stages.cli", *LABEL]
     subprocess.run([*command, *program], cwd=project.path, env=environment(), check=True, capture_output=True)
     assert labelling.file.read_bytes() == labelling.whole
-    seen = list(traced(trace.read_text(), str(project.path / "data")))
+    lines = sorted(line for file in tmp_path.glob("trace.*") for line in file.read_text().splitlines())
+    seen = list(traced(lines, str(project.path / "data")))
     assert seen == [(name, unnamed(path)) for name, path in labelling.calls if name not in ("opendir", "close")]
 
 
-def traced(lines: str, folder: str) -> Iterator[tuple[str, str]]:
+def traced(lines: Iterable[str], folder: str) -> Iterator[tuple[str, str]]:
     """What strace saw change below a folder, under the names of `os`."""
     python = {"openat": "open", "pwrite64": "pwrite", "rename": "replace"}
     reading = {"read", "pread64", "lseek", "close", "fcntl", "flock", "ioctl", "getdents64", "poll", "fadvise64"}
     changing = {"openat": r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC", "mmap": r"PROT_WRITE.*MAP_SHARED"}
-    for line in lines.splitlines():
-        call = re.match(r"\d+ +(\w+)\((.*)\) += ", line)
+    for line in lines:
+        call = re.match(r"[\d.]+ +(\w+)\((.*)\) += ", line)
         if call is None or call[1] in reading or re.search("stat|access|readlink", call[1]):
             continue
         path = re.search(rf"[<\"](?:{re.escape(folder)}|data)/([^>\"]*)", call[2])
