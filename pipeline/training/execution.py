@@ -29,6 +29,7 @@ class Execution:
         compiled: Whether torch.compile prepares the model.
         micro_batch: Most samples in a forward pass; None is a rank's whole share of a batch.
         inner_block: The result of pipeline.models.students.use_inner_block.
+        column_sum: Whether a layer is trained as the sum of its columns, see pipeline.training.column_sum.
         group: The ranks that train the model together. Each has all of the data, and the same seed.
     """
 
@@ -37,6 +38,7 @@ class Execution:
     compiled: bool = False
     micro_batch: int | None = None
     inner_block: str = "none"
+    column_sum: bool = False
     group: Group = ALONE
 
     @classmethod
@@ -47,6 +49,7 @@ class Execution:
         group: Group = ALONE,
         *,
         inner_block: str = "none",
+        column_sum: bool = False,
         whole: bool = False,
     ) -> Execution:
         """Resolve what a recipe leaves to the device.
@@ -56,6 +59,7 @@ class Execution:
             device: Where the model is trained.
             group: The ranks.
             inner_block: See the attribute.
+            column_sum: See the attribute.
             whole: Whether parts of a batch would give other results, as with batch norm.
 
         Raises:
@@ -79,6 +83,7 @@ class Execution:
             compiled=recipe.compile,
             micro_batch=micro_batch,
             inner_block=inner_block,
+            column_sum=column_sum,
             group=group,
         )
 
@@ -87,6 +92,8 @@ class Execution:
         parts = [device_name(device), self.precision]
         if self.inner_block != "none":
             parts.append(f"inner block {self.inner_block}")
+        if self.column_sum:
+            parts.append("first linear layer as its column sum")
         if self.step == "graph":
             parts.append("CUDA graph")
         if self.compiled:

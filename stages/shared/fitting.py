@@ -38,6 +38,7 @@ from pipeline.system.storage import lock, to_json
 from pipeline.system.text import to_csv
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState, checkpoint_files
+from pipeline.training.column_sum import published
 from pipeline.training.distributed import Group, has_batch_norm
 from pipeline.training.evaluation import Predictions, evaluate
 from pipeline.training.execution import Execution
@@ -289,7 +290,7 @@ def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> d
     last = None
     if group.is_main:
         if run.keep_last:
-            last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            last = published(model)
         model.load_state_dict(result.best)
     group.broadcast_(model.state_dict().values())
     return last
