@@ -346,13 +346,16 @@ def _write(
     meta = {**run.decided_by, "fingerprint": run.fingerprint}
     meta |= {key: metrics[key] for key in DESCRIBED}
     of_best = {"epoch": result.best_epoch, "scores": metrics["best"], "metrics": without_test(metrics)}
-    files, _ = checkpoint_files("best", result.best, {**meta, **of_best})
+    written = {"best": checkpoint_files("best", result.best, {**meta, **of_best})}
     if last is not None:
         of_last = {"epoch": run.recipe.epochs, "scores": metrics["last"]}
-        files |= checkpoint_files("last", last, {**meta, **of_last})[0]
+        written["last"] = checkpoint_files("last", last, {**meta, **of_last})
     texts = {"run.json": to_json(where), "predictions.csv": predictions, "curve.csv": _curve_csv(result.curve)}
     texts["metrics.json"] = to_json(metrics)
-    write_with_manifest(run.out, {**files, **{name: texts[name] for name in OUTPUTS}}, run.fingerprint)
+    files = {name: data for checkpoint, _ in written.values() for name, data in checkpoint.items()}
+    digests = {f"{stem}.safetensors": digest for stem, (_, digest) in written.items()}
+    files |= {name: texts[name] for name in OUTPUTS}
+    write_with_manifest(run.out, files, run.fingerprint, digests=digests)
 
 
 def without_test(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +20,11 @@ OUT = "teachers/vgg"
 
 
 @pytest.fixture
-def project(small_labelled: Project, tmp_path: Path) -> Project:
-    project = Project(shutil.copytree(small_labelled.path, tmp_path / "project"))
+def project(tmp_path: Path) -> Project:
+    project = Project.create(tmp_path / "project", alone=True)
     project.edit("squeezenet1_1: {epochs: 8", TEACHERS)
     (project.path / "vgg.py").write_text(VGG)
+    invoke(project, "prepare")
     return project
 
 
