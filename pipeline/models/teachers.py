@@ -185,15 +185,16 @@ def repeated_pooling(teacher: nn.Module, image_size: int) -> RepeatedPooling | N
     torchvision = sys.modules.get("torchvision.models")  # takes seconds to import, and whoever has a VGG has done so
     if torchvision is None or type(teacher) is not torchvision.VGG:
         return None
-    layer, pooling = teacher.classifier[0], teacher.avgpool
+    vgg: VGG = teacher
+    layer, pooling = vgg.classifier[0], vgg.avgpool
     if type(layer) is not nn.Linear or not isinstance(pooling, nn.AdaptiveAvgPool2d):
         return None
     images = torch.zeros(1, 3, image_size, image_size, dtype=layer.weight.dtype, device=layer.weight.device)
     with _evaluating(teacher), torch.no_grad():
-        features = teacher.features(images)
+        features = vgg.features(images)
         copies = pooling(features)[0, 0].numel()
     is_repeated = features[0, 0].numel() == 1 < copies and layer.in_features == features.numel() * copies
-    return RepeatedPooling(teacher, layer, copies) if is_repeated else None
+    return RepeatedPooling(vgg, layer, copies) if is_repeated else None
 
 
 def require_size(teacher: nn.Module, model: str, *, num_classes: int, image_size: int) -> None:
