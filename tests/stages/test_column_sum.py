@@ -42,7 +42,7 @@ def test_a_vgg_is_trained_as_its_column_sum_to_a_checkpoint_of_torchvisions_shap
     layer = weights(project)["classifier.0.weight"]
     assert (len(layer), len(layer[0])) == (16, 8 * 49)  # type: ignore[arg-type, index]
     top1 = json.loads((project.data / OUT / "metrics.json").read_text())["test"]["top1"]
-    again = json.loads(invoke(project, "evaluate", f"data/smoke/{OUT}", "--own-code", "vgg.py:build", "--json"))
+    again = json.loads(invoke(project, "evaluate", f"data/smoke/{OUT}", "--json"))
     assert again["top1"] == pytest.approx(top1, abs=0.2) and top1 > 20
     assert SUMMED not in invoke(project, "teacher", "vgg", "--set", "optimizer=rmsprop", "--set", "epochs=1")
 
