@@ -13,12 +13,15 @@ from torch import nn
 
 from benchmarks import built_teachers, steps, training
 from benchmarks.measure import Row, begin, compare, option_parser, positive
+from benchmarks.synthetic import SIZE
 from pipeline.config.recipes import TeacherRecipe
 from pipeline.inference.speed import interleave
 from pipeline.losses import objective
 from pipeline.models import TEACHERS
+from pipeline.models.teachers import repeated_pooling
 from pipeline.system.runtime import keep_freed_memory, resolve_precision
 from pipeline.training.batches import Batch
+from pipeline.training.column_sum import ColumnSum
 from pipeline.training.optimization import build_optimizer
 
 QUICK = "squeezenet1_1"
@@ -46,6 +49,7 @@ class Setting:
 
 
 COMMON = Setting("fp32")
+EVERY_COLUMN = "ours without the column sum"
 EAGER = (COMMON, Setting("bf16"), Setting("bf16", channels_last=True))
 COMPILED = (Setting("fp32", compiled=True), Setting("bf16", channels_last=True, compiled=True))
 
@@ -81,6 +85,10 @@ def teacher_rows(name: str, batch: Batch, settings: Sequence[Setting], options: 
     for operation in ("training step", "forward"):
         turns = {"ours": our_turn(name, model, batch, operation, precision)}
         turns |= {setting.name: plain_turn(name, model, batch, operation, setting) for setting in settings}
+        peers = [setting.name for setting in settings]
+        if operation == "training step" and repeated_pooling(model, SIZE) is not None:
+            peers.append(EVERY_COLUMN)
+            turns[EVERY_COLUMN] = our_turn(name, model, batch, operation, precision, summed=False)
         repeated = {who: steps.repeated(run, options.steps) for who, run in turns.items()}
         seconds = interleave(repeated, rounds=options.rounds, device=options.device)
         torch._dynamo.reset()
@@ -88,20 +96,24 @@ def teacher_rows(name: str, batch: Batch, settings: Sequence[Setting], options: 
             compare(
                 f"{name}, {operation} at batch {options.batch_size}",
                 1e3 * seconds["ours"] / options.steps,
-                1e3 * seconds[setting.name] / options.steps,
-                setting.name,
+                1e3 * seconds[peer] / options.steps,
+                peer,
                 unit="ms",
                 higher_is_better=False,
                 ours_name=f"{precision} channels_last eager",
             )
-            for setting in settings
+            for peer in peers
         ]
     return compared
 
 
-def our_turn(name: str, model: nn.Module, batch: Batch, operation: str, precision: str) -> Callable[[], object]:
-    """Return a training step or forward pass as `pipeline teacher` does it."""
+def our_turn(
+    name: str, model: nn.Module, batch: Batch, operation: str, precision: str, *, summed: bool = True
+) -> Callable[[], object]:
+    """Return a training step or forward pass as `pipeline teacher` does it, with column sums where it takes them."""
     copied = _copy(model, batch, channels_last=True)
+    if summed and (repeated := repeated_pooling(copied, SIZE)) is not None:
+        repeated.see_once(ColumnSum(repeated.layer, repeated.copies))
     if operation == "forward":
         return steps.forward_pass(copied.eval(), batch, precision=precision)
     recipe = _recipe(name)

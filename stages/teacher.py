@@ -58,7 +58,9 @@ def train_teacher(
     """
     import torch
 
-    from pipeline.models.teachers import build_teacher, require_size
+    from pipeline.models.teachers import build_teacher, repeated_pooling, require_size
+    from pipeline.training.checkpoints import RunState
+    from pipeline.training.column_sum import SUMMABLE, ColumnSum
     from pipeline.training.execution import Execution
     from stages.shared.fitting import carry_out, make_views, require_same_run, up_to_date
 
@@ -80,9 +82,18 @@ def train_teacher(
             require_size(teacher, architecture, num_classes=num_classes, image_size=size)
             return teacher
 
+        def began_plain() -> bool:
+            """Tell whether an older version was stopped in this run: its state has moments of every column."""
+            saved = None if fresh else RunState(run.work, run.fingerprint).peek()
+            return saved is not None and "column_sums" not in saved
+
         model = group.main_first(build)
+        repeated = repeated_pooling(model, dataset.image_size) if recipe.epochs else None
+        column_sum = repeated is not None and recipe.optimizer in SUMMABLE and not group.on_main(began_plain)
+        if repeated is not None and column_sum:
+            repeated.see_once(ColumnSum(repeated.layer, repeated.copies))
         model.to(device).to(memory_format=torch.channels_last)
-        execution = Execution.of(recipe, device, group)
+        execution = Execution.of(recipe, device, group, column_sum=column_sum)
         carry_out(context, run, model, dataset=dataset, views=views, execution=execution, fresh=fresh)
     return run.out
 

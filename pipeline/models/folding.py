@@ -12,7 +12,7 @@ Under autocast the last layer keeps the precision of its weights, see `pipeline.
 A model that torch.fx cannot trace, as some transformers, stays as it is.
 
 Folded models cannot be trained: a batch norm in training uses the statistics of its batch, and the sum of 49 columns
-would need a learning rate and a weight decay of its own. Checkpoints keep torchvision's shapes.
+needs what pipeline.training.column_sum gives it. Checkpoints keep torchvision's shapes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import copy
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
-from torchvision.models import VGG
 
 from pipeline.models.network import decide_in_fp32, last_layers
-from pipeline.models.teachers import ResizedInput
+from pipeline.models.teachers import ResizedInput, repeated_pooling
 
 
 def fold(model: nn.Module, image_size: int) -> tuple[nn.Module, bool]:
@@ -46,8 +45,12 @@ def fold(model: nn.Module, image_size: int) -> tuple[nn.Module, bool]:
     weight = next(model.parameters())
     # On the CPU in double precision, so that the folded weights are the same on every device.
     folded = copy.deepcopy(model).cpu().eval()
-    if isinstance(folded, VGG):
-        _fold_pooling(folded, image_size)
+    if (repeated := repeated_pooling(folded, image_size)) is not None:
+        layer = repeated.layer
+        columns = layer.weight.detach().unflatten(1, (-1, repeated.copies))
+        layer.weight = nn.Parameter(columns.sum(2, dtype=torch.float64).to(layer.weight.dtype))
+        layer.in_features //= repeated.copies
+        repeated.see_once(layer)
     try:
         folded = fuse(folded.double(), inplace=True)
     except Exception:  # tracing fails in as many ways as a model's code is written
@@ -55,18 +58,3 @@ def fold(model: nn.Module, image_size: int) -> tuple[nn.Module, bool]:
     for layer in last_layers(folded):
         decide_in_fp32(layer)
     return folded.to(weight.device, weight.dtype).eval(), True
-
-
-def _fold_pooling(model: VGG, image_size: int) -> None:
-    """Drop a VGG's pooling where it only repeats a 1x1 feature map, and add up the columns that read the same value."""
-    first = model.classifier[0]
-    assert isinstance(first, nn.Linear)
-    with torch.inference_mode():
-        features = model.features(torch.zeros(1, 3, image_size, image_size, dtype=first.weight.dtype))
-    _, num_channels, height, width = features.shape
-    if height * width > 1:
-        return
-    repeated = first.weight.detach().reshape(first.out_features, num_channels, -1)
-    first.weight = nn.Parameter(repeated.sum(2, dtype=torch.float64).to(first.weight.dtype))
-    first.in_features = num_channels
-    model.avgpool = nn.Identity()

@@ -12,7 +12,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,7 @@ from pipeline.models.weights import IMAGENET_CLASSES, StateDict, download, load_
 
 if TYPE_CHECKING:
     from torchvision import models
+    from torchvision.models import VGG
 
 Channels = tuple[float, float, float]
 
@@ -153,6 +154,49 @@ def build_teacher(
     return ResizedInput(module, input_size) if input_size else module
 
 
+class RepeatedPooling(NamedTuple):
+    """A VGG that pools a 1x1 feature map, so that its first linear layer reads each value several times.
+
+    Attributes:
+        vgg: The model.
+        layer: Its first linear layer.
+        copies: How many times, in succession.
+    """
+
+    vgg: VGG
+    layer: nn.Linear
+    copies: int
+
+    def see_once(self, layer: nn.Module) -> None:
+        """Drop the pooling and put a layer that reads each value once in place of the first."""
+        self.vgg.avgpool = nn.Identity()
+        self.vgg.classifier[0] = layer
+
+
+def repeated_pooling(teacher: nn.Module, image_size: int) -> RepeatedPooling | None:
+    """Find out whether a teacher is a VGG of torchvision whose pooling only repeats what there is.
+
+    Args:
+        teacher: Any model; its mode stays.
+        image_size: Side of the images, pixels.
+    """
+    if isinstance(teacher, ResizedInput):
+        return repeated_pooling(teacher.module, teacher.input_size)
+    torchvision = sys.modules.get("torchvision.models")  # takes seconds to import, and whoever has a VGG has done so
+    if torchvision is None or type(teacher) is not torchvision.VGG:
+        return None
+    vgg: VGG = teacher
+    layer, pooling = vgg.classifier[0], vgg.avgpool
+    if type(layer) is not nn.Linear or not isinstance(pooling, nn.AdaptiveAvgPool2d):
+        return None
+    images = torch.zeros(1, 3, image_size, image_size, dtype=layer.weight.dtype, device=layer.weight.device)
+    with _evaluating(teacher), torch.no_grad():
+        features = vgg.features(images)
+        copies = pooling(features)[0, 0].numel()
+    is_repeated = features[0, 0].numel() == 1 < copies and layer.in_features == features.numel() * copies
+    return RepeatedPooling(vgg, layer, copies) if is_repeated else None
+
+
 def require_size(teacher: nn.Module, model: str, *, num_classes: int, image_size: int) -> None:
     """Try a teacher on a batch of two images in evaluation mode; the eight need no trial.
 
@@ -170,10 +214,9 @@ def require_size(teacher: nn.Module, model: str, *, num_classes: int, image_size
     size = teacher.input_size if isinstance(teacher, ResizedInput) else image_size
     parameter = next(teacher.parameters(), torch.empty(0))
     images = torch.zeros(2, 3, image_size, image_size, device=parameter.device)
-    modes = [(module, module.training) for module in teacher.modules()]
     try:
-        with torch.no_grad():
-            logits = teacher.eval()(images)
+        with _evaluating(teacher), torch.no_grad():
+            logits = teacher(images)
     except Exception as error:  # a model fails in its own way
         own = _own_input(model).size
         way_out = f"its own is {own}" if own not in (None, size) else "set input_size to one that it takes"
@@ -181,9 +224,6 @@ def require_size(teacher: nn.Module, model: str, *, num_classes: int, image_size
         raise UsageError(
             f"teacher {model}: cannot take images of {size}x{size} pixels ({reason}); {way_out}"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     if not (isinstance(logits, Tensor) and logits.shape == (2, num_classes)):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"teacher {model}: returns {shape} for 2 images, not logits of shape (2, {num_classes})")
@@ -287,6 +327,18 @@ def weights_file(model: str) -> Path:
 def is_torchvision(model: str) -> bool:
     """Return whether a teacher is a model of torchvision: one of the eight, or `torchvision/NAME`."""
     return model in TEACHERS or model.startswith("torchvision/")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode within a block."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _Own(NamedTuple):

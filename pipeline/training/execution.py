@@ -30,6 +30,7 @@ class Execution:
         micro_batch: Most samples in a forward pass; None is a rank's whole share of a batch.
         inner_block: The result of pipeline.models.students.use_inner_block.
         outer_block: The result of pipeline.models.students.use_outer_block.
+        column_sum: Whether a layer is trained as the sum of its columns, see pipeline.training.column_sum.
         group: The ranks that train the model together. Each has all of the data, and the same seed.
     """
 
@@ -39,6 +40,7 @@ class Execution:
     micro_batch: int | None = None
     inner_block: str = "none"
     outer_block: str = "none"
+    column_sum: bool = False
     group: Group = ALONE
 
     @classmethod
@@ -50,6 +52,7 @@ class Execution:
         *,
         inner_block: str = "none",
         outer_block: str = "none",
+        column_sum: bool = False,
         whole: bool = False,
     ) -> Execution:
         """Resolve what a recipe leaves to the device.
@@ -60,6 +63,7 @@ class Execution:
             group: The ranks.
             inner_block: See the attribute.
             outer_block: See the attribute.
+            column_sum: See the attribute.
             whole: Whether parts of a batch would give other results, as with batch norm.
 
         Raises:
@@ -84,6 +88,7 @@ class Execution:
             micro_batch=micro_batch,
             inner_block=inner_block,
             outer_block=outer_block,
+            column_sum=column_sum,
             group=group,
         )
 
@@ -92,6 +97,8 @@ class Execution:
         parts = [device_name(device), self.precision]
         blocks = {"inner block": self.inner_block, "outer block": self.outer_block}
         parts += [f"{block} {way}" for block, way in blocks.items() if way != "none"]
+        if self.column_sum:
+            parts.append("first linear layer as its column sum")
         if self.step == "graph":
             parts.append("CUDA graph")
         if self.compiled:

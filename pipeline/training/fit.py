@@ -27,6 +27,7 @@ from pipeline.errors import NumericalError, UsageError
 from pipeline.system.stopping import StopSignal, stopped
 from pipeline.training.batches import Batch, EvaluationData, TrainingData, epoch_order, split_batches, step_draws
 from pipeline.training.checkpoints import RunState
+from pipeline.training.column_sum import published
 from pipeline.training.distributed import has_batch_norm, parallel
 from pipeline.training.evaluation import evaluate
 from pipeline.training.execution import Execution
@@ -281,8 +282,7 @@ class Fit:
     def _keep_as_best(self) -> None:
         """Copy the weights to the CPU, on rank 0."""
         if self.group.is_main:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-            self.progress.result.best = weights
+            self.progress.result.best = published(self.model)
 
     def save(self) -> None:
         """Write the resumable state, if the session keeps one."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.training.checkpoints import RunState, SavedState
+from pipeline.training.column_sum import column_sums
 from pipeline.training.distributed import Group
 from pipeline.training.optimization import MovingAverage
 
@@ -100,6 +101,8 @@ def save_progress(
     meta = {"epoch": progress.epoch, "step": progress.step, "curve": result.curve, "best_epoch": result.best_epoch}
     meta |= {"warnings": result.warnings, "at_chance": result.at_chance, "seconds": progress.seconds}
     meta["rules"] = result.rules
+    if sums := list(column_sums(model)):
+        meta["column_sums"] = sums
 
     def write() -> None:
         tensors["loss_sum"] = progress.loss_sum

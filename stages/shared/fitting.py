@@ -38,6 +38,7 @@ from pipeline.system.storage import lock, to_json
 from pipeline.system.text import to_csv
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState, checkpoint_files
+from pipeline.training.column_sum import published
 from pipeline.training.distributed import Group, has_batch_norm
 from pipeline.training.evaluation import Predictions, evaluate
 from pipeline.training.execution import Execution
@@ -289,7 +290,7 @@ def _take_best(run: Run, group: Group, model: nn.Module, result: FitResult) -> d
     last = None
     if group.is_main:
         if run.keep_last:
-            last = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            last = published(model)
         model.load_state_dict(result.best)
     group.broadcast_(model.state_dict().values())
     return last
@@ -345,13 +346,16 @@ def _write(
     meta = {**run.decided_by, "fingerprint": run.fingerprint}
     meta |= {key: metrics[key] for key in DESCRIBED}
     of_best = {"epoch": result.best_epoch, "scores": metrics["best"], "metrics": without_test(metrics)}
-    files, _ = checkpoint_files("best", result.best, {**meta, **of_best})
+    written = {"best": checkpoint_files("best", result.best, {**meta, **of_best})}
     if last is not None:
         of_last = {"epoch": run.recipe.epochs, "scores": metrics["last"]}
-        files |= checkpoint_files("last", last, {**meta, **of_last})[0]
+        written["last"] = checkpoint_files("last", last, {**meta, **of_last})
     texts = {"run.json": to_json(where), "predictions.csv": predictions, "curve.csv": _curve_csv(result.curve)}
     texts["metrics.json"] = to_json(metrics)
-    write_with_manifest(run.out, {**files, **{name: texts[name] for name in OUTPUTS}}, run.fingerprint)
+    files = {name: data for checkpoint, _ in written.values() for name, data in checkpoint.items()}
+    digests = {f"{stem}.safetensors": digest for stem, (_, digest) in written.items()}
+    files |= {name: texts[name] for name in OUTPUTS}
+    write_with_manifest(run.out, files, run.fingerprint, digests=digests)
 
 
 def without_test(metrics: Mapping[str, Any]) -> dict[str, Any]:

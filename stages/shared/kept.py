@@ -37,7 +37,7 @@ from pipeline.system.storage import (
     storage_errors,
     write_json,
 )
-from pipeline.training.manifest import MANIFEST
+from pipeline.training.manifest import MANIFEST, read_manifest
 from stages.shared.dvc_file import code_digest
 from stages.shared.paths import Paths
 
@@ -333,12 +333,13 @@ class _Entry:
         former = self.read()
         self._remove_all_but(former)
         root, number = self.paths.root, secrets.token_hex(4)
-        files = []
+        files, known = [], _digests(result.out)
         for file in result.paths:  # if DVC deletes one meanwhile, the former one stays
             path = file.relative_to(root)
             second = self.folder / number / path
             duplicate(file, second)
-            files.append({"path": str(path), "size": second.stat().st_size, "sha256": sha256_file(second)})
+            digest = known.get(file) or sha256_file(second)
+            files.append({"path": str(path), "size": second.stat().st_size, "sha256": digest})
         earlier = {**former.earlier, former.identity: former.date} if former is not None else {}
         identity = _identity(result)
         earlier.pop(identity, None)
@@ -383,6 +384,15 @@ def _remove_folder(folder: Path) -> None:
         else:
             path.unlink()
     folder.rmdir()
+
+
+def _digests(out: Path) -> dict[Path, str]:
+    """Return the SHA-256 that a result's manifest names: of what was written, whatever has become of it."""
+    with contextlib.suppress(DataError):
+        manifest = read_manifest(out) if out.is_dir() else None
+        if manifest is not None:
+            return {out / name: digest for name, digest in manifest.files.items()}
+    return {}
 
 
 def _for_people(date: str) -> str:

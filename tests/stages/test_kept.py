@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from pipeline.training.manifest import write_with_manifest
 from stages.cli import cli
 from stages.shared import dvc_file, kept
 from tests.support.killing import killed_at_each_call
@@ -75,6 +76,15 @@ def marked(mark: bytes) -> dict[str, bytes]:
 
 def other_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "code_digest", lambda stage: "other")
+
+
+def test_what_the_manifest_names_is_kept_though_the_file_is_damaged_before(said: Any) -> None:
+    write_with_manifest(OUT, FILES)
+    (OUT / "best.safetensors").unlink()
+    (OUT / "best.safetensors").write_bytes(b"others")
+    kept.keep(said, result())
+    delete()
+    assert not kept.put_back(said, result()) and "not what was kept" in said.lines[-1]
 
 
 def test_a_deleted_result_is_put_back_by_links_to_the_same_files(said: Any) -> None:

@@ -54,7 +54,6 @@ HOMES = {
         "pipeline/models/students/fused/triton_forward.py",
     },
     "torchvision": {
-        "pipeline/models/folding.py",
         "pipeline/system/runtime.py",
         "pipeline/data/sources.py",
         "pipeline/models/teachers.py",

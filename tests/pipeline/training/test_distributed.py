@@ -21,6 +21,7 @@ from pipeline.system.runtime import Ranks
 from pipeline.system.stopping import StopSignal
 from pipeline.training import fit as training
 from pipeline.training.batches import EvaluationData
+from pipeline.training.column_sum import ColumnSum, published
 from pipeline.training.distributed import ALONE, Group, join
 from pipeline.training.evaluation import PREDICTION_COLUMNS, Predictions, evaluate
 from pipeline.training.metrics import Scores
@@ -135,6 +136,22 @@ def test_ranks_have_the_same_weights_and_statistics_also_with_batch_norm_and_dro
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     assert drawn != other_drawn, "each rank drops other units out"
     assert (num_best, num_other_best) == (len(weights), 0), "rank 0 alone keeps the best epoch"
+
+
+def train_column_sum(group: Group, directory: Path) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    summed = ColumnSum(nn.Linear(9 * 4, 12), 9)
+    body = (nn.AvgPool2d(SIZE), nn.Conv2d(3, 4, 1), nn.Flatten())
+    model = nn.Sequential(*body, summed, nn.Tanh(), nn.Linear(12, CLASSES))
+    make_fit(directory, model=model, group=group, weight_decay=0.3, clip=0.1).run()
+    return published(model)
+
+
+def test_the_gradients_of_a_column_sum_are_averaged_before_they_are_clipped(tmp_path: Path) -> None:
+    alone = train_column_sum(ALONE, tmp_path)
+    for weights in on_ranks(2, train_column_sum, tmp_path):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5)
 
 
 def train_until_stopped(

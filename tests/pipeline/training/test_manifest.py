@@ -39,6 +39,13 @@ def test_the_manifest_names_each_files_sha256(tmp_path: Path) -> None:
     check_all(tmp_path)
 
 
+def test_a_sha256_that_is_known_is_not_computed_again(tmp_path: Path) -> None:
+    write_with_manifest(tmp_path, OLD, digests={"curve.csv": "0" * 64})
+    assert json.loads((tmp_path / MANIFEST).read_text())["files"]["curve.csv"] == "0" * 64
+    with pytest.raises(DataError, match=r"curve\.csv: not what"):
+        check_all(tmp_path)
+
+
 def test_killed_at_any_moment_old_or_new_is_whole_and_a_mixture_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
