@@ -37,7 +37,7 @@ with torch.inference_mode():
     model(torch.zeros(1, 3, 32, 32))
 """
 COMMANDS = {
-    "--help": ("--help",),
+    "help": ("--help",),
     PREDICT: (PREDICT, "titn", "image.png"),
     "models": ("models",),
     "prepare": ("prepare",),
@@ -48,7 +48,7 @@ COMMANDS = {
     "report": ("report", "--tracked-only"),
 }
 """Commands as DVC starts them, where everything is up to date already, and others."""
-QUICK = ("--help", PREDICT)
+QUICK = ("help", PREDICT)
 FINISHED = {"teacher", "select", "label", "distill", "report"}
 """Those that need finished stages."""
 

@@ -242,11 +242,11 @@ def versions() -> dict[str, str]:
 def _torchvision_version() -> str:
     """Return torchvision's version from its file of that name: importing all of it takes half as long as PyTorch."""
     found = importlib.util.find_spec("torchvision")
-    folder = Path(found.origin).parent if found is not None and found.origin is not None else Path()
-    with contextlib.suppress(OSError):
-        text = (folder / "version.py").read_text(encoding="utf-8")
-        if match := re.search(r"^__version__ = '([^'\\\n]+)'$", text, re.MULTILINE):
-            return match[1]
+    if found is not None and found.origin is not None:
+        with contextlib.suppress(OSError):
+            text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+            if match := re.search(r"^__version__ = '([^'\\\n]+)'$", text, re.MULTILINE):
+                return match[1]
     import torchvision
 
     return str(torchvision.__version__)

@@ -31,7 +31,7 @@ def test_commands_are_compared_with_plain_pytorch_and_with_another_checkout(
     assert set(rows(report, "predict")) == {startup.FORWARD, COMMIT}
     assert rows(report, "predict")[startup.FORWARD]["goal"] == pytest.approx(1 / 1.3)
     assert set(rows(report, "import torch")) == {startup.FORWARD}
-    assert set(rows(report, "--help")) == {startup.FORWARD, COMMIT}
+    assert set(rows(report, "help")) == {startup.FORWARD, COMMIT}
 
 
 @pytest.mark.slow
