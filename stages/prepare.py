@@ -172,8 +172,6 @@ def prepare(
         DataError: The files are missing, damaged, no data set, or not the source that the recipe names.
         StorageError: Downloading, reading or writing failed.
     """
-    import torch
-
     from pipeline.data.arrays import Spill
     from pipeline.data.sources import read_source
     from pipeline.system.runtime import resident_limit
@@ -181,7 +179,7 @@ def prepare(
     place = _place(recipe, folder, download=download)
     listing = None if place is None else _list(recipe, place, raw, is_named=folder is not None)
     digest = None if listing is None else _digest(listing, memory, remember=memory is not None)
-    spill = Spill(out, resident_limit(torch.device("cpu")))
+    spill = Spill(out, resident_limit())
     dataset, findings = read_source(recipe, raw=raw, folder=listing, download=download, skip_bad=skip_bad, spill=spill)
     summary = _summarize(recipe, dataset, findings)
     if place is not None:
@@ -372,13 +370,11 @@ def _read_summary(paths: Paths) -> dict[str, Any] | None:
 
 def _damage(paths: Paths, summary: Mapping[str, Any]) -> str | None:
     """Say what is wrong with dataset.h5; None if it is whole. It is read, since only that finds damage."""
-    import torch
-
     from pipeline.data.datasets import Dataset
     from pipeline.system.runtime import resident_limit
 
     try:
-        dataset = Dataset.load(paths.dataset, resident_limit(torch.device("cpu")))
+        dataset = Dataset.load(paths.dataset, resident_limit())
     except DataError:
         return "damaged"
     return None if dataset.sha256 == summary.get("sha256") else "not what its summary says"

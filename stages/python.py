@@ -204,10 +204,8 @@ def distill(
         StorageError: Reading, writing or downloading failed.
         KeyboardInterrupt: Ctrl-C; what was done is saved.
     """
-    import torch
-
-    from pipeline.inference.loading import load
-    from pipeline.models.students import STUDENTS, build_student
+    from pipeline.inference.loading import build_unfilled, load
+    from pipeline.models.students import STUDENTS
     from pipeline.training.manifest import read_json_checked
     from stages.distill import distill as train_student
     from stages.distill import plan_student, student_recipe
@@ -225,8 +223,7 @@ def distill(
     require_distillation_head(f"student={student!r}", name, recipe)
     if recipe.model in STUDENTS:  # what does not fit the images is refused before a teacher is trained
         size = context.recipe.dataset.image_size
-        with torch.device("meta"):
-            build_student(recipe.model, **student_arguments(recipe, num_classes=2, image_size=size))
+        build_unfilled("student", recipe.model, student_arguments(recipe, num_classes=2, image_size=size))
     with context.stop.taking_ctrl_c():
         _prepare(context, data)
         teacher_select(context)

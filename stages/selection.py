@@ -14,8 +14,9 @@ from pipeline.config.recipes import deciding_values
 from pipeline.errors import DataError, UsageError
 from pipeline.system.canonical import fingerprint, seal
 from pipeline.system.storage import lock, read_bytes, read_json, remove_leftovers, to_json, write_together
-from pipeline.training.checkpoints import load_checkpoint, read_meta
+from pipeline.training.checkpoints import read_meta, read_weights
 from pipeline.training.manifest import MANIFEST, Manifest, read_json_checked
+from pipeline.training.standing import standing
 from stages.reports.tables import candidates_table
 from stages.shared import kept
 from stages.shared.context import Context
@@ -69,8 +70,9 @@ def select(
             if (meta := read_meta(out)) is not None:
                 way_out = f"run `pipeline teacher {name} --recipe {context.recipe.name}`"
                 require_same_data(meta, out, paths, way_out)
-        checkpoint = load_checkpoint(trained[comparison["winner"]])
-        copies = {paths.winner / file.name: read_bytes(file) for file in checkpoint.files}
+        file, weights = read_weights(trained[comparison["winner"]])
+        described = file.with_suffix(".json")
+        copies = {paths.winner / file.name: weights, paths.winner / described.name: read_bytes(described)}
         manifest = Manifest({path.name: hashlib.sha256(data).hexdigest() for path, data in copies.items()})
         # The selection has a seal of its own: it changes with each candidate, and labels depend on the winner's folder.
         copies |= {paths.winner / MANIFEST: manifest.to_bytes(), paths.selection: to_json(seal(comparison))}
@@ -86,8 +88,6 @@ def compare(
     context: Context, teachers: Sequence[str] | None = None, outs: Mapping[str, Path] | None = None
 ) -> dict[str, Any]:
     """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
-    from pipeline.training.metrics import standing
-
     recipe, paths = context.recipe, context.paths
     names = tuple(teachers or context.params.candidates(recipe))
     for name in names:

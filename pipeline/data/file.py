@@ -13,15 +13,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.arrays import Images, StoredImages, chunks
 from pipeline.errors import DataError, StorageError
 from pipeline.system.storage import WITHOUT_LOCKS, busy, cannot_lock, replacing, uses_locks
+
+if TYPE_CHECKING:
+    import h5py
 
 SCHEMA = "titn-dataset/1"
 # What HDF5 meets in a file that is none of its own, or by the addresses in a damaged one; others are the system's.
@@ -57,6 +59,8 @@ def write_content(path: Path, content: Content) -> None:
     Raises:
         StorageError: The file cannot be written.
     """
+    import h5py  # which those who only look at images are spared
+
     with replacing(path) as descriptor:
         sink = _Sink(descriptor)
         with h5py.File(sink, "w", libver=("earliest", "v110")) as file:
@@ -93,6 +97,8 @@ def read_content(path: Path, max_bytes: int | None = None) -> Content:
         DataError: There is no such file, or it is not a data set.
         StorageError: The file cannot be read, or another program holds it.
     """
+    import h5py
+
     try:
         with h5py.File(path, "r", locking=None if uses_locks() else False) as file:
             return _read(file, path, max_bytes)
@@ -146,6 +152,8 @@ def _check(dataset: Any, ndim: int, dtype: str, file_size: int) -> Any:
 
 def _leave(dataset: Any, path: Path) -> StoredImages:
     """Return the images of an HDF5 dataset, to be read on demand; their digest is not verified."""
+    import h5py
+
     layout, offset = dataset.id.get_create_plist().get_layout(), dataset.id.get_offset()
     if layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None:
         raise ValueError(f"{dataset.name}: not stored in one piece, which is needed of images that do not fit in RAM")

@@ -14,7 +14,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.config.recipes import PRECISIONS, StudentRecipe
 from pipeline.data.datasets import Channels
@@ -36,6 +37,10 @@ IMAGE_SIZES = (int, 4, 1024)
 INPUT_SIZES = (int, 1, 4096)
 """Type, least and largest value."""
 STEMS = ("default", "cifar")
+DRAWING = frozenset(
+    {getattr(nn.init, name) for name in nn.init.__all__ if name.endswith("_")} | {Tensor.normal_, Tensor.uniform_}
+)
+"""What initialises a tensor in place."""
 
 
 def load(
@@ -230,10 +235,25 @@ def build_unfilled(kind: str, model: str, arguments: Mapping[str, Any], *, own_c
     from pipeline.models.students import STUDENTS
 
     if model in (STUDENTS if kind == "student" else TEACHERS):
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():  # type: ignore[no-untyped-call]
             return build_model(kind, model, arguments)
     with torch.random.fork_rng(devices=[]):  # what is loaded must not change what is drawn
         return build_model(kind, model, arguments, own_code=own_code)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves parameters on the device `meta` as they are: they have no values that could be initialised.
+
+    PyTorch would draw none either, but imports its compiler and SymPy for that, which takes as long as all of the rest.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 def _load_export(directory: Path, format: str | None, device: str | None, own_code: Collection[str]) -> Classifier:

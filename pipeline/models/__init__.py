@@ -11,3 +11,5 @@ TEACHERS = {
     "vgg19": "classifier.6",
 }
 """Torchvision's name of the architecture to the name of the layer that makes the logits."""
+PAPERS_STUDENTS = ("vit", "deit", "tnt", "titn")
+"""The students that take all that a recipe's fields give, and need no arguments of their own."""

@@ -1,20 +1,23 @@
 """Parameters, the paper's GMACs and true FLOPs of a model.
 
-MACs and FLOPs come from one forward pass of an image of zeros in evaluation mode on the model's device; a model built
-under `torch.device("meta")` is counted without any arithmetic. The plain formulation is counted: a model that leaves
-out or fuses anything has an attribute `plain`, which is set meanwhile. Compiled models may bypass the modules that are
-counted, so don't count them.
+MACs and FLOPs come from one forward pass of an image of zeros in evaluation mode, whose products are counted and not
+computed: zeros take their place. It takes place on the model's device; a model built under `torch.device("meta")` gets
+parameters on the CPU that take no memory. The plain formulation is counted: a model that leaves out or fuses anything
+has an attribute `plain`, which is set meanwhile. Compiled models may bypass the modules that are counted, so don't
+count them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PAPER_BATCH_SIZE = 1024
 NORM_MACS_PER_ELEMENT = 4
@@ -48,7 +51,8 @@ def paper_macs(model: nn.Module, image_size: int) -> int:
 
     hooks = [module.register_forward_hook(count) for module in model.modules()]
     try:
-        _forward_one_image(model, image_size)
+        with _Products():
+            _forward_one_image(model, image_size)
     finally:
         for hook in hooks:
             hook.remove()
@@ -64,7 +68,7 @@ def paper_gmacs_1024(model: nn.Module, image_size: int) -> float:
 
 
 def flops_per_image(model: nn.Module, image_size: int) -> int:
-    """Count the floating-point operations of one image by PyTorch's counter.
+    """Count the floating-point operations of one image, as PyTorch's counter does.
 
     A multiply-accumulate is 2 operations. Matrix products and convolutions count, attention as its two products;
     norms, softmax, activations and sums do not.
@@ -75,10 +79,49 @@ def flops_per_image(model: nn.Module, image_size: int) -> int:
 
     Source: torch.utils.flop_counter.FlopCounterMode.
     """
-    # Which fused attention the counter knows differs between releases; all of them know matrix products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with _Products() as products:
         _forward_one_image(model, image_size)
-    return int(counter.get_total_flops())
+    return products.flops
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts matrix products and convolutions, and returns zeros of the result's shape instead.
+
+    PyTorch's counter imports its compiler and SymPy, as do PyTorch's kernels for the device `meta`. This takes longer
+    than everything else that is done here.
+
+    Attributes:
+        flops: Counted so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what would be skipped is imported for that
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aten, packet = torch.ops.aten, func.overloadpacket
+        if packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm) and args[-2].shape[-1] == args[-1].shape[-2]:
+            left, right = args[-2:]
+            self.flops += 2 * left.numel() * right.shape[-1]
+            return left.new_zeros(*left.shape[:-1], right.shape[-1])
+        if packet is aten.convolution:
+            images, weight, _, stride, padding, dilation, transposed, _, groups = args
+            if transposed:
+                self.flops += 2 * len(images) * prod(images.shape[2:]) * weight.numel()
+            elif images.shape[1] == groups * weight.shape[1]:
+                lengths = zip(images.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+                sides = [(size + 2 * pad - gap * (side - 1) - 1) // step + 1 for size, side, step, pad, gap in lengths]
+                self.flops += 2 * len(images) * prod(sides) * weight.numel()
+                return images.new_zeros(len(images), len(weight), *sides)
+        with self:  # in inference mode an operation comes before its parts
+            made_of_parts = func.decompose(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if made_of_parts is NotImplemented else made_of_parts
 
 
 def _module_macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
@@ -98,10 +141,15 @@ def _module_macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) 
 
 def _forward_one_image(model: nn.Module, image_size: int) -> None:
     """Run one image of zeros through the model in evaluation mode."""
-    weight = next(model.parameters())
+    weight, tensors = next(model.parameters()), {}
+    if weight.is_meta:
+        named = (*model.named_parameters(), *model.named_buffers())
+        tensors = {name: torch.zeros((), dtype=one.dtype).expand(one.shape) for name, one in named}
+        weight = torch.zeros((), dtype=weight.dtype)
     image = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
-    with _plainly_evaluating(model), torch.no_grad():
-        model(image)
+    # Which fused attention is known differs between releases; all of them know matrix products.
+    with _plainly_evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        torch.func.functional_call(model, tensors, image)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Device, precision, seeds and torchrun's ranks."""
+"""Device, precision, seeds and torchrun's ranks. PyTorch is imported where it is asked: not every command needs it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import datetime
+import importlib.util
 import os
 import platform
 import re
@@ -12,12 +13,13 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 from pipeline.system.memory import ram
+
+if TYPE_CHECKING:
+    import torch
 
 RESIDENT_VARIABLE = "TITN_MAX_RESIDENT_BYTES"
 AT_ONCE = {"cpu": 256, "cuda": 4096}
@@ -72,6 +74,8 @@ def resolve_device(name: str | None = None) -> torch.device:
     Raises:
         UsageError: The device is unknown or not available.
     """
+    import torch
+
     ranks = current_ranks()
     if torch.cuda.is_available() and (name is None or (name == "cuda" and ranks.world_size > 1)):
         if ranks.local_rank >= torch.cuda.device_count():
@@ -99,6 +103,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """
     if precision != "auto":
         return precision
+    import torch
+
     if device.type == "cuda":
         with torch.cuda.device(device):  # PyTorch asks the current one
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -126,7 +132,7 @@ def images_at_once(device: torch.device, image_size: int, model: object = None, 
     return max(1, min(most, asked or most, most * 32**2 // image_size**2, most * MANY_TOKENS // tokens))
 
 
-def resident_limit(device: torch.device) -> int:
+def resident_limit(device: torch.device | None = None) -> int:
     """Return how many bytes of images may stay in a device's memory; larger data sets are streamed to it.
 
     For a GPU it is a quarter of the memory that is free now, else a quarter of the RAM of the machine (or control
@@ -134,7 +140,7 @@ def resident_limit(device: torch.device) -> int:
     The environment variable RESIDENT_VARIABLE overrides both; it changes where images are kept, and no result.
 
     Args:
-        device: The device; the CPU also for images read into RAM.
+        device: The device; None is the CPU, also for images read into RAM.
 
     Raises:
         UsageError: The variable, or torchrun's LOCAL_WORLD_SIZE, is not a whole number.
@@ -144,7 +150,9 @@ def resident_limit(device: torch.device) -> int:
         if not (text.isascii() and text.isdecimal()):
             raise UsageError(f"{RESIDENT_VARIABLE}={text}: not a whole number of bytes; correct it or unset it")
         return int(text)
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0] // 4
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not (processes.isascii() and processes.isdecimal() and int(processes) > 0):
@@ -169,6 +177,8 @@ def keep_freed_memory() -> None:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """Return the autocast context of a resolved precision; for fp32 one that does nothing."""
     if precision == "bf16":
+        import torch
+
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -188,6 +198,8 @@ def deciding(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def _unrounded(device: torch.device, precision: str) -> Iterator[None]:
+    import torch
+
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     former, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     try:
@@ -199,6 +211,8 @@ def _unrounded(device: torch.device, precision: str) -> Iterator[None]:
 
 def device_name(device: torch.device) -> str:
     """Return the device's marketing name, such as `NVIDIA H200`, or the CPU's model and thread count."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_model()}, {torch.get_num_threads()} threads"
@@ -215,14 +229,27 @@ def _cpu_model() -> str:
 def versions() -> dict[str, str]:
     """Return the versions that numbers depend on."""
     import numpy
-    import torchvision
+    import torch
 
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": _torchvision_version(),
         "numpy": numpy.__version__,
     }
+
+
+def _torchvision_version() -> str:
+    """Return torchvision's version from its file of that name: importing all of it takes half as long as PyTorch."""
+    found = importlib.util.find_spec("torchvision")
+    if found is not None and found.origin is not None:
+        with contextlib.suppress(OSError):
+            text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+            if match := re.search(r"^__version__ = '([^'\\\n]+)'$", text, re.MULTILINE):
+                return match[1]
+    import torchvision
+
+    return str(torchvision.__version__)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

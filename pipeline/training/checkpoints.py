@@ -102,6 +102,23 @@ def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
         UsageError: The path does not exist.
         DataError: It holds no valid checkpoint.
     """
+    file, meta, data = _read_files(path, stem)
+    return Checkpoint(file, meta, _read_tensors(data, file))
+
+
+def read_weights(path: Path) -> tuple[Path, bytes]:
+    """Return the .safetensors file of a checkpoint and its content, checked as `load_checkpoint` does, without PyTorch.
+
+    Arguments and errors are the same.
+    """
+    file, _, data = _read_files(path, "best")
+    with _telling_damage(file):
+        safetensors.deserialize(data)
+    return file, data
+
+
+def _read_files(path: Path, stem: str) -> tuple[Path, dict[str, Any], bytes]:
+    """Return the .safetensors file, the JSON beside it and the file's content, which has the SHA-256 that is there."""
     if not path.exists():
         raise UsageError(f"{path}: no such checkpoint; name a directory that a stage wrote, or a .safetensors file")
     file = path / f"{stem}.safetensors" if path.is_dir() else path
@@ -116,7 +133,7 @@ def load_checkpoint(path: Path, *, stem: str = "best") -> Checkpoint:
     check_digest(file, digest)
     if not isinstance(meta, dict) or digest != meta.get("sha256"):
         raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {meta_file.name} says; run its stage again")
-    return Checkpoint(file, meta, _read_tensors(data, file))
+    return file, meta, data
 
 
 def read_meta(path: Path, *, stem: str = "best") -> dict[str, Any] | None:
@@ -143,8 +160,14 @@ def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 def _read_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
-    try:
+    with _telling_damage(file):
         return load(data)
+
+
+@contextlib.contextmanager
+def _telling_damage(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{file}: not a safetensors file ({reason}); run its stage again") from error

@@ -31,9 +31,10 @@ from pipeline.training.column_sum import published
 from pipeline.training.distributed import has_batch_norm, parallel
 from pipeline.training.evaluation import evaluate
 from pipeline.training.execution import Execution
-from pipeline.training.metrics import is_chance, standing
+from pipeline.training.metrics import is_chance
 from pipeline.training.optimization import MovingAverage, build_optimizer, learning_rate, set_learning_rate
 from pipeline.training.resuming import FitResult, Progress, averages, keep_best, load_progress, moments, save_progress
+from pipeline.training.standing import standing
 from pipeline.training.step import CapturedStep, Objective, Step, train_step
 
 SECONDS_BETWEEN_SAVES = 60.0

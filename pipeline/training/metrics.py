@@ -6,9 +6,7 @@ Top-1, top-5 and agreement are percentages, macro precision, recall and F1 lie i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,18 +41,6 @@ class Scores:
     agreement: float | None
     class_top1: float
     distillation_top1: float | None
-
-
-def standing(scores: Mapping[str, Any], metric: str) -> tuple[float, float]:
-    """Return what the better of two epochs, or of two models, has more of: the metric, then minus the loss.
-
-    Args:
-        scores: The fields of Scores, on the split that decides.
-        metric: Which of them decides. What is not finite, or a loss that is not there, is worse than any number.
-    """
-    values = scores[metric], -scores.get("loss", math.inf)
-    metric_value, gain = (value if math.isfinite(value) else -math.inf for value in values)
-    return metric_value, gain
 
 
 @dataclass

@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-
 from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, UsageError, printable
-from pipeline.report.tables import Table
 from pipeline.system.canonical import compare
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_json
@@ -24,9 +21,11 @@ from stages.shared.paths import Paths
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from pipeline.data.datasets import Dataset
     from pipeline.report.progress import Position
+    from pipeline.report.tables import Table
     from pipeline.system.runtime import Ranks
     from pipeline.training.distributed import Group
 
@@ -139,8 +138,6 @@ class Context:
         Raises:
             DataError: It is missing, not valid, or prepared with other settings than the recipe's.
         """
-        import torch
-
         from pipeline.data.datasets import Dataset
         from pipeline.system.runtime import resident_limit
 
@@ -165,7 +162,7 @@ class Context:
         stat = self.paths.dataset.stat()
         version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._loaded is None or self._loaded[0] != version:
-            self._loaded = (version, Dataset.load(self.paths.dataset, resident_limit(torch.device("cpu"))))
+            self._loaded = (version, Dataset.load(self.paths.dataset, resident_limit()))
         return self._loaded[1]
 
     def changed(self, stage: str) -> None:

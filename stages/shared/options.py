@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from pipeline.config.params import Params
 from pipeline.config.recipes import PRECISIONS
@@ -23,6 +22,8 @@ from stages.shared.paths import PARAMS, RECORDS
 from stages.shared.watching import check_watchers
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipeline.inference.classifier import Classifier
 
 STOP = StopSignal()
@@ -185,6 +186,8 @@ def open_console() -> Console:
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console of plain lines, in a notebook too: wide in a log; a quiet one prints nothing."""
+    from rich.console import Console
+
     console = Console(stderr=stderr, quiet=quiet, force_jupyter=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH

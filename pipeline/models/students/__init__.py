@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UsageError
+from pipeline.models import PAPERS_STUDENTS
 from pipeline.models.network import decide_in_fp32
 from pipeline.models.students.attention import attention_maps, attention_rollout, outer_blocks
 from pipeline.models.students.deit import DeiT
@@ -40,8 +41,6 @@ GEOMETRY = ("patch_size", "pixel_size", "width", "depth", "num_heads", "pixel_wi
 """The arguments that are fields of every student's recipe."""
 SHARED_ARGUMENTS = ("num_classes", "image_size", *GEOMETRY, "drop_path")
 """The arguments offered to every student; it gets those that its constructor takes."""
-RECORDED_WHOLE = ("vit", "deit", "tnt", "titn")
-"""The students whose checkpoints have always named the whole geometry, with what the constructor does not take."""
 MAX_ARGUMENT = 1_000_000
 """Largest absolute value of a student's own argument."""
 FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
@@ -145,7 +144,8 @@ def recorded_arguments(name: str) -> tuple[str, ...]:
     if is_foreign(name):
         return "num_classes", "image_size"
     takes = _constructor(name)
-    return tuple(key for key in SHARED_ARGUMENTS if key in takes or name in RECORDED_WHOLE)
+    # The paper's have always named the whole geometry, with what the constructor does not take.
+    return tuple(key for key in SHARED_ARGUMENTS if key in takes or name in PAPERS_STUDENTS)
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from pipeline.models.counting import flops_per_image, num_parameters, paper_gmacs_1024, paper_macs
@@ -112,6 +113,34 @@ def test_meta_and_cpu_count_alike(name: str) -> None:
     meta = on_meta(name, 10, depth=2)
     assert paper_macs(on_cpu, 32) == paper_macs(meta, 32)
     assert flops_per_image(on_cpu, 32) == flops_per_image(meta, 32)
+
+
+class Products(nn.Module):
+    """Every product that is counted; heads of a size that PyTorch's fused attention would take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, (3, 1), stride=2, groups=4, bias=False),
+            nn.Conv2d(8, 16, 3, dilation=2, padding="same"), nn.ConvTranspose2d(16, 6, 3, stride=2, groups=2),
+        )  # fmt: skip
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.convolutions(images).flatten(2).transpose(1, 2)
+        tokens = self.attention(tokens, tokens, tokens)[0]
+        logits: Tensor = self.head(torch.baddbmm(tokens, tokens @ tokens.transpose(1, 2), tokens).mean(1))
+        return logits
+
+
+def test_flops_are_those_of_pytorchs_counter() -> None:
+    model, images = Products().eval(), torch.zeros(1, 3, 16, 16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    assert flops_per_image(model, 16) == counter.get_total_flops()
+    with torch.inference_mode():
+        assert flops_per_image(model, 16) == counter.get_total_flops()
 
 
 def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

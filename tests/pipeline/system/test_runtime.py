@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 
 from pipeline.errors import Interrupted, UsageError
 from pipeline.system.runtime import (
@@ -26,6 +27,7 @@ from pipeline.system.runtime import (
     images_at_once,
     resolve_device,
     resolve_precision,
+    versions,
 )
 from pipeline.system.stopping import StopSignal
 from stages.cli import run
@@ -245,3 +247,8 @@ def test_a_signal_is_told_as_such_where_a_reader_makes_another_error_of_it(
     monkeypatch.setattr("pipeline.labels.cache.check_beginning", stopped)
     assert run(["labels", "inspect", str(file)]) == 130
     assert capsys.readouterr().err == "stopped by SIGINT; run the same command again\n"
+
+
+def test_torchvisions_version_is_what_it_says_itself() -> None:
+    assert versions()["torchvision"] == torchvision.__version__
+    assert versions()["torch"] == torch.__version__

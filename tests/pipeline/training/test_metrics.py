@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.losses import probabilities
-from pipeline.training.metrics import Meter, class_scores, count_scores, standing
+from pipeline.training.metrics import Meter, class_scores, count_scores
+from pipeline.training.standing import standing
 
 
 @settings(max_examples=60)

@@ -42,7 +42,9 @@ def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[
     Returns:
         The refined pixels and their LayerNorm, `(N, M, c)` float32 each. Autocast does not change them.
     """
-    refined, normed = _forward(pixels, list(weights), num_heads)
+    # Its first call imports PyTorch's compiler, which takes longer than all of a prediction.
+    needs_operator = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(pixels) is not Tensor
+    refined, normed = (_forward if needs_operator else _compute)(pixels, list(weights), num_heads)
     return refined, normed
 
 
@@ -53,6 +55,10 @@ def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[
     schema="(Tensor pixels, Tensor[] weights, int num_heads) -> (Tensor, Tensor)",
 )
 def _forward(pixels: Tensor, weights: list[Tensor], num_heads: int) -> tuple[Tensor, Tensor]:
+    return _compute(pixels, weights, num_heads)
+
+
+def _compute(pixels: Tensor, weights: list[Tensor], num_heads: int) -> tuple[Tensor, Tensor]:
     pixels, weights = _contiguous(pixels), [_contiguous(weight) for weight in weights]
     refined, normed = torch.empty_like(pixels), torch.empty_like(pixels)
     _geometry_library(pixels, weights, num_heads).inner_block_forward(
