@@ -82,9 +82,12 @@ class Execution:
             group=group,
         )
 
-    def describe(self, device: torch.device, batch_size: int, ema: float = 0.0) -> str:
-        """Describe it in one line, with the batch size and the decay of the weights' moving average."""
-        parts = [device_name(device), self.precision]
+    def describe(self, device: torch.device, batch_size: int, ema: float = 0.0, busy: str | None = None) -> str:
+        """Describe it in one line, with the batch size and the decay of the weights' moving average.
+
+        `busy` says what other processes leave of the machine, see pipeline.system.neighbours.Neighbours.
+        """
+        parts = [device_name(device), *([busy] if busy else []), self.precision]
         if self.inner_block != "none":
             parts.append(f"inner block {self.inner_block}")
         if self.step == "graph":
