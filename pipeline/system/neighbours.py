@@ -31,11 +31,11 @@ def limit_spinning() -> None:
     os.environ["GOMP_SPINCOUNT"] = SPINS  # child processes have it, too
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads") and torch.get_num_threads() > 1:
-        threading.Thread(target=_keep_team, name="idle OpenMP team", daemon=True).start()
+        _keep_idle_team()
 
 
-def _keep_team() -> None:
-    """Start a team of two threads of PyTorch's libgomp, and keep it until the process ends."""
+def _keep_idle_team() -> None:
+    """Start a team of two threads of PyTorch's libgomp, which sleep until the process ends."""
     import ctypes
 
     try:
@@ -43,8 +43,12 @@ def _keep_team() -> None:
     except (AttributeError, OSError, TypeError):  # another runtime, or Windows
         return
     nothing = ctypes.cast(ctypes.pythonapi.PyMem_RawFree, ctypes.c_void_p)  # of NULL, in both threads
-    parallel(nothing, None, ctypes.c_uint(2), ctypes.c_uint(0))
-    threading.Event().wait()
+
+    def keep() -> None:
+        parallel(nothing, None, ctypes.c_uint(2), ctypes.c_uint(0))
+        threading.Event().wait()
+
+    threading.Thread(target=keep, name="idle OpenMP team", daemon=True).start()
 
 
 def usable_cores() -> int:
