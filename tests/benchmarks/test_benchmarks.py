@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,12 +214,12 @@ def test_work_is_timed_alone_and_beside_busy_processes_that_end_with_it(
 
     started: list[subprocess.Popen[bytes]] = []
 
-    class Kept(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, command: list[str], **options: int) -> None:
-            super().__init__(command, **options)
+    class Kept(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             started.append(self)
 
-    monkeypatch.setattr(neighbours.subprocess, "Popen", Kept)
+    monkeypatch.setattr("subprocess.Popen", Kept)
     sizes = ("--teacher", "squeezenet1_1", "--depth", "1")
     report = run(neighbours, monkeypatch, tmp_path / "neighbours.json", *sizes)
     beside = {"beside a spinning process", "beside a process that copies arrays"}
@@ -225,4 +227,5 @@ def test_work_is_timed_alone_and_beside_busy_processes_that_end_with_it(
     assert len(works) == 5 and all(set(rows(report, what)) == beside for what in works)
     assert all(row["goal"] == 2.5 and row["ratio"] == row["peer"] / row["ours"] for row in report["rows"])
     assert set(report["environment"]["waiting"]) == {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
-    assert [process.returncode for process in started if "print(flush=True)" in process.args[-1]] == [-9, -9]
+    ended = [process.returncode for process in started if "print(flush=True)" in str(process.args)]
+    assert ended == [-signal.SIGKILL] * 2

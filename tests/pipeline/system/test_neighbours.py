@@ -89,10 +89,10 @@ class Machine:
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.clock = root, 0.0
         (root / "proc").mkdir()
-        monkeypatch.setattr(neighbours.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-        monkeypatch.setattr(neighbours.os, "sysconf", lambda name: 100, raising=False)
-        monkeypatch.setattr(neighbours.os, "times", lambda: (self.ours, 0.0, 0.0, 0.0, self.clock))
-        monkeypatch.setattr(neighbours.time, "monotonic", lambda: self.clock)
+        monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+        monkeypatch.setattr("os.sysconf", lambda name: 100, raising=False)
+        monkeypatch.setattr("os.times", lambda: (self.ours, 0.0, 0.0, 0.0, self.clock))
+        monkeypatch.setattr("time.monotonic", lambda: self.clock)
         self.passed(0, ours=0, cores=(0, 0, 0, 0))
 
     def passed(self, clock: float, *, ours: float, cores: Sequence[int]) -> None:
@@ -139,6 +139,6 @@ def test_nothing_is_said_where_the_system_does_not_tell(tmp_path: Path, monkeypa
     without = Neighbours(tmp_path)
     assert without.taken() is without.busy(2) is None
     for name in ("getloadavg", "sched_getaffinity"):
-        monkeypatch.delattr(neighbours.os, name, raising=False)
+        monkeypatch.delattr(os, name, raising=False)
     assert Neighbours().busy(2) is load_average() is None
     assert usable_cores() == os.cpu_count()
