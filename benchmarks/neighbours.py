@@ -80,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--batch-size", type=positive, help="of TITN; default: 128, on a GPU 1024, 4 with --quick")
     parser.add_argument("--teacher-batch", type=positive, help="default: 32, on a GPU 1024, 2 with --quick")
-    parser.add_argument("--images", type=positive, help="of a view; default: 8192, 64 with --quick")
+    parser.add_argument("--images", type=positive, help="of a view; default: 4096, 64 with --quick")
     parser.add_argument(
-        "--labelled", type=positive, help="images to label; default: 256, on a GPU 8192, 4 with --quick"
+        "--labelled", type=positive, help="images to label; default: 128, on a GPU 8192, 4 with --quick"
     )
     parser.add_argument("--teacher", choices=tuple(TEACHERS), default="vgg16_bn", help="default: vgg16_bn")
     parser.add_argument("--depth", type=positive, help="blocks of TITN; default: the recipe's")
@@ -91,11 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = begin(
         "Alone (ours) and beside a busy process (peer); the goal is the most",
         options,
-        rounds=(2, 5, 7),
+        rounds=(2, 3, 7),
         batch_size=(4, 128, 1024),
         teacher_batch=(2, 32, 1024),
-        images=(64, 8192, 8192),
-        labelled=(4, 256, 8192),
+        images=(64, 4096, 4096),
+        labelled=(4, 128, 8192),
         mebibytes=(16, 1024, 1024),
     )
     report.environment["waiting"] = {name: os.environ.get(name) for name in CHOSEN_BY}
