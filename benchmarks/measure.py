@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from pipeline.errors import UsageError
 from pipeline.inference.speed import quartiles
+from pipeline.system.neighbours import load_average, usable_cores
 from pipeline.system.runtime import environment, resolve_device
 from pipeline.system.storage import write_json
 
@@ -183,8 +183,8 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
         where["commit"] += "+"
     where |= {
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        "cores": usable_cores(),
+        "load_average": load_average(),
         "options": {
             name: value if isinstance(value, int | None) else str(value)
             for name, value in vars(options).items()
@@ -226,8 +226,8 @@ def _device(text: str) -> torch.device:
 def _table(title: str, rows: Sequence[Row], where: Mapping[str, Any]) -> Table:
     """Return the table of rows, under the conditions they were measured in."""
     note = (
-        f"Medians; a ratio above 1 means that ours is better. {where['device']}, load {where['load_average']:.1f} at "
-        f"the start, commit {where['commit']}, {where['date']} UTC."
+        f"Medians; a ratio above 1 means that ours is better. {where['device']}, "
+        f"load {figure(where['load_average'])} at the start, commit {where['commit']}, {where['date']} UTC."
     )
     columns = ("what", "beside", "ours", "peer", "unit", "ratio", "goal")
     cells: list[tuple[str, ...]] = []

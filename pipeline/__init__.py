@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.system.neighbours import limit_spinning
+
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier, Transform
 
 __version__ = "0.1.0"
+
+limit_spinning()  # best before torch is imported, so it stands here
 
 
 def load(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.inference.card import ROUNDED
 from pipeline.report.tables import Table, number
+from pipeline.system.neighbours import load_average
 from stages.shared.options import PATH, any_device_option, json_option, open_console, parse_batch_sizes, tell_plain
 from stages.shared.params import own_code_here
 from stages.shared.paths import Paths
@@ -68,8 +68,8 @@ def command(
             check_data(model)
         costs = [{"checkpoint": name, **costs_of(model)} for name, model in models.items()]
         on = shared_device(models.values())
-        load_average = round(os.getloadavg()[0], 2)
-        where = {**environment(on), "threads": torch.get_num_threads(), "load_average": load_average, "rounds": rounds}
+        where = {**environment(on), "threads": torch.get_num_threads(), "load_average": load_average()}
+        where["rounds"] = rounds
         if not as_json:
             console.print(costs_table(costs).to_rich(console.width))
         speeds = measure_speed(models, batch_sizes, rounds=rounds)
@@ -185,6 +185,6 @@ def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any]) -> Table:
         columns.append("memory, MiB")
     note = (
         f"From uint8 pixels in RAM to probabilities in RAM, in turns, {where['rounds']} rounds. {where['device']}, "
-        f"load {where['load_average']} at the start, torch {where['versions']['torch']}, {where['date']} UTC."
+        f"load {number(where['load_average'])} at the start, torch {where['versions']['torch']}, {where['date']} UTC."
     )
     return Table("How fast they answer", columns, rows, note)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pipeline import __version__, load  # before torch, whose threads it keeps from spinning
+
 if TYPE_CHECKING:
-    from pipeline import __version__, load
     from pipeline.data.datasets import Dataset
     from pipeline.labels.cache import LabelCache
     from pipeline.views.views import Views
@@ -30,10 +31,8 @@ _HOMES = {
     "LabelCache": "pipeline.labels.cache",
     "TrainedModel": "stages.python",
     "Views": "pipeline.views.views",
-    "__version__": "pipeline",
     "distill": "stages.python",
     "label": "stages.python",
-    "load": "pipeline",
 }
 
 if not TYPE_CHECKING:  # or a checker would take any name for one of this module

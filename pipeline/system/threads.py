@@ -1,8 +1,7 @@
 """Independent parts of one job on several CPU threads.
 
 PyTorch's own threads share each operation and wait for each other after it. This wastes much of their time if
-operations are short, and nearly all if another process keeps a core busy. Independent parts run faster with a thread
-each.
+operations are short, and more if another process keeps a core busy. Independent parts run faster with a thread each.
 """
 
 from __future__ import annotations

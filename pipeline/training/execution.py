@@ -92,9 +92,12 @@ class Execution:
             group=group,
         )
 
-    def describe(self, device: torch.device, batch_size: int, ema: float = 0.0) -> str:
-        """Describe it in one line, with the batch size and the decay of the weights' moving average."""
-        parts = [device_name(device), self.precision]
+    def describe(self, device: torch.device, batch_size: int, ema: float = 0.0, busy: str | None = None) -> str:
+        """Describe it in one line, with the batch size and the decay of the weights' moving average.
+
+        `busy` says what other processes leave of the machine, see pipeline.system.neighbours.Neighbours.
+        """
+        parts = [device_name(device), *([busy] if busy else []), self.precision]
         blocks = {"inner block": self.inner_block, "outer block": self.outer_block}
         parts += [f"{block} {way}" for block, way in blocks.items() if way != "none"]
         if self.column_sum:

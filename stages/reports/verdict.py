@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -12,6 +11,7 @@ from pipeline.report import paper
 from pipeline.report.figures import Cell, sheet
 from pipeline.report.page import Missing
 from pipeline.report.tables import Figure, Table, difference, number, spread
+from pipeline.system.neighbours import load_average
 from stages.reports.compare import Comparison
 from stages.reports.conditions import conditions, copies
 from stages.reports.runs import FinishedRun, FinishedRuns
@@ -104,10 +104,10 @@ def speeds_here(context: Context, runs: FinishedRuns) -> tuple[dict[str, float],
         kind: load(model.directory, device=context.device_name, own_code=own_code(context.params))
         for kind, model in models.items()
     }
-    load_average = os.getloadavg()[0]
+    before = load_average()
     measured = measure_speed(loaded, [size], rounds=ROUNDS)
     how = f"images/s: batches of {size}, in turns on {device_name(context.device)}, "
-    how += f"{', '.join(dict.fromkeys(one.precision for one in loaded.values()))}, load {load_average:.1f} before; "
+    how += f"{', '.join(dict.fromkeys(one.precision for one in loaded.values()))}, load {number(before, 1)} before; "
     return {speed.name: speed.images_per_second for speed in measured}, f"{how}pipeline bench measures longer."
 
 

@@ -13,6 +13,7 @@ from pipeline.config.params import Params
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.system.canonical import compare
+from pipeline.system.neighbours import Neighbours
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_json
 from stages.shared.dvc_file import can_commit
@@ -45,6 +46,7 @@ class Context:
         position: Which of the command's runs is under way, see `in_turn`.
         watch: Who follows each run, as `--watch` names them.
         project: The project's folder, see Paths.
+        neighbours: Watches what other processes take of the machine, from the command's beginning.
     """
 
     params: Params
@@ -55,6 +57,7 @@ class Context:
     position: Position | None = None
     watch: tuple[str, ...] = ()
     project: Path = Path()
+    neighbours: Neighbours = field(default_factory=Neighbours)
     _changed: list[str] = field(default_factory=list)
     _group: Group | None = None
     _loaded: tuple[tuple[int, ...], Dataset] | None = None

@@ -212,7 +212,10 @@ def carry_out(
             watchers.warned(
                 f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends"
             )
-        context.say(f"{shown.name}: {execution.describe(device, recipe.batch_size, ema)}")
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        # Other ranks on this machine are no strangers.
+        busy = context.neighbours.busy(threads) if group.is_alone else None
+        context.say(f"{shown.name}: {execution.describe(device, recipe.batch_size, ema, busy)}")
         if not group.is_alone:
             context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
         evaluation = evaluation_data(dataset, split, device, run.description, teaching.clean.get(split_name))

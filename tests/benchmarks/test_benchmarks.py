@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,3 +205,27 @@ def test_an_unknown_student_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         distill.main(["--quick", "--students", "titn,resnet"])
     assert "--students resnet: is no student; choose from " in capsys.readouterr().err
+
+
+def test_work_is_timed_alone_and_beside_busy_processes_that_end_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import neighbours
+
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Kept(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr("subprocess.Popen", Kept)
+    sizes = ("--teacher", "squeezenet1_1", "--depth", "1")
+    report = run(neighbours, monkeypatch, tmp_path / "neighbours.json", *sizes)
+    beside = {"beside a spinning process", "beside a process that copies arrays"}
+    works = list(dict.fromkeys(row["what"] for row in report["rows"]))
+    assert len(works) == 5 and all(set(rows(report, what)) == beside for what in works)
+    assert all(row["goal"] == 2.5 and row["ratio"] == row["peer"] / row["ours"] for row in report["rows"])
+    assert set(report["environment"]["waiting"]) == {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    ended = [process.returncode for process in started if "print(flush=True)" in str(process.args)]
+    assert ended == [-signal.SIGKILL] * 2

@@ -44,6 +44,7 @@ folder, image = sys.argv[1:]
 model, transform = pipeline.load(folder)
 assert model(transform(image)[None]).shape == (1, 2)
 assert run(["predict", folder, image]) == 0
+assert run(["bench", folder, "--batch-sizes", "1", "--rounds", "1"]) == 0
 assert run(["export", folder, "--data", os.path.dirname(image), "--format", "safetensors", "--out", "out"]) == 0
 assert pipeline.load("out")[0].class_names == ("café", "猫")
 assert run(["prepare"]) == 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -31,7 +30,6 @@ from pipeline.system.runtime import (
 )
 from pipeline.system.stopping import StopSignal
 from stages.cli import run
-from tests.support.project import environment as command_environment
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,16 +222,6 @@ def test_a_signal_that_arrives_where_nothing_can_be_raised_ends_the_run_all_the_
     assert error.value.exit_code == 143
     assert [type(dropped.exc_value) for dropped in told] == [ZeroDivisionError]  # others are told as before
     assert capsys.readouterr().err == "" and kill() is fail() is None
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "10000"), ("7", "7")])
-def test_spinning_threads_are_limited_before_torch_unless_the_user_chose(given: str | None, expected: str) -> None:
-    env = {key: value for key, value in command_environment().items() if key != "GOMP_SPINCOUNT"}
-    if given is not None:
-        env["GOMP_SPINCOUNT"] = given
-    program = "import sys, os, stages; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
-    out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == expected
 
 
 def test_a_signal_is_told_as_such_where_a_reader_makes_another_error_of_it(
