@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.config.recipes import FitRecipe, ViewRecipe
 from pipeline.errors import Interrupted, NumericalError
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
-from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
+from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
 from pipeline.labels.teacher import Teacher, label_view
 from pipeline.losses import Outputs, training_loss
 from pipeline.models.students import STUDENTS, Student, build_student
@@ -575,6 +575,6 @@ def test_cached_and_online_labels_give_the_same_loss_at_every_step(tmp_path: Pat
         return seen
 
     cached = losses(cached_labels(cache, torch.device("cpu")), tmp_path / "cached")
-    online = losses(online_labels(teacher), tmp_path / "online")
+    online = losses(OnlineLabels(teacher), tmp_path / "online")
     assert len(cached) == 16
     assert cached == pytest.approx(online, abs=1e-6)
