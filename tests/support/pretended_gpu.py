@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,8 @@ def pretended_gpu() -> Iterator[Counted]:
         patch.setattr(torch, "autocast", autocast_there)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group_there)
         patch.setattr(Tensor, "pin_memory", lambda tensor, *_: _pin(tensor.clone()))
+        # Otherwise a module's parameter on the CPU would take over the memory of one that has none.
+        patch.setattr(torch, "_has_compatible_shallow_copy_type", lambda one, other: type(one) is type(other))
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         for module in (sys.modules[name] for name in FOREACH):
             patch.setattr(module, "_foreach_supported_types", [*module._foreach_supported_types, OnGpu])

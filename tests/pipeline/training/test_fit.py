@@ -431,6 +431,26 @@ def test_a_running_variance_that_is_not_finite_is_not_kept_though_its_logits_are
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("poison", [math.nan, -math.inf])
+def test_one_weight_that_is_not_finite_is_named(poison: float, tmp_path: Path) -> None:
+    fit = make_fit(tmp_path)
+    with torch.no_grad():
+        fit.model[5].weight[1, 200] = poison
+    with pytest.raises(NumericalError, match=r"after step 0: 5\.weight is not finite"):
+        fit._require_finite(fit.model.state_dict())
+
+
+def test_a_teacher_that_is_asked_ends_the_run_where_its_logits_are_not_finite(tmp_path: Path) -> None:
+    class Broken(nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.flatten(1)) + torch.tensor([0.0, 0.0, math.nan])  # argmax takes it
+
+    source = OnlineLabels(Teacher(Broken(3 * SIZE**2, NUM_CLASSES).eval(), MEAN, STD, "fp32", batch_size=16))
+    with pytest.raises(NumericalError, match="epoch 1, labelling: a logit of the teacher is not finite"):
+        run(tmp_path, teacher_labels=source)
+    source.check()
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     class Cliff(torch.autograd.Function):
         @staticmethod
