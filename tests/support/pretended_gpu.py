@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -83,16 +82,26 @@ class OnGpu(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # compound operations arrive whole
-            if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
-                return result
-        return _run(func, args, kwargs)
+        if not torch.is_inference_mode_enabled():
+            return _run(func, args, kwargs)
+        if (result := func.decompose(*args, **kwargs)) is not NotImplemented:  # compound operations arrive whole
+            return result
+        with torch.inference_mode(False), torch.no_grad():  # a view is no inference tensor where its base is none
+            return _run(func, args, kwargs)
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Count an operation, and do it in ordinary memory."""
-    packet, leaves = func.overloadpacket, tree_leaves((args, kwargs))
-    on_host = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, OnGpu)]
+    packet, on_host, held = func.overloadpacket, [], {}
+
+    def look(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, OnGpu):
+            held[id(tensor.held)] = tensor
+            return tensor.held
+        on_host.append(tensor)
+        return tensor
+
+    plain_args, plain_kwargs = _changed(args, look), {key: _changed(value, look) for key, value in kwargs.items()}
     if packet is _aten.copy_ and not isinstance(args[0], OnGpu):
         _note("copies to the host", func)
         return func(args[0], args[1].held, *args[2:], **kwargs)
@@ -104,10 +113,15 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _note("launches", func)
     for host in on_host if packet in COPYING else []:
         _copied(host, non_blocking=False)
-    held = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, OnGpu)}
-    plain_args, plain_kwargs = tree_map_only(OnGpu, lambda tensor: tensor.held, (args, kwargs))
     result = (_inner_block if func.namespace == "pipeline" else func)(*plain_args, **plain_kwargs)
-    return tree_map_only(Tensor, lambda tensor: held[id(tensor)] if id(tensor) in held else OnGpu(tensor), result)
+    return _changed(result, lambda tensor: held[id(tensor)] if id(tensor) in held else OnGpu(tensor))
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the tensors of an argument or a result."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_changed(part, change) for part in value) if type(value) in (list, tuple) else value
 
 
 def _has_masks(indices: Sequence[Tensor | None]) -> bool:
