@@ -49,7 +49,26 @@ class Work(NamedTuple):
         return Work(*(-(-amount // number) for amount in self))
 
 
-MOST: dict[str, Work] = {}
+MOST = {
+    "a view: paper": Work(540, pinned=3),
+    "a batch of a prepared view: paper": Work(20, pinned=1),
+    "a view: everything": Work(730, pinned=3),
+    "a batch of a prepared view: everything": Work(20, pinned=1),
+    "a streamed batch: everything": Work(720, pinned=4),
+    "a step: vit, bf16": Work(190),
+    "a step: deit, bf16": Work(210),
+    "a step: tnt, bf16": Work(220),
+    "a step: titn, bf16": Work(250),
+    "a step: titn, fp32": Work(170),
+    "an epoch of four steps, without them": Work(170, pinned=9, fetched=1),
+    "the end of an epoch": Work(120, fetched=2, waits=3),
+    "a moving average": Work(1),
+    "an evaluation": Work(120, fetched=1, waits=1),
+    "a streamed evaluation": Work(110, pinned=1, fetched=1, waits=1),
+    "labels of a prepared view of four batches": Work(170, pinned=1, fetched=1),
+    "a batch's labels by a teacher that is asked": Work(14),
+    "the check of a teacher that is asked": Work(1, waits=1),
+}
 """The most that each may ask for. Views have two chunks of images. Steps are of students of two blocks with clipping,
 AdamW and a fused inner block, which counts as one launch forward and one backward."""
 
