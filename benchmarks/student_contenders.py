@@ -17,7 +17,7 @@ from benchmarks.synthetic import NUM_CLASSES, SIZE
 from pipeline.config.recipes import StudentRecipe
 from pipeline.errors import UsageError
 from pipeline.losses import objective
-from pipeline.models.students import STUDENTS, Student, build_student, use_inner_block
+from pipeline.models.students import FUSED_OUTER, STUDENTS, Student, build_student, use_inner_block, use_outer_block
 from pipeline.training.batches import Batch
 from pipeline.training.execution import Execution
 from pipeline.training.optimization import build_optimizer
@@ -35,20 +35,21 @@ class Contender:
         model: One of our students, or a key of PEERS.
         precision: `fp32`, or `bf16` for bfloat16 autocast.
         run_as: EAGER, COMPILED or GRAPHS; ours on CUDA also CAPTURED, as training runs there.
-        inner_block: Of our TNT and TITN, `plain` or `fused`; None of all others.
-        inner_kind: What runs for it: `plain`, `c++`, `triton`.
+        blocks: Of ours, whether they are `plain` or `fused`; None of all others. Those of a compiled one are fused
+            inside patches alone.
+        kind: What runs for it: `plain`, `c++`, `triton`.
     """
 
     model: str
     precision: str
     run_as: str = EAGER
-    inner_block: str | None = None
-    inner_kind: str | None = None
+    blocks: str | None = None
+    kind: str | None = None
 
     @property
     def name(self) -> str:
         """Model and setting, as the tables name them."""
-        return " ".join(part for part in (self.model, self.inner_kind, self.precision, self.run_as) if part)
+        return " ".join(part for part in (self.model, self.kind, self.precision, self.run_as) if part)
 
     @property
     def is_ours(self) -> bool:
@@ -77,27 +78,27 @@ def contenders(
         compiled: Whether they are compiled too.
     """
     ways = [EAGER, *([COMPILED] if compiled else []), *([GRAPHS] if compiled and device.type == "cuda" else [])]
-    versions: list[dict[str, Any]] = [{"model": student}]
-    if STUDENTS[student].has_pixels:
-        kinds = inner_kinds(student, report, device, depth)
-        versions = [{"model": student, "inner_block": request, "inner_kind": kind} for request, kind in kinds.items()]
+    kinds = block_kinds(student, report, device, depth)
+    versions: list[dict[str, Any]]
+    versions = [{"model": student, "blocks": request, "kind": kind} for request, kind in kinds.items()]
     versions += [{"model": name} for name, peer in PEERS.items() if student in peer.beside and report.has(peer.package)]
     return [
         Contender(**version, precision=precision, run_as=way)
         for version in versions
         for way in [*ways, *([CAPTURED] if device.type == "cuda" and version["model"] in STUDENTS else [])]
         for precision in ("fp32", "bf16")
+        if way != COMPILED or version.get("blocks") != "fused" or STUDENTS[student].has_pixels
     ]
 
 
-def inner_kinds(student: str, report: Report, device: torch.device, depth: int | None) -> dict[str, str]:
-    """Map each `inner_block` request that the device can serve to the kind that runs."""
-    kinds = {}
-    for request in ("plain", "fused"):
+def block_kinds(student: str, report: Report, device: torch.device, depth: int | None) -> dict[str, str]:
+    """Map `plain`, and `fused` where the device can serve it, to the kind that runs."""
+    kinds, use = {"plain": "plain"}, use_inner_block if STUDENTS[student].has_pixels else use_outer_block
+    if device.type in FUSED_OUTER or STUDENTS[student].has_pixels:
         try:
-            kinds[request] = use_inner_block(_student(student, depth).to(device), request, device)
+            kinds["fused"] = use(_student(student, depth).to(device), "fused", device)
         except UsageError as error:
-            report.extra.setdefault("left_out", {})[f"{student} {request}"] = str(error)
+            report.extra.setdefault("left_out", {})[f"{student} fused"] = str(error)
     return kinds
 
 
@@ -113,8 +114,10 @@ def build(contender: Contender, device: torch.device, *, student: str, depth: in
     torch.manual_seed(0)
     if contender.is_ours:
         network = _student(contender.model, depth).to(device)
-        if contender.inner_block is not None:
-            use_inner_block(network, contender.inner_block, device, precision=contender.precision)
+        if contender.blocks == "fused":
+            compiled = contender.run_as != EAGER
+            use_inner_block(network, "auto", device, precision=contender.precision)
+            use_outer_block(network, "auto", device, precision=contender.precision, compiled=compiled)
         model: nn.Module = network
     else:
         model = PEERS[contender.model].build(recipe(student, depth)).to(device)

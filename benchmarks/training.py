@@ -18,7 +18,7 @@ from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.parts import LabelParts, seal
 from pipeline.labels.source import TeacherLabels
 from pipeline.losses import objective
-from pipeline.models.students import build_student, use_inner_block
+from pipeline.models.students import build_student, use_inner_block, use_outer_block
 from pipeline.system.runtime import resolve_precision
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState
@@ -63,6 +63,7 @@ def make_fit(
     ).to(device)
     precision = resolve_precision(student_recipe.precision, device)
     inner_block = use_inner_block(model, student_recipe.inner_block, device, precision=precision)
+    outer_block = use_outer_block(model, student_recipe.outer_block, device, precision=precision)
     return Fit(
         model=model,
         data=TrainingData(views, MEAN, STD, num_views, teacher_labels),
@@ -70,7 +71,7 @@ def make_fit(
         objective=objective(student_recipe),
         recipe=student_recipe,
         ema=student_recipe.ema,
-        execution=Execution.of(student_recipe, device, inner_block=inner_block),
+        execution=Execution.of(student_recipe, device, inner_block=inner_block, outer_block=outer_block),
         session=Session(RunState(Path("unused"), "")),
     )
 

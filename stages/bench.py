@@ -97,7 +97,8 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
     """Count what a model costs.
 
     Returns:
-        Plain JSON values: model, kind, format, precision, device, inner_block, image_size, num_classes, parameters,
+        Plain JSON values: model, kind, format, precision, device, inner_block, outer_block, image_size, num_classes,
+        parameters,
         file_bytes, paper_macs and flops_per_image (of one image), top1 (percent; None of a quantised one) and
         top1_split (`test` where its score there is known, else the split that chose the checkpoint; None if unknown).
     """
@@ -116,6 +117,7 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
         "precision": classifier.precision,
         "device": classifier.device.type,
         "inner_block": classifier.inner_block if classifier.format == "checkpoint" else None,
+        "outer_block": classifier.outer_block if classifier.format == "checkpoint" else None,
         "image_size": size,
         "num_classes": len(classifier.class_names),
         "parameters": num_parameters(plain),
@@ -157,6 +159,7 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "MACs, M": number(row["paper_macs"] / 1e6, 1),
             "FLOPs, M": number(row["flops_per_image"] / 1e6, 1),
             "inner block": (row["inner_block"] or "-").partition(" ")[0],
+            "outer block": (row["outer_block"] or "-").partition(" ")[0],
             "precision": row["precision"],
             "on": row["device"],
             "image": str(row["image_size"]),

@@ -68,7 +68,7 @@ def distill(
     """
     import torch
 
-    from pipeline.models.students import build_student, use_inner_block
+    from pipeline.models.students import build_student, use_inner_block, use_outer_block
     from pipeline.system.runtime import resolve_precision
     from pipeline.training.distributed import has_batch_norm
     from pipeline.training.execution import Execution
@@ -84,14 +84,12 @@ def distill(
         teaching = source.open(context, views)
         torch.manual_seed(seed)
         model = build_student(recipe.model, **run.description["arguments"]).to(device)
-        inner_block = use_inner_block(
-            model,
-            recipe.inner_block,
-            device,
-            precision=resolve_precision(recipe.precision, device),
-            agree=group.first_reason,
-        )
-        execution = Execution.of(recipe, device, group, inner_block=inner_block, whole=has_batch_norm(model))
+        how: dict[str, Any] = {"precision": resolve_precision(recipe.precision, device), "agree": group.first_reason}
+        blocks = {
+            "inner_block": use_inner_block(model, recipe.inner_block, device, **how),
+            "outer_block": use_outer_block(model, recipe.outer_block, device, compiled=recipe.compile, **how),
+        }
+        execution = Execution.of(recipe, device, group, **blocks, whole=has_batch_norm(model))
         carry_out(
             context, run, model, dataset=dataset, views=views, execution=execution, teaching=teaching, fresh=fresh
         )

@@ -90,7 +90,7 @@ def command(
     if recipe is not None and data is not None:
         raise UsageError("--recipe and --data: give one of them; both name the images to check on")
     names = check_request(formats, dtype, int8=int8, license=license, out=out)
-    classifier = from_checkpoint(load_checkpoint(checkpoint), CPU, inner_block="plain", own_code=own_code_here())
+    classifier = from_checkpoint(load_checkpoint(checkpoint), CPU, blocks="plain", own_code=own_code_here())
     if data is not None:
         console, real = open_console(), from_folder(data, classifier, labelled=int8 or dtype == "bf16")
     else:

@@ -145,7 +145,7 @@ class TrainedModel:
         out, formats = Path(folder), [format] if isinstance(format, str) else format
         names = check_request(formats, dtype, int8=int8, license=license, out=out)
         known, say = own_code(self._context.params), self._context.say
-        classifier = from_checkpoint(load_checkpoint(self.folder), CPU, inner_block="plain", own_code=known)
+        classifier = from_checkpoint(load_checkpoint(self.folder), CPU, blocks="plain", own_code=known)
         export(classifier, from_recipe(self._context, classifier), out, formats=names, license=license, say=say)
         return out
 

@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 DECAYS = ("all", "matrices")
 PRECISIONS = ("auto", "fp32", "bf16")
 STEPS = ("auto", "eager", "graph")
-INNER_BLOCKS = ("auto", "plain", "fused")
+BLOCKS = ("auto", "plain", "fused")
 MAX_VIEWS = 100_000
 
 
@@ -257,6 +257,8 @@ class StudentRecipe(FitRecipe):
             branch is left out with this probability, for each image by a draw of its own. 0 leaves none out.
         inner_block: How inner blocks are computed (tnt and titn): `plain`, by PyTorch's own operations; `fused`, in
             C++ on a CPU or Triton on CUDA; `auto`: fused where it is available.
+        outer_block: How the blocks between patches compute what is between their matrix products: `plain`, by PyTorch's
+            own operations; `fused`, in C++ on a CPU; `auto`: fused where it is available and the model is not compiled.
         micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
             0 chooses: 128 on a CPU, all elsewhere.
         arguments: What else the architecture's constructor takes, as `{window: 4}`; see
@@ -277,7 +279,8 @@ class StudentRecipe(FitRecipe):
     soft: float = number(0.01, 1000.0, 0.0, off=0.0, absent=0.0)
     ema: float = number(0.0, 0.999999, 0.0, absent=0.0)
     drop_path: float = number(0.0, 0.9, 0.0, absent=0.0)
-    inner_block: str = choice(INNER_BLOCKS, "auto")
+    inner_block: str = choice(BLOCKS, "auto")
+    outer_block: str = choice(BLOCKS, "auto", absent="auto")
     arguments: Mapping[str, int | float | str | bool] = setting(default_factory=dict, absent={})
 
 

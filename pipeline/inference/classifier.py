@@ -142,6 +142,7 @@ class Classifier:
         file: The file of its weights; None for a model without a file.
         config: The checkpoint's JSON, or the export's config.json.
         inner_block: What pipeline.models.students.use_inner_block returned; `none` also of an export's programs.
+        outer_block: The same of use_outer_block.
     """
 
     runner: Runner
@@ -153,6 +154,7 @@ class Classifier:
     file: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     inner_block: str = "none"
+    outer_block: str = "none"
 
     @property
     def module(self) -> nn.Module:

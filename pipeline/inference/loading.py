@@ -98,7 +98,7 @@ def from_checkpoint(
     device: torch.device,
     *,
     precision: str | None = "fp32",
-    inner_block: str = "auto",
+    blocks: str = "auto",
     own_code: Collection[str] = (),
 ) -> Classifier:
     """Build a checkpoint's model with its weights, in evaluation mode.
@@ -107,14 +107,14 @@ def from_checkpoint(
         checkpoint: Its JSON describes the model.
         device: Where the model computes.
         precision: See `load`.
-        inner_block: See pipeline.models.students.use_inner_block.
+        blocks: How a student's blocks are computed, see pipeline.models.students.use_inner_block and use_outer_block.
         own_code: See `load`.
 
     Raises:
         DataError: The JSON describes no model or no precision, or one of the user's own code that `own_code` does not
             name; or the weights are another model's.
     """
-    from pipeline.models.students import Student, use_inner_block
+    from pipeline.models.students import Student, use_inner_block, use_outer_block
 
     file = checkpoint.path.with_suffix(".json")
     described = Description.read(checkpoint.meta, file)
@@ -128,9 +128,10 @@ def from_checkpoint(
     except (DataError, UsageError) as error:
         raise DataError(f"{file}: {error}") from error
     load_weights(module, checkpoint)
-    precision, runs = resolve_precision(precision, device), "none"
+    precision, inner, outer = resolve_precision(precision, device), "none", "none"
     if isinstance(module, Student):
-        runs = use_inner_block(module, inner_block, device, precision=precision, training=False)
+        inner = use_inner_block(module, blocks, device, precision=precision, training=False)
+        outer = use_outer_block(module, blocks, device, precision=precision, training=False)
     network = Network(module.to(device).eval(), described.mean, described.std, precision)
     return Classifier(
         runner=PixelsToOutputs(network).eval(),
@@ -140,7 +141,8 @@ def from_checkpoint(
         precision=precision,
         file=checkpoint.path,
         config=checkpoint.meta,
-        inner_block=runs,
+        inner_block=inner,
+        outer_block=outer,
     )
 
 

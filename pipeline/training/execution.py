@@ -29,6 +29,7 @@ class Execution:
         compiled: Whether torch.compile prepares the model.
         micro_batch: Most samples in a forward pass; None is a rank's whole share of a batch.
         inner_block: The result of pipeline.models.students.use_inner_block.
+        outer_block: The result of pipeline.models.students.use_outer_block.
         group: The ranks that train the model together. Each has all of the data, and the same seed.
     """
 
@@ -37,6 +38,7 @@ class Execution:
     compiled: bool = False
     micro_batch: int | None = None
     inner_block: str = "none"
+    outer_block: str = "none"
     group: Group = ALONE
 
     @classmethod
@@ -47,6 +49,7 @@ class Execution:
         group: Group = ALONE,
         *,
         inner_block: str = "none",
+        outer_block: str = "none",
         whole: bool = False,
     ) -> Execution:
         """Resolve what a recipe leaves to the device.
@@ -56,6 +59,7 @@ class Execution:
             device: Where the model is trained.
             group: The ranks.
             inner_block: See the attribute.
+            outer_block: See the attribute.
             whole: Whether parts of a batch would give other results, as with batch norm.
 
         Raises:
@@ -79,14 +83,15 @@ class Execution:
             compiled=recipe.compile,
             micro_batch=micro_batch,
             inner_block=inner_block,
+            outer_block=outer_block,
             group=group,
         )
 
     def describe(self, device: torch.device, batch_size: int, ema: float = 0.0) -> str:
         """Describe it in one line, with the batch size and the decay of the weights' moving average."""
         parts = [device_name(device), self.precision]
-        if self.inner_block != "none":
-            parts.append(f"inner block {self.inner_block}")
+        blocks = {"inner block": self.inner_block, "outer block": self.outer_block}
+        parts += [f"{block} {way}" for block, way in blocks.items() if way != "none"]
         if self.step == "graph":
             parts.append("CUDA graph")
         if self.compiled:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.recipes import FitRecipe, Recipe
+from pipeline.config.recipes import FitRecipe, Recipe, StudentRecipe
 from pipeline.data.sources import check_source
 from pipeline.errors import DataError, UsageError
-from pipeline.models.students import build_student, is_foreign, use_inner_block
+from pipeline.models.students import Student, build_student, is_foreign, use_inner_block, use_outer_block
 from pipeline.models.teachers import is_torchvision, weights_file
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
@@ -227,7 +227,7 @@ def computing(context: Context) -> list[Finding]:
         _device(device),
         *_precision(context, fits, device),
         *_graphs(fits, device),
-        *_inner_blocks(context, device),
+        *_blocks(context, device),
         *_compile(context, fits, device),
     ]
 
@@ -280,28 +280,35 @@ def _graphs(fits: dict[str, FitRecipe], device: torch.device) -> list[Finding]:
     return [*findings, Finding("device", OK, text)]
 
 
-def _inner_blocks(context: Context, device: torch.device) -> list[Finding]:
-    """Try the fused inner block of each student that has one; the first time it is compiled, and kept."""
-    by_answer: dict[tuple[str, str], list[str]] = {}
+def _blocks(context: Context, device: torch.device) -> list[Finding]:
+    """Try the fused blocks of each student; the first time they are compiled, and kept."""
+    by_answer: dict[tuple[str, str, str], list[str]] = {}
     for name in context.params.students:
-        try:
-            recipe = student_recipe(context.recipe, name, {})
-            image_size = context.recipe.dataset.image_size
-            arguments = student_arguments(recipe, num_classes=10, image_size=image_size)
-            if is_foreign(recipe.model):
-                continue
-            student = build_student(recipe.model, **{**arguments, "depth": 1})
-            precision = resolve_precision(recipe.precision, device)
-            answer = use_inner_block(student, recipe.inner_block, device, precision=precision)
-            mark = WARNING if answer.startswith("plain (") else OK
-        except UsageError as error:
-            answer, mark = str(error), PROBLEM if name in context.recipe.students else WARNING
-        if answer != "none":
-            by_answer.setdefault((mark, answer), []).append(name)
+        for block, use in (("inner block", _use_inner), ("outer block", _use_outer)):
+            try:
+                recipe = student_recipe(context.recipe, name, {})
+                if is_foreign(recipe.model):
+                    continue
+                arguments = student_arguments(recipe, num_classes=10, image_size=context.recipe.dataset.image_size)
+                answer = use(build_student(recipe.model, **{**arguments, "depth": 1}), recipe, device)
+                mark = WARNING if answer.startswith("plain (") else OK
+            except UsageError as error:
+                answer, mark = str(error), PROBLEM if name in context.recipe.students else WARNING
+            if answer != "none":
+                by_answer.setdefault((mark, block, answer), []).append(name)
     return [
-        Finding("device", mark, f"inner block of {', '.join(names)}: {answer}")
-        for (mark, answer), names in by_answer.items()
+        Finding("device", mark, f"{block} of {', '.join(names)}: {answer}")
+        for (mark, block, answer), names in by_answer.items()
     ]
+
+
+def _use_inner(student: Student, recipe: StudentRecipe, device: torch.device) -> str:
+    return use_inner_block(student, recipe.inner_block, device, precision=resolve_precision(recipe.precision, device))
+
+
+def _use_outer(student: Student, recipe: StudentRecipe, device: torch.device) -> str:
+    precision = resolve_precision(recipe.precision, device)
+    return use_outer_block(student, recipe.outer_block, device, precision=precision, compiled=recipe.compile)
 
 
 def _compile(context: Context, fits: dict[str, FitRecipe], device: torch.device) -> list[Finding]:

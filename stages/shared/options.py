@@ -192,9 +192,10 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def tell_plain(classifier: Classifier) -> None:
-    """Say on standard error why a loaded model's inner blocks are not fused, if that is so."""
-    if classifier.inner_block.startswith("plain ("):
-        click.echo(f"{classifier.file}: inner block {classifier.inner_block}", err=True)
+    """Say on standard error why a loaded model's blocks are not fused, if that is so."""
+    blocks = {"inner block": classifier.inner_block, "outer block": classifier.outer_block}
+    if told := [f"{block} {way}" for block, way in blocks.items() if way.startswith("plain (")]:
+        click.echo(f"{classifier.file}: {'; '.join(told)}", err=True)
 
 
 def parse_settings(settings: tuple[str, ...], *, soft: float | None = None) -> dict[str, str]:

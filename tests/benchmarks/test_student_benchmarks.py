@@ -14,7 +14,7 @@ from benchmarks import floor, peak_memory, students, teachers
 from benchmarks.student_contenders import COMPILED, FORWARD, GRAPHS, TRAINING, Contender
 from tests.support.benchmark_reports import rows, run
 
-TITN = Contender("titn", "fp32", inner_block="plain", inner_kind="plain")
+TITN = Contender("titn", "fp32", blocks="plain", kind="plain")
 MEBIBYTE = 2**20
 JUDGED = "titn training step b128"
 
@@ -36,10 +36,10 @@ def quick_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_surroundings")
 def test_only_who_is_asked_for_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm", reason="a peer, in the extra `bench`")
-    sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4", "--only", "vit bf16,ViT bf16")
+    sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4", "--only", "vit plain bf16,ViT bf16")
     report = run(students, monkeypatch, tmp_path / "students.json", *sizes)
     names = {row["what"].split(", ")[0] for row in report["rows"]}
-    assert names == {"vit", "vit bf16 eager", "timm ViT bf16 eager"}
+    assert names == {"vit", "vit plain bf16 eager", "timm ViT bf16 eager"}
 
 
 @pytest.mark.usefixtures("quick_surroundings")
@@ -71,9 +71,9 @@ def test_students_are_compared_with_every_peer_and_who_is_left_out_is_named(
 def test_the_goal_is_for_the_best_setting_that_a_recipe_has_beside_the_fastest_peer() -> None:
     figures = {
         TITN: np.array([4.0]),
-        Contender("titn", "bf16", inner_block="fused", inner_kind="c++"): np.array([2.0]),
-        Contender("titn", "bf16", COMPILED, inner_block="plain", inner_kind="plain"): np.array([1.0]),
-        Contender("titn", "bf16", GRAPHS, inner_block="plain", inner_kind="plain"): np.array([0.5]),
+        Contender("titn", "bf16", blocks="fused", kind="c++"): np.array([2.0]),
+        Contender("titn", "bf16", COMPILED, blocks="plain", kind="plain"): np.array([1.0]),
+        Contender("titn", "bf16", GRAPHS, blocks="plain", kind="plain"): np.array([0.5]),
         Contender("timm TNT", "fp32"): np.array([8.0]),
         Contender("timm TNT", "bf16", COMPILED): np.array([6.0]),
     }

@@ -18,7 +18,7 @@ from rich.console import Console
 from pipeline.data.images import BadFile
 from pipeline.errors import UsageError
 from pipeline.models.students import build_student
-from pipeline.models.students.fused import cpu
+from pipeline.models.students.fused import inner, library
 from pipeline.models.teachers import build_teacher
 from pipeline.system import home
 from pipeline.training.checkpoints import save_checkpoint
@@ -63,9 +63,9 @@ def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_directory_what_is_kept_there_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_compiler", lambda: ("c++",))
-    monkeypatch.setattr(cpu, "_version", lambda compiler: "")
-    assert cpu.why_not(5, 6, 3, 7) == "no home directory to keep the compiled library in; " + home.WAY_OUT
+    monkeypatch.setattr(library, "_compiler", lambda: ("c++",))
+    monkeypatch.setattr(library, "_version", lambda compiler: "")
+    assert inner.why_not(5, 6, 3, 7) == "no home directory to keep the compiled library in; " + home.WAY_OUT
     with pytest.raises(UsageError, match="teacher vgg16: no home directory .* set HOME .*, or TORCH_HOME"):
         build_teacher("vgg16", num_classes=2, weights="imagenet")
     assert "there is no home directory" in software._home()[0].text

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.errors import UsageError
 from pipeline.models.network import decide_in_fp32
-from pipeline.models.students.attention import attention_maps, attention_rollout
+from pipeline.models.students.attention import attention_maps, attention_rollout, outer_blocks
 from pipeline.models.students.deit import DeiT
 from pipeline.models.students.foreign import (
     build_foreign,
@@ -24,11 +24,13 @@ from pipeline.models.students.foreign import (
     is_foreign,
     num_heads,
 )
-from pipeline.models.students.fused import cpu as inner_cpp
 from pipeline.models.students.fused import cuda as inner_triton
 from pipeline.models.students.fused import guard
+from pipeline.models.students.fused import inner as inner_cpp
+from pipeline.models.students.fused import outer as outer_cpp
 from pipeline.models.students.fused.interface import InnerBlock
-from pipeline.models.students.layers import Student
+from pipeline.models.students.fused.passes import Passes
+from pipeline.models.students.layers import EncoderBlock, Student
 from pipeline.models.students.titn import TITN
 from pipeline.models.students.tnt import TNT, NestedBlock
 from pipeline.models.students.vit import ViT
@@ -44,6 +46,8 @@ MAX_ARGUMENT = 1_000_000
 """Largest absolute value of a student's own argument."""
 FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
 """Kind of device to the name and the module of its fused inner block."""
+FUSED_OUTER = {"cpu": ("c++", outer_cpp)}
+"""The same of its fused passes of outer blocks."""
 TENSOR_CORES = (8, 0)
 """Least compute capability of a GPU with the tf32 products that the Triton kernels use."""
 
@@ -63,6 +67,7 @@ __all__ = [
     "is_foreign",
     "recorded_arguments",
     "use_inner_block",
+    "use_outer_block",
 ]
 
 
@@ -219,14 +224,82 @@ def use_inner_block(
     why_not, fused = None, None
     if request != "plain" and (blocks or request == "fused"):
         why_not, fused = _find_fused(blocks, device, precision, training)
-        why_not = agree(why_not)
-    if request == "fused" and why_not is not None:
-        raise UsageError(f"inner_block: fused is not available here: {why_not}; use auto or plain")
+        why_not = _decide("inner_block", request, agree(why_not))
     for block in blocks:
         block.fused = None if why_not else fused
+    return _what_runs(blocks, why_not, FUSED[device.type][0] if fused else "plain")
+
+
+def use_outer_block(
+    student: Student,
+    request: str,
+    device: torch.device,
+    *,
+    precision: str = "fp32",
+    training: bool = True,
+    compiled: bool = False,
+    agree: Callable[[str | None], str | None] = lambda why_not: why_not,
+) -> str:
+    """Choose how the blocks between a student's patches compute what is between their products.
+
+    A fused block is compared with the plain one first, as in `use_inner_block`.
+
+    Args:
+        student: Changed in place. Its parameters stay; its results change by rounding alone.
+        request: `plain`, by PyTorch's own operations; `fused`, in passes of our own; or `auto`, fused where that is
+            available.
+        device: Where the student runs.
+        precision: With which it runs, `fp32` or `bf16`.
+        training: Whether gradients will be computed.
+        compiled: Whether torch.compile prepares the student, which joins the plain operations itself.
+        agree: Given why the block is not fused here, or None, it returns why it is not on any rank.
+
+    Returns:
+        What runs: `c++`, `plain`, `plain (why not fused)`, or `none` without such blocks.
+
+    Raises:
+        UsageError: `fused` is asked for and not available.
+    """
+    blocks = outer_blocks(student)
+    if request == "auto" and (compiled or device.type not in FUSED_OUTER):
+        request = "plain"
+    why_not, passes = None, None
+    if request != "plain" and (blocks or request == "fused"):
+        why_not, passes = _find_passes(blocks, device, precision, training, compiled)
+        why_not = _decide("outer_block", request, agree(why_not))
+    for block in blocks:
+        block.passes = None if why_not else passes
+    return _what_runs(blocks, why_not, FUSED_OUTER[device.type][0] if passes else "plain")
+
+
+def _decide(field: str, request: str, why_not: str | None) -> str | None:
+    """Return why a block is not fused, unless it was asked for by name."""
+    if request == "fused" and why_not is not None:
+        raise UsageError(f"{field}: fused is not available here: {why_not}; use auto or plain")
+    return why_not
+
+
+def _what_runs(blocks: Sequence[object], why_not: str | None, chosen: str) -> str:
     if not blocks:
         return "none"
-    return f"plain ({why_not})" if why_not else FUSED[device.type][0] if fused else "plain"
+    return f"plain ({why_not})" if why_not else chosen
+
+
+def _find_passes(
+    blocks: Sequence[EncoderBlock], device: torch.device, precision: str, training: bool, compiled: bool
+) -> tuple[str | None, Passes | None]:
+    """Return why there are no fused passes that can be relied on, or None, and the passes."""
+    if not blocks:
+        return "the student is none of ours", None
+    if compiled:
+        return "torch.compile, which the recipe asks for, joins operations itself", None
+    if device.type not in FUSED_OUTER:
+        return f"there is none for {device.type}", None
+    _, module = FUSED_OUTER[device.type]
+    why_not = module.why_not(*blocks[0].geometry) or guard.why_not_outer(
+        module.PASSES, blocks[0], device, precision=precision, training=training, explain=module.explain
+    )
+    return why_not, None if why_not else module.PASSES
 
 
 def _find_fused(
@@ -245,7 +318,7 @@ def _find_fused(
             return f"it needs a GPU of compute capability {TENSOR_CORES[0]}.{TENSOR_CORES[1]} or more", None
     _, module = FUSED[device.type]
     geometry = blocks[0].inner_geometry
-    why_not = module.why_not(*geometry) or guard.why_not(
+    why_not = module.why_not(*geometry) or guard.why_not_inner(
         module.inner_block,
         blocks[0],
         device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -32,10 +33,13 @@ def attention_maps(student: Student, images: Tensor) -> Tensor:
         # The input has all tokens, also where the last block returns only those that a head reads.
         maps.append(attention_weights(cast(Attention, attention), arguments[0]))
 
-    hooks = [attention.register_forward_pre_hook(keep) for attention in outer_attentions(student)]
+    blocks = outer_blocks(student)
+    hooks = [block.attention.register_forward_pre_hook(keep) for block in blocks]
+    before, student.plain = student.plain, True  # fused passes would not call the layers
     try:
         student(images)
     finally:
+        student.plain = before
         for hook in hooks:
             hook.remove()
     return torch.stack(maps, dim=1)
@@ -76,8 +80,8 @@ def attention_rollout(maps: Tensor) -> Tensor:
     return reached
 
 
-def outer_attentions(student: Student) -> list[Attention]:
-    """Return the attention layers between patches, in the order of the blocks."""
-    blocks = cast(torch.nn.ModuleList, student.blocks)
+def outer_blocks(student: Student) -> list[EncoderBlock]:
+    """Return the blocks between patches, in their order; none of a student that is not one of ours."""
+    blocks = cast(Iterable[torch.nn.Module], getattr(student, "blocks", ()))
     layers = [block.outer if isinstance(block, NestedBlock) else block for block in blocks]
-    return [cast(EncoderBlock, layer).attention for layer in layers]
+    return [layer for layer in layers if isinstance(layer, EncoderBlock)]

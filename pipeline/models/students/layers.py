@@ -5,7 +5,7 @@ Letters: B batch, P patches, D width, K classes, N sequences of T tokens.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UsageError
 from pipeline.models.network import last_layers
+from pipeline.models.students.fused.passes import Passes
 
 ALL = slice(None)
 MAX_SEQUENCES = 65_535
@@ -178,22 +179,43 @@ class Attention(nn.Module):
         Returns:
             `(N, W, D)` float.
         """
-        if selection == ALL:
+        one, *other = self.project(tokens, selection)
+        if not other:
             queries, keys, values = rearrange(
-                self.queries_keys_values(tokens), "n t (three h d) -> three n h t d", three=3, h=self.num_heads
+                one, "n t (three h d) -> three n h t d", three=3, h=self.num_heads
             ).unbind(0)
         else:
-            weight = self.queries_keys_values.weight
-            width = weight.shape[1]
-            queries = rearrange(
-                F.linear(tokens[:, selection], weight[:width]), "n t (h d) -> n h t d", h=self.num_heads
-            )
-            keys, values = rearrange(
-                F.linear(tokens, weight[width:]), "n t (two h d) -> two n h t d", two=2, h=self.num_heads
-            ).unbind(0)
+            queries = rearrange(one, "n t (h d) -> n h t d", h=self.num_heads)
+            keys, values = rearrange(other[0], "n t (two h d) -> two n h t d", two=2, h=self.num_heads).unbind(0)
         mixed = rearrange(attend(queries, keys, values), "n h t d -> n t (h d)")
         projected: Tensor = self.projection(mixed)
         return projected
+
+    def project(self, tokens: Tensor, selection: slice = ALL) -> list[Tensor]:
+        """Return queries, keys and values of tokens `(N, T, D)`.
+
+        They lie side by side, `(N, T, 3D)`; or, where only W tokens are selected, as queries `(N, W, D)`, and keys and
+        values `(N, T, 2D)`.
+        """
+        if selection == ALL:
+            return [self.queries_keys_values(tokens)]
+        weight = self.queries_keys_values.weight
+        width = weight.shape[1]
+        return [F.linear(tokens[:, selection], weight[:width]), F.linear(tokens, weight[width:])]
+
+
+class Entering(NamedTuple):
+    """What joins the tokens of a block before it: a linear layer's results.
+
+    Attributes:
+        layer: The layer.
+        inputs: `(N, W, features)` float, its inputs.
+        first: The first of the W tokens that the results are added to.
+    """
+
+    layer: nn.Linear
+    inputs: Tensor
+    first: int
 
 
 class EncoderBlock(nn.Module):
@@ -206,11 +228,16 @@ class EncoderBlock(nn.Module):
         drop_path: Rate of stochastic depth: in training each branch is left out with this probability, for each
             sequence by a draw of its own, and otherwise multiplied by 1 / (1 - rate), which keeps its expectation.
 
+    Attributes:
+        passes: Compute what is between products in place of the modules; None where they do.
+
     Raises:
         UsageError: `num_heads` does not divide `width`, or `mlp_ratio` is below 1.
 
     Source: arXiv:2502.16762 §3.2; arXiv:2010.11929 Eq. 2 and 3; arXiv:1603.09382 §3.
     """
+
+    passes: Passes | None = None
 
     def __init__(self, *, width: int, num_heads: int, mlp_ratio: int, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -222,7 +249,15 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, tokens: Tensor, selection: slice = ALL, draws: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        selection: slice = ALL,
+        draws: Tensor | None = None,
+        *,
+        entering: Entering | None = None,
+        plain: bool = False,
+    ) -> Tensor:
         """Apply the block.
 
         Args:
@@ -230,21 +265,71 @@ class EncoderBlock(nn.Module):
             selection: Which tokens are returned, W of them; all tokens are attended to.
             draws: `(N, DRAWS)` float32, uniform in [0, 1), which decide what stochastic depth leaves out in training;
                 None draws them from PyTorch's generator.
+            entering: What is added to the tokens first.
+            plain: Whether the modules compute the block although `passes` could.
 
         Returns:
             `(N, W, D)` float.
         """
+        if self.passes is not None and not plain:
+            return self._by_passes(self.passes, tokens, selection, draws, entering)
+        if entering is not None:
+            behind = tokens.shape[1] - entering.first - entering.inputs.shape[1]
+            tokens = tokens + F.pad(entering.layer(entering.inputs), (0, 0, entering.first, behind))
         tokens = tokens[:, selection] + self._kept(self.attention(self.attention_norm(tokens), selection), draws, 0)
         tokens = tokens + self._kept(self.mlp(self.mlp_norm(tokens)), draws, 1)
         return tokens
 
+    @property
+    def mlp_layers(self) -> tuple[nn.Linear, nn.Linear]:
+        """The layers into and out of the MLP."""
+        into, out = self.mlp[0], self.mlp[2]
+        assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
+        return into, out
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """D, heads, and the hidden width of the MLP."""
+        into, _ = self.mlp_layers
+        return into.in_features, self.attention.num_heads, into.out_features
+
+    def _by_passes(
+        self, passes: Passes, tokens: Tensor, selection: slice, draws: Tensor | None, entering: Entering | None
+    ) -> Tensor:
+        """Apply the block as `forward` does; every product leaves its bias to the pass behind it."""
+        projection, (into, out) = self.attention.projection, self.mlp_layers
+        if entering is None:
+            tokens, normed = passes.residual(tokens, norm=self.attention_norm)
+        else:
+            branch = F.linear(entering.inputs, entering.layer.weight)
+            tokens, normed = passes.residual(
+                tokens, branch, entering.layer.bias, self.attention_norm, first=entering.first
+            )
+        mixed = passes.attend(self.attention.project(normed, selection), self.attention.num_heads)
+        tokens, normed = passes.residual(
+            tokens[:, selection],
+            F.linear(mixed, projection.weight),
+            projection.bias,
+            self.mlp_norm,
+            factors=self._factors(tokens, draws, 0),
+        )
+        active = passes.gelu(F.linear(normed, into.weight), into.bias)
+        branch = F.linear(active, out.weight)
+        tokens, _ = passes.residual(tokens, branch, out.bias, factors=self._factors(tokens, draws, 1))
+        return tokens
+
     def _kept(self, branch: Tensor, draws: Tensor | None, which: int) -> Tensor:
         """Return a residual branch, of which stochastic depth leaves out some sequences in training."""
+        factors = self._factors(branch, draws, which)
+        return branch if factors is None else branch * factors[:, None, None]
+
+    def _factors(self, tokens: Tensor, draws: Tensor | None, which: int) -> Tensor | None:
+        """Return by what stochastic depth multiplies each sequence's branch, `(N,)`; None where it leaves all."""
         if not (self.training and self.drop_path):
-            return branch
+            return None
         keep = 1.0 - self.drop_path
-        drawn = torch.rand(len(branch), device=branch.device) if draws is None else draws[:, which]
-        return branch * ((drawn < keep) / keep)[:, None, None]
+        drawn = torch.rand(len(tokens), device=tokens.device) if draws is None else draws[:, which]
+        return (drawn < keep) / keep
 
 
 class PatchEmbedding(nn.Module):

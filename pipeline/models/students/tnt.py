@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from pipeline.models.students.layers import (
     ALL,
     DRAWS,
     EncoderBlock,
+    Entering,
     Student,
     divide,
     draws_by_block,
@@ -97,8 +97,6 @@ class NestedBlock(nn.Module):
         width: Width D of a patch token.
         num_heads: Heads of the outer attention.
         mlp_ratio: Hidden width of both MLPs as a multiple of their tokens' width.
-        num_behind: Tokens behind the patches: 1 with a distillation token, 0 without. The class token is always in
-            front.
         drop_path: Of the outer block.
 
     Attributes:
@@ -121,7 +119,6 @@ class NestedBlock(nn.Module):
         width: int,
         num_heads: int,
         mlp_ratio: int,
-        num_behind: int,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -131,7 +128,6 @@ class NestedBlock(nn.Module):
         self.pixels_to_patch = nn.Linear(num_pixels * pixel_width, width)
         self.outer = EncoderBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
         self.num_pixels = num_pixels
-        self.num_behind = num_behind
 
     def forward(
         self,
@@ -146,19 +142,18 @@ class NestedBlock(nn.Module):
 
         Args:
             pixels: `(B * P, M, c)` float.
-            patches: `(B, 1 + P + num_behind, D)` float, class token first.
+            patches: `(B, T, D)` float: class token first, then the P patches, then any other token.
             selection: Which patch tokens are returned, W of them.
             draws: `(B, DRAWS)` float32, of the outer block's stochastic depth.
-            plain: Whether the modules compute the inner block although `fused` could.
+            plain: Whether the modules compute both blocks although fused ones could.
 
         Returns:
             Pixels `(B * P, M, c)` and patches `(B, W, D)`.
         """
         pixels, normed = self._refine(pixels, plain)
         flat = rearrange(normed, "(b p) m c -> b p (m c)", b=patches.shape[0])
-        residual = F.pad(self.pixels_to_patch(flat), (0, 0, 1, self.num_behind))
-        patches = self.outer(patches + residual, selection, draws)
-        return pixels, patches
+        entering = Entering(self.pixels_to_patch, flat, first=1)
+        return pixels, self.outer(patches, selection, draws, entering=entering, plain=plain)
 
     @property
     def inner_geometry(self) -> tuple[int, int, int, int]:
@@ -179,8 +174,7 @@ class NestedBlock(nn.Module):
 
 def inner_weights(block: EncoderBlock, norm: nn.LayerNorm) -> InnerWeights:
     """Return the parameters of an inner block and of the LayerNorm behind it."""
-    attention, (into, _, out) = block.attention, block.mlp
-    assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
+    attention, (into, out) = block.attention, block.mlp_layers
     return InnerWeights(
         block.attention_norm.weight,
         block.attention_norm.bias,
@@ -259,7 +253,6 @@ class TNT(Student):
                 width=width,
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,
-                num_behind=int(self.has_distillation_head),
                 drop_path=rate,
             )
             for rate in drop_paths(drop_path, depth)

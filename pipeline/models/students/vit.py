@@ -83,8 +83,8 @@ class ViT(Student):
         *blocks, last = self.blocks
         *parts, last_part = draws_by_block(draws, len(self.blocks))
         for block, part in zip(blocks, parts, strict=True):
-            encoded = block(encoded, draws=part)
-        normed: Tensor = self.norm(last(encoded, self.head_tokens(encoded.shape[1]), last_part))
+            encoded = block(encoded, draws=part, plain=self.plain)
+        normed: Tensor = self.norm(last(encoded, self.head_tokens(encoded.shape[1]), last_part, plain=self.plain))
         return normed
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import UsageError
 from pipeline.models.students import STUDENTS, build_student, use_inner_block
-from pipeline.models.students.fused import cpu as inner_cpp
+from pipeline.models.students.fused import inner as inner_cpp
+from pipeline.models.students.fused import library
 from pipeline.models.students.fused.interface import InnerWeights
 from pipeline.models.students.layers import EncoderBlock
 from pipeline.models.students.tnt import inner_weights
@@ -232,7 +233,7 @@ def test_a_library_is_compiled_once_and_a_compiler_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {" ".join(inner_cpp._compiler())} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {" ".join(library._compiler())} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -242,10 +243,10 @@ def test_a_library_is_compiled_once_and_a_compiler_that_fails_is_told(
     assert compiled in (1, 2)
     monkeypatch.setattr(inner_cpp, "_library", inner_cpp._library.__wrapped__)
     titn = build_student("titn", num_classes=3)
-    [library] = (tmp_path / "cache" / "titn-pipeline").glob("*.so")
+    [compiled_library] = (tmp_path / "cache" / "titn-pipeline").glob("*.so")
     assert use_inner_block(titn, "auto", CPU) == "c++"
     assert calls.read_text().count(" -o ") == compiled
-    library.unlink()
+    compiled_library.unlink()
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "it: error: broken" >&2\nexit 1\n')
     assert use_inner_block(titn, "auto", CPU) == f"plain ({compiler} fails: it: error: broken)"
 

@@ -19,7 +19,7 @@ from pipeline.inference.classifier import Classifier
 from pipeline.models.students import FUSED, Student, build_student, use_inner_block
 from pipeline.models.students.fused import cuda as inner_triton
 from pipeline.models.students.fused import guard
-from pipeline.models.students.fused.guard import Errors, compare
+from pipeline.models.students.fused.guard import Errors, compare_inner
 from pipeline.models.students.fused.interface import InnerBlock, InnerWeights
 from pipeline.system.runtime import Ranks
 from pipeline.training.distributed import ALONE, Group
@@ -111,7 +111,7 @@ def test_a_block_that_is_right_may_run(student: Student, stand_in: Callable[[Inn
     stand_in(by_formula)
     assert use_inner_block(student, "fused", CPU) == "c++"
     assert student.blocks[0].fused is by_formula  # type: ignore[index, union-attr]
-    compared = compare(by_formula, student.blocks[0], CPU, precision="fp32", training=True, num_patches=5)  # type: ignore[index, arg-type]
+    compared = compare_inner(by_formula, student.blocks[0], CPU, precision="fp32", training=True, num_patches=5)  # type: ignore[index, arg-type]
     assert list(compared) == ["results", "gradients"]
     assert all(0 < errors.fused < 1e-5 and 0 < errors.plain < 1e-5 for errors in compared.values())
 
@@ -224,13 +224,13 @@ def test_an_error_that_takes_the_gpu_away_ends_the_command(student: Student, mon
             fail()
 
     monkeypatch.setattr(guard, "_verdicts", {})
-    monkeypatch.setattr(guard, "compare", fail)
+    monkeypatch.setattr(guard, "compare_inner", fail)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     settings: dict[str, Any] = {"precision": "bf16", "training": True, "num_patches": 5}
     with pytest.raises(UsageError, match=rf"cannot survive \({lost}\); write inner_block: plain in the recipe"):
-        guard.why_not(by_formula, student.blocks[0], GPU, **settings)  # type: ignore[index, arg-type]
+        guard.why_not_inner(by_formula, student.blocks[0], GPU, **settings)  # type: ignore[index, arg-type]
     is_lost = False
-    assert guard.why_not(by_formula, student.blocks[0], GPU, **settings) == lost  # type: ignore[index, arg-type]
+    assert guard.why_not_inner(by_formula, student.blocks[0], GPU, **settings) == lost  # type: ignore[index, arg-type]
 
 
 def test_all_ranks_are_plain_if_one_is(

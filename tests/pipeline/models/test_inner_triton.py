@@ -212,7 +212,7 @@ def test_the_guard_lets_it_through_on_a_gpu(settings: dict[str, int], precision:
     torch.manual_seed(0)
     student, device = build_student("titn", num_classes=3, depth=1, **settings), torch.device("cuda")
     block, number = student.blocks[0], inner_triton.num_checked(device, *student.blocks[0].inner_geometry)
-    compared = guard.compare(inner_block, block, device, precision=precision, training=True, num_patches=number)
+    compared = guard.compare_inner(inner_block, block, device, precision=precision, training=True, num_patches=number)
     assert all(errors.are_alike for errors in compared.values()), compared
     assert use_inner_block(student, "fused", device, precision=precision) == "triton"
 

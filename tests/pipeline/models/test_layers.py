@@ -112,7 +112,6 @@ def test_a_nested_block_equals_the_formula_written_out(num_behind: int) -> None:
             width=24,
             num_heads=3,
             mlp_ratio=4,
-            num_behind=num_behind,
         )
     )
     inputs = (tokens(2 * 4, 16, 12).requires_grad_(), tokens(2, 1 + 4 + num_behind, 24, seed=2).requires_grad_())
@@ -136,7 +135,6 @@ def test_tokens_that_stand_for_no_patch_receive_nothing_from_the_pixels(num_behi
             width=8,
             num_heads=2,
             mlp_ratio=2,
-            num_behind=num_behind,
         )
     )
     # Without attention and MLP the outer block is the identity, so what is left is the residual alone.
@@ -151,9 +149,7 @@ def test_tokens_that_stand_for_no_patch_receive_nothing_from_the_pixels(num_behi
 
 
 def test_pixels_of_one_patch_never_reach_another_patchs_pixels() -> None:
-    block = randomised(
-        NestedBlock(num_pixels=4, pixel_width=6, pixel_heads=2, width=8, num_heads=2, mlp_ratio=2, num_behind=1)
-    )
+    block = randomised(NestedBlock(num_pixels=4, pixel_width=6, pixel_heads=2, width=8, num_heads=2, mlp_ratio=2))
     pixels, patches = tokens(2 * 3, 4, 6), tokens(2, 5, 8)
     changed = pixels.clone()
     changed[1] += 1

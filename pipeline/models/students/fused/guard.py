@@ -1,7 +1,7 @@
-"""The guard of a fused inner block: it is compared with the plain one before a process first relies on it.
+"""The guard of a fused block: it is compared with the plain one before a process first relies on it.
 
 A compiler, a driver or a graphics card that nobody here has tested may compute something else without a word. So a few
-patches go through the fused block, PyTorch's modules and the same modules in float64, with the weights of the model
+tokens go through the fused block, PyTorch's modules and the same modules in float64, with the weights of the model
 that is about to run. All tensors are the guard's own: no gradient, no weight and no generator of random numbers is
 touched. Once a process is enough for a device, a geometry and a precision of products.
 """
@@ -13,7 +13,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import UsageError, one_line
 from pipeline.models.students.fused.interface import InnerBlock
+from pipeline.models.students.fused.passes import Passes
+from pipeline.models.students.layers import EncoderBlock, Entering
 from pipeline.models.students.tnt import NestedBlock, inner_weights
 from pipeline.system.runtime import autocast
 
@@ -52,7 +54,7 @@ class Errors(NamedTuple):
         return self.fused <= MARGIN * self.plain + SLACK
 
 
-def why_not(
+def why_not_inner(
     fused: InnerBlock,
     block: NestedBlock,
     device: torch.device,
@@ -76,13 +78,38 @@ def why_not(
     Raises:
         UsageError: A CUDA error has left the process without its GPU.
     """
+    comparison = functools.partial(
+        compare_inner, fused, block, device, precision=precision, training=training, num_patches=num_patches
+    )
     key = (fused, device, block.inner_geometry, _rounds(device, precision))
+    return _once(key, training, comparison, device, explain)
+
+
+def why_not_outer(
+    passes: Passes,
+    block: EncoderBlock,
+    device: torch.device,
+    *,
+    precision: str,
+    training: bool,
+    explain: Callable[[Exception], str] = str,
+) -> str | None:
+    """Say in a phrase why the fused passes of an outer block cannot be relied on; see `why_not_inner`."""
+    comparison = functools.partial(compare_outer, passes, block, device, precision=precision, training=training)
+    return _once((passes, device, block.geometry, precision), training, comparison, device, explain)
+
+
+def _once(
+    key: tuple[object, ...],
+    training: bool,
+    comparison: Callable[[], dict[str, Errors]],
+    device: torch.device,
+    explain: Callable[[Exception], str],
+) -> str | None:
+    """Return what a comparison found, once a process; one with gradients is one without."""
     if training is False and _verdicts.get((*key, True), "unknown") is None:
         return None
     if (*key, training) not in _verdicts:
-        comparison = functools.partial(
-            compare, fused, block, device, precision=precision, training=training, num_patches=num_patches
-        )
         _verdicts[(*key, training)] = _judge(comparison, device, explain)
     return _verdicts[(*key, training)]
 
@@ -90,7 +117,7 @@ def why_not(
 def _judge(
     comparison: Callable[[], dict[str, Errors]], device: torch.device, explain: Callable[[Exception], str]
 ) -> str | None:
-    """Compare, and say what is wrong; see `why_not`."""
+    """Compare, and say what is wrong; see `why_not_inner`."""
     try:
         compared = comparison()
     except Exception as error:  # compilers, drivers and their libraries raise what they like
@@ -104,41 +131,92 @@ def _judge(
     return None
 
 
-def compare(
+def compare_inner(
     fused: InnerBlock, block: NestedBlock, device: torch.device, *, precision: str, training: bool, num_patches: int
 ) -> dict[str, Errors]:
-    """Return the errors of a fused block's results and, when training, of its gradients; see `why_not`."""
+    """Return the errors of a fused block's results and, when training, of its gradients; see `why_not_inner`."""
     heads = block.inner.attention.num_heads
-    generator = torch.Generator().manual_seed(0)
-    shape = (num_patches, *block.inner_geometry[:2])
-    drawn = [torch.randn(shape, generator=generator).to(device) for _ in range(3)]
+    modules = nn.ModuleList([block.inner, block.pixel_norm])
 
-    def outcome(modules: nn.ModuleList, run: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
-        pixels, *directions = (tensor.to(next(modules.parameters()).dtype) for tensor in drawn)
-        pixels = pixels.clone().requires_grad_(training)
-        outputs = run(pixels)
-        gradients = torch.autograd.grad(outputs, [pixels, *modules.parameters()], directions) if training else ()
-        return [*(output.detach() for output in outputs), *gradients]
-
-    def plain(modules: nn.ModuleList) -> list[Tensor]:
+    def plain(modules: nn.ModuleList, pixels: Tensor) -> Sequence[Tensor]:
         inner, norm = modules
-
-        def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        # The block computes in float32 whatever the autocast; see NestedBlock.
+        with torch.autocast(device.type, enabled=False):
             refined = inner(pixels)
             return refined, norm(refined)
 
-        with torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), _one_thread():
-            return outcome(modules, run)
+    def ours(modules: nn.ModuleList, pixels: Tensor) -> Sequence[Tensor]:
+        return fused(pixels, inner_weights(*modules), heads)
 
+    shape = (num_patches, *block.inner_geometry[:2])
+    products = _tf32 if _rounds(device, precision) else contextlib.nullcontext
+    return _compare(modules, [shape], plain, ours, device, precision=precision, training=training, products=products)
+
+
+def compare_outer(
+    passes: Passes, block: EncoderBlock, device: torch.device, *, precision: str, training: bool
+) -> dict[str, Errors]:
+    """Return the errors of an outer block by fused passes and, when training, of its gradients; see `why_not_outer`.
+
+    Some tokens enter by a layer, as those of TNT do, and once only the last attends.
+    """
+    width, num_tokens = block.geometry[0], 18
+    modules = nn.ModuleList([block])
+
+    def run(modules: nn.ModuleList, tokens: Tensor, inputs: Tensor, plain: bool) -> Sequence[Tensor]:
+        block = cast(EncoderBlock, modules[0])
+        entering = Entering(block.attention.projection, inputs, first=1)  # a layer that fits
+        return (
+            block(tokens, entering=entering, plain=plain),
+            block(tokens, slice(num_tokens - 1, None), plain=plain),
+        )
+
+    def ours(modules: nn.ModuleList, tokens: Tensor, inputs: Tensor) -> Sequence[Tensor]:
+        cast(EncoderBlock, modules[0]).passes = passes
+        return run(modules, tokens, inputs, False)
+
+    shapes = [(5, num_tokens, width), (5, num_tokens - 2, width)]
+    plain = functools.partial(run, plain=True)
+    return _compare(modules, shapes, plain, ours, device, precision=precision, training=training)
+
+
+def _compare(
+    modules: nn.ModuleList,
+    shapes: Sequence[tuple[int, ...]],
+    plain: Callable[..., Sequence[Tensor]],
+    fused: Callable[..., Sequence[Tensor]],
+    device: torch.device,
+    *,
+    precision: str,
+    training: bool,
+    products: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> dict[str, Errors]:
+    """Return the errors of what `fused` computes with copies of modules, on drawn inputs of these shapes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    def outcome(modules: nn.ModuleList, run: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+        dtype = next(modules.parameters()).dtype
+        inputs = [tensor.to(dtype).clone().requires_grad_(training) for tensor in drawn]
+        outputs = run(modules, *inputs)
+        directions.extend(draw(output.shape) for output in outputs[len(directions) :])
+        towards = [direction.to(output.dtype) for direction, output in zip(directions, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, [*inputs, *modules.parameters()], towards) if training else ()
+        return [*(output.detach() for output in outputs), *gradients]
+
+    drawn, directions = [draw(shape) for shape in shapes], list[Tensor]()
     with torch.inference_mode(False), torch.set_grad_enabled(training):
-        modules = copy.deepcopy(nn.ModuleList([block.inner, block.pixel_norm])).to(device).requires_grad_(training)
-        weights = inner_weights(*modules)
-        exact = plain(copy.deepcopy(modules).double())
-        with _products(device), _tf32() if _rounds(device, precision) else contextlib.nullcontext():
-            rounded = plain(modules)
+        copies = copy.deepcopy(modules).to(device).requires_grad_(training).eval()
+        with torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), _one_thread():
+            exact = outcome(copy.deepcopy(copies).double(), plain)
+        with _products(device), products(), autocast(device, precision), sdpa_kernel(SDPBackend.MATH), _one_thread():
+            rounded = outcome(copies, plain)
         with autocast(device, precision):
-            ours = outcome(modules, lambda pixels: fused(pixels, weights, heads))
-    parts = {"results": slice(2), **({"gradients": slice(2, None)} if training else {})}
+            ours = outcome(copies, fused)
+    num_outputs = len(directions)
+    parts = {"results": slice(num_outputs), **({"gradients": slice(num_outputs, None)} if training else {})}
     return {
         name: Errors(_error(ours[part], exact[part]), _error(rounded[part], exact[part]))
         for name, part in parts.items()

@@ -1,17 +1,16 @@
-"""The fused inner block on the CPU: cpu.cpp, compiled for this processor on first use.
+"""The C++ libraries of the fused blocks, compiled for this processor on first use.
 
-A compiled library is kept in the user's cache directory. Its name is a digest of all that decides its content, so a
-geometry is compiled once, in about two seconds, and another processor's library is never loaded. Its SHA-256 lies
-beside it: a library that was cut short would kill the process, and one with a flipped bit would compute something else.
-So a library is loaded only where it has this digest and nobody but the user or root could have written it; otherwise it
-is compiled again.
+A compiled library is kept in the user's cache directory. Its name has a digest of all that decides its content, so it
+is compiled once, in a few seconds, and another processor's library is never loaded. Its SHA-256 lies beside it: a
+library that was cut short would kill the process, and one with a flipped bit would compute something else. So a library
+is loaded only where it has this digest and nobody but the user or root could have written it; otherwise it is compiled
+again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import importlib.util
 import os
@@ -21,18 +20,17 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pipeline.errors import StorageError
-from pipeline.models.students.fused.interface import InnerWeights, register
 from pipeline.system.home import WAY_OUT, cache_folder
 from pipeline.system.storage import read_bytes, read_if_exists, replacing, write_atomic
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+FOLDER = Path(__file__).parent
+SHARED = "vector.h"
 COMPILERS = ("c++", "g++", "clang++")
 # A compiler in a package of PyPI, which the extra `fast` installs.
 ZIG = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
@@ -47,134 +45,33 @@ class NotAvailable(Exception):
     """The library cannot be compiled or loaded here; the message says why in a phrase."""
 
 
-def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | None:
-    """Say in a phrase why `inner_block` cannot compute M, c, heads and hidden width of the MLP; None if it can."""
-    try:
-        _library(num_pixels, width, num_heads, hidden)
-    except NotAvailable as error:
-        return str(error)
-    return None
-
-
-def num_checked(device: torch.device, num_pixels: int, width: int, num_heads: int, hidden: int) -> int:
-    """Return how many patches check a library: groups of 16 that are full, and one of 5."""
-    return 37
-
-
-def explain(error: Exception) -> str:
-    """Say in a phrase what the library could not do."""
-    return str(error)
-
-
-def inner_block(pixels: Tensor, weights: InnerWeights, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Refine the pixels of every patch, and normalise them; differentiable once.
+def load_library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:
+    """Load a library; compile it first if it is not in the cache.
 
     Args:
-        pixels: `(N, M, c)` float32 on the CPU.
-        weights: float32.
-        num_heads: Heads of the attention; the number divides c.
-
-    Returns:
-        The refined pixels and their LayerNorm, `(N, M, c)` float32 each. Autocast does not change them.
-    """
-    refined, normed = _forward(pixels, list(weights), num_heads)
-    return refined, normed
-
-
-@torch.library.custom_op(
-    "titn::inner_block_cpp",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor pixels, Tensor[] weights, int num_heads) -> (Tensor, Tensor)",
-)
-def _forward(pixels: Tensor, weights: list[Tensor], num_heads: int) -> tuple[Tensor, Tensor]:
-    pixels, weights = _contiguous(pixels), [_contiguous(weight) for weight in weights]
-    refined, normed = torch.empty_like(pixels), torch.empty_like(pixels)
-    _geometry_library(pixels, weights, num_heads).inner_block_forward(
-        len(pixels),
-        torch.get_num_threads(),
-        pixels.data_ptr(),
-        _pointers(weights),
-        refined.data_ptr(),
-        normed.data_ptr(),
-    )
-    return refined, normed
-
-
-@torch.library.custom_op(
-    "titn::inner_block_cpp_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor pixels, Tensor[] weights, Tensor refined_gradient, Tensor normed_gradient, int num_heads)"
-    " -> (Tensor, Tensor)",
-)
-def _backward(
-    pixels: Tensor, weights: list[Tensor], refined_gradient: Tensor, normed_gradient: Tensor, num_heads: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the pixels and of all weights, one after another."""
-    pixels, weights = _contiguous(pixels), [_contiguous(weight) for weight in weights]
-    gradient = torch.empty_like(pixels)
-    sums = torch.zeros(torch.get_num_threads(), sum(weight.numel() for weight in weights))
-    _geometry_library(pixels, weights, num_heads).inner_block_backward(
-        len(pixels),
-        len(sums),
-        pixels.data_ptr(),
-        _pointers(weights),
-        refined_gradient.data_ptr(),
-        normed_gradient.data_ptr(),
-        gradient.data_ptr(),
-        sums.data_ptr(),
-    )
-    return gradient, sums.sum(0)
-
-
-register(_forward, _backward)
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    assert tensor.dtype == torch.float32, f"the fused inner block computes in float32, not {tensor.dtype}"
-    return tensor.contiguous()
-
-
-def _pointers(weights: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
-
-
-def _geometry_library(pixels: Tensor, weights: list[Tensor], num_heads: int) -> ctypes.CDLL:
-    _, num_pixels, width = pixels.shape
-    return _library(num_pixels, width, num_heads, len(InnerWeights(*weights).hidden_bias))
-
-
-@functools.cache
-def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes.CDLL:
-    """Load the library of a geometry; compile it first if it is not in the cache.
+        name: Of the source beside this file, without `.cpp`.
+        sizes: Constants that the source is compiled with.
 
     Raises:
         NotAvailable: There is no compiler, no OpenMP runtime, or the compiler fails.
     """
-    sizes = {"TOKENS": num_pixels, "WIDTH": width, "HEADS": num_heads, "HIDDEN": hidden}
-    compiler = _compiler()
-    command = [*compiler, *FLAGS, *(f"-D{name}={size}" for name, size in sizes.items()), str(SOURCE), _openmp()]
-    parts = [SOURCE.read_text(encoding="utf-8"), " ".join(command), _version(compiler), _processor()]
+    source, compiler = FOLDER / f"{name}.cpp", _compiler()
+    command = [*compiler, *FLAGS, *(f"-D{key}={size}" for key, size in sizes.items()), str(source), _openmp()]
+    texts = [path.read_text(encoding="utf-8") for path in (source, FOLDER / SHARED)]
+    parts = [*texts, " ".join(command), _version(compiler), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     if (cache := cache_folder()) is None:
         raise NotAvailable(f"no home directory to keep the compiled library in; {WAY_OUT}")
-    path = cache / "titn-pipeline" / f"inner_block-{digest}.so"
+    path = cache / "titn-pipeline" / f"{name}-{digest}.so"
     try:
         _make_own(path.parent)
         if not _is_sealed(path):
             _compile(command, path)
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except StorageError as error:
         raise NotAvailable(str(error)) from error
     except OSError as error:
         raise NotAvailable(f"{path}: {error.strerror or error}") from error
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.inner_block_forward.argtypes = [count, ctypes.c_int, *[pointer] * 4]
-    library.inner_block_forward.restype = None
-    library.inner_block_backward.argtypes = [count, ctypes.c_int, *[pointer] * 6]
-    library.inner_block_backward.restype = None
-    return library
 
 
 def _make_own(folder: Path) -> None:
