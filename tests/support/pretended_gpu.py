@@ -135,6 +135,50 @@ def _inner_block(pixels: Tensor, weights: list[Tensor], *rest: Any) -> tuple[Ten
     return pixels.clone(), pixels.clone()
 
 
+COMPILED = 1, 3
+"""Launches that a function which torch.compile prepares stands for, forward and backward: on a GPU the compiler decides
+how many kernels sum up the gradients of weights."""
+
+
+def as_compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    """Stand in for torch.compile: let a function count as few launches, whatever it calls."""
+    return lambda *arguments: _Compiled.apply(function, *arguments)  # type: ignore[no-untyped-call]
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        ctx.function, ctx.arguments = function, arguments
+        with _uncounted(COMPILED[0]):
+            return function(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        needs = ctx.needs_input_grad[1:]
+        with _uncounted(COMPILED[1]), torch.enable_grad():
+            again = [
+                value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
+                for value, need in zip(ctx.arguments, needs, strict=True)
+            ]
+            results = ctx.function(*again)
+            wanted = [value for value, need in zip(again, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(results, wanted, gradients))
+        return None, *(next(found) if need else None for need in needs)
+
+
+@contextlib.contextmanager
+def _uncounted(launches: int) -> Iterator[None]:
+    """Count so many launches in place of all that a block asks for."""
+    counts, callers = _counts.copy(), _callers.copy()
+    try:
+        yield
+    finally:
+        for counter, before in ((_counts, counts), (_callers, callers)):
+            counter.clear()
+            counter.update(before)
+        _counts["launches"] += launches
+
+
 def _copied(host: Tensor, *, non_blocking: bool) -> None:
     _note("pinned copies" if non_blocking and is_pinned(host) else "pageable copies", "copy")
 
