@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ from pipeline.labels.source import OnlineLabels, TeacherAnswer
 from pipeline.labels.teacher import Teacher, label_view
 from pipeline.losses import training_loss
 from pipeline.models.students import STUDENTS, build_student
-from pipeline.models.students.fused import cuda
+from pipeline.models.students.attention import outer_blocks
+from pipeline.models.students.fused import cuda, outer_cuda
 from pipeline.models.students.tnt import NestedBlock
 from pipeline.training.batches import Batch, EvaluationData, TrainingData
 from pipeline.training.evaluation import Predictions, evaluate
@@ -28,7 +30,7 @@ from pipeline.training.step import train_step
 from pipeline.views.views import Views
 from tests.pipeline.training.test_fit import MEAN, NUM_CLASSES, STD, VIEW_RECIPE, images_and_labels
 from tests.pipeline.views.test_views import EVERYTHING, make_views
-from tests.support.pretended_gpu import CPU, GPU, KINDS, Counted, OnGpu, pretended_gpu
+from tests.support.pretended_gpu import CPU, GPU, KINDS, Counted, OnGpu, as_compiled, pretended_gpu
 
 PAPER = ViewRecipe(count=3, crop=4, flip=True, autoaugment="cifar10", mixing="cutmix")
 NUM_IMAGES, BATCH = 200, 50
@@ -59,6 +61,7 @@ MOST = {
     "a step: deit, bf16": Work(210),
     "a step: tnt, bf16": Work(220),
     "a step: titn, bf16": Work(250),
+    "a step: titn, bf16, outer block compiled": Work(200),
     "a step: titn, fp32": Work(170),
     "an epoch of four steps, without them": Work(170, pinned=9, fetched=1),
     "the end of an epoch": Work(120, fetched=2, waits=3),
@@ -79,6 +82,7 @@ def asked() -> Mapping[str, tuple[Work, str]]:
     with pytest.MonkeyPatch.context() as patch, pretended_gpu() as counted:
         patch.setattr("pipeline.views.views.GPU_CHUNK", NUM_IMAGES // 2)
         patch.setattr("pipeline.views.views.MAX_TOGETHER", NUM_IMAGES - 1)
+        patch.setattr(outer_cuda, "_compiled", lambda function: functools.partial(as_compiled, function))
         found: dict[str, tuple[Work, str]] = {}
         for part in (views, streamed, steps, around, scores, labels):
             for name, number in part(counted):
@@ -163,6 +167,12 @@ def steps(counted: Counted) -> Counting:
         _, finite = step(second)
         yield f"a step: {student}, {precision}", 1
         assert bool(finite)
+    for block in outer_blocks(fit.model):
+        block.passes = outer_cuda.PASSES
+    step(first)
+    counted.take()
+    step(second)
+    yield f"a step: {student}, {precision}, outer block compiled", 1
 
 
 def around(counted: Counted) -> Counting:
