@@ -19,7 +19,7 @@ from benchmarks.measure import Report, Row, begin, compare, figure, option_parse
 from benchmarks.synthetic import images_and_labels
 from pipeline.inference.speed import interleave, quartiles
 from pipeline.labels.cache import LabelCache
-from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
+from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
 from pipeline.labels.teacher import label_view
 from pipeline.models import TEACHERS
 from pipeline.models.students import STUDENTS
@@ -83,8 +83,8 @@ def student_epochs(name: str, cache: LabelCache, options: argparse.Namespace) ->
     precision = resolve_precision("auto", device)
     sources: dict[str, TeacherLabels | None] = {
         CACHED: cached_labels(cache, device),
-        ONLINE_STOCK: online_labels(built_teachers.stock(model, device, batch_size)),
-        ONLINE_FOLDED: online_labels(built_teachers.folded(model, device, batch_size, precision)),
+        ONLINE_STOCK: OnlineLabels(built_teachers.stock(model, device, batch_size)),
+        ONLINE_FOLDED: OnlineLabels(built_teachers.folded(model, device, batch_size, precision)),
         UNDISTILLED: None,
     }
     images, labels = (values.to(device) for values in images_and_labels(num_images))

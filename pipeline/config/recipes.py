@@ -258,7 +258,8 @@ class StudentRecipe(FitRecipe):
         inner_block: How inner blocks are computed (tnt and titn): `plain`, by PyTorch's own operations; `fused`, in
             C++ on a CPU or Triton on CUDA; `auto`: fused where it is available.
         outer_block: How the blocks between patches compute what is between their matrix products: `plain`, by PyTorch's
-            own operations; `fused`, in C++ on a CPU; `auto`: fused where it is available and the model is not compiled.
+            own operations; `fused`, in C++ on a CPU, joined by torch.compile on CUDA; `auto`: fused where it is
+            available and the model is not compiled.
         micro_batch: Samples of a rank that go through the model at once; their gradients add up to the whole batch's.
             0 chooses: 128 on a CPU, all elsewhere.
         arguments: What else the architecture's constructor takes, as `{window: 4}`; see

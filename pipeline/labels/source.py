@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.labels.answers import indexable
 from pipeline.labels.cache import LabelCache
-from pipeline.labels.teacher import Teacher
+from pipeline.labels.teacher import Teacher, require_finite
 from pipeline.losses import marginal_smoothing
 
 
@@ -32,8 +32,8 @@ TeacherLabels = Callable[[int, Tensor, Tensor], TeacherAnswer]
 """Maps (view, indices `(B,)` on the device, images `(B, 3, H, W)` uint8) to the teacher's answer."""
 
 
-def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = False) -> TeacherLabels:
-    """Return a source that runs the teacher in every step, for pipeline.training.batches.TrainingData.
+class OnlineLabels:
+    """A source that runs the teacher in every step, for pipeline.training.batches.TrainingData.
 
     The teacher normalises the images itself: its mean and std need not be the student's.
 
@@ -43,13 +43,30 @@ def online_labels(teacher: Teacher, *, soft: bool = False, confidence: bool = Fa
         confidence: Whether to add its probability of each label.
     """
 
-    def answer(view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
-        # Cloned, because tensors made in inference mode can't be saved for a backward pass.
-        logits = teacher(images).clone()
-        probabilities = logits.softmax(1)
-        return TeacherAnswer(probabilities if soft else logits.argmax(1), probabilities.amax(1) if confidence else None)
+    def __init__(self, teacher: Teacher, *, soft: bool = False, confidence: bool = False) -> None:
+        self._teacher, self._soft, self._confidence = teacher, soft, confidence
+        self._finite: Tensor | None = None
 
-    return answer
+    def __call__(self, view: int, indices: Tensor, images: Tensor) -> TeacherAnswer:
+        """Answer to a batch, see TeacherLabels, without waiting for the device."""
+        logits, is_finite = self._teacher.ask(images)
+        self._finite = is_finite if self._finite is None else self._finite & is_finite
+        # Cloned, because tensors made in inference mode can't be saved for a backward pass.
+        logits = logits.clone()
+        probabilities = logits.softmax(1)
+        return TeacherAnswer(
+            probabilities if self._soft else logits.argmax(1), probabilities.amax(1) if self._confidence else None
+        )
+
+    def check(self) -> None:
+        """Check all answers since the last call, in one wait for the device.
+
+        Raises:
+            NumericalError: A logit was not finite; argmax would still have given a valid label.
+        """
+        finite, self._finite = self._finite, None
+        if finite is not None:
+            require_finite(finite)
 
 
 def cached_labels(

@@ -29,6 +29,7 @@ from pipeline.data.streaming import HostImages, in_batches
 from pipeline.errors import NumericalError, UsageError
 from pipeline.labels.answers import ViewLabels
 from pipeline.models.network import Network
+from pipeline.views.parcel import fetch
 from pipeline.views.views import Views
 
 
@@ -65,8 +66,20 @@ class Teacher(Network):
             NumericalError: A logit is not finite; argmax would still return a valid label.
         """
         logits = self._forward(inputs)
-        _require_finite(torch.isfinite(logits))
+        require_finite(torch.isfinite(logits))
         return logits
+
+    def ask(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits of pixels, and whether all are finite, without waiting for the device.
+
+        Args:
+            images: `(B, 3, H, W)` uint8.
+
+        Returns:
+            `(B, C)` float32, and a boolean scalar for `require_finite`, both on the device.
+        """
+        logits = self._forward(self.normalize(images))
+        return logits, torch.isfinite(logits).all()
 
     def label(self, images: Tensor | HostImages) -> NDArray[np.int64]:
         """Return the argmax labels `(N,)` of uint8 images `(N, 3, H, W)`, on the device or on the host for it.
@@ -91,11 +104,12 @@ class Teacher(Network):
         """
         rows, finite = [], []
         for images in batches:
-            logits = self._forward(self.normalize(images))
+            logits, is_finite = self.ask(images)
             rows.append(_pack(logits, topk))
-            finite.append(torch.isfinite(logits).all())
-        _require_finite(torch.stack(finite))
-        return _unpack(torch.cat(rows).cpu().numpy(), topk)
+            finite.append(is_finite)
+        are_finite, answers = fetch([torch.stack(finite), torch.cat(rows)])
+        require_finite(are_finite)
+        return _unpack(answers.numpy(), topk)
 
     @torch.inference_mode()
     def _forward(self, inputs: Tensor) -> Tensor:
@@ -196,7 +210,8 @@ def top_classes(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return classes, logits.softmax(1).gather(1, classes).cummin(1).values
 
 
-def _require_finite(finite: Tensor) -> None:
+def require_finite(finite: Tensor) -> None:
+    """Raise NumericalError unless all of a boolean tensor is true: logits that were finite."""
     if not finite.all():
         raise NumericalError("labelling: a logit of the teacher is not finite; train the teacher again")
 

@@ -92,6 +92,16 @@ class TrainingData:
             for rendered in batches:
                 yield self._with_answers(view, rendered)
 
+    def check(self) -> None:
+        """Check what the teacher has answered since the last call, where it is asked in every step.
+
+        Raises:
+            NumericalError: A logit was not finite.
+        """
+        check: Callable[[], None] | None = getattr(self.teacher_labels, "check", None)
+        if check is not None:
+            check()
+
     def _with_answers(self, view: int, rendered: ViewBatch) -> Batch:
         """Normalise a batch and add the teacher's answer."""
         images = normalize(rendered.images, self.mean, self.std)

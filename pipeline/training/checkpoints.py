@@ -282,7 +282,9 @@ class RunState:
         """
         self.wait()
         self._serial += 1
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        from pipeline.views.parcel import fetch
+
+        copies = dict(zip(tensors, fetch([*tensors.values()]), strict=True))
         meta = copy.deepcopy({**meta, "fingerprint": self._fingerprint, "serial": self._serial})
         self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta, best)
 

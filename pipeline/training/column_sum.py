@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.views.parcel import fetch
+
 SUMMABLE = ("sgd", "adamw")
 """The optimisers that do to the sum what they do to the columns."""
 
@@ -88,11 +90,8 @@ def column_sums(model: nn.Module) -> dict[str, ColumnSum]:
 def published(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of a model's weights on the CPU, of the names and shapes that they have without a `ColumnSum`."""
     sums = {f"{name}.": module for name, module in column_sums(model).items()}
-    tensors = {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(tuple(sums))
-    }
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(sums))}
+    tensors = dict(zip(kept, fetch([*kept.values()]), strict=True))
     for prefix, module in sums.items():
         tensors |= {f"{prefix}{name}": tensor.cpu() for name, tensor in module.published().items()}
     return tensors

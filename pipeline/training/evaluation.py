@@ -68,6 +68,8 @@ class Predictions:
 
     def reduce(self, group: Group) -> None:
         """Combine all ranks' shares of the split."""
+        if group.is_alone:
+            return
         has_two_heads = torch.tensor(
             [self.distillation_head is not None], dtype=torch.int64, device=self.classes.device
         )

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from pipeline.training.optimization import MovingAverage, build_optimizer, learn
 from pipeline.training.resuming import FitResult, Progress, averages, keep_best, load_progress, moments, save_progress
 from pipeline.training.standing import standing
 from pipeline.training.step import CapturedStep, Objective, Step, train_step
+from pipeline.views.parcel import send
 
 SECONDS_BETWEEN_SAVES = 60.0
 # The writing thread needs a core, so states take at most a thirtieth of the time. A VGG's state with its best epoch and
@@ -308,7 +310,7 @@ class Fit:
         if not self.num_draws:
             return batch
         draws = step_draws(self.seed, self._steps_done(self.progress.step), share.size, self.num_draws)
-        return dataclasses.replace(batch, draws=draws[share.rows].to(self.device, non_blocking=True))
+        return dataclasses.replace(batch, draws=send(self.device, draws[share.rows].numpy())[0])
 
     def _weighed(self, batch: Batch, share: _Share) -> Batch:
         """Add a batch's weight among the ranks, and the mean confidence over all their samples."""
@@ -333,7 +335,8 @@ class Fit:
 
     def _check(self, finite: list[Tensor], lr: float, stop: int, save: int) -> None:
         """Agree with the other ranks whether losses are finite and whether to stop or save, and do so."""
-        wishes = torch.tensor([stop, save], device=self.device)
+        self.data.check()
+        [wishes] = send(self.device, np.array([stop, save]))
         stop, save, *broken = self.group.max_(torch.cat([wishes, (~torch.stack(finite)).long()])).tolist()
         if any(broken):
             step = self.progress.step - len(broken) + broken.index(1) + 1
@@ -349,10 +352,12 @@ class Fit:
 
     def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise NumericalError if a tensor of any rank is not finite."""
-        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-        broken = torch.stack([~torch.isfinite(tensors[name]).all().to(self.device) for name in names]).long()
-        flags = self.group.max_(broken).tolist()
-        if any(flags):
+        names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
+        # The largest value of all is not finite where one of them is not, and takes a few launches.
+        largest = nn.utils.get_total_norm([tensors[name].detach() for name in names], math.inf).to(self.device)
+        if self.group.max_((~torch.isfinite(largest)).long()):
+            broken = torch.stack([~torch.isfinite(tensors[name]).all().to(self.device) for name in names]).long()
+            flags = self.group.max_(broken).tolist()
             name = names[flags.index(1)]
             raise NumericalError(f"after step {self.progress.step}: {name} is not finite; {ADVICE}")
 
@@ -364,13 +369,18 @@ class Fit:
         """Return the steps of all epochs before a step of this one."""
         return self.progress.epoch * len(self.batches) + step
 
+    @functools.cached_property
+    def _num_present(self) -> int:
+        """Classes of the split that decides; counted once, because counting waits for the device."""
+        return int((self.evaluation.labels.bincount() > 0).sum())
+
     def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
         """Warn of an epoch after warm-up that gives one class for all, or whose loss is still that of guessing, ln K.
 
         The next good epoch clears it.
         """
         result, recall = self.progress.result, row["recall"]
-        num_present = int((self.evaluation.labels.bincount() > 0).sum())
+        num_present = self._num_present
         stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and recall < 1.5 / num_present
         result.at_chance = (stuck or is_chance(recall, num_present)) and row["epoch"] > self.recipe.warmup_epochs
         if not result.at_chance:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pipeline.losses import Outputs, probabilities
 from pipeline.training.distributed import Group
+from pipeline.views.parcel import fetch
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Meter:
 
     def reduce(self, group: Group) -> None:
         """Add up the counts of all ranks."""
+        if group.is_alone:
+            return
         known = torch.tensor([self._has_teacher, self._has_two_heads], dtype=torch.int64, device=self.device)
         self._has_teacher, self._has_two_heads = (value > 0 for value in group.max_(known).tolist())
         group.sum_(self.counts, self._top5, self._agreed, self._class_hits, self._distillation_hits, self._loss)
@@ -110,22 +113,24 @@ class Meter:
 
     def scores(self) -> Scores:
         """Return the scores of everything counted so far."""
-        total = int(self.supports.sum())
-        top1, precision, recall, f1 = count_scores(self.counts)
+        counted = [self.counts, self._top5, self._agreed, self._class_hits, self._distillation_hits, self._loss]
+        counts, top5, agreed, class_hits, distillation_hits, loss = fetch(counted)
+        total = int(counts[1].sum())
+        top1, precision, recall, f1 = count_scores(counts)
 
         def percent(count: Tensor) -> float:
             return 100.0 * int(count) / total
 
         return Scores(
             top1=top1,
-            top5=percent(self._top5),
+            top5=percent(top5),
             precision=precision,
             recall=recall,
             f1=f1,
-            loss=float(self._loss) / total,
-            agreement=percent(self._agreed) if self._has_teacher else None,
-            class_top1=percent(self._class_hits),
-            distillation_top1=percent(self._distillation_hits) if self._has_two_heads else None,
+            loss=float(loss) / total,
+            agreement=percent(agreed) if self._has_teacher else None,
+            class_top1=percent(class_hits),
+            distillation_top1=percent(distillation_hits) if self._has_two_heads else None,
         )
 
 

@@ -147,7 +147,8 @@ class MovingAverage:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Use the average as the model's weights within a block."""
-        weights = {name: parameter.clone() for name, parameter in self._parameters.items()}
+        weights = {name: torch.empty_like(parameter) for name, parameter in self._parameters.items()}
+        _copy(self._parameters, weights)
         self.give()
         try:
             yield
@@ -166,5 +167,4 @@ class MovingAverage:
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     """Copy values in place, since captured steps read the target's memory."""
     with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+        torch._foreach_copy_([*target.values()], [source[name] for name in target])

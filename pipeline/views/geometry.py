@@ -177,13 +177,18 @@ def _fixed_point_maps(fixed: Tensor, height: int, width: int) -> Tensor:
     columns = (x * a0 + (y * a1 + a2)) >> 16
     rows = (x * a3 + (y * a4 + a5)) >> 16
     inside = ((columns | rows) >= 0) & (columns < width) & (rows < height)
-    return torch.where(inside, rows * width + columns + 1, 0).long()
+    return torch.where(inside, rows * width + columns + 1, _constant(0, rows)).long()
 
 
 def _product_maps(rows: Tensor, columns: Tensor) -> Tensor:
     """Index maps `(B, H, W)` of source rows `(B, H)` and columns `(B, W)`, which may lie outside."""
     height, width = rows.shape[1], columns.shape[1]
-    outside = -height * width - 1
+    outside = _constant(-height * width - 1, rows)
     starts = torch.where((rows >= 0) & (rows < height), rows * width + 1, outside)
     ends = torch.where((columns >= 0) & (columns < width), columns, outside)
     return (starts[:, :, None] + ends[:, None, :]).clamp_(min=0)
+
+
+def _constant(value: int, like: Tensor) -> Tensor:
+    """Return a scalar made on the device of a tensor, of its dtype; torch.where waits for a GPU to copy a number."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Host arrays that go to a device together.
+"""Host arrays that go to a device together, and tensors that come back together.
 
 Augmentations are planned on the host and carried out on the device, and need dozens of small arrays for it: orders,
 offsets, matrices, magnitudes. Each copy from ordinary memory makes the host wait for the GPU. So the arrays of a batch
@@ -20,6 +20,8 @@ PACKED = ("cuda",)
 """Kinds of devices that arrays are packed for; on a CPU nothing is copied."""
 ALIGNMENT = 16
 """Bytes; an array starts at a multiple of them."""
+MAX_FETCHED = 2**28
+"""Bytes that are packed on a device at once to come back together; a larger tensor comes alone."""
 
 Later = Callable[[], Tensor]
 """Returns a tensor once its parcel has been sent."""
@@ -62,6 +64,48 @@ class Parcel:
             content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             packed.numpy()[start : start + array.nbytes] = content
         return _unpack(packed.to(self.device, non_blocking=True), starts, self._arrays)
+
+
+def send(device: torch.device, *arrays: NDArray[Any]) -> list[Tensor]:
+    """Copy arrays to a device at once, without waiting for it."""
+    parcel = Parcel(device)
+    later = [parcel.add(array) for array in arrays]
+    parcel.send()
+    return [take() for take in later]
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors to the host, where each has memory of its own; a GPU is waited for once for all that fit together.
+
+    Args:
+        tensors: Of any dtypes and shapes; some may be on the host.
+    """
+    fetched = {at: tensor.detach().to("cpu", copy=True) for at, tensor in enumerate(tensors) if not _is_packed(tensor)}
+    together: list[int] = []
+    for at in range(len(tensors)):
+        if at not in fetched:
+            if together and sum(tensors[other].nbytes for other in (*together, at)) > MAX_FETCHED:
+                fetched |= _fetch_packed(tensors, together)
+                together = []
+            together.append(at)
+    if together:
+        fetched |= _fetch_packed(tensors, together)
+    return [fetched[at] for at in range(len(tensors))]
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    return tensor.device.type in PACKED
+
+
+def _fetch_packed(tensors: Sequence[Tensor], together: Sequence[int]) -> dict[int, Tensor]:
+    """Return copies of some tensors by their places, fetched as one piece."""
+    parts = [tensors[at].detach().contiguous().reshape(-1).view(torch.uint8) for at in together]
+    pieces = torch.cat(parts).cpu().split([len(part) for part in parts])
+    # Cloned, because a piece begins at any byte.
+    return {
+        at: piece.clone().view(tensors[at].dtype).view(tensors[at].shape)
+        for at, piece in zip(together, pieces, strict=True)
+    }
 
 
 def _unpack(packed: Tensor, starts: Sequence[int], arrays: Sequence[NDArray[Any]]) -> list[Tensor]:

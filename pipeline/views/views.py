@@ -33,7 +33,7 @@ from pipeline.data.streaming import HostImages
 from pipeline.system.threads import for_each, prefetch
 from pipeline.views import augment as augmentation
 from pipeline.views import draws, mixing
-from pipeline.views.parcel import Parcel
+from pipeline.views.parcel import Parcel, send
 
 # Samples of 32 x 32 pixels made at once; of larger ones fewer. On the CPU an operation's data should fit the cache; a
 # GPU needs few, large launches.
@@ -171,7 +171,7 @@ class Views:
         """
         opened = self._open(view)
         samples = self._checked(torch.as_tensor(indices))
-        return self._make(opened, samples.to(self.device), self._read(opened, samples))
+        return self._make(opened, self._placed(samples), self._read(opened, samples))
 
     def batches(self, view: int, parts: Sequence[Tensor]) -> Generator[ViewBatch, None, None]:
         """Make batches that together use all or nearly all samples of a view.
@@ -192,7 +192,7 @@ class Views:
         opened = self._open(view)
         # In one move, because each move can wait for the device.
         indices, sizes = self._checked(torch.cat(list(parts))), [len(part) for part in parts]
-        on_device = torch.split(indices.to(self.device), sizes)
+        on_device = torch.split(self._placed(indices), sizes)
         if isinstance(self.images, Tensor):
             for part, samples in zip(parts, on_device, strict=True):
                 yield self._make(opened, samples, self._read(opened, part))
@@ -240,6 +240,10 @@ class Views:
             assert ((samples >= 0) & (samples < self.num_samples)).all(), "unknown sample"
         return samples
 
+    def _placed(self, samples: Tensor) -> Tensor:
+        """Return indices on the device."""
+        return send(self.device, samples.numpy())[0] if samples.device.type == "cpu" else samples.to(self.device)
+
     def _open(self, view: int) -> _View:
         """Draw a view for all samples, unless it is the one that was drawn last."""
         assert view >= 0, f"view {view} is negative"
@@ -256,7 +260,7 @@ class Views:
         """Draw partners and amounts for all samples."""
         partners = draws.integers(uniform["partner"][:, 0], self.num_samples)
         amounts, lam = mixing.MIXINGS[self.recipe.mixing].draw(uniform, *self.images.shape[-2:])
-        return _Mix(partners, *(torch.from_numpy(values).to(self.device) for values in (partners, amounts, lam)))
+        return _Mix(partners, *send(self.device, partners, amounts, lam))
 
     def _read(self, opened: _View, samples: Tensor) -> list[_Raw]:
         """Read the images of `(B,)` samples, and with mixing their partners'; safe in any thread."""

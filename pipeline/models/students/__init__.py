@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from pipeline.models.students.foreign import (
     num_heads,
 )
 from pipeline.models.students.fused import cuda as inner_triton
-from pipeline.models.students.fused import guard
+from pipeline.models.students.fused import guard, outer_cuda
 from pipeline.models.students.fused import inner as inner_cpp
 from pipeline.models.students.fused import outer as outer_cpp
 from pipeline.models.students.fused.interface import InnerBlock
@@ -45,8 +46,10 @@ MAX_ARGUMENT = 1_000_000
 """Largest absolute value of a student's own argument."""
 FUSED = {"cpu": ("c++", inner_cpp), "cuda": ("triton", inner_triton)}
 """Kind of device to the name and the module of its fused inner block."""
-FUSED_OUTER = {"cpu": ("c++", outer_cpp)}
+FUSED_OUTER: dict[str, tuple[str, ModuleType]] = {"cpu": ("c++", outer_cpp), "cuda": ("torch.compile", outer_cuda)}
 """The same of its fused passes of outer blocks."""
+SLOW_TO_START = ("cuda",)
+"""Kinds of devices whose passes every process prepares anew, for seconds, so that only training is worth it."""
 TENSOR_CORES = (8, 0)
 """Least compute capability of a GPU with the tf32 products that the Triton kernels use."""
 
@@ -247,7 +250,7 @@ def use_outer_block(
     Args:
         student: Changed in place. Its parameters stay; its results change by rounding alone.
         request: `plain`, by PyTorch's own operations; `fused`, in passes of our own; or `auto`, fused where that is
-            available.
+            available, and on a GPU only in training.
         device: Where the student runs.
         precision: With which it runs, `fp32` or `bf16`.
         training: Whether gradients will be computed.
@@ -255,13 +258,14 @@ def use_outer_block(
         agree: Given why the block is not fused here, or None, it returns why it is not on any rank.
 
     Returns:
-        What runs: `c++`, `plain`, `plain (why not fused)`, or `none` without such blocks.
+        What runs: `c++`, `torch.compile`, `plain`, `plain (why not fused)`, or `none` without such blocks.
 
     Raises:
         UsageError: `fused` is asked for and not available.
     """
     blocks = outer_blocks(student)
-    if request == "auto" and (compiled or device.type not in FUSED_OUTER):
+    is_slow = device.type in SLOW_TO_START and not training
+    if request == "auto" and (compiled or is_slow or device.type not in FUSED_OUTER):
         request = "plain"
     why_not, passes = None, None
     if request != "plain" and (blocks or request == "fused"):
@@ -295,6 +299,8 @@ def _find_passes(
         return "torch.compile, which the recipe asks for, joins operations itself", None
     if device.type not in FUSED_OUTER:
         return f"there is none for {device.type}", None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU", None
     _, module = FUSED_OUTER[device.type]
     why_not = module.why_not(*blocks[0].geometry) or guard.why_not_outer(
         module.PASSES, blocks[0], device, precision=precision, training=training, explain=module.explain

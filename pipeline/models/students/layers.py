@@ -54,6 +54,18 @@ class Student(nn.Module):
         return [layer for head in heads or [self] for layer in last_layers(head)]
 
     @property
+    def rounded(self) -> list[str]:
+        """Names of the parameters that autocast on a GPU would round one by one: weights of products in the blocks.
+
+        A fused inner block takes its own in float32.
+        """
+        return [
+            f"{name}.weight"
+            for name, layer in self.named_modules()
+            if isinstance(layer, nn.Linear) and name.startswith("blocks.") and ".inner." not in name
+        ]
+
+    @property
     def tokens_per_image(self) -> int:
         """Patch tokens of an image, P; 1 where there is no `embedding` that knows."""
         return int(getattr(getattr(self, "embedding", None), "num_patches", 1))

@@ -15,7 +15,7 @@ from pipeline.labels.answers import ViewLabels, indexable
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.identity import label_dtype
 from pipeline.labels.replay import make_canaries, replay
-from pipeline.labels.source import cached_labels, online_labels
+from pipeline.labels.source import OnlineLabels, cached_labels
 from pipeline.labels.teacher import Teacher, label_view, top_classes
 from pipeline.losses import marginal_smoothing, soft_divergence, training_loss
 from pipeline.training.batches import TrainingData
@@ -116,7 +116,7 @@ def batches(teacher_labels: Any) -> list[Any]:
 def test_all_classes_cached_are_what_the_teacher_says_when_asked(soft: bool, confidence: bool) -> None:
     options = {"soft": soft, "confidence": confidence}
     cached = batches(cached_labels(make_cache(NUM_CLASSES), CPU, **options))
-    online = batches(online_labels(make_teacher(), **options))
+    online = batches(OnlineLabels(make_teacher(), **options))
     for one, other in zip(cached, online, strict=True):
         assert one.teacher_labels.shape == ((len(one.labels), NUM_CLASSES) if soft else (len(one.labels),))
         torch.testing.assert_close(one.teacher_labels, other.teacher_labels, rtol=2**-10, atol=2**-20)
@@ -186,7 +186,7 @@ def check_wide_labels(num_classes: int, device: torch.device) -> None:
     data = TrainingData(Views(views.images.to(device), views.labels, RECIPE), (0.5,) * 3, (0.2,) * 3, 3)
     teacher = Teacher(Wide(num_classes).eval(), MEAN, STD, "fp32", batch_size=16)
     sources = [cached_labels(cache, device), cached_labels(cache, device, soft=True, confidence=True)]
-    sources += [online_labels(teacher)] if device.type == "cpu" else []
+    sources += [OnlineLabels(teacher)] if device.type == "cpu" else []
     order = torch.arange(NUM_SAMPLES).flip(0)
     for source in sources:
         (batch,) = dataclasses.replace(data, teacher_labels=source).batches(1, [order])

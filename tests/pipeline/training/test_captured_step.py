@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.errors import Interrupted, UsageError
 from pipeline.labels.source import TeacherAnswer
 from pipeline.losses import training_loss
-from pipeline.models.students import build_student, use_inner_block
+from pipeline.models.students import build_student, use_inner_block, use_outer_block
 from pipeline.system.runtime import Ranks
 from pipeline.system.stopping import StopSignal
 from pipeline.training.batches import Batch, EvaluationData, TrainingData
@@ -32,6 +33,8 @@ from pipeline.views.views import Views
 from tests.pipeline.training.test_fit import MEAN, NUM_CLASSES, STD, VIEW_RECIPE, Watcher, images_and_labels
 from tests.pipeline.training.test_fit import make_fit as make_cpu_fit
 
+# Counted without a GPU, where a compiled pass stands for one launch forward and three backward; the aim is 420.
+MOST_LAUNCHES = 620
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -40,6 +43,9 @@ def make_fit(
     *,
     captured: bool,
     inner_block: str = "plain",
+    outer_block: str = "plain",
+    precision: str = "fp32",
+    depth: int = 2,
     watcher: Watcher | None = None,
     stop: StopSignal | None = None,
     ema: float = 0.0,
@@ -48,9 +54,10 @@ def make_fit(
 ) -> Fit:
     """A tiny TITN's run on the GPU, with a batch of another size at the end of every epoch."""
     torch.manual_seed(0)
-    sizes = {"image_size": 8, "patch_size": 4, "width": 48, "depth": 2}
+    sizes = {"image_size": 8, "patch_size": 4, "width": 48, "depth": depth}
     model = build_student("titn", num_classes=NUM_CLASSES, drop_path=drop_path, **sizes).to(CUDA)
     use_inner_block(model, inner_block, CUDA)
+    use_outer_block(model, outer_block, CUDA)
     images, labels = (values.to(CUDA) for values in images_and_labels(50, seed=0))
     teacher_labels = (labels + 1) % NUM_CLASSES
     return Fit(
@@ -63,7 +70,7 @@ def make_fit(
         recipe=FitRecipe(**{"epochs": 8, "batch_size": 16, "lr": 0.05, "clip": 1.0, "warmup_epochs": 1.0, **settings}),
         seed=3,
         ema=ema,
-        execution=Execution(step="graph" if captured else "eager"),
+        execution=Execution(step="graph" if captured else "eager", precision=precision),
         session=Session(RunState(directory, "fingerprint"), watcher or Watcher(), stop or StopSignal()),
     )
 
@@ -91,6 +98,34 @@ def test_a_captured_run_is_the_eager_one(tmp_path: Path, optimizer: str, inner_b
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
     for name, tensor in weights.items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
+def test_a_captured_run_with_compiled_passes_is_the_eager_plain_one(
+    tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    settings: dict[str, Any] = {"optimizer": "adamw", "lr": 0.002, "precision": precision}
+    eager, _ = fit(tmp_path / "eager", captured=False, **settings)
+    captured, _ = fit(tmp_path / "captured", captured=True, outer_block="fused", **settings)
+    losses = [row["train_loss"] for row in eager.curve]
+    assert [row["train_loss"] for row in captured.curve] == pytest.approx(losses, abs=tolerance)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_of_titn_is_few_launches(tmp_path: Path) -> None:
+    blocks = {"inner_block": "fused", "outer_block": "fused"}
+    run = make_fit(tmp_path, captured=True, precision="bf16", depth=12, batch_size=10, optimizer="adamw", **blocks)
+    *first, last = run.data.batches(0, [share.indices for share in run._shares(torch.arange(50))])
+    for batch in first:  # warms up, and captures
+        run.step(batch)
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profile:
+        run.step(last)
+        torch.cuda.synchronize()
+    on_gpu = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launches = [name for name in on_gpu if not name.startswith("Mem")]
+    assert run.execution.step == "graph" and 100 < len(launches) <= MOST_LAUNCHES, Counter(launches).most_common(40)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.config.recipes import FitRecipe, ViewRecipe
 from pipeline.errors import Interrupted, NumericalError
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
-from pipeline.labels.source import TeacherLabels, cached_labels, online_labels
+from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
 from pipeline.labels.teacher import Teacher, label_view
 from pipeline.losses import Outputs, training_loss
 from pipeline.models.students import STUDENTS, Student, build_student
@@ -468,6 +468,26 @@ def test_a_running_variance_that_is_not_finite_is_not_kept_though_its_logits_are
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("poison", [math.nan, -math.inf])
+def test_one_weight_that_is_not_finite_is_named(poison: float, tmp_path: Path) -> None:
+    fit = make_fit(tmp_path)
+    with torch.no_grad():
+        fit.model[5].weight[1, 200] = poison
+    with pytest.raises(NumericalError, match=r"after step 0: 5\.weight is not finite"):
+        fit._require_finite(fit.model.state_dict())
+
+
+def test_a_teacher_that_is_asked_ends_the_run_where_its_logits_are_not_finite(tmp_path: Path) -> None:
+    class Broken(nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.flatten(1)) + torch.tensor([0.0, 0.0, math.nan])  # argmax takes it
+
+    source = OnlineLabels(Teacher(Broken(3 * SIZE**2, NUM_CLASSES).eval(), MEAN, STD, "fp32", batch_size=16))
+    with pytest.raises(NumericalError, match="epoch 1, labelling: a logit of the teacher is not finite"):
+        run(tmp_path, teacher_labels=source)
+    source.check()
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     class Cliff(torch.autograd.Function):
         @staticmethod
@@ -612,6 +632,6 @@ def test_cached_and_online_labels_give_the_same_loss_at_every_step(tmp_path: Pat
         return seen
 
     cached = losses(cached_labels(cache, torch.device("cpu")), tmp_path / "cached")
-    online = losses(online_labels(teacher), tmp_path / "online")
+    online = losses(OnlineLabels(teacher), tmp_path / "online")
     assert len(cached) == 16
     assert cached == pytest.approx(online, abs=1e-6)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.streaming import HostImages
 from pipeline.views import parcel
-from pipeline.views.parcel import Parcel
+from pipeline.views.parcel import Parcel, fetch, send
 from pipeline.views.views import Views
 from tests.pipeline.views.test_views import EVERYTHING, GOLDEN_DIGESTS, NUM_SAMPLES, RECIPES, make_views
 
@@ -54,6 +54,17 @@ def test_a_parcel_may_be_empty(packed: None) -> None:
     later = box.add(np.zeros((0, 3)))
     box.send()
     assert later().shape == (0, 3)
+
+
+@pytest.mark.parametrize("most", [0, 60, 2**28])
+def test_tensors_come_back_as_they_are(most: int, packed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "MAX_FETCHED", most)
+    tensors = [*send(CPU, *ARRAYS), torch.tensor(2.5, dtype=torch.bfloat16), torch.arange(6.0).view(2, 3).T]
+    fetched = fetch(tensors)
+    for ours, tensor in zip(fetched, tensors, strict=True):
+        assert ours.dtype == tensor.dtype and torch.equal(ours, tensor)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in (*fetched, *tensors) if tensor.numel()}) == 8 + 2 + 1
+    assert fetch([]) == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
