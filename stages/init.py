@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -39,6 +40,7 @@ OTHERWISE = {
     ),
 }
 _DEPS = re.compile(r"^( *)deps: \[(.*?)\]\n", re.MULTILINE | re.DOTALL)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # in a path // is /; C: is a disk
 _WIDTH = 120
 
 
@@ -52,7 +54,7 @@ def command(directory: Path) -> None:
     """
     init(directory)
     click.echo(f"{printable(directory)}: {', '.join(sorted(str(name) for name in project_files()))}")
-    steps = [] if directory == Path() else [f"cd {printable(directory)}"]
+    steps = [] if directory == Path() else [f"cd {shlex.quote(printable(directory))}"]
     if not (directory / ".git").exists():
         steps.append("git init")
     click.echo(
@@ -70,6 +72,8 @@ def init(directory: Path) -> None:
         UsageError: One of the files is there, or `directory` is a file; nothing is written then.
         StorageError: Writing failed.
     """
+    if _ADDRESS.match(directory.as_posix()):
+        raise UsageError(f"{printable(directory)}: an address; name a folder")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: a file; name a new folder")
     files = {directory / name: content for name, content in project_files().items()}

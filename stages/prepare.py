@@ -178,13 +178,15 @@ def prepare(
 
     place = _place(recipe, folder, download=download)
     listing = None if place is None else _list(recipe, place, raw, is_named=folder is not None)
-    digest = None if listing is None else _digest(listing, memory, remember=memory is not None)
+    digest, seen = (None, {}) if listing is None else _digest(listing, memory)
     spill = Spill(out, resident_limit())
     dataset, findings = read_source(recipe, raw=raw, folder=listing, download=download, skip_bad=skip_bad, spill=spill)
     summary = _summarize(recipe, dataset, findings)
     if place is not None:
         summary |= {"folder": printable(place.resolve().name), "source_sha256": digest, "reader": READER}
     _write(out, dataset, summary)
+    if listing is not None and memory is not None:
+        _remember(listing, seen, memory)
     return summary
 
 
@@ -242,7 +244,10 @@ def check_prepared(
         where = f"recipes.{recipe.name}.dataset.path"
         return State(f"kept, of the same settings; {where}: {printable(place)} does not exist here", is_done=True)
     listing = list_source(place)
-    is_same = _digest(listing, paths.prepare_memory, remember=remember) == summary.get("source_sha256")
+    digest, seen = _digest(listing, paths.prepare_memory)
+    if remember:
+        _remember(listing, seen, paths.prepare_memory)
+    is_same = digest == summary.get("source_sha256")
     if is_same and summary.get("reader") == READER:
         left_out = f"; {_not_used(listing.left_out.as_json())}" if listing.left_out.names else ""
         return State(f"up to date, of the same settings and images{left_out}", is_done=True)
@@ -380,21 +385,24 @@ def _damage(paths: Paths, summary: Mapping[str, Any]) -> str | None:
     return None if dataset.sha256 == summary.get("sha256") else "not what its summary says"
 
 
-def _digest(listing: Listing, memory: Path | None, *, remember: bool) -> str:
-    """Return the SHA-256 of a folder's images, reading only what is new since `memory` was written; update that."""
+def _digest(listing: Listing, memory: Path | None) -> tuple[str, dict[str, Seen]]:
+    """Return the SHA-256 of a folder's images, reading only what is new since `memory` was written, and what it has."""
     from pipeline.data.digests import digest_listing
 
-    root = os.fspath(listing.root.resolve())
-    known = {} if memory is None else _recall(memory, root)
-    digest, seen = digest_listing(listing, known)
-    if remember and memory is not None and seen != known:
+    return digest_listing(listing, {} if memory is None else _recall(memory, listing))
+
+
+def _remember(listing: Listing, seen: Mapping[str, Seen], memory: Path) -> None:
+    """Write sizes, times and SHA-256 of a folder's files, unless they are there."""
+    if seen != _recall(memory, listing):
         remove_leftovers(memory)
-        write_atomic(memory, canonical_json({"root": root, "files": seen}).encode())
-    return digest
+        root = os.fspath(listing.root.resolve())
+        write_atomic(memory, canonical_json({"root": root, "files": dict(seen)}).encode())
 
 
-def _recall(memory: Path, root: str) -> dict[str, Seen]:
+def _recall(memory: Path, listing: Listing) -> dict[str, Seen]:
     """Read sizes, times and SHA-256 of a folder's files; none if they are damaged or of another folder."""
+    root = os.fspath(listing.root.resolve())
     with contextlib.suppress(PipelineError, AttributeError, TypeError, ValueError):
         content = read_json(memory)
         if content["root"] == root:

@@ -57,6 +57,7 @@ def select(
         DataError: A candidate is not trained, or on other data than are prepared; its checkpoint is damaged; or none
             has learned anything.
     """
+    teachers = _candidates(context, teachers)
     result = _kept_selection(context, teachers, outs)
     if _are_gone(context, teachers, outs) and kept.put_back(context, result):
         return dict(read_json(context.paths.selection))
@@ -89,12 +90,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compare candidates as `select` does, and write nothing; arguments, result and errors are the same."""
     recipe, paths = context.recipe, context.paths
-    names = tuple(teachers or context.params.candidates(recipe))
-    for name in names:
-        if name not in recipe.teachers:
-            raise UsageError(
-                f"--teachers {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}"
-            )
+    names = _candidates(context, teachers)
     candidates: list[dict[str, Any]] = []
     for name in names:
         file = (outs or {}).get(name, paths.teacher(name)) / "metrics.json"
@@ -112,17 +108,29 @@ def compare(
     return {"winner": best["name"], "by": recipe.select.by, "candidates": candidates}
 
 
-def _are_gone(context: Context, teachers: Sequence[str] | None, outs: Mapping[str, Path] | None) -> bool:
+def _candidates(context: Context, teachers: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the candidates, each in the recipe."""
+    recipe = context.recipe
+    names = tuple(teachers or context.params.candidates(recipe))
+    for name in names:
+        if name not in recipe.teachers:
+            raise UsageError(
+                f"--teachers {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.teachers)}"
+            )
+    return names
+
+
+def _are_gone(context: Context, teachers: Sequence[str], outs: Mapping[str, Path] | None) -> bool:
     """Tell whether there is no selection, and not every candidate that one could be made of."""
-    paths, names = context.paths, teachers or context.params.candidates(context.recipe)
-    candidates = [(outs or {}).get(name, paths.teacher(name)) for name in names]
+    paths = context.paths
+    candidates = [(outs or {}).get(name, paths.teacher(name)) for name in teachers]
     return not paths.selection.exists() and not all((path / "metrics.json").is_file() for path in candidates)
 
 
-def _kept_selection(context: Context, teachers: Sequence[str] | None, outs: Mapping[str, Path] | None) -> kept.Result:
+def _kept_selection(context: Context, teachers: Sequence[str], outs: Mapping[str, Path] | None) -> kept.Result:
     """Describe the selection as it is kept: rule and candidates decide whether it fits."""
     paths, recipe = context.paths, context.recipe
-    candidates = {name: str((outs or {}).get(name, "")) for name in teachers or context.params.candidates(recipe)}
+    candidates = {name: str((outs or {}).get(name, "")) for name in teachers}
     decides = fingerprint({"select": deciding_values(recipe.select), "teachers": candidates})
     files = (*(paths.winner / name for name in (*CHECKPOINTS[:2], MANIFEST)), paths.selection)
     claim = paths.work("select.lock")

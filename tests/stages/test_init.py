@@ -51,6 +51,12 @@ def test_a_new_project_has_the_clones_settings_and_says_what_is_next(here: Path)
     assert set(DVC_IGNORE.split()) <= set((ROOT / ".dvcignore").read_text().split())
 
 
+def test_a_name_is_quoted_for_the_shell_and_an_address_is_no_folder(here: Path) -> None:
+    assert "cd 'new $HOME project' && git init" in init("new $HOME project")
+    assert init("https://example.org/x", code=2) == "https:/example.org/x: an address; name a folder"
+    assert not (here / "https:").exists()
+
+
 def test_here_is_the_default_and_a_git_repository_stays_one(here: Path) -> None:
     (here / ".git").mkdir()
     said = init()

@@ -265,6 +265,7 @@ def test_a_folder_that_is_not_the_source_is_refused_by_the_command(project):
     for arguments in (("prepare",), ("prepare", "--dry-run")):
         out = invoke(project, *arguments, code=3)
         assert "dataset.source: cifar10 has 10 classes" in out and "source: folder" in out
+    assert not (project.path / "data/work").exists(), "nothing is remembered of what was refused"
 
 
 def test_a_folder_of_a_known_source_is_another_data_set_than_its_download(tmp_path):

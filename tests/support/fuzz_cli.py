@@ -34,12 +34,11 @@ TEXTS = (
     "0x10", "'", '"',
 )  # fmt: skip
 SETTINGS = (
-    "epochs=", "epochs=x", "epochs=1=2", "epochs=0", "epochs=-1", "epochs=1.5", "epochs=true", "epochs=1e3",
-    "epochs=010",
-    "epochs=1_0", "epochs=" + "9" * 5000, "epochs=[1]", "epochs={a: 1}", "epochs=" + "[" * 5000,
+    "epochs=", "epochs=x", "epochs=1=2", "epochs=-1", "epochs=1.5", "epochs=true", "epochs=1e3",
+    "epochs=" + "9" * 5000, "epochs=[1]", "epochs={a: 1}", "epochs=" + "[" * 5000,
     "epochs=" + "- " * 5000,
     "epochs=*a", "epochs=&a [*a]", "epochs=!!python/object/apply:os.mkdir [executed]", "epochs=\x00", "epochs=\udcff",
-    "epochs=\u2028", "epochs='", "epochs=1\n2", "epochs=3 # x\nlr: 1", "lr=nan", "lr=.nan", "lr=inf", "lr=1e-3",
+    "epochs=\u2028", "epochs='", "epochs=1\n2", "epochs=3 # x\nlr: 1", "lr=nan", "lr=.nan", "lr=inf",
     "lr=101.0",
     "lr=" + "9" * 29, "lr=1.0e+400", "no_such=1", "Epochs=1", " epochs=1", "optimizer=lion", "optimizer=",
     "optimizer=[]",
@@ -158,8 +157,10 @@ def _bad_values(parameter: click.Parameter) -> tuple[list[str], frozenset[int]]:
     if parameter.name in ("csv_file", "predictions"):  # any file would be written
         return [path for path in DESTINATIONS if path != "params.yaml"], BAD_INPUT
     if isinstance(kind, click.Path):
-        is_destination = parameter.name == "out"
-        return list(DESTINATIONS if is_destination else PATHS), BAD_INPUT
+        if parameter.name == "directory":  # any other name is a new project's folder
+            addresses = ["file:///etc/passwd", "http://x/y", "s3://x/y"]
+            return [*(path for path in DESTINATIONS if "params" not in path), *addresses], BAD_INPUT
+        return list(DESTINATIONS if parameter.name == "out" else PATHS), BAD_INPUT
     if parameter.nargs == -1:
         return [path for path in PATHS if path not in ("", ".", "..", "/")], SOME_BAD
     if isinstance(kind, click.Choice):

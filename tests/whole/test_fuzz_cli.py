@@ -59,6 +59,8 @@ def test_every_parameter_of_every_command_is_given_bad_values() -> None:
         (("distill", "--student", "deit", "--device", "meta"), "--device meta"),
         (("labels", "verify", "params.yaml", "--margin", "nan"), "not a finite number"),
         (("select", "--teachers", "vgg17"), "choose from densenet121"),
+        (("select", "--teachers", "x" * 300), "choose from densenet121"),
+        (("init", "http://x/y"), "http:/x/y: an address; name a folder"),
         (("label", "--teacher", "nowhere"), "nowhere"),
         (("teacher", "vgg16", "--set", "epochs=" + "9" * 5000), "more than 30 digits"),
         (("models", "--x\ny"), "--x\\ny"),
