@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compare with compiled models on a CPU, too; on a GPU it always is"
     )
+    parser.add_argument("--only", help="settings of peers to compare with, separated by commas; default: all")
     options = parser.parse_args(arguments)
     chosen = options.teachers.split(",") if options.teachers else [QUICK] if options.quick else list(TEACHERS)
     for name in chosen:
@@ -72,9 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device.type == "cpu":
         keep_freed_memory()  # as training does
     compiled = options.compile or (options.device.type != "cpu" and not options.quick)
+    settings = [*EAGER, *(COMPILED if compiled else ())]
+    if options.only:
+        settings = [setting for setting in settings if setting.name in options.only.split(",")]
     batch = steps.synthetic_batch(options.batch_size, options.device)
     for name in chosen:
-        report.rows += teacher_rows(name, batch, [*EAGER, *(COMPILED if compiled else ())], options)
+        report.rows += teacher_rows(name, batch, settings, options)
     report.finish(Console(), options.json)
 
 

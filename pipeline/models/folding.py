@@ -47,7 +47,7 @@ def fold(model: nn.Module, image_size: int) -> tuple[nn.Module, bool]:
     folded = copy.deepcopy(model).cpu().eval()
     if (repeated := repeated_pooling(folded, image_size)) is not None:
         layer = repeated.layer
-        columns = layer.weight.detach().unflatten(1, (-1, repeated.copies))
+        columns = layer.weight.detach().reshape(layer.out_features, -1, repeated.copies)
         layer.weight = nn.Parameter(columns.sum(2, dtype=torch.float64).to(layer.weight.dtype))
         layer.in_features //= repeated.copies
         repeated.see_once(layer)

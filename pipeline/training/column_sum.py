@@ -47,8 +47,8 @@ class ColumnSum(nn.Module):
 
     def __init__(self, layer: nn.Linear, copies: int) -> None:
         super().__init__()
-        self.scale = math.sqrt(copies)
-        weight, rest = self._split(layer.weight.detach())
+        self.copies, self.scale = copies, math.sqrt(copies)
+        weight, rest = self._split(layer.weight.detach().contiguous())
         trained = layer.weight.requires_grad
         self.weight = nn.Parameter(weight, requires_grad=trained)
         self.bias = layer.bias
@@ -63,12 +63,13 @@ class ColumnSum(nn.Module):
     def published(self) -> dict[str, Tensor]:
         """Return the layer's own state dict, as new tensors."""
         columns = self.rest.detach() * self.rest_weight.detach()
-        columns.unflatten(1, (-1, round(self.scale**2))).add_(self.weight.detach().unsqueeze(2), alpha=1 / self.scale)
+        repeated = columns.view(len(columns), -1, self.copies)
+        repeated.add_(self.weight.detach().unsqueeze(2), alpha=1 / self.scale)
         return {"weight": columns} | ({} if self.bias is None else {"bias": self.bias.detach().clone()})
 
     def _split(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return P of W, `(out_features, C n)`, and W less its mean over the copies, in W's memory."""
-        repeated = columns.unflatten(1, (-1, round(self.scale**2)))
+        repeated = columns.view(len(columns), -1, self.copies)
         weight = (repeated.sum(2, dtype=torch.float64) / self.scale).to(columns.dtype)
         repeated.sub_(weight.unsqueeze(2), alpha=1 / self.scale)
         return weight, columns
@@ -76,10 +77,10 @@ class ColumnSum(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(f"{prefix}weight")
         if saved is not None and saved.shape == self.rest.shape:
-            weight, differences = self._split(saved.clone())
+            weight, differences = self._split(saved.clone(memory_format=torch.contiguous_format))
             own = {"weight": weight, "rest": differences, "rest_weight": saved.new_ones(1, 1)}
             state_dict |= {f"{prefix}{name}": tensor for name, tensor in own.items()}
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def column_sums(model: nn.Module) -> dict[str, ColumnSum]:
