@@ -1,4 +1,4 @@
-"""Commands import what they use: `import torch` takes seconds; torchvision and the compiler that it imports as long again."""
+"""Commands import what they use: `import torch` takes seconds, torchvision and the compiler that it imports as long."""
 
 from __future__ import annotations
 
