@@ -38,7 +38,8 @@ INPUT_SIZES = (int, 1, 4096)
 """Type, least and largest value."""
 STEMS = ("default", "cifar")
 DRAWING = frozenset(
-    {getattr(nn.init, name) for name in nn.init.__all__ if name.endswith("_")} | {Tensor.normal_, Tensor.uniform_}
+    {draw for name, draw in vars(nn.init).items() if name.endswith("_") and callable(draw)}
+    | {Tensor.normal_, Tensor.uniform_}
 )
 """What initialises a tensor in place."""
 

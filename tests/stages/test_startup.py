@@ -1,4 +1,4 @@
-"""Commands import what they use: `import torch` takes seconds, and its compiler and torchvision as long again."""
+"""Commands import what they use: `import torch` takes seconds, torchvision and the compiler that it imports as long."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ check([*unused, "torchvision", "matplotlib"], "label")
 check([*unused, "torchvision", "matplotlib"], "distill", "--student", "titn", "--dry-run")
 from stages.shared.fitting import carry_out
 check([*unused, "torchvision", "matplotlib"])
-check([*unused, "matplotlib"], "models", "--json")
+from stages.shared.runs import costs
+costs({{"kind": "student", "model": "titn", "arguments": {arguments!r}}}, {dataset.image_size})
+check([*unused, "torchvision", "matplotlib"])
 """,
     )
