@@ -54,16 +54,17 @@ def train_step(
         scalar; both stay on the device.
     """
     optimizer.zero_grad(set_to_none=True)
-    forward = rounded_at_once(model) if precision == "bf16" and batch.images.device.type == "cuda" else model
-    total = torch.zeros((), device=batch.images.device)
-    parts = batch.split(micro_batch)
-    for part in parts:
-        with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
-            with autocast(batch.images.device, precision):
+    parts, device = batch.split(micro_batch), batch.images.device
+    forward = rounded_at_once(model) if precision == "bf16" and device.type == "cuda" else model
+    total = torch.zeros((), device=device)
+    with autocast(device, precision):  # it casts weights once, for all parts
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] else accumulating(model):
                 outputs = forward(part.images) if part.draws is None else forward(part.images, part.draws)
-            loss = objective(outputs, part) * (batch.weight * len(part) / len(batch))
-            torch.autograd.backward(loss)
-        total += loss.detach()
+                with torch.autocast(device.type, enabled=False):
+                    loss = objective(outputs, part) * (batch.weight * len(part) / len(batch))
+                    torch.autograd.backward(loss)
+            total += loss.detach()
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     if clip > 0:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import floor, peak_memory, students, teachers
+from benchmarks import budget, floor, peak_memory, students, teachers
 from benchmarks.student_contenders import COMPILED, FORWARD, GRAPHS, TRAINING, Contender
 from tests.support.benchmark_reports import rows, run
 
@@ -40,6 +40,25 @@ def test_only_who_is_asked_for_takes_part(tmp_path: Path, monkeypatch: pytest.Mo
     report = run(students, monkeypatch, tmp_path / "students.json", *sizes)
     names = {row["what"].split(", ")[0] for row in report["rows"]}
     assert names == {"vit", "vit plain bf16 eager", "timm ViT bf16 eager"}
+
+
+def test_the_budget_of_a_step_has_every_operation_in_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ("--depth", "1", "--students", "titn", "--batch-size", "4")
+    report = run(budget, monkeypatch, tmp_path / "budget.json", *sizes)
+    found = {row["what"].removeprefix("titn fp32 b4, "): row for row in report["rows"]}
+    assert set(found) >= {*budget.PARTS, budget.WHOLE} - {"inner blocks"}
+    parts = [row["ours"] for what, row in found.items() if what != budget.WHOLE]
+    assert all(part > 0 for part in parts)
+    for operation, part in {
+        "aten::addmm": "matrix products",
+        "aten::add_": "sums, biases, LayerNorm",
+        "titn::inner_block_cpp_backward": "inner blocks",
+        "_AttendBackward": "attention",
+        "aten::gelu_backward": "GELU",
+        "aten::_fused_sgd_": "clipping and update",
+        "AccumulateGrad": budget.REST,
+    }.items():
+        assert budget.part_of(operation) == part
 
 
 @pytest.mark.usefixtures("quick_surroundings")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import signal
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.recipes import FitRecipe, ViewRecipe
 from pipeline.errors import Interrupted, NumericalError
@@ -311,6 +313,41 @@ def test_the_parts_of_a_batch_have_its_loss_gradients_and_weights(student: str, 
             tolerance = 0.0 if exact else 1e-6
             torch.testing.assert_close(others.grad, parameter.grad, rtol=0, atol=tolerance)
             torch.testing.assert_close(others, parameter, rtol=0, atol=tolerance)
+
+
+class Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts how often each parameter is converted to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_parameter: Counter[Tensor] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten._to_copy and isinstance(args[0], nn.Parameter):
+            self.by_parameter[args[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("student", ["vit", "titn"])
+def test_a_weight_is_converted_to_bfloat16_once_a_step_whatever_its_parts(student: str) -> None:
+    images, labels = images_and_labels(8, seed=5)
+    batch = Batch(labels, labels.roll(2), torch.ones(8), labels, images=normalize(images, MEAN, STD))
+    model = build_student(student, num_classes=NUM_CLASSES, image_size=SIZE, patch_size=4, width=12, depth=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def gradients(part: Batch) -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(part.images)
+        (training_loss(outputs, part) * len(part) / 8).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = [sum(grads) for grads in zip(*(gradients(part) for part in batch.split(2)), strict=True)]
+    with Casts() as casts:
+        train_step(model, batch, training_loss, optimizer, clip=0.0, precision="bf16", micro_batch=2)
+    assert casts.by_parameter and set(casts.by_parameter.values()) == {1}
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
 
 
 def dropping(name: str = "titn") -> Student:
