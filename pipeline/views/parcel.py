@@ -81,14 +81,15 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
         tensors: Of any dtypes and shapes; some may be on the host.
     """
     fetched = {at: tensor.detach().to("cpu", copy=True) for at, tensor in enumerate(tensors) if not _is_packed(tensor)}
-    together: list[int] = []
-    for at in range(len(tensors)):
-        if at not in fetched:
-            if together and sum(tensors[other].nbytes for other in (*together, at)) > MAX_FETCHED:
-                fetched |= _fetch_packed(tensors, together)
-                together = []
-            together.append(at)
-    if together:
+    pieces: list[list[int]] = []
+    size = 0
+    for at in (at for at in range(len(tensors)) if at not in fetched):
+        size += tensors[at].nbytes
+        if not pieces or size > MAX_FETCHED:
+            pieces.append([])
+            size = tensors[at].nbytes
+        pieces[-1].append(at)
+    for together in pieces:
         fetched |= _fetch_packed(tensors, together)
     return [fetched[at] for at in range(len(tensors))]
 

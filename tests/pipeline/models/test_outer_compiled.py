@@ -35,13 +35,13 @@ def block() -> EncoderBlock:
 
 @pytest.fixture
 def compile_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
-    """Sets what stands in for torch.compile, and lets the CPU be a device whose passes are outer_cuda."""
+    """Sets what stands in for torch.compile, and lets the CPU be a device whose passes are compiled."""
     monkeypatch.setitem(students.FUSED_OUTER, "cpu", students.FUSED_OUTER["cuda"])
     monkeypatch.setattr(outer_cuda, "why_not", lambda *_: None)
     monkeypatch.setattr(guard, "_verdicts", {})
-    outer_cuda._outer_cuda.cache_clear()
+    outer_cuda._compiled.cache_clear()
     yield lambda stand_in: monkeypatch.setattr(torch, "compile", stand_in)
-    outer_cuda._outer_cuda.cache_clear()
+    outer_cuda._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
