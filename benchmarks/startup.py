@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -65,12 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_project(Path(folder), names)
         scripts = {TORCH: ("-c", TORCH), FORWARD: ("-c", PLAIN)}
+        contenders: dict[tuple[str, str], tuple[Path, tuple[str, ...]]]
         contenders = {(name, "ours"): (ROOT, script) for name, script in scripts.items()}
         for name in names:
             for whose, root in checkouts.items():
                 contenders[name, whose] = root, ("-m", "stages.cli", *COMMANDS[name])
         seconds = interleave(
-            {key: lambda run=run: start(Path(folder), *run) for key, run in contenders.items()},
+            {key: functools.partial(start, Path(folder), *run) for key, run in contenders.items()},
             rounds=options.rounds,
             device=torch.device("cpu"),
         )

@@ -85,7 +85,7 @@ def distill(
         torch.manual_seed(seed)
         model = build_student(recipe.model, **run.description["arguments"]).to(device)
         how: dict[str, Any] = {"precision": resolve_precision(recipe.precision, device), "agree": group.first_reason}
-        blocks = {
+        blocks: dict[str, Any] = {
             "inner_block": use_inner_block(model, recipe.inner_block, device, **how),
             "outer_block": use_outer_block(model, recipe.outer_block, device, compiled=recipe.compile, **how),
         }

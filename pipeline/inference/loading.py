@@ -236,7 +236,7 @@ def build_unfilled(kind: str, model: str, arguments: Mapping[str, Any], *, own_c
     from pipeline.models.students import STUDENTS
 
     if model in (STUDENTS if kind == "student" else TEACHERS):
-        with torch.device("meta"), _Undrawn():  # type: ignore[no-untyped-call]
+        with torch.device("meta"), _Undrawn():
             return build_model(kind, model, arguments)
     with torch.random.fork_rng(devices=[]):  # what is loaded must not change what is drawn
         return build_model(kind, model, arguments, own_code=own_code)

@@ -79,7 +79,8 @@ def flops_per_image(model: nn.Module, image_size: int) -> int:
 
     Source: torch.utils.flop_counter.FlopCounterMode.
     """
-    with _Products() as products:
+    products = _Products()
+    with products:
         _forward_one_image(model, image_size)
     return products.flops
 
@@ -96,7 +97,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
+        self.flops: int = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -141,7 +142,8 @@ def _module_macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) 
 
 def _forward_one_image(model: nn.Module, image_size: int) -> None:
     """Run one image of zeros through the model in evaluation mode."""
-    weight, tensors = next(model.parameters()), {}
+    weight: Tensor = next(model.parameters())
+    tensors = {}
     if weight.is_meta:
         named = (*model.named_parameters(), *model.named_buffers())
         tensors = {name: torch.zeros((), dtype=one.dtype).expand(one.shape) for name, one in named}

@@ -55,6 +55,6 @@ def fold(model: nn.Module, image_size: int) -> tuple[nn.Module, bool]:
         folded = fuse(folded.double(), inplace=True)
     except Exception:  # tracing fails in as many ways as a model's code is written
         return copy.deepcopy(model).eval(), False
-    for layer in last_layers(folded):
-        decide_in_fp32(layer)
+    for last in last_layers(folded):
+        decide_in_fp32(last)
     return folded.to(weight.device, weight.dtype).eval(), True

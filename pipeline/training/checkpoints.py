@@ -113,7 +113,7 @@ def read_weights(path: Path) -> tuple[Path, bytes]:
     """
     file, _, data = _read_files(path, "best")
     with _telling_damage(file):
-        safetensors.deserialize(data)
+        safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     return file, data
 
 

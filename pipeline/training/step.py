@@ -83,7 +83,7 @@ def rounded_at_once(model: nn.Module) -> Callable[..., Outputs]:
     weights = dict(model.named_parameters())
 
     def forward(*inputs: Tensor) -> Outputs:
-        rounded = _Round.apply(*(weights[name] for name in names))  # type: ignore[no-untyped-call]
+        rounded = _Round.apply(*(weights[name] for name in names))
         outputs: Outputs = torch.func.functional_call(model, dict(zip(names, rounded, strict=True)), inputs)
         return outputs
 

@@ -101,7 +101,7 @@ def _is_packed(tensor: Tensor) -> bool:
 def _fetch_packed(tensors: Sequence[Tensor], together: Sequence[int]) -> dict[int, Tensor]:
     """Return copies of some tensors by their places, fetched as one piece."""
     parts = [tensors[at].detach().contiguous().reshape(-1).view(torch.uint8) for at in together]
-    pieces = torch.cat(parts).cpu().split([len(part) for part in parts])
+    pieces = torch.split(torch.cat(parts).cpu(), [len(part) for part in parts])
     # Cloned, because a piece begins at any byte.
     return {
         at: piece.clone().view(tensors[at].dtype).view(tensors[at].shape)

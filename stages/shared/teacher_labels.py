@@ -243,7 +243,7 @@ class TeacherSource:
             DataError: The teacher does not fit the data, or a view's pixels are not those that were labelled.
         """
         from pipeline.labels.replay import check_canaries
-        from pipeline.labels.source import OnlineLabels, cached_labels
+        from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
         from stages.shared.fitting import Teaching
         from stages.shared.labelling import accuracy_of, label_clean, make_ready, read_teacher
 
@@ -251,7 +251,7 @@ class TeacherSource:
         if self.distillation.teacher is not None:
             checkpoint = read_teacher(context, dataset, self.distillation.teacher)
             teacher = make_ready(context, dataset, checkpoint)
-            labels = OnlineLabels(teacher, **kind) if self.is_distilled else None
+            labels: TeacherLabels | None = OnlineLabels(teacher, **kind) if self.is_distilled else None
             clean, name = label_clean(context, dataset, teacher), str(checkpoint.meta["model"])
         elif self.cache is not None:
             view = check_canaries(self.cache, views)

@@ -117,7 +117,8 @@ def _enter_and_normalize(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _heads(tokens: Tensor, num_heads: int) -> Tensor:
     """Cut tokens `(N, T, D)` into heads, `(N, heads, T, d)`."""
-    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    number, length, width = tokens.shape
+    return tokens.view(number, length, num_heads, width // num_heads).transpose(1, 2)
 
 
 def _products(device: torch.device) -> torch.dtype:
