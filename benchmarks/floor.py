@@ -6,8 +6,10 @@ width, D width, K classes, r the MLP's ratio; s bytes of a float32, a bytes of a
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,8 @@ from stages.shared.runs import student_arguments
 CHANNELS, MLP_RATIO = 3, 4
 INNER, OUTER, ENDS, WEIGHTS = "inner", "outer", "ends", "weights"
 STREAM = 4
+AGAIN = "forward pass again'"
+EXPONENTIAL = 15  # instructions of the C++ one
 ACTIVATION = {"fp32": 4, "bf16": 2}
 
 
@@ -35,6 +39,8 @@ class Operation:
         flops: Of its matrix products; a multiply-accumulate is 2. Everything else is bound by memory and counts none.
         bytes_apart: Read and written where every operation makes a pass of its own.
         bytes_fused: Its part of what the fused pass reads and writes.
+        instructions: Of the fused inner block's kernel beside its products, one for an element: additions, selections,
+            exponentials. Outside the inner path none is counted.
     """
 
     path: str
@@ -43,6 +49,7 @@ class Operation:
     flops: float
     bytes_apart: float
     bytes_fused: float
+    instructions: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,34 @@ class Peaks:
         flops: Per second, by precision.
         bandwidth: Bytes a second, read and written together.
         source: Where the figures come from.
+        inner_flops: Per second, of the products of the fused inner block, by the model's precision: its kernels have
+            other ones than the model. None takes those of `flops`.
+        instructions: That are no products, a second, one for an element.
+        has_matrix_units: Whether products and other instructions run beside each other; else one after the other.
     """
 
     flops: dict[str, float]
     bandwidth: float
     source: str
+    inner_flops: dict[str, float] | None = None
+    instructions: float = math.inf
+    has_matrix_units: bool = True
 
 
-H200 = Peaks({"bf16": 989e12, "fp32": 67e12}, 4.8e12, "NVIDIA H200 SXM data sheet, dense, without TF32")
+TF32 = 495e12
+FP32 = 67e12
+H200 = Peaks(
+    {"bf16": 989e12, "fp32": FP32},
+    4.8e12,
+    "NVIDIA H200 SXM data sheet, dense; TF32 in the fused inner block alone",
+    inner_flops={"bf16": TF32, "fp32": TF32 / 3},  # three tf32 products make one of float32
+    instructions=FP32 / 2,  # the sheet counts a multiply-accumulate, one instruction, as 2
+)
+ISSUED = {"bf16": (1464, 3276), "fp32": (3038, 8260)}
+"""Instructions that a warp issues for a patch, forward and backward, in the loops of the kernels as Triton 3.8 compiles
+them for an H200: TITN's geometry, by the model's precision. Products are among them, 54 and 160 in tf32."""
+ISSUED_GEOMETRY = (16, 12, 2)
+WARP = 32
 
 
 @dataclass(frozen=True)
@@ -70,7 +97,8 @@ class Floor:
     Attributes:
         compute: All FLOPs.
         apart: Sum over the operations of the longer time, that of the FLOPs or that of the bytes.
-        fused: The same sum over the fused passes: the floor.
+        fused: The same sum over the fused passes: the floor. A pass of the inner block takes the longest of its
+            products, its other instructions and its bytes; without matrix units the first two add up.
     """
 
     compute: float
@@ -78,7 +106,9 @@ class Floor:
     fused: float
 
 
-def operations(recipe: StudentRecipe, *, batch_size: int, precision: str, training: bool) -> list[Operation]:
+def operations(
+    recipe: StudentRecipe, *, batch_size: int, precision: str, training: bool, device_type: str = "cuda"
+) -> list[Operation]:
     """Count what a student's training step or forward pass does.
 
     Args:
@@ -86,8 +116,9 @@ def operations(recipe: StudentRecipe, *, batch_size: int, precision: str, traini
         batch_size: B.
         precision: `fp32`, or `bf16` for autocast, which leaves sums and LayerNorms in float32.
         training: Whether backward pass and update are counted too.
+        device_type: `cuda`, or `cpu`: whose fused inner block's instructions are counted.
     """
-    counted = _Counter(STREAM, ACTIVATION[precision], training)
+    counted = _Counter(STREAM, ACTIVATION[precision], training, device_type)
     student = STUDENTS[recipe.model]
     patches = (SIZE // recipe.patch_size) ** 2
     tokens = 1 + patches + student.has_distillation_head
@@ -101,6 +132,7 @@ def operations(recipe: StudentRecipe, *, batch_size: int, precision: str, traini
         for _ in range(recipe.depth):
             counted.block(INNER, inner, recipe.pixel_width, pixels)
             counted.join(inner, joined, outer, recipe.width)
+            counted.instructions(inner, recipe.pixel_width, pixels, recipe.pixel_heads)
             counted.block(OUTER, outer, recipe.width, tokens)
     else:
         counted.embedding(image, batch_size * patches * recipe.width, CHANNELS * recipe.patch_size**2)
@@ -117,8 +149,9 @@ def operations(recipe: StudentRecipe, *, batch_size: int, precision: str, traini
 class _Counter:
     """Adds operations up. `stream` is s, `activation` is a; `cast` is what a conversion between them moves."""
 
-    def __init__(self, stream: int, activation: int, training: bool) -> None:
+    def __init__(self, stream: int, activation: int, training: bool, device_type: str) -> None:
         self.stream, self.activation, self.training = stream, activation, training
+        self.device_type = device_type
         self.cast = 0 if stream == activation else stream + activation
         self.found: list[Operation] = []
 
@@ -162,6 +195,15 @@ class _Counter:
             whole = {False: "block", True: "block'"}
             rows = [(whole[row[1].endswith("'")], *row[1:4], crossing.get(row[1], 0)) for row in rows]
         self.add(path, elements, rows)
+
+    def instructions(self, elements: float, width: int, tokens: int, heads: int) -> None:
+        """Add what the fused inner block's kernel computes beside its products; the bytes are those of `block`."""
+        counts = inner_instructions(self.device_type, width, tokens, heads)
+        again = sum(count for name, count in counts.items() if not name.endswith("'")) - 1
+        for name, count in {**counts, AGAIN: again}.items():
+            if self.training or not name.endswith("'"):
+                whole = "block'" if name.endswith("'") else "block"
+                self.found.append(Operation(INNER, whole, name, 0, 0, 0, elements * count))
 
     def join(self, inner: float, joined: float, outer: float, width: int) -> None:
         """Add the LayerNorm of the pixels, their product to patches, and its sum with the patches."""
@@ -213,24 +255,104 @@ class _Counter:
         self.add(WEIGHTS, num_parameters, rows)
 
 
+def inner_instructions(device_type: str, width: int, tokens: int, heads: int) -> dict[str, float]:
+    """Count the instructions of the fused inner block's kernel beside its products, for one element of the pixels.
+
+    Those of the formulas as pipeline/models/students/fused has them, a multiplication and an addition being one where
+    they follow each other. README.md goes through them. Addresses, masks, padding, moves between threads and memory
+    are left out.
+
+    Args:
+        device_type: `cuda` for the Triton kernels, `cpu` for the C++ ones.
+        width: c.
+        tokens: M.
+        heads: Of the attention.
+
+    Returns:
+        Operation to its count. The forward pass that the backward kernel repeats is not among them.
+    """
+    c, r, scores = width, MLP_RATIO, heads * tokens / width
+    if device_type == "cuda":
+        norm, norm_gradient = 5 + 3 / c, 6 + 2 / c
+        return {
+            "LayerNorm 1": norm,
+            "attention": 6 * scores + heads / c,
+            "sum 1": 2,
+            "LayerNorm 2": norm,
+            "into the MLP": r,
+            "GELU": 15 * r,
+            "sum 2": 1,
+            "LayerNorm of pixels": norm,
+            "LayerNorm of pixels'": norm_gradient + 2,
+            "sum 2'": 2,
+            "GELU'": 3 * r,
+            "LayerNorm 2'": norm_gradient,
+            "sum 1'": 1,
+            "attention'": 4 * scores,
+            "LayerNorm 1'": norm_gradient,
+            "sum 0'": 1,
+        }
+    norm, norm_gradient = 5 + 4 / c, 8 + 2 / c
+    return {
+        "LayerNorm 1": norm,
+        "attention": 1 + (4 + EXPONENTIAL) * scores + heads / c,
+        "sum 1": 1,
+        "LayerNorm 2": norm,
+        "GELU": (16 + EXPONENTIAL) * r,
+        "sum 2": 1,
+        "LayerNorm of pixels": norm,
+        "LayerNorm of pixels'": norm_gradient,
+        "out of the MLP'": 1,
+        "GELU'": 3 * r,
+        "into the MLP'": r,
+        "LayerNorm 2'": norm_gradient,
+        "projection'": 1,
+        "attention'": 4 * scores,
+        "LayerNorm 1'": norm_gradient,
+    }
+
+
+def issued_seconds(recipe: StudentRecipe, *, batch_size: int, precision: str, peaks: Peaks = H200) -> float | None:
+    """Return the seconds in which an H200 issues the instructions of a training step's inner kernels, see ISSUED.
+
+    It is what limits these kernels, products and bytes being less, where the floor is what limits any. None for another
+    geometry than TITN's.
+    """
+    pixels = (recipe.patch_size // recipe.pixel_size) ** 2
+    if (pixels, recipe.pixel_width, recipe.pixel_heads) != ISSUED_GEOMETRY or not STUDENTS[recipe.model].has_pixels:
+        return None
+    patches = batch_size * (SIZE // recipe.patch_size) ** 2 * recipe.depth
+    return patches * sum(ISSUED[precision]) * WARP / peaks.instructions
+
+
 def floor(counted: Sequence[Operation], peaks: Peaks, precision: str) -> Floor:
     """Return the seconds that counted operations take at a device's peaks."""
     rate, bandwidth = peaks.flops[precision], peaks.bandwidth
+    inner_rate = (peaks.inner_flops or peaks.flops)[precision]
+
+    def products(parts: Sequence[Operation]) -> float:
+        return sum(part.flops / (inner_rate if part.path == INNER else rate) for part in parts)
+
+    def together(parts: Sequence[Operation]) -> float:
+        others = sum(part.instructions for part in parts) / peaks.instructions
+        moved = sum(part.bytes_fused for part in parts) / bandwidth
+        return max(moved, max(products(parts), others) if peaks.has_matrix_units else products(parts) + others)
+
     passes: dict[tuple[str, str], list[Operation]] = {}
     for operation in counted:
         passes.setdefault((operation.path, operation.fused_pass), []).append(operation)
     return Floor(
-        compute=sum(operation.flops for operation in counted) / rate,
+        compute=products(counted),
         apart=sum(max(operation.flops / rate, operation.bytes_apart / bandwidth) for operation in counted),
-        fused=sum(
-            max(sum(part.flops for part in parts) / rate, sum(part.bytes_fused for part in parts) / bandwidth)
-            for parts in passes.values()
-        ),
+        fused=sum(map(together, passes.values())),
     )
 
 
 def find_peaks(device: torch.device, *, side: int = 2048, copied_bytes: int = 2**30) -> Peaks:
     """Return a device's peaks: from the data sheet for an H200, else the best of a few measurements.
+
+    Instructions are taken at half the FLOPs of float32 products, which are multiply-accumulates of the same units. A
+    GPU's fused inner block has products in tf32, three of them for one in float32; a CPU's has float32 ones.
 
     Args:
         device: Which.
@@ -239,13 +361,29 @@ def find_peaks(device: torch.device, *, side: int = 2048, copied_bytes: int = 2*
     """
     if device.type == "cuda" and "H200" in torch.cuda.get_device_name(device):
         return H200
-    flops = {}
-    for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
-        matrix = torch.ones(side, side, device=device, dtype=dtype)
-        flops[precision] = 2 * side**3 / _best_seconds(matrix, matrix, product=True)
-    source, target = torch.ones(2, copied_bytes // 4, device=device).unbind()
-    bandwidth = 2 * copied_bytes / _best_seconds(target, source, product=False)
-    return Peaks(flops, bandwidth, f"measured: products of {side}x{side} matrices, a copy of {copied_bytes} bytes")
+    flops, kinds = {}, {"fp32": torch.float32, "bf16": torch.bfloat16, "tf32": torch.float32}
+    for kind, dtype in kinds.items():
+        if kind != "tf32" or device.type == "cuda":
+            matrix = torch.ones(side, side, device=device, dtype=dtype)
+            with _float32_products("high" if kind == "tf32" else "highest"):
+                flops[kind] = 2 * side**3 / _best_seconds(matrix, matrix, product=True)
+    tf32 = flops.pop("tf32", None)
+    inner = {"fp32": flops["fp32"] if tf32 is None else tf32 / 3, "bf16": tf32 or flops["fp32"]}
+    original, copy = torch.ones(2, copied_bytes // 4, device=device).unbind()
+    bandwidth = 2 * copied_bytes / _best_seconds(copy, original, product=False)
+    source = f"measured: products of {side}x{side} matrices, a copy of {copied_bytes} bytes"
+    return Peaks(flops, bandwidth, source, inner, flops["fp32"] / 2, has_matrix_units=tf32 is not None)
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """Let PyTorch multiply float32 so within the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _best_seconds(target: torch.Tensor, source: torch.Tensor, *, product: bool, times: int = 5) -> float:
@@ -272,6 +410,7 @@ def _merged(unmerged: Iterable[Operation]) -> list[Operation]:
             flops=sum(part.flops for part in parts),
             bytes_apart=sum(part.bytes_apart for part in parts),
             bytes_fused=sum(part.bytes_fused for part in parts),
+            instructions=sum(part.instructions for part in parts),
         )
         for key, parts in by_name.items()
     ]

@@ -133,11 +133,17 @@ class Report:
             names = ", ".join(self.missing)
             console.print(f"missing, so not compared: {names}; pip install -e '.[bench]'", style="yellow")
         if path is not None:
-            rows = [{**dataclasses.asdict(row), **row.details} for row in self.rows]
-            for row in rows:
-                del row["details"]
-            write_json(path, {"environment": self.environment, "missing": self.missing, "rows": rows, **self.extra})
+            self.write(path)
             console.print(f"{path}", soft_wrap=True)
+
+    def write(self, path: Path | None) -> None:
+        """Write the JSON where a path is given: a benchmark that is cut leaves what it found until then."""
+        if path is None:
+            return
+        rows = [{**dataclasses.asdict(row), **row.details} for row in self.rows]
+        for row in rows:
+            del row["details"]
+        write_json(path, {"environment": self.environment, "missing": self.missing, "rows": rows, **self.extra})
 
 
 def option_parser(description: str | None, *, threads: int | None = None) -> argparse.ArgumentParser:

@@ -37,6 +37,8 @@ GOAL, GOAL_BATCH = 1.5, 128
 MEMORY = "peak memory of a training step"
 # Students with the same peers are measured together.
 FAMILIES = (("titn", "tnt"), ("deit",), ("vit",))
+OPERATIONS = {"training": TRAINING, "forward": FORWARD}
+MEASURED = ("memory", *OPERATIONS)
 WARM_UPS = 4  # of what is compiled or captured
 
 Figures = Mapping[Contender, NDArray[np.float64]]
@@ -54,9 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave compiled models out, as --quick does")
     parser.add_argument(
         "--only",
-        help="contenders whose names have one of these, separated by commas, as 'titn c++ bf16,timm'; default: all",
+        help="contenders whose names have one of these, separated by commas, as 'titn c++ bf16,timm', or are one, as "
+        "'=titn c++ bf16 compiled'; default: all",
+    )
+    parser.add_argument(
+        "--measure",
+        default=",".join(MEASURED),
+        help=f"what is measured, separated by commas; default: {','.join(MEASURED)}",
+    )
+    parser.add_argument(
+        "--peak-side", type=positive, default=2048, help="of the matrices that measure a device's peak; default: 2048"
     )
     options = parser.parse_args(arguments)
+    for name in options.measure.split(","):
+        if name not in MEASURED:
+            parser.error(f"--measure {name}: is not measured; choose from {', '.join(MEASURED)}")
     chosen = options.students.split(",")
     for name in chosen:
         if name not in STUDENTS:
@@ -66,8 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = begin("Students", options, rounds=(5, 7, 7), steps=(1, 1, 10))
     if options.device.type == "cpu":
         keep_freed_memory()  # as training does
-    peaks = floor.find_peaks(options.device)
+    side = options.peak_side
+    peaks = floor.find_peaks(options.device, side=side, copied_bytes=256 * side**2)
     report.extra |= {"peaks": dataclasses.asdict(peaks), "parameters": {}, "left_out": {}}
+    if peaks == floor.H200:
+        report.extra["inner_kernels_ms"] = inner_kernels(chosen, options)
     for family in FAMILIES:
         students = [name for name in family if name in chosen]
         if students:
@@ -82,7 +99,9 @@ def compare_family(students: Sequence[str], report: Report, peaks: floor.Peaks, 
     device, depth = options.device, options.depth
 
     def wanted(who: Contender) -> bool:
-        return options.only is None or any(part in who.name for part in options.only.split(","))
+        return options.only is None or any(
+            part[1:] == who.name if part.startswith("=") else part in who.name for part in options.only.split(",")
+        )
 
     families = [
         list(filter(wanted, contenders(name, report, device, depth=depth, compiled=options.compiled)))
@@ -98,20 +117,24 @@ def compare_family(students: Sequence[str], report: Report, peaks: floor.Peaks, 
     smallest: dict[Contender, float] = {}
     for batch_size in sorted(options.batch_sizes):
         needs = {who: smallest.get(who, 0.0) * batch_size / min(options.batch_sizes) for who in everyone}
-        memory = measure_memory(everyone, needs, batch_size, report, options)
-        smallest = smallest or {who: float(peak[0]) for who, peak in memory.items()}
-        report.rows += rows(students, memory, MEMORY, batch_size, "MiB", 2.0**-20, {}, options)
-        running = {
-            who: student
-            for who, student in everyone.items()
-            if dataclasses.replace(who, run_as=who.run_as if device.type == "cuda" else EAGER) in memory
-        }
-        for operation in (TRAINING, FORWARD):
+        running = dict(everyone)
+        if "memory" in options.measure.split(","):
+            memory = measure_memory(everyone, needs, batch_size, report, options)
+            smallest = smallest or {who: float(peak[0]) for who, peak in memory.items()}
+            report.rows += rows(students, memory, MEMORY, batch_size, "MiB", 2.0**-20, {}, options)
+            report.write(options.json)
+            running = {
+                who: student
+                for who, student in everyone.items()
+                if dataclasses.replace(who, run_as=who.run_as if device.type == "cuda" else EAGER) in memory
+            }
+        for operation in [name for key, name in OPERATIONS.items() if key in options.measure.split(",")]:
             if operation == FORWARD:
                 running = {who: student for who, student in running.items() if who.run_as != CAPTURED}
             seconds = measure_seconds(running, operation, batch_size, report, options)
             floors = least_seconds(running, operation, batch_size, peaks, options)
             report.rows += rows(students, seconds, operation, batch_size, "ms", 1e3, floors, options)
+            report.write(options.json)
 
 
 def measure_memory(
@@ -180,10 +203,26 @@ def least_seconds(
     for who, student in everyone.items():
         student_recipe = recipe(student, options.depth)
         counted = floor.operations(
-            student_recipe, batch_size=batch_size, precision=who.precision, training=operation == TRAINING
+            student_recipe,
+            batch_size=batch_size,
+            precision=who.precision,
+            training=operation == TRAINING,
+            device_type=options.device.type,
         )
         floors[who] = floor.floor(counted, peaks, who.precision).fused
     return floors
+
+
+def inner_kernels(students: Sequence[str], options: argparse.Namespace) -> dict[str, float]:
+    """Return the milliseconds in which an H200 issues the instructions of a step's fused inner blocks."""
+    found = {}
+    for name in students:
+        for precision in floor.ISSUED:
+            for size in options.batch_sizes:
+                seconds = floor.issued_seconds(recipe(name, options.depth), batch_size=size, precision=precision)
+                if seconds is not None:
+                    found[f"{name} {precision} at batch {size}"] = 1e3 * seconds
+    return found
 
 
 def rows(

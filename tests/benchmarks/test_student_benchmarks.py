@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import budget, floor, peak_memory, students, teachers
+from benchmarks import budget, epoch, exactness, floor, peak_memory, students, teachers
 from benchmarks.student_contenders import COMPILED, FORWARD, GRAPHS, TRAINING, Contender
+from pipeline.models.students.fused import guard
 from tests.support.benchmark_reports import rows, run
 
 TITN = Contender("titn", "fp32", blocks="plain", kind="plain")
@@ -28,7 +30,7 @@ def fake_memory(who: Contender, device: torch.device, *, batch_size: int, **size
 
 @pytest.fixture
 def quick_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "find_peaks", lambda device: floor.H200)
+    monkeypatch.setattr(floor, "find_peaks", lambda device, **sizes: floor.H200)
     monkeypatch.setattr(peak_memory, "measure", fake_memory)
     monkeypatch.setattr(peak_memory, "available", lambda device: 200 * MEBIBYTE)
 
@@ -59,6 +61,12 @@ def test_the_budget_of_a_step_has_every_operation_in_one_part(tmp_path: Path, mo
         "AccumulateGrad": budget.REST,
     }.items():
         assert budget.part_of(operation) == part
+    sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4")
+    asked = ("--only", "=vit bf16 eager,=vit bf16,ViT bf16", "--measure", "forward")
+    report = run(students, monkeypatch, tmp_path / "students.json", *sizes, *asked)
+    names = {row["what"].split(", ")[0] for row in report["rows"]}
+    assert names == {"vit", "vit bf16 eager", "timm ViT bf16 eager"}
+    assert all(", forward at" in row["what"] for row in report["rows"])
 
 
 @pytest.mark.usefixtures("quick_surroundings")
@@ -156,8 +164,52 @@ def test_compiled_students_are_compared_too(tmp_path: Path) -> None:
     assert "timm ViT fp32 compiled, forward at batch 4" in text
 
 
+def test_what_is_not_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        students.main(["--quick", "--measure", "memory,train"])
+    assert "--measure train: is not measured; choose from memory, training, forward" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("module", "option"), [(students, "--students"), (teachers, "--teachers")])
 def test_an_unknown_model_is_refused(module: Any, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         module.main(["--quick", option, "resnet"])
     assert f"{option} resnet: is no {option[2:-1]}; choose from " in capsys.readouterr().err
+
+
+def test_exactness_is_compared_with_the_guard_s_bound_and_what_is_not_finite_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = dict(exactness.geometries())
+    assert next(iter(blocks)) == "titn of cifar100: 16 tokens of width 12, 2 heads, 48 hidden"
+    assert len({block.inner_geometry for block in blocks.values()}) == len(blocks) > 1
+    found = {"results": guard.Errors(2e-7, 1e-7), "gradients": guard.Errors(float("nan"), 1e-7)}
+    monkeypatch.setattr(guard, "compare_inner", lambda *given, **named: found)
+    path = tmp_path / "exactness.json"
+    with pytest.raises(SystemExit, match=r"^not finite: titn of cifar100: .*; bf16, gradients; .*; fp32, gradients$"):
+        exactness.main(["--quick", "--device", "cpu", "--json", str(path)])
+    row, other = json.loads(path.read_text())["rows"]
+    assert (row["ours"], row["peer"], row["ratio"], row["goal"]) == (2e-7, 1.4e-6, pytest.approx(7.0), 1.0)
+    assert row["what"].endswith("bf16, results") and other["what"].endswith("fp32, results")
+
+
+def test_an_epoch_is_its_steps_and_its_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epoch, "keep_freed_memory", lambda: None)
+    seconds = {
+        "epoch": np.array([4.0]),
+        "steps": np.array([3.0]),
+        "views": np.array([0.2]),
+        "evaluation": np.array([0.1]),
+    }
+    monkeypatch.setattr(
+        epoch, "interleave", lambda contenders, **named: {name: seconds[name].copy() for name in contenders}
+    )
+    path = tmp_path / "epoch.json"
+    epoch.main(["--quick", "--device", "cpu", "--json", str(path), "--images", "40", "--depth", "1"])
+    rows = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["titn, an epoch of 40 images"]["ours"] == 4.0
+    steps = rows["titn, steps of that epoch, on a batch that is there"]["ours"]
+    assert steps == pytest.approx(3.0 * 40 / 48), "two steps of 16 images and one of 8"
+    assert rows["titn, edges of that epoch"]["ours"] == pytest.approx(1000 * (4.0 - steps))
+    assert rows["titn, views, share of that epoch"]["ours"] == pytest.approx(5.0)
+    assert rows["titn, evaluation of 8 images"]["ours"] == pytest.approx(100.0)

@@ -1,7 +1,7 @@
 """A `python` that has its libraries loaded when it starts, for what DVC runs: importing torch takes seconds each time.
 
 Every command is forked from one process that has imported the libraries and nothing of the project, so the modules of
-the folder that it is started in are imported as usual. Signals do not reach a command.
+the folder that it is started in, and of PYTHONPATH, are imported as usual. Signals do not reach a command.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def serve(address: str) -> None:
             os.environ.update(variables)
             os.chdir(folder)
             sys.argv[1:] = arguments[1:]
-            sys.path[0] = folder
+            sys.path[:1] = [folder, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
             sys.exit()
         _, status = os.waitpid(command, 0)
