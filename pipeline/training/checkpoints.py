@@ -394,6 +394,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             )
         if not saved.isfinite().all():
             raise DataError(f"{checkpoint.path}: tensor {name} holds values that are not finite; run its stage again")
-    if any(tensor.is_meta for tensor in expected.values()):
-        model.to_empty(device="cpu")
-    model.load_state_dict(dict(checkpoint.tensors))
+    if any(tensor.is_meta for tensor in expected.values()):  # emptying it on the CPU instead would import SymPy
+        model.load_state_dict({name: tensor.clone() for name, tensor in checkpoint.tensors.items()}, assign=True)
+    else:
+        model.load_state_dict(dict(checkpoint.tensors))
