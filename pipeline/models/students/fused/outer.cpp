@@ -196,9 +196,10 @@ void attention_forward(const Sizes& z, int num_threads, Heads<const Type> q, Hea
                     store(row + j, grown);
                     total += grown;
                 }
-                // What stands beyond the keys has grown to e^-87, which adds nothing and is never read.
+                // What stands beyond the keys has grown to e^-87, which adds nothing.
                 const float rate = 1.0f / sum_of(total);
                 for (int64_t j = 0; j < padded; j += LANES) store(row + j, load(row + j) * rate);
+                for (int64_t j = z.keys; j < padded; ++j) row[j] = 0.0f;
             }
             const int64_t step = z.heads * z.width;
             mix(mixed + n * z.queries * step + h * z.width, step, z.queries, table, padded, 1, vals, z.keys, z.width);
