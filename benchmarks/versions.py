@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.rows.append(
             compare(
                 f"{name}, training step at batch {options.batch_size}",
-                *(1e3 * seconds.T),
+                1e3 * seconds[:, 0],
+                1e3 * seconds[:, 1],
                 f"commit {commit or 'unknown'}",
                 unit="ms",
                 higher_is_better=False,

@@ -330,8 +330,9 @@ void residual_forward(const Residual& z, int num_threads, const float* tokens, c
 }
 
 // `tokens` is what was normalised: the sum, or without a branch the tokens. `sum_gradient` and `normed_gradient` may be
-// null, `branch_gradient` too. `sums` is (num_threads, 3, width): each thread's share of the gradients of the norm's
-// weight and bias and of the branch's bias.
+// null. `tokens_gradient` may be null where it would be `sum_gradient`, and `branch_gradient` where it would be the
+// tokens'. `sums` is (num_threads, 3, width): each thread's share of the gradients of the norm's weight and bias and of
+// the branch's bias.
 template <class Type>
 void residual_backward(const Residual& z, int num_threads, const float* tokens, const float* sum_gradient,
                        const Type* normed_gradient, float* tokens_gradient, Type* branch_gradient, float* sums) {
@@ -340,9 +341,10 @@ void residual_backward(const Residual& z, int num_threads, const float* tokens, 
         float *weight_sum = sums + thread * 3 * width, *norm_sum = weight_sum + width, *bias_sum = norm_sum + width;
         memset(weight_sum, 0, size_t(3 * width) * sizeof(float));
         for (int64_t r = first; r < last; ++r) {
-            float* out = tokens_gradient + r * width;
             const float* passed = sum_gradient ? sum_gradient + r * width : nullptr;
+            const float* gradients = tokens_gradient ? tokens_gradient + r * width : passed;
             if (normed_gradient) {
+                float* out = tokens_gradient + r * width;
                 const float* row = tokens + r * width;
                 const Type* given = normed_gradient + r * width;
                 float mean, rate;
@@ -362,14 +364,14 @@ void residual_backward(const Residual& z, int num_threads, const float* tokens, 
                     Lanes gradient = rate * (load(given + c) * load(z.norm_weight + c) - share - standard * slope);
                     store(out + c, passed ? load(passed + c) + gradient : gradient);
                 }
-            } else
-                memcpy(out, passed, size_t(width) * sizeof(float));
+            } else if (tokens_gradient)
+                memcpy(tokens_gradient + r * width, passed, size_t(width) * sizeof(float));
             const int64_t to = z.branch_row(r);
-            if (!branch_gradient || to < 0) continue;
+            if (to < 0) continue;
             const float factor = z.factor(r);
             for (int64_t c = 0; c < width; c += LANES) {
-                Lanes gradient = load(out + c) * factor;
-                store(branch_gradient + to * width + c, gradient);
+                Lanes gradient = load(gradients + c) * factor;
+                if (branch_gradient) store(branch_gradient + to * width + c, gradient);
                 store(bias_sum + c, load(bias_sum + c) + gradient);
             }
         }

@@ -65,8 +65,8 @@ def residual(
     if branch is None:
         if norm is None:
             return tokens, tokens
-        normed: Tensor = _Norm.apply(tokens, *weights)
-        return tokens, normed
+        passed, normed = _Norm.apply(tokens, *weights)
+        return passed, normed
     results: tuple[Tensor, Tensor | None] = _Add.apply(tokens, branch, bias, *weights, first, factors)
     summed, maybe_normed = results
     return summed, summed if maybe_normed is None else maybe_normed
@@ -150,28 +150,33 @@ class _Gelu(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """LayerNorm of tokens, to the dtype of products."""
+    """Tokens, and their LayerNorm in the dtype of products; so the gradients of both are added in the same pass."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         tokens, weight, bias = (_checked(tensor, torch.float32) for tensor in (tokens, weight, bias))
         normed = torch.empty(tokens.shape, dtype=_products())
         pass_ = _residual(tokens, norm_weight=weight, norm_bias=bias)
         _library().outer_residual_forward(*_how(normed.dtype), pass_, tokens.data_ptr(), None, None, normed.data_ptr())
         ctx.save_for_backward(tokens, weight, bias)
-        return normed
+        ctx.set_materialize_grads(False)
+        return tokens, normed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, normed_gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, passed: Tensor | None, normed_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if normed_gradient is None:
+            return passed, None, None
         tokens, weight, bias = ctx.saved_tensors
         gradient, sums = torch.empty_like(tokens), _sums(tokens)
+        normed_gradient = normed_gradient.contiguous()
+        passed = None if passed is None else _checked(passed, torch.float32)
         _library().outer_residual_backward(
             *_how(normed_gradient.dtype),
             _residual(tokens, norm_weight=weight, norm_bias=bias),
             tokens.data_ptr(),
-            None,
-            normed_gradient.contiguous().data_ptr(),
+            None if passed is None else passed.data_ptr(),
+            normed_gradient.data_ptr(),
             gradient.data_ptr(),
             None,
             sums.data_ptr(),
@@ -217,9 +222,13 @@ class _Add(torch.autograd.Function):
             return (None,) * 7
         summed, bias, norm_weight, norm_bias, factors = ctx.saved_tensors
         shape, dtype = ctx.branch
-        gradient, branch_gradient = torch.empty(ctx.shape), torch.empty(shape, dtype=dtype)
         sum_gradient = None if sum_gradient is None else _checked(sum_gradient, torch.float32)
         normed_gradient = None if normed_gradient is None else _checked(normed_gradient, dtype)
+        # Tokens and branch have one gradient where they have one shape and dtype, and that of the sum without a norm.
+        are_same = shape == ctx.shape and dtype == torch.float32 and factors is None
+        gradient = sum_gradient if are_same and normed_gradient is None else torch.empty(ctx.shape)
+        assert gradient is not None
+        branch_gradient = gradient if are_same else torch.empty(shape, dtype=dtype)
         sums = _sums(gradient)
         _library().outer_residual_backward(
             *_how(dtype),
@@ -227,8 +236,8 @@ class _Add(torch.autograd.Function):
             None if summed is None else summed.data_ptr(),
             None if sum_gradient is None else sum_gradient.data_ptr(),
             None if normed_gradient is None else normed_gradient.data_ptr(),
-            gradient.data_ptr(),
-            branch_gradient.data_ptr(),
+            None if gradient is sum_gradient else gradient.data_ptr(),
+            None if branch_gradient is gradient else branch_gradient.data_ptr(),
             sums.data_ptr(),
         )
         weight_gradient, norm_gradient, bias_gradient = sums.sum(0)
