@@ -1,19 +1,19 @@
-"""The fused inner block and PyTorch's modules against float64, on this device: `python -m benchmarks.exactness`."""
+"""Fused blocks and PyTorch's modules against float64, on this device: `python -m benchmarks.exactness`."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks.measure import ROOT, Row, begin, option_parser
+from benchmarks.measure import ROOT, Report, Row, begin, option_parser
 from pipeline.config.params import load_params
 from pipeline.config.recipes import StudentRecipe
-from pipeline.models.students import FUSED, STUDENTS, build_student
+from pipeline.models.students import FUSED, FUSED_OUTER, STUDENTS, build_student
 from pipeline.models.students.fused import guard
 from pipeline.models.students.tnt import NestedBlock
 from stages.shared.runs import student_arguments
@@ -35,12 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if why_not is not None:
                 report.extra["left_out"][name] = why_not
                 continue
-            for row in compare(name, block, precision, options):
-                if math.isfinite(row.ours):
-                    report.rows.append(row)
-                else:
-                    report.extra["not_finite"].append(row.what)
-            report.write(options.json)  # the next one may end the process
+            errors = guard.compare_inner(
+                module.inner_block,
+                block,
+                options.device,
+                precision=precision,
+                training=True,
+                num_patches=module.num_checked(options.device, *block.inner_geometry),
+            )
+            products = PRODUCTS.get((options.device.type, precision), "fp32")
+            add(report, f"{name}; {precision}", errors, options, products=products)
+    name, block = next(geometries())
+    for precision in ("bf16", "fp32"):
+        passes = FUSED_OUTER[options.device.type][1].PASSES
+        errors = guard.compare_outer(passes, block.outer, options.device, precision=precision, training=True)
+        what = f"{name.partition(':')[0]}: outer block; {precision}"
+        add(report, what, errors, options, products=precision)
     report.finish(Console(), options.json)
     if report.extra["not_finite"]:
         raise SystemExit(f"not finite: {'; '.join(report.extra['not_finite'])}")
@@ -65,24 +75,18 @@ def geometries() -> Iterator[tuple[str, NestedBlock]]:
                 )
 
 
-def compare(name: str, block: NestedBlock, precision: str, options: argparse.Namespace) -> list[Row]:
-    """Compare a block's results and gradients with the guard's bound: MARGIN times the modules' error."""
-    module = FUSED[options.device.type][1]
-    errors = guard.compare_inner(
-        module.inner_block,
-        block,
-        options.device,
-        precision=precision,
-        training=True,
-        num_patches=module.num_checked(options.device, *block.inner_geometry),
-    )
-    products = PRODUCTS.get((options.device.type, precision), "fp32")
-    rows = []
-    for what, found in errors.items():
+def add(
+    report: Report, what: str, errors: Mapping[str, guard.Errors], options: argparse.Namespace, *, products: str
+) -> None:
+    """Add the errors of a block's results and gradients beside the guard's bound: MARGIN times the modules' error."""
+    for part, found in errors.items():
+        if not math.isfinite(found.fused):
+            report.extra["not_finite"].append(f"{what}, {part}")
+            continue
         bound = guard.MARGIN * found.plain + guard.SLACK
-        rows.append(
+        report.rows.append(
             Row(
-                what=f"{name}; {precision}, {what}",
+                what=f"{what}, {part}",
                 ours=found.fused,
                 peer=bound,
                 peer_name="the guard's bound",
@@ -93,7 +97,7 @@ def compare(name: str, block: NestedBlock, precision: str, options: argparse.Nam
                 details={"plain": found.plain, "products": products},
             )
         )
-    return rows
+    report.write(options.json)  # the next one may end the process
 
 
 def _block(student: StudentRecipe, image_size: int) -> NestedBlock:

@@ -160,7 +160,7 @@ def test_compiled_students_are_compared_too(tmp_path: Path) -> None:
     sizes = ["--rounds", "1", "--depth", "1", "--students", "vit", "--batch-sizes", "4"]
     students.main(["--json", str(path), "--device", "cpu", *sizes])
     text = path.read_text()
-    assert "vit bf16 compiled, training step at batch 4" in text
+    assert "vit plain bf16 compiled, training step at batch 4" in text
     assert "timm ViT fp32 compiled, forward at batch 4" in text
 
 
@@ -185,10 +185,13 @@ def test_exactness_is_compared_with_the_guard_s_bound_and_what_is_not_finite_fai
     assert len({block.inner_geometry for block in blocks.values()}) == len(blocks) > 1
     found = {"results": guard.Errors(2e-7, 1e-7), "gradients": guard.Errors(float("nan"), 1e-7)}
     monkeypatch.setattr(guard, "compare_inner", lambda *given, **named: found)
+    right = {"results": guard.Errors(2e-7, 1e-7)}
+    monkeypatch.setattr(guard, "compare_outer", lambda *given, **named: right)
     path = tmp_path / "exactness.json"
     with pytest.raises(SystemExit, match=r"^not finite: titn of cifar100: .*; bf16, gradients; .*; fp32, gradients$"):
         exactness.main(["--quick", "--device", "cpu", "--json", str(path)])
-    row, other = json.loads(path.read_text())["rows"]
+    row, other, *outer = json.loads(path.read_text())["rows"]
+    assert [row["what"].split("; ")[0] for row in outer] == ["titn of cifar100: outer block"] * 2
     assert (row["ours"], row["peer"], row["ratio"], row["goal"]) == (2e-7, 1.4e-6, pytest.approx(7.0), 1.0)
     assert row["what"].endswith("bf16, results") and other["what"].endswith("fp32, results")
 
