@@ -75,10 +75,11 @@ def train_step(
 def rounded_at_once(model: nn.Module) -> Callable[..., Outputs]:
     """Return what computes a model under autocast to bfloat16, rounding the weights that `model.rounded` names at once.
 
-    Autocast launches a kernel for each weight, and one for its gradient. Results are the same, bit for bit.
+    Autocast launches a kernel for each weight, and one for its gradient. Results are the same, bit for bit. A compiled
+    model stays as it is: other parameters in every step would be compiled again, and its compiler joins casts itself.
     """
     names: list[str] = getattr(model, "rounded", [])
-    if not names:
+    if not names or getattr(model, "_compiled_call_impl", None) is not None:
         return model
     weights = dict(model.named_parameters())
 

@@ -27,6 +27,9 @@ def test_results_and_gradients_are_those_of_autocast(name: str) -> None:
         assert ours is not None and ours.dtype == expected.dtype and torch.equal(ours, expected)
 
 
-def test_a_model_that_names_no_weights_is_called_as_it_is() -> None:
-    model = nn.Linear(2, 2)
+def test_a_model_that_names_no_weights_or_is_compiled_is_called_as_it_is() -> None:
+    model, student = nn.Linear(2, 2), build_student("vit", num_classes=3, depth=1)
     assert rounded_at_once(model) is model
+    assert rounded_at_once(student) is not student
+    student.compile()
+    assert rounded_at_once(student) is student
