@@ -38,10 +38,12 @@ def quick_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_surroundings")
 def test_only_who_is_asked_for_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm", reason="a peer, in the extra `bench`")
-    sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4", "--only", "vit plain bf16,ViT bf16")
-    report = run(students, monkeypatch, tmp_path / "students.json", *sizes)
+    sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4")
+    asked = ("--only", "=vit plain bf16 eager,=vit plain bf16,ViT bf16", "--measure", "forward")
+    report = run(students, monkeypatch, tmp_path / "students.json", *sizes, *asked)
     names = {row["what"].split(", ")[0] for row in report["rows"]}
     assert names == {"vit", "vit plain bf16 eager", "timm ViT bf16 eager"}
+    assert all(", forward at" in row["what"] for row in report["rows"])
 
 
 def test_the_budget_of_a_step_has_every_operation_in_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,12 +63,6 @@ def test_the_budget_of_a_step_has_every_operation_in_one_part(tmp_path: Path, mo
         "AccumulateGrad": budget.REST,
     }.items():
         assert budget.part_of(operation) == part
-    sizes = ("--depth", "1", "--students", "vit", "--batch-sizes", "4")
-    asked = ("--only", "=vit bf16 eager,=vit bf16,ViT bf16", "--measure", "forward")
-    report = run(students, monkeypatch, tmp_path / "students.json", *sizes, *asked)
-    names = {row["what"].split(", ")[0] for row in report["rows"]}
-    assert names == {"vit", "vit bf16 eager", "timm ViT bf16 eager"}
-    assert all(", forward at" in row["what"] for row in report["rows"])
 
 
 @pytest.mark.usefixtures("quick_surroundings")

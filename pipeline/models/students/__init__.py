@@ -264,8 +264,7 @@ def use_outer_block(
         UsageError: `fused` is asked for and not available.
     """
     blocks = outer_blocks(student)
-    is_slow = device.type in SLOW_TO_START and not training
-    if request == "auto" and (compiled or is_slow or device.type not in FUSED_OUTER):
+    if request == "auto" and not _suits_outer(blocks, device, training, compiled):
         request = "plain"
     why_not, passes = None, None
     if request != "plain" and (blocks or request == "fused"):
@@ -274,6 +273,14 @@ def use_outer_block(
     for block in blocks:
         block.passes = None if why_not else passes
     return _what_runs(blocks, why_not, FUSED_OUTER[device.type][0] if passes else "plain")
+
+
+def _suits_outer(blocks: Sequence[EncoderBlock], device: torch.device, training: bool, compiled: bool) -> bool:
+    """Tell whether fused passes are for such a run at all; that they are not is no fault of the machine's."""
+    if compiled or device.type not in FUSED_OUTER or (device.type in SLOW_TO_START and not training):
+        return False
+    _, module = FUSED_OUTER[device.type]
+    return not blocks or module.misfit(*blocks[0].geometry) is None
 
 
 def _decide(field: str, request: str, why_not: str | None) -> str | None:

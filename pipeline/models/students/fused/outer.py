@@ -25,9 +25,18 @@ PRODUCTS = (torch.float32, torch.bfloat16)
 def why_not(width: int, num_heads: int, hidden: int) -> str | None:
     """Say in a phrase why the passes cannot compute a block of width D, heads and hidden width F; None if they can."""
     try:
-        lanes = _library().outer_lanes()
+        _library()
     except NotAvailable as error:
         return str(error)
+    return misfit(width, num_heads, hidden)
+
+
+def misfit(width: int, num_heads: int, hidden: int) -> str | None:
+    """Say in a phrase why a block's geometry is none for the passes; None if it is, or if there are no passes here."""
+    try:
+        lanes = _library().outer_lanes()
+    except NotAvailable:
+        return None
     for name, size in (("width", width), ("heads' width", width // num_heads), ("hidden width", hidden)):
         if size % lanes:
             return f"{name} {size} is no multiple of {lanes}, the processor's lanes"

@@ -28,6 +28,11 @@ def why_not(width: int, num_heads: int, hidden: int) -> str | None:
     return None if find_spec("triton") else "Triton is not installed"
 
 
+def misfit(width: int, num_heads: int, hidden: int) -> str | None:
+    """Return None: every geometry can be compiled."""
+    return None
+
+
 def explain(error: Exception) -> str:
     """Say in a phrase what torch.compile could not do."""
     return f"torch.compile fails: {error}"
