@@ -52,6 +52,7 @@ def test_the_passes_are_the_modules(precision: str, compile_by: Callable[[Any], 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler looks at inputs' gradients
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_passes_are_the_modules(precision: str, compile_by: Callable[[Any], None]) -> None:
     errors = guard.compare_outer(outer_cuda.PASSES, block(), CPU, precision=precision, training=True)
