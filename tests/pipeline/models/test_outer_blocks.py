@@ -26,6 +26,7 @@ from pipeline.models.students.fused import guard, outer
 from pipeline.models.students.fused.guard import compare_outer
 from pipeline.models.students.layers import EncoderBlock, Entering
 from pipeline.system.runtime import autocast
+from tests.pipeline.models.test_inner_guard import Wrong
 from tests.whole import test_golden
 
 CPU = torch.device("cpu")
@@ -212,18 +213,6 @@ def test_a_geometry_that_does_not_fill_the_registers_is_plain() -> None:
     with pytest.raises(UsageError, match=reason):
         use_outer_block(student, "fused", CPU)
     assert outer.why_not(192, 64, 768) == f"heads' width 3 is no multiple of {lanes}, the processor's lanes"
-
-
-class Wrong(torch.autograd.Function):
-    """Does nothing, but its gradient is a thousandth too large."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0] * 1.001
 
 
 def wrong(tensor: Tensor) -> Tensor:

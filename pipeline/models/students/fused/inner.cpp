@@ -171,15 +171,6 @@ INLINE void attend(Group& g, const Weights& w) {
 }
 
 template <int... I>
-struct Sequence {};
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-    using Numbers = Sequence<I...>;
-};
-
-template <int... I>
 INLINE void exchange(Lanes& a, Lanes& b, int step, Sequence<I...>) {
     // Rows `step` apart exchange those halves of every 2 * step lanes that belong to the other.
     Lanes first, second;

@@ -30,14 +30,6 @@ INLINE void store(Short* memory, Lanes values) {
     *(LooseShorts*)memory = __builtin_convertvector(kept, Shorts);
 }
 
-template <int... I>
-struct Sequence {};
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-    using Numbers = Sequence<I...>;
-};
 using Four = Count<4>::Numbers;
 
 template <int FIRST, int... I>

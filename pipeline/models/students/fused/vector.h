@@ -92,6 +92,16 @@ INLINE void normal(Lanes x, Lanes& cumulative, Lanes& density) {
     density = tail * 0.39894228f;
 }
 
+// Count<N>::Numbers is the Sequence 0, 1, ..., N - 1.
+template <int... I>
+struct Sequence {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+    using Numbers = Sequence<I...>;
+};
+
 // An equal share of the items for every thread: work(thread, first, last).
 template <class Work>
 void for_each_share(int64_t num_items, int num_threads, Work&& work) {
