@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import Row, begin, compare, option_parser, positive
+from benchmarks.measure import alone, begin, compare, option_parser, positive
 from benchmarks.steps import synthetic_batch
 from benchmarks.student_contenders import TRAINING, Contender, turn
 from pipeline.models.students import STUDENTS
@@ -64,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if plain.any():
                 report.rows.append(compare(what, ours, plain, "plain blocks", unit="ms", higher_is_better=False))
             elif ours.any():  # plain blocks spend it in other parts
-                median = float(np.median(ours))
-                report.rows.append(Row(what=what, ours=median, peer=None, peer_name="-", unit="ms", ratio=None))
+                report.rows.append(alone(what, ours, "ms"))
     report.finish(Console(), options.json)
 
 

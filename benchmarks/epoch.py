@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks import training
-from benchmarks.measure import Row, begin, option_parser, positive
+from benchmarks.measure import Row, alone, begin, option_parser, positive
 from benchmarks.steps import at_rest, repeated
 from benchmarks.synthetic import MEAN, NUM_CLASSES, STD, images_and_labels
 from benchmarks.views import whole_epochs
-from pipeline.inference.speed import interleave, quartiles
+from pipeline.inference.speed import interleave
 from pipeline.labels.source import cached_labels
 from pipeline.models.students import STUDENTS
 from pipeline.system.runtime import keep_freed_memory
@@ -85,12 +84,12 @@ def epoch_rows(name: str, options: argparse.Namespace) -> list[Row]:
     how = {"batch_size": options.batch_size, **fit.execution.as_json()}
     count = f"{options.images:,}"
     return [
-        _row(f"{name}, an epoch of {count} images", epochs, "s", **how),
-        _row(f"{name}, steps of that epoch, on a batch that is there", steps, "s"),
-        _row(f"{name}, edges of that epoch", 1e3 * (epochs - steps), "ms", share=float(np.median(1 - steps / epochs))),
-        _row(f"{name}, views, share of that epoch", 100 * seconds["views"] / epochs, "%"),
-        _row(f"{name}, making the views of {count} images", 1e3 * seconds["views"], "ms"),
-        _row(f"{name}, evaluation of {len(fit.evaluation.labels):,} images", 1e3 * seconds["evaluation"], "ms"),
+        alone(f"{name}, an epoch of {count} images", epochs, "s", **how),
+        alone(f"{name}, steps of that epoch, on a batch that is there", steps, "s"),
+        alone(f"{name}, edges of that epoch", 1e3 * (epochs - steps), "ms", share=float(np.median(1 - steps / epochs))),
+        alone(f"{name}, views, share of that epoch", 100 * seconds["views"] / epochs, "%"),
+        alone(f"{name}, making the views of {count} images", 1e3 * seconds["views"], "ms"),
+        alone(f"{name}, evaluation of {len(fit.evaluation.labels):,} images", 1e3 * seconds["evaluation"], "ms"),
     ]
 
 
@@ -112,20 +111,6 @@ def make_fit(name: str, options: argparse.Namespace) -> Fit:
     fit.evaluation = EvaluationData(images[:few], labels[:few], MEAN, STD, NUM_CLASSES, labels[:few])
     fit.recipe = dataclasses.replace(fit.recipe, lr=LOW_RATE)
     return fit
-
-
-def _row(what: str, values: NDArray[np.float64], unit: str, **details: object) -> Row:
-    spread = {"ours": quartiles(values)}
-    return Row(
-        what=what,
-        ours=float(np.median(values)),
-        peer=None,
-        peer_name="-",
-        unit=unit,
-        ratio=None,
-        spread=spread,
-        details=details,
-    )
 
 
 if __name__ == "__main__":

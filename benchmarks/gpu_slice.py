@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.measure import ROOT, Report, Row, figure, positive, text_table
+from pipeline.system.neighbours import load_average
 from pipeline.system.runtime import environment
 from pipeline.system.storage import read_json, write_atomic
 
@@ -363,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = "toy" if options.rehearse else "CIFAR-100" if options.data else "synthetic: no --data was given"
         where = environment(torch.device("cpu"))
         where["commit"] = options.commit or where["commit"]
-        where |= {"device": None, "device_type": None, "load_average": os.getloadavg()[0]}
+        where |= {"device": None, "device_type": None, "load_average": load_average()}
         where["options"] = {name: value if value is None else str(value) for name, value in vars(options).items()}
         extra: dict[str, Any] = {"data": data, "parts": [], "found": {}}
         running = Slice(options.out, ends, options.python, Report("GPU slice", where, extra=extra), variables)

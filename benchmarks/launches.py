@@ -12,7 +12,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import training
-from benchmarks.measure import Report, Row, begin, figure, option_parser, positive, text_table
+from benchmarks.measure import Report, Row, alone, begin, figure, option_parser, positive, text_table
 from benchmarks.steps import at_rest, synthetic_batch
 from benchmarks.synthetic import images_and_labels
 from pipeline.inference.speed import wait_for
@@ -78,20 +78,14 @@ def count(name: str, report: Report, options: argparse.Namespace) -> Row:
     report.extra["kernels"][name] = listed
     cells = [(kernel["name"][:90], "", figure(kernel["a_step"]), figure(kernel["us_a_step"])) for kernel in listed]
     report.tables.append(text_table(f"{name}: what takes most", ("kernel", "", "a step", "us a step"), cells, ""))
-    return Row(
-        what=f"{name}, {'kernels' if on_gpu else 'operators'} of a training step at batch {options.batch_size}",
-        ours=kernels / NUM_STEPS,
-        peer=None,
-        peer_name="-",
-        unit="launches",
-        ratio=None,
-        spread={},
-        details={
-            "copies": moves["Memcpy"] / NUM_STEPS,
-            "fills": moves["Memset"] / NUM_STEPS,
-            "us_on_the_device": sum(microseconds.values()) / NUM_STEPS,
-            **fit.execution.as_json(),
-        },
+    return alone(
+        f"{name}, {'kernels' if on_gpu else 'operators'} of a training step at batch {options.batch_size}",
+        [kernels / NUM_STEPS],
+        "launches",
+        copies=moves["Memcpy"] / NUM_STEPS,
+        fills=moves["Memset"] / NUM_STEPS,
+        us_on_the_device=sum(microseconds.values()) / NUM_STEPS,
+        **fit.execution.as_json(),
     )
 
 

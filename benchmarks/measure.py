@@ -97,6 +97,13 @@ def compare(
     )
 
 
+def alone(what: str, ours: Sequence[float] | NDArray[np.float64], unit: str, **details: Any) -> Row:
+    """Return a row without a peer; the arguments are those of `compare`."""
+    values = np.asarray(ours, dtype=np.float64)
+    median, spread = float(np.median(values)), {"ours": quartiles(values)}
+    return Row(what=what, ours=median, peer=None, peer_name="-", unit=unit, ratio=None, spread=spread, details=details)
+
+
 @dataclass
 class Report:
     """What a benchmark found.

@@ -24,11 +24,10 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import carried
-from benchmarks.measure import ROOT, Report, Row, begin, option_parser, positive
+from benchmarks.measure import ROOT, Report, Row, alone, begin, option_parser, positive
 from benchmarks.synthetic import NUM_CLASSES, images_and_labels
 from pipeline.config.params import load_yaml
 from pipeline.errors import DataError, PipelineError
-from pipeline.inference.speed import quartiles
 from pipeline.system.storage import read_json
 
 RECIPE, TEACHER, STUDENT = "cifar100", "vgg16_bn", "titn"
@@ -235,7 +234,7 @@ def run(project: Project, ends: float, report: Report) -> None:
         "state": {"bytes": size, "parts": parts},
     }
     report.rows += progress(project.path / "records" / "teachers")
-    report.rows.append(_row(f"views labelled, of {project.num_views}", [project.num_labelled()], "views", {}))
+    report.rows.append(alone(f"views labelled, of {project.num_views}", [project.num_labelled()], "views"))
     report.rows += progress(project.path / "records" / "students")
 
 
@@ -250,28 +249,14 @@ def progress(records: Path) -> list[Row]:
             continue
         done, planned, name = epochs[-1]["epoch"], started["epochs"], log.parent.name
         at: Mapping[str, Any] = {"epoch": done, "epochs": planned, "precision": started["precision"]}
-        rows.append(_row(f"{name}, epochs done of {planned}", [done], "epochs", at))
-        rows.append(_row(f"{name}, top-1 after epoch {done} of {planned}", [epochs[-1]["top1"]], "%", at))
+        rows.append(alone(f"{name}, epochs done of {planned}", [done], "epochs", **at))
+        rows.append(alone(f"{name}, top-1 after epoch {done} of {planned}", [epochs[-1]["top1"]], "%", **at))
         for key, unit in (("seconds", "s"), ("images_per_second", "images/s")):
             values = [line[key] for line in epochs[1:] or epochs if line.get(key)]
             if values:
                 what = "an epoch, its evaluation included" if key == "seconds" else "training"
-                rows.append(_row(f"{name}, {what}", values, unit, at))
+                rows.append(alone(f"{name}, {what}", values, unit, **at))
     return rows
-
-
-def _row(what: str, values: Sequence[float], unit: str, details: Mapping[str, Any]) -> Row:
-    spread = {"ours": quartiles(np.array(values, dtype=np.float64))}
-    return Row(
-        what=what,
-        ours=float(np.median(values)),
-        peer=None,
-        peer_name="-",
-        unit=unit,
-        ratio=None,
-        spread=spread,
-        details=details,
-    )
 
 
 def _former_state(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import floor, peak_memory
-from benchmarks.measure import Report, Row, begin, compare, option_parser, positive
+from benchmarks.measure import Report, Row, alone, begin, compare, option_parser, positive
 from benchmarks.steps import repeated, synthetic_batch
 from benchmarks.student_contenders import (
     CAPTURED,
@@ -28,7 +28,7 @@ from benchmarks.student_contenders import (
     recipe,
     turn,
 )
-from pipeline.inference.speed import interleave, quartiles
+from pipeline.inference.speed import interleave
 from pipeline.models.counting import num_parameters
 from pipeline.models.students import STUDENTS
 from pipeline.system.runtime import keep_freed_memory
@@ -260,7 +260,7 @@ def rows(
                 details[f"{prefix}floor"] = scale * floors[who]
                 details[f"{prefix}floor_ratio"] = float(np.median(figures[who])) / floors[who]
         if peer is None:
-            compared.append(_alone(what, scale * figures[ours], unit, details))
+            compared.append(alone(what, scale * figures[ours], unit, **details))
             return
         pair = (scale * figures[ours], scale * figures[peer])
         compared.append(compare(what, *pair, peer.name, unit=unit, higher_is_better=False, goal=goal, **details))
@@ -283,20 +283,6 @@ def rows(
             for who in peers:
                 add(f"{who.name}, {at}", best, who)
     return compared
-
-
-def _alone(what: str, values: NDArray[np.float64], unit: str, details: Mapping[str, Any]) -> Row:
-    """Return a row without a peer."""
-    return Row(
-        what=what,
-        ours=float(np.median(values)),
-        peer=None,
-        peer_name="-",
-        unit=unit,
-        ratio=None,
-        spread={"ours": quartiles(values)},
-        details=details,
-    )
 
 
 def _sizes(text: str) -> list[int]:

@@ -18,7 +18,8 @@ from pipeline.models.students import STUDENTS
 
 GOALS = {"titn": 1.25, "tnt": 1.25, "deit": 1.2, "vit": 1.2}
 """Student to how many times faster its step should be than at commit fa353451."""
-# Runs in any checkout since then: it prints the seconds of a step for each line that it reads.
+# Runs in any checkout since then: it prints the seconds of a step for each line that it reads. Threads wait in all of
+# them as this process has been told to, since the variable that says so is inherited.
 WORKER = """
 import sys, time
 import torch

@@ -212,12 +212,7 @@ def carry_out(
             watchers.warned(
                 f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends"
             )
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
-        # Other ranks on this machine are no strangers.
-        busy = context.neighbours.busy(threads) if group.is_alone else None
-        context.say(f"{shown.name}: {execution.describe(device, recipe.batch_size, ema, busy)}")
-        if not group.is_alone:
-            context.say(f"{run.name}: {_describe_ranks(group, recipe.batch_size, model)}")
+        _say_how(context, run, model, execution, shown.name, ema)
         evaluation = evaluation_data(dataset, split, device, run.description, teaching.clean.get(split_name))
         with context.stop.deferred(), watchers, execution.compiling(model), shown:
             fit = Fit(
@@ -258,6 +253,16 @@ def carry_out(
             group.on_main(end)
     if run.stage is not None:
         context.changed(run.stage)
+
+
+def _say_how(context: Context, run: Run, model: nn.Module, execution: Execution, name: str, ema: float) -> None:
+    """Say how a run is computed, and that other processes leave too little of the machine, where they do."""
+    device, group, batch_size, busy = context.device, execution.group, run.recipe.batch_size, None
+    if group.is_alone:  # other ranks on this machine are no strangers
+        busy = context.neighbours.busy(torch.get_num_threads() if device.type == "cpu" else 1)
+    context.say(f"{name}: {execution.describe(device, batch_size, ema, busy)}")
+    if not group.is_alone:
+        context.say(f"{run.name}: {_describe_ranks(group, batch_size, model)}")
 
 
 @contextlib.contextmanager

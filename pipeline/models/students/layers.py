@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UsageError
 from pipeline.models.network import last_layers
-from pipeline.models.students.fused.passes import Passes
+from pipeline.models.students.fused.passes import Branch, Passes
 
 ALL = slice(None)
 MAX_SEQUENCES = 65_535
@@ -310,24 +310,17 @@ class EncoderBlock(nn.Module):
     ) -> Tensor:
         """Apply the block as `forward` does; every product leaves its bias to the pass behind it."""
         projection, (into, out) = self.attention.projection, self.mlp_layers
-        if entering is None:
-            tokens, normed = passes.residual(tokens, norm=self.attention_norm)
-        else:
-            branch = F.linear(entering.inputs, entering.layer.weight)
-            tokens, normed = passes.residual(
-                tokens, branch, entering.layer.bias, self.attention_norm, first=entering.first
-            )
+        enters = None
+        if entering is not None:
+            enters = Branch(F.linear(entering.inputs, entering.layer.weight), entering.layer.bias, entering.first)
+        tokens, normed = passes.residual(tokens, enters, self.attention_norm)
         mixed = passes.attend(self.attention.project(normed, selection), self.attention.num_heads)
-        tokens, normed = passes.residual(
-            tokens[:, selection],
-            F.linear(mixed, projection.weight),
-            projection.bias,
-            self.mlp_norm,
-            factors=self._factors(tokens, draws, 0),
-        )
+        product = F.linear(mixed, projection.weight)
+        branch = Branch(product, projection.bias, factors=self._factors(tokens, draws, 0))
+        tokens, normed = passes.residual(tokens[:, selection], branch, self.mlp_norm)
         active = passes.gelu(F.linear(normed, into.weight), into.bias)
-        branch = F.linear(active, out.weight)
-        tokens, _ = passes.residual(tokens, branch, out.bias, factors=self._factors(tokens, draws, 1))
+        branch = Branch(F.linear(active, out.weight), out.bias, factors=self._factors(tokens, draws, 1))
+        tokens, _ = passes.residual(tokens, branch, None)
         return tokens
 
     def _kept(self, branch: Tensor, draws: Tensor | None, which: int) -> Tensor:

@@ -115,9 +115,9 @@ def test_bfloat16_is_rounded_as_pytorch_rounds() -> None:
     values = torch.cat([values, torch.randn(39)]).reshape(1, 3, 16)
     norm = nn.LayerNorm(16)
     with autocast(CPU, "bf16"):
-        _, normed = outer.residual(values, norm=norm)
+        _, normed = outer.residual(values, None, norm)
         assert normed.dtype == torch.bfloat16
-    assert torch.equal(normed, outer.residual(values, norm=norm)[1].bfloat16())
+    assert torch.equal(normed, outer.residual(values, None, norm)[1].bfloat16())
     large = torch.linspace(100, 200, 32)  # of which GELU is the identity
     active = outer.gelu(torch.zeros(1, 1, 32, dtype=torch.bfloat16), large)
     assert torch.equal(active.flatten(), large.bfloat16())
@@ -223,7 +223,7 @@ def wrong(tensor: Tensor) -> Tensor:
 WRONG = {
     "attend": lambda projected, heads: outer.attend([wrong(part) for part in projected], heads),
     "gelu": lambda hidden, bias: outer.gelu(hidden, wrong(bias)),
-    "residual": lambda tokens, *arguments, **settings: outer.residual(wrong(tokens), *arguments, **settings),
+    "residual": lambda tokens, *rest: outer.residual(wrong(tokens), *rest),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.students.fused.library import NotAvailable, load_library
-from pipeline.models.students.fused.passes import Passes
+from pipeline.models.students.fused.passes import Branch, Passes
 
 CPU = "cpu"
 PRODUCTS = (torch.float32, torch.bfloat16)
@@ -60,23 +60,15 @@ def gelu(hidden: Tensor, bias: Tensor) -> Tensor:
     return active
 
 
-def residual(
-    tokens: Tensor,
-    branch: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm: nn.LayerNorm | None = None,
-    *,
-    first: int = 0,
-    factors: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See pipeline.models.students.fused.passes.Residual."""
+def residual(tokens: Tensor, branch: Branch | None, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    """See Passes."""
     weights = (None, None) if norm is None else (norm.weight, norm.bias)
     if branch is None:
         if norm is None:
             return tokens, tokens
         passed, normed = _Norm.apply(tokens, *weights)
         return passed, normed
-    results: tuple[Tensor, Tensor | None] = _Add.apply(tokens, branch, bias, *weights, first, factors)
+    results: tuple[Tensor, Tensor | None] = _Add.apply(tokens, *branch, *weights)
     summed, maybe_normed = results
     return summed, summed if maybe_normed is None else maybe_normed
 
@@ -165,7 +157,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         tokens, weight, bias = (_checked(tensor, torch.float32) for tensor in (tokens, weight, bias))
         normed = torch.empty(tokens.shape, dtype=_products())
-        pass_ = _residual(tokens, norm_weight=weight, norm_bias=bias)
+        pass_ = _residual(tokens, (weight, bias))
         _library().outer_residual_forward(*_how(normed.dtype), pass_, tokens.data_ptr(), None, None, normed.data_ptr())
         ctx.save_for_backward(tokens, weight, bias)
         ctx.set_materialize_grads(False)
@@ -182,7 +174,7 @@ class _Norm(torch.autograd.Function):
         passed = None if passed is None else _checked(passed, torch.float32)
         _library().outer_residual_backward(
             *_how(normed_gradient.dtype),
-            _residual(tokens, norm_weight=weight, norm_bias=bias),
+            _residual(tokens, (weight, bias)),
             tokens.data_ptr(),
             None if passed is None else passed.data_ptr(),
             normed_gradient.data_ptr(),
@@ -200,27 +192,27 @@ class _Add(torch.autograd.Function):
     def forward(
         ctx: Any,
         tokens: Tensor,
-        branch: Tensor,
+        product: Tensor,
         bias: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
         first: int,
         factors: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        tokens, branch = _checked(tokens, torch.float32), _checked(branch, branch.dtype)
+        tokens, product = _checked(tokens, torch.float32), _checked(product, product.dtype)
         summed = torch.empty_like(tokens)
-        normed = None if norm_weight is None else torch.empty(tokens.shape, dtype=branch.dtype)
+        normed = None if norm_weight is None else torch.empty(tokens.shape, dtype=product.dtype)
         _library().outer_residual_forward(
-            *_how(branch.dtype),
-            _residual(tokens, branch, bias, norm_weight, norm_bias, first, factors),
+            *_how(product.dtype),
+            _residual(tokens, (norm_weight, norm_bias), Branch(product, bias, first, factors)),
             tokens.data_ptr(),
-            branch.data_ptr(),
+            product.data_ptr(),
             summed.data_ptr(),
             None if normed is None else normed.data_ptr(),
         )
-        # Without a LayerNorm the backward pass reads no values; the branch tells shape and dtype.
+        # Without a LayerNorm the backward pass reads no values.
         ctx.save_for_backward(summed if normed is not None else None, bias, norm_weight, norm_bias, factors)
-        ctx.branch, ctx.first, ctx.shape = (branch.shape, branch.dtype), first, tokens.shape
+        ctx.product, ctx.first, ctx.shape = (product.shape, product.dtype), first, tokens.shape
         ctx.set_materialize_grads(False)
         return summed, normed
 
@@ -230,7 +222,7 @@ class _Add(torch.autograd.Function):
         if sum_gradient is None and normed_gradient is None:
             return (None,) * 7
         summed, bias, norm_weight, norm_bias, factors = ctx.saved_tensors
-        shape, dtype = ctx.branch
+        shape, dtype = ctx.product
         sum_gradient = None if sum_gradient is None else _checked(sum_gradient, torch.float32)
         normed_gradient = None if normed_gradient is None else _checked(normed_gradient, dtype)
         # Tokens and branch have one gradient where they have one shape and dtype, and that of the sum without a norm.
@@ -241,7 +233,7 @@ class _Add(torch.autograd.Function):
         sums = _sums(gradient)
         _library().outer_residual_backward(
             *_how(dtype),
-            _residual(gradient, branch_gradient, bias, norm_weight, norm_bias, ctx.first, factors),
+            _residual(gradient, (norm_weight, norm_bias), Branch(branch_gradient, bias, ctx.first, factors)),
             None if summed is None else summed.data_ptr(),
             None if sum_gradient is None else sum_gradient.data_ptr(),
             None if normed_gradient is None else normed_gradient.data_ptr(),
@@ -250,9 +242,8 @@ class _Add(torch.autograd.Function):
             sums.data_ptr(),
         )
         weight_gradient, norm_gradient, bias_gradient = sums.sum(0)
-        if norm_weight is None:
-            return gradient, branch_gradient, bias_gradient, None, None, None, None
-        return gradient, branch_gradient, bias_gradient, weight_gradient, norm_gradient, None, None
+        norm_gradients = (None, None) if norm_weight is None else (weight_gradient, norm_gradient)
+        return gradient, branch_gradient, bias_gradient, None, None, *norm_gradients
 
 
 class _ResidualSizes(ctypes.Structure):
@@ -264,22 +255,14 @@ class _ResidualSizes(ctypes.Structure):
     )
 
 
-def _residual(
-    tokens: Tensor,
-    branch: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    first: int = 0,
-    factors: Tensor | None = None,
-) -> Any:
-    """Describe a residual pass; see `residual`."""
-    small = [tensor for tensor in (bias, factors, norm_weight, norm_bias) if tensor is not None]
-    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in small)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (bias, factors, norm_weight, norm_bias)]
+def _residual(tokens: Tensor, norm: tuple[Tensor | None, Tensor | None], branch: Branch | None = None) -> Any:
+    """Describe a residual pass, by the shapes of tokens and branch and the tensors that are small."""
+    small = (None if branch is None else branch.bias, None if branch is None else branch.factors, *norm)
+    assert all(tensor is None or (tensor.is_contiguous() and tensor.dtype == torch.float32) for tensor in small)
     num_sequences, num_tokens, width = tokens.shape
-    branch_tokens = 0 if branch is None else branch.shape[1]
+    first, branch_tokens = (0, 0) if branch is None else (branch.first, branch.product.shape[1])
     assert first + branch_tokens <= num_tokens
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in small]
     return ctypes.byref(_ResidualSizes(num_sequences, num_tokens, width, first, branch_tokens, *pointers))
 
 

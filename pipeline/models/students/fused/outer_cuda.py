@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.students.fused.passes import Passes
+from pipeline.models.students.fused.passes import Branch, Passes
 from pipeline.models.students.layers import attend_in_parts
 
 
@@ -53,26 +53,18 @@ def gelu(hidden: Tensor, bias: Tensor) -> Tensor:
     return active
 
 
-def residual(
-    tokens: Tensor,
-    branch: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm: nn.LayerNorm | None = None,
-    *,
-    first: int = 0,
-    factors: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See pipeline.models.students.fused.passes.Residual."""
+def residual(tokens: Tensor, branch: Branch | None, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    """See Passes."""
     tokens = tokens.contiguous()  # for other strides a pass would be compiled again
     weights = () if norm is None else (norm.weight, norm.bias, _products(tokens.device))
     if branch is None:
         return tokens, _compiled(_norm)(tokens, *weights) if weights else tokens
-    given = tokens, branch, bias, factors, first
+    given = tokens, *branch
     if not weights:
         summed: Tensor = _compiled(_add)(*given)
         return summed, summed
     # Two functions, because PyTorch compiles a function for a few kinds of arguments only.
-    add = _enter_and_normalize if branch.shape[1] < tokens.shape[1] else _add_and_normalize
+    add = _enter_and_normalize if branch.product.shape[1] < tokens.shape[1] else _add_and_normalize
     results: tuple[Tensor, Tensor] = _compiled(add)(*given, *weights)
     return results
 
@@ -94,25 +86,25 @@ def _norm(tokens: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> T
     return F.layer_norm(tokens, weight.shape, weight, bias).to(dtype)
 
 
-def _add(tokens: Tensor, branch: Tensor, bias: Tensor, factors: Tensor | None, first: int) -> Tensor:
-    added = branch.float() + bias
+def _add(tokens: Tensor, product: Tensor, bias: Tensor, first: int, factors: Tensor | None) -> Tensor:
+    added = product.float() + bias
     if factors is not None:
         added = added * factors[:, None, None]
-    behind = tokens.shape[1] - first - branch.shape[1]
+    behind = tokens.shape[1] - first - product.shape[1]
     return tokens + (F.pad(added, (0, 0, first, behind)) if first or behind else added)
 
 
 def _add_and_normalize(
     tokens: Tensor,
-    branch: Tensor,
+    product: Tensor,
     bias: Tensor,
-    factors: Tensor | None,
     first: int,
+    factors: Tensor | None,
     weight: Tensor,
     norm_bias: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    summed = _add(tokens, branch, bias, factors, first)
+    summed = _add(tokens, product, bias, first, factors)
     return summed, _norm(summed, weight, norm_bias, dtype)
 
 

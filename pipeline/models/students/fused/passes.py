@@ -9,38 +9,25 @@ Letters: N sequences of T tokens, D width, F the MLP's hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-class Residual(Protocol):
-    """Adds a branch to the tokens, and normalises the result."""
+class Branch(NamedTuple):
+    """What a residual pass adds to tokens.
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        branch: Tensor | None = None,
-        bias: Tensor | None = None,
-        norm: nn.LayerNorm | None = None,
-        *,
-        first: int = 0,
-        factors: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum, and what it is after the LayerNorm.
+    Attributes:
+        product: `(N, W, D)` in the dtype of products, of a linear layer without its bias.
+        bias: `(D,)` float32, the layer's.
+        first: The first of the W tokens that it is added to.
+        factors: `(N,)` float32, by which product and bias are multiplied; None is 1.
+    """
 
-        Args:
-            tokens: `(N, T, D)` float32.
-            branch: `(N, W, D)` in the dtype of products, added to W tokens; None adds nothing.
-            bias: `(D,)` float32, the branch's.
-            norm: None leaves it out.
-            first: The first of the W tokens.
-            factors: `(N,)` float32, by which branch and bias are multiplied; None is 1.
-
-        Returns:
-            The sum `(N, T, D)` float32, and its LayerNorm `(N, T, D)` in the dtype of products; without `norm` the sum
-            again.
-        """
+    product: Tensor
+    bias: Tensor
+    first: int = 0
+    factors: Tensor | None = None
 
 
 class Passes(NamedTuple):
@@ -50,9 +37,10 @@ class Passes(NamedTuple):
         attend: Maps queries, keys and values, side by side `(N, T, 3D)` or as `(N, W, D)` and `(N, T, 2D)`, and the
             number of heads to softmax(Q K^T / sqrt(d)) V, `(N, W, D)`, in their dtype.
         gelu: Maps hidden tokens `(N, T, F)` and a bias `(F,)` to GELU of their sum, in the tokens' dtype.
-        residual: See Residual.
+        residual: Maps tokens `(N, T, D)` float32, a branch or None, and a LayerNorm or None to the sum of tokens and
+            branch, `(N, T, D)` float32, and its LayerNorm in the dtype of products; without a norm the sum again.
     """
 
     attend: Callable[[Sequence[Tensor], int], Tensor]
     gelu: Callable[[Tensor, Tensor], Tensor]
-    residual: Residual
+    residual: Callable[[Tensor, Branch | None, nn.LayerNorm | None], tuple[Tensor, Tensor]]
