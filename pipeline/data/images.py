@@ -74,7 +74,10 @@ def read_image(source: Path | bytes, image_size: int, notes: list[str] | None = 
     try:
         if isinstance(source, Path) and not source.is_file():
             raise DataError("not a regular file")  # opening a named pipe would wait for its writer
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else _BoundedFile(source) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if max(image.size) > MAX_SIDE:
@@ -91,6 +94,22 @@ def read_image(source: Path | bytes, image_size: int, notes: list[str] | None = 
     except Exception as error:  # decoders raise nearly anything on a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot be read: {reason}") from error
+
+
+class _BoundedFile(io.BufferedReader):
+    """An image file that gives at most what it holds, so that a length claimed in its header takes no memory.
+
+    A PNG of 268 bytes may claim a chunk of 4 GiB, for which Pillow asks at once. Being no path, it is not mapped into
+    memory either: a mapped file that is cut while it is decoded ends the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._num_bytes = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(self._num_bytes - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 @functools.cache

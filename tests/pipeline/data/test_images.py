@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -213,6 +214,20 @@ def test_a_files_content_is_read_as_the_file_is(tmp_path):
     ):
         with pytest.raises(DataError, match=words):
             read_image(damaged, 5)
+
+
+def test_a_length_that_is_claimed_takes_no_memory(tmp_path):
+    noise().save(tmp_path / "claim.png")
+    content = (tmp_path / "claim.png").read_bytes()
+    at = content.index(b"IDAT")
+    (tmp_path / "claim.png").write_bytes(content[: at - 4] + struct.pack(">I", 2**32 - 1) + content[at:])
+    tracemalloc.start()
+    try:
+        pixels = read_image(tmp_path / "claim.png", 5)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(pixels, read_image(content, 5)) and peak < 2**20
 
 
 def test_images_of_many_pixels_are_decoded_at_once_only_as_memory_allows(tmp_path, monkeypatch):
