@@ -248,7 +248,7 @@ def _state(folder: Path) -> dict[str, tuple[int, int]]:
     files = {}
     for path in folder.rglob("*"):
         stat = path.lstat()
-        # Locks stay where they once were held. What prepare has read of a folder that it refuses spares it the next try.
+        # Locks stay where they once were held. What prepare has read of a refused folder spares it the next try.
         if path.suffix != ".lock" and path.name != "prepare.json" and not path.is_dir():
             files[str(path)] = (stat.st_size, stat.st_mtime_ns)
     return files
