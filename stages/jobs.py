@@ -27,6 +27,8 @@ from stages.shared.runs import Run, State
 from stages.shared.teacher_labels import Distillation, open_labels
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
+ENSEMBLE = "ensemble"
+"""The name of the label file of a LabelJob's ensemble."""
 ELSEWHERE = State("done elsewhere; its labels are here", is_done=True)
 # Rates for Figure 5 where an optimiser is not the recipe's; the paper gives one rate, SGD's.
 # Differs: Adam and RMSprop learn nothing at 0.1, so each gets a customary rate.
@@ -245,18 +247,20 @@ class SelectJob(Job):
 
 @dataclass(frozen=True)
 class LabelJob(Job):
-    """Label a view recipe's views with the selected teacher.
+    """Label a view recipe's views with the selected teacher, or with an ensemble.
 
     Attributes:
         views: The view recipe.
+        ensemble: The teachers of an ensemble, whose labels go to a file named ENSEMBLE; none is the selected teacher.
     """
 
     views: str = "default"
+    ensemble: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
-        """The view recipe."""
-        return f"labels of the views {self.views}"
+        """The view recipe, and who labels it if that is an ensemble."""
+        return f"labels of the views {self.views}" + (f" by {' and '.join(self.ensemble)}" if self.ensemble else "")
 
     def amount(self, context: Context) -> str:
         """Its views."""
@@ -264,15 +268,22 @@ class LabelJob(Job):
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """Return that it is done if every view is labelled and sealed."""
+        if self.ensemble:
+            plan = plan_labels(context, self._request(fresh=fresh))
+            return State(plan.text, is_done=plan.is_up_to_date and not fresh)
         count, cache = context.recipe.views[self.views].count, None if fresh else labels_of(context, self.views)
         if cache is not None and cache.num_views >= count and cache.topk >= context.recipe.label.topk:
             what = f"up to date, {counted(cache.num_views, 'view')}"
             return State(f"{context.paths.labels(self.views)}: {what}", is_done=True)
-        return State(plan_labels(context, LabelRequest(view_recipe=self.views, fresh=fresh)).text)
+        return State(plan_labels(context, self._request(fresh=fresh)).text)
 
     def run(self, context: Context, *, fresh: bool = False) -> None:
         """Label; each rank its own views."""
-        label(context, LabelRequest(view_recipe=self.views, fresh=fresh))
+        label(context, self._request(fresh=fresh))
+
+    def _request(self, *, fresh: bool) -> LabelRequest:
+        name = ENSEMBLE if self.ensemble else None
+        return LabelRequest(view_recipe=self.views, teachers=self.ensemble, label_name=name, fresh=fresh)
 
 
 @dataclass(frozen=True)
@@ -284,12 +295,16 @@ class StudentJob(TrainingJob):
         seed: Of initialisation and order.
         labels: `cached`, `none` or `online`, as for `distill`.
         num_views: Views that it trains on; None is the recipe's number.
+        teacher_labels: The name of the label file, as for `distill`; None is the selected teacher's.
+        settings: Fields of the recipe to replace, as key and text.
     """
 
     name: str = ""
     seed: int = 0
     labels: str = "cached"
     num_views: int | None = None
+    teacher_labels: str | None = None
+    settings: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -297,6 +312,8 @@ class StudentJob(TrainingJob):
         parts = [f"student {self.name}"]
         parts += [f"labels {self.labels}"] if self.labels != "cached" else []
         parts += [counted(self.num_views, "view")] if self.num_views is not None else []
+        parts += [f"labels of {self.teacher_labels}"] if self.teacher_labels is not None else []
+        parts += [f"{key} {value}" for key, value in self.settings]
         return ", ".join([*parts, f"seed {self.seed}"])
 
     def epochs(self, context: Context) -> int:
@@ -315,7 +332,13 @@ class StudentJob(TrainingJob):
         teacher = context.paths.winner if self.labels == "online" else None
         if teacher is not None and read_meta(teacher) is None:
             raise DataError(f"{teacher}: no teacher is here, which labels online need")
-        return Distillation(labels=self.labels, teacher=teacher, num_views=self.num_views)
+        return Distillation(
+            labels=self.labels,
+            teacher=teacher,
+            num_views=self.num_views,
+            teacher_labels=self.teacher_labels,
+            settings=dict(self.settings),
+        )
 
 
 def stage_one(context: Context, names: Sequence[str], settings: Mapping[str, str] | None = None) -> list[Job]:

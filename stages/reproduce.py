@@ -15,7 +15,7 @@ from pipeline.config.recipes import Recipe
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from pipeline.report import paper
 from pipeline.system.text import counted
-from stages.jobs import Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
+from stages.jobs import ENSEMBLE, Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
 from stages.prepare import check_available
 from stages.record import Records
 from stages.shared import options
@@ -28,7 +28,9 @@ MAIN = "cifar100"
 PAPERS = tuple(paper.TABLES)
 """The paper's recipes, named after their data, the most telling first."""
 OURS = "titn"
+ABLATIONS = ("labels", "views", "drop_path", "ensemble")
 NUM_VIEWS = (1, 2, 5)
+DROP_PATHS = ("0", "0.1", "0.2")
 TABLES = {
     2: MAIN, 6: "cifar10", **{int(name.split()[-1]): recipe for recipe, name in paper.TABLES.items()},
 }  # fmt: skip
@@ -45,7 +47,7 @@ class Scope:
     Attributes:
         table: The paper's table.
         figure: The paper's figure.
-        ablation: `labels` or `views`.
+        ablation: One of ABLATIONS.
         recipe: In place of the paper's.
         student: The only student to train.
         seeds: The students' seeds.
@@ -289,21 +291,34 @@ def _ablation(params: Params, recipe: Recipe, scope: Scope) -> Iterator[Job]:
     if name not in recipe.students:
         raise _unknown(name, [recipe])
     student = recipe.students[name]
-    if student.model in STUDENTS and not STUDENTS[student.model].has_distillation_head:
+    if scope.ablation == "drop_path":
+        if student.model not in STUDENTS:
+            raise UsageError(f"--student {name}: {student.model} has no drop_path of ours; try {OURS}")
+    elif student.model in STUDENTS and not STUDENTS[student.model].has_distillation_head:
         models = {key: STUDENTS.get(other.model) for key, other in recipe.students.items()}
         able = ", ".join(key for key, model in models.items() if model is None or model.has_distillation_head)
         raise UsageError(f"--student {name}: has no distillation head, so that labels make no difference; try {able}")
     chain = Chain(params, recipe)
+    if scope.ablation == "ensemble" and len(chain.all) < 2:
+        raise UsageError(f"--ablation ensemble: recipe {recipe.name} has one teacher, {chain.all[0]}; add another")
     yield from chain.teaching()
     labels = chain.labels(student.views)
     yield labels
-    counts = [count for count in NUM_VIEWS if count < recipe.views[student.views].count]
+    ensemble = chain.ensemble(student.views) if scope.ablation == "ensemble" else None
+    if ensemble is not None:
+        yield from (*ensemble.after, ensemble)
     for seed in scope.seeds:
         job = StudentJob(recipe=recipe.name, after=(labels,), name=name, seed=seed)
         if scope.ablation == "labels":
             yield from (dataclasses.replace(job, labels=source) for source in ("cached", "none", "online"))
-        else:
+        elif scope.ablation == "views":
+            counts = [count for count in NUM_VIEWS if count < recipe.views[student.views].count]
             yield from (dataclasses.replace(job, num_views=count) for count in (*counts, None))
+        elif scope.ablation == "drop_path":
+            rates = [rate for rate in DROP_PATHS if float(rate) != student.drop_path]
+            yield from (job, *(dataclasses.replace(job, settings=(("drop_path", rate),)) for rate in rates))
+        elif ensemble is not None:
+            yield from (job, dataclasses.replace(job, after=(ensemble,), teacher_labels=ENSEMBLE))
 
 
 class Chain:
@@ -320,7 +335,8 @@ class Chain:
     def __init__(self, params: Params, recipe: Recipe) -> None:
         self.recipe = recipe
         is_papers = recipe.name in paper.TEACHERS and paper.TEACHER in recipe.teachers
-        self.first = (paper.TEACHER,) if is_papers else params.candidates(recipe)
+        self.all = params.candidates(recipe)
+        self.first = (paper.TEACHER,) if is_papers else self.all
 
     def jobs(self, teachers: Sequence[str], students: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
         """Yield everything up to the students, seed by seed, and then the other teachers."""
@@ -363,6 +379,11 @@ class Chain:
         """Return a view recipe's labels."""
         return LabelJob(recipe=self.recipe.name, after=(self.selection(),), views=views)
 
+    def ensemble(self, views: str) -> LabelJob:
+        """Return a view recipe's labels by all teachers together."""
+        teachers = tuple(self.teacher(name) for name in self.all)
+        return LabelJob(recipe=self.recipe.name, after=teachers, views=views, ensemble=self.all)
+
 
 def _teachers(params: Params, recipe: Recipe, *, every: bool = False) -> tuple[str, ...]:
     """Return the teachers of a recipe: those that the paper reports, or every candidate."""
@@ -390,8 +411,9 @@ def _unknown(name: str, recipes: Sequence[Recipe]) -> UsageError:
 @click.option("--figure", type=int, help="Of the paper, 4 to 8.")
 @click.option(
     "--ablation",
-    type=click.Choice(["labels", "views"]),
-    help="Labels cached, none, online; or 1, 2, 5 and all views. The paper has neither.",
+    type=click.Choice(ABLATIONS),
+    help="Labels cached, none, online; 1, 2, 5 and all views; drop_path 0, 0.1, 0.2; labels of the best teacher or of "
+    "all together. The paper has none of these.",
 )
 @click.option("--recipe", help="A recipe in place of the paper's; all of it without --table, --figure, --ablation.")
 @click.option("--student", help="Train only this student and the teacher it needs; default for --ablation: titn.")

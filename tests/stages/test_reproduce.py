@@ -109,11 +109,12 @@ def test_slices_of_time_end_as_an_unbroken_run(
 
 
 def test_ablations_leave_their_runs_beside_the_recipes_own(project: Project) -> None:
-    for ablation in ("labels", "views"):
+    for ablation in ("labels", "views", "drop_path", "ensemble"):
         invoke(project, "reproduce", "--recipe", "smoke", "--ablation", ablation, "--student", "deit")
     trained_with = {json.dumps(record["overrides"]) for record in records(project) if record["name"] == "deit"}
     expected: list[dict[str, str]] = [{}, {"labels": "none"}, {"labels": "online"}, {"num_views": "1"}]
-    assert trained_with == {json.dumps(overrides) for overrides in [*expected, {"num_views": "2"}]}
+    expected += [{"num_views": "2"}, {"drop_path": "0.1"}, {"drop_path": "0.2"}, {"teacher_labels": "ensemble"}]
+    assert trained_with == {json.dumps(overrides) for overrides in expected}
     online = next(record for record in records(project) if record["overrides"] == {"labels": "online"})
     assert online["teacher"] == records(project)[2]["teacher"]
 

@@ -99,6 +99,13 @@ def test_ablations_differ_in_one_thing_alone() -> None:
     assert titles(ablation="labels", seeds=(0, 1)) == of("cifar100", *TAUGHT, LABELS, *labels)
     views = [f"student deit{count}, seed 0" for count in (", 1 view", ", 2 views", ", 5 views", "")]
     assert titles(ablation="views", student="deit", recipe="mnist") == of("mnist", *TAUGHT, LABELS, *views)
+    rates = [f"student vit{rate}, seed 0" for rate in ("", ", drop_path 0.1", ", drop_path 0.2")]
+    assert titles(ablation="drop_path", student="vit", recipe="mnist") == of("mnist", *TAUGHT, LABELS, *rates)
+    candidates = ("densenet121", "mobilenet_v3_large", "squeezenet1_1")
+    assert titles(ablation="ensemble", recipe="cifar100-small") == of(
+        "cifar100-small", *(f"teacher {name}" for name in candidates), "selection from 3 teachers", LABELS,
+        f"{LABELS} by {' and '.join(candidates)}", *students("titn"), "student titn, labels of ensemble, seed 0",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
