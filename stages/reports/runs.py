@@ -27,6 +27,7 @@ SWEPT = ("training.optimizer", "training.lr")
 """The places in a description in which runs of Figure 5 differ."""
 SAME = ("dataset_sha256", "rules")
 """The places in which even the runs of two models must be equal, or their scores say nothing of each other."""
+SHOWN = 40  # characters of a wrong value
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
 SCORES = {
@@ -64,7 +65,7 @@ def misfit(content: object, form: Form) -> str | None:
             if inner is not None:
                 return f"{key}: {inner}"
         elif not isinstance(content[key], kind):
-            return f"{key}: {str(content[key])[:40]!r}"
+            return f"{key}: {str(content[key])[:SHOWN]!r}"
     return None
 
 
@@ -310,6 +311,10 @@ class FinishedRuns:
             _finished({name: paths.student(name) for name in recipe.students}),
             _finished({path.name: path for path in others}),
         ]
+        for name, run in [*finished[0].items(), *finished[1].items()]:
+            if run.name != name:
+                file = run.directory / "metrics.json"
+                raise DataError(f"{file}: of {printable(run.name[:SHOWN])!r}, not of {name!r}; train the model again")
         every = [run for group in finished for run in group.values()]
         data, these = _data(paths, every)
         left_out: dict[str, str] = {}

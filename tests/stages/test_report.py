@@ -196,6 +196,7 @@ def test_a_damaged_run_is_refused_by_its_file(project: Project) -> None:
         (json.dumps({**whole, "epochs": "many"}), "epochs: 'many'"),
         (json.dumps({key: value for key, value in whole.items() if key != "warnings"}), "no warnings"),
         (json.dumps({**whole, "best": {"epoch": 1}}), "best: no top1"),
+        (json.dumps({**whole, "name": "x" * 300}), f"of '{'x' * 40}', not of 'titn'; train the model again"),
     ):  # fmt: skip
         file.write_text(text)
         error = invoke(project, *REPORT, code=3)
