@@ -359,17 +359,17 @@ def test_a_variant_that_was_scored_otherwise_has_no_difference(tmp_path: Path, c
 def test_a_variants_difference_is_paired_by_seed(tmp_path: Path) -> None:
     runs = finished_runs(
         recipe("cifar100-best"),
-        *(finished(tmp_path, "titn", [value], seed=seed, soft=2.0) for seed, value in enumerate((70.0, 72.0, 74.0))),
+        *(finished(tmp_path, "titn", [value], seed=seed, soft=1.0) for seed, value in enumerate((70.0, 72.0, 74.0))),
         *(finished(tmp_path, "titn-hard", [value], seed=seed) for seed, value in enumerate((69.0, 71.5, 72.5))),
-        finished(tmp_path, "titn-sgd", [71.0], soft=2.0, optimizer="sgd", lr=0.2),
+        finished(tmp_path, "titn-sgd", [71.0], soft=1.0, optimizer="sgd", lr=0.2),
     )
     (table,) = variants_tables(runs)
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["titn"] == ["-", "72.00 ± 2.00 (3)", "-", "-"]
     # -1, -0.5, -1.5: mean -1, deviation 0.5, t of 2 degrees 4.3027, so 4.3027 x 0.5 / sqrt(3) on both sides.
-    assert rows["titn-hard"] == ["soft 2 -> none", "71.00 ± 1.80 (3)", "-1.00 ± 0.50 (3)", "-2.24 to +0.24"]
+    assert rows["titn-hard"] == ["soft 1 -> none", "71.00 ± 1.80 (3)", "-1.00 ± 0.50 (3)", "-2.24 to +0.24"]
     assert rows["titn-sgd"][1:] == ["71.00", "+1.00", "-"]
-    assert "titn-long" not in rows and "titn-long" in table.note.partition("Not run: ")[2]
+    assert "titn-ema" not in rows and "titn-ema" in table.note.partition("Not run: ")[2]
     assert "A single seed has no interval" in table.note
 
 

@@ -27,11 +27,11 @@ def shrunken() -> dict[str, Any]:
     for views in recipe["views"].values():
         views["count"] = 2
     recipe["teacher"] |= {"epochs": 3, "batch_size": 32, "weights": "none", "precision": "fp32"}
+    recipe["teacher"] |= {"warmup_epochs": 0.0}
     recipe["teachers"] = {TEACHER: {"optimizer": "adamw", "lr": 0.002, "clip": 1.0, "bn_momentum": 0.1}}
-    recipe["label"] |= {"precision": "fp32"}
+    recipe["label"] |= {"precision": "fp32", "topk": 10}
     small = {"epochs": 2, "batch_size": 128, "warmup_epochs": 0.5, "precision": "fp32"}
     recipe["student"] |= {**small, "depth": 1, "width": 48}
-    recipe["students"]["titn-long"] |= {"epochs": 3}
     return {**tree, "recipe": NAME, "teachers": [TEACHER], "students": {"titn": "default"}, "recipes": {NAME: recipe}}
 
 
@@ -59,16 +59,28 @@ def test_its_variants_change_one_ingredient_each() -> None:
             changed[name] = {key for key in values if values[key] != whole[key]}
         assert (student.soft > 0) <= STUDENTS[student.model].has_distillation_head
     assert changed == {
-        "titn": set(), "titn-hard": {"soft"}, "titn-no-ema": {"ema"}, "titn-no-smoothing": {"label_smoothing"},
-        "titn-sgd": {"optimizer", "lr", "weight_decay"}, "titn-paper-views": {"views"}, "titn-long": {"epochs"},
+        "titn": set(), "titn-patch4": {"patch_size", "pixel_size"}, "titn-hard": {"soft"}, "titn-light": {"views"},
+        "titn-mixup": {"views"}, "titn-no-drop-path": {"drop_path"}, "titn-ema": {"ema"},
+        "titn-512": {"batch_size", "lr"}, "titn-sgd": {"optimizer", "lr", "weight_decay", "decay"},
     }  # fmt: skip
-    differ = {
-        field.name
-        for field in dataclasses.fields(recipe.views["default"])
-        if getattr(recipe.views["default"], field.name) != getattr(recipe.views["paper"], field.name)
-    }
-    assert differ == {"autoaugment"}
-    assert recipe.dataset.val_fraction == 0.1 and recipe.label.topk >= 5
+    differ = {name: different(views, recipe.views["default"]) for name, views in recipe.views.items()}
+    assert differ == {"default": set(), "mixup": {"mixing"}, "light": {"autoaugment"}}
+    assert recipe.dataset.val_fraction == 0.1 and recipe.label.topk == 20
+
+
+def different(one: Any, other: Any) -> set[str]:
+    """Return the fields in which two recipes of one kind differ."""
+    return {field.name for field in dataclasses.fields(one) if getattr(one, field.name) != getattr(other, field.name)}
+
+
+def test_what_is_trained_at_the_end_has_its_settings_and_all_images() -> None:
+    recipes = load_params(ROOT / "params.yaml").recipes
+    best, final = recipes[NAME], recipes["cifar100-final"]
+    assert different(best.dataset, final.dataset) == {"val_fraction"} and final.dataset.val_fraction == 0
+    assert (best.select, best.label) == (final.select, final.label)
+    for kind in ("views", "teachers", "students"):
+        chosen = getattr(final, kind)
+        assert chosen and {name: getattr(best, kind)[name] for name in chosen} == chosen
 
 
 @pytest.mark.slow
@@ -81,27 +93,27 @@ def test_it_runs_through_all_stages_in_small(project: Project) -> None:
         all_metrics[name] = json.loads((directory / "metrics.json").read_text())
         assert (directory / "best.safetensors").is_file()
     whole = all_metrics["titn"]
-    assert (whole["soft"], whole["optimizer"], whole["evaluated_on"], whole["distilled"]) == (2.0, "adamw", "val", True)
+    assert (whole["soft"], whole["optimizer"], whole["evaluated_on"], whole["distilled"]) == (1.0, "adamw", "val", True)
     assert all_metrics["titn-hard"]["soft"] is None
     assert whole["last"] != all_metrics["titn-hard"]["last"]
     meta = json.loads((project.path / "data" / NAME / "students/titn/best.json").read_text())
-    assert meta["training"]["ema"] == 0.9995 and meta["inputs"]["topk"] == 10
+    assert meta["training"]["drop_path"] == 0.1 and meta["inputs"]["topk"] == 10  # of ten classes
     out = run(project, "report", "--no-figures", "--out", "report")
     text = (project.path / "report/report.md").read_text()
     assert "titn-hard" in text and "left out: " not in out
-    for name in ("titn-no-ema", "titn-sgd", "titn-paper-views"):
+    for name in ("titn-ema", "titn-sgd", "titn-light"):
         assert f"| {name} | not run" in text
 
 
 @pytest.mark.slow
 def test_views_of_its_own_need_labels_of_their_own(project: Project) -> None:
-    out = run(project, "distill", "--student", "titn-paper-views", code=3)
-    assert "pipeline label --recipe cifar100-best --view-recipe paper" in out
+    out = run(project, "distill", "--student", "titn-light", code=3)
+    assert "pipeline label --recipe cifar100-best --view-recipe light" in out
 
 
 def test_the_papers_views_are_in_its_recipe() -> None:
     recipes = load_params(ROOT / "params.yaml").recipes
-    ours, papers = recipes[NAME].views["paper"], recipes["cifar100"].views["default"]
+    ours, papers = recipes[NAME].views["default"], recipes["cifar100"].views["default"]
     assert dataclasses.replace(ours, count=papers.count) == papers
 
 

@@ -30,6 +30,8 @@ def test_every_recipe_of_the_project_loads() -> None:
         "cifar10",
         "cifar100",
         "cifar100-best",
+        "cifar100-final",
+        "cifar100-cpu",
         "cifar100-small",
         "mnist-small",
         "folder",
@@ -146,19 +148,19 @@ def test_names_at_the_top_that_the_recipe_lacks_are_no_error() -> None:
 
 def test_dvc_is_told_why_the_lists_do_not_fit_a_recipe() -> None:
     params = listing(
-        teachers=["vgg16_bn", "resnet50"], view_recipes=["default"], students={"tnt": "mixup", "titn-hard": "paper"}
+        teachers=["vgg16_bn", "vgg19"], view_recipes=["default"], students={"tnt": "mixup", "titn-hard": "light"}
     )
     assert listing().faults_of_lists(params.recipes["digits"]) == []
     listing().require_lists(params.recipes["digits"])
     best = params.recipes["cifar100-best"]
     assert params.faults_of_lists(best) == [
-        "teachers: 'resnet50' is not in recipes.cifar100-best",
+        "teachers: 'vgg19' is not in recipes.cifar100-best",
         "students.tnt: 'mixup' differs from recipes.cifar100-best.students.tnt.views ('default')",
-        "students.titn-hard: 'paper' differs from recipes.cifar100-best.students.titn-hard.views ('default')",
+        "students.titn-hard: 'light' differs from recipes.cifar100-best.students.titn-hard.views ('default')",
     ]
-    paper = listing(students={"titn-paper-views": "paper"})
-    assert paper.faults_of_lists(best)[-1] == "students.titn-paper-views: view recipe 'paper' is not in view_recipes"
-    with pytest.raises(UsageError, match="params.yaml: teachers: 'resnet50' is not in .* dvc exp run -S recipe=cifar"):
+    light = listing(students={"titn-light": "light"})
+    assert light.faults_of_lists(best)[-1] == "students.titn-light: view recipe 'light' is not in view_recipes"
+    with pytest.raises(UsageError, match="params.yaml: teachers: 'vgg19' is not in .* dvc exp run -S recipe=cifar"):
         params.require_lists(best)
 
 
@@ -169,8 +171,8 @@ def test_dvc_is_told_why_the_lists_do_not_fit_a_recipe() -> None:
         {},
         {
             "teachers": ["squeezenet1_1"],
-            "view_recipes": ["paper"],
-            "students": {"titn-hard": "paper", "vit": "mixup"},
+            "view_recipes": ["light"],
+            "students": {"titn-hard": "light", "vit": "mixup"},
         },
     ],
 )
