@@ -48,6 +48,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, printed
 
 
+@pytest.mark.slow  # the whole tutorial, command by command
 def test_the_tutorial_ends_with_a_student_and_its_tables(followed: tuple[Path, dict[str, str]]) -> None:
     folder, printed = followed
     data = folder / "data/folder-small"

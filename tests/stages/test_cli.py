@@ -279,6 +279,7 @@ def test_a_cache_with_too_few_views_is_refused_and_can_be_extended(project: Proj
     assert file.read_bytes() == extended
 
 
+@pytest.mark.slow
 def test_two_ranks_label_the_same_file_as_one(project: Project) -> None:
     file = project.data / "labels/default.h5"
     project.edit("count: 2", "count: 5")
@@ -290,6 +291,7 @@ def test_two_ranks_label_the_same_file_as_one(project: Project) -> None:
     assert file.read_bytes() == alone
 
 
+@pytest.mark.slow
 def test_controls_are_kept_apart_from_the_recipes_own_run(project: Project) -> None:
     before = state_of(project.data / "students")
     project.run("distill", "--student", "titn", "--labels", "none")

@@ -371,6 +371,7 @@ def check_kept(checkout: Checkout) -> None:
             assert hashlib.md5(file.read_bytes()).hexdigest() == file.parent.name + file.name
 
 
+@pytest.mark.slow
 def test_images_that_dvc_deletes_come_back_without_their_folder(checkout: Checkout, tmp_path: Path) -> None:
     for number in range(24):
         path = tmp_path / "photos/train" / ("cat", "dog")[number % 2] / f"{number}.png"
@@ -405,6 +406,7 @@ def test_images_that_dvc_deletes_come_back_without_their_folder(checkout: Checko
     assert checkout.repro("prepare") == set() and contents(own) == whole
 
 
+@pytest.mark.slow
 def test_a_newer_result_comes_back_and_changed_code_is_really_run(checkout: Checkout) -> None:
     vit = checkout.data / "students/vit"
     older = contents(vit)

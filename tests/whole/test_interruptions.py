@@ -22,6 +22,7 @@ def test_no_interruption_changes_what_comes_out(tmp_path: Path, name: str) -> No
     assert tally.counts["resumed"] > 0 or name not in NUM_TRIALS
 
 
+@pytest.mark.slow
 def test_a_student_interrupted_at_random_moments_ends_like_an_undisturbed_one(
     small_labelled: Project, tmp_path: Path
 ) -> None:

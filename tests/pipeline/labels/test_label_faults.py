@@ -67,6 +67,7 @@ def test_the_real_command_survives_kills_at_random_moments(project: Project) -> 
     assert tally.wrong == [] and tally.counts["kills"] == 2
 
 
+@pytest.mark.slow
 def test_a_kill_at_a_system_call_costs_no_finished_view(project: Project) -> None:
     labelling = Labelling(project, 2)
     tally = kill_at_calls(labelling, None, moments(labelling.calls)[::36])
@@ -80,6 +81,7 @@ def test_a_kill_while_extending_leaves_the_former_file_or_the_new_one(project: P
     assert tally.wrong == [] and tally.counts["kills"] >= 2
 
 
+@pytest.mark.slow
 def test_a_failing_system_call_is_one_line_and_exit_4_and_the_next_run_finishes(project: Project) -> None:
     labelling = Labelling(project, 2)
     tally = fail_at_calls(labelling, None, failures(labelling.calls)[::52])
@@ -93,6 +95,7 @@ def test_a_failure_while_extending_leaves_the_former_file_or_the_new_one(project
     assert tally.wrong == [] and tally.counts["faults"] >= 2
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_are_one_line_and_exit_4(project: Project) -> None:
     assert limit_files(Labelling(project, 2), label_campaign.LIMITS[::6]).wrong == []
 

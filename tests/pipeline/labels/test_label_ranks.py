@@ -50,6 +50,7 @@ def test_rank_0_labels_the_views_of_ranks_that_never_come(labelling: Labelling) 
     assert "labelled 2/2 views" in ended.out and "labelled 4 views of ranks that were not at work" in ended.out
 
 
+@pytest.mark.slow
 def test_a_rank_without_rank_0_labels_its_share_and_ends(labelling: Labelling) -> None:
     labelling.reset()
     ended = labelling.run(**rank_variables(2, 3))
@@ -67,6 +68,7 @@ def test_rank_0_waits_for_a_rank_that_is_at_work(labelling: Labelling) -> None:
     assert first.views == {0, 2, 4}
 
 
+@pytest.mark.slow
 def test_a_rank_left_over_from_a_larger_group_is_waited_for_too(labelling: Labelling) -> None:
     labelling.reset()
     left_over = labelling.start(**rank_variables(2, 3), before=slow_views)
@@ -76,6 +78,7 @@ def test_a_rank_left_over_from_a_larger_group_is_waited_for_too(labelling: Label
     assert list(labelling.check((), alone, last)) == [], "its file under way has not been deleted under its hands"
 
 
+@pytest.mark.slow
 def test_ranks_whose_parts_are_of_no_use_keep_nobody_waiting(labelling: Labelling) -> None:
     labelling.reset()
     other = labelling.run(**rank_variables(1, 2), before=other_versions)
@@ -83,6 +86,7 @@ def test_ranks_whose_parts_are_of_no_use_keep_nobody_waiting(labelling: Labellin
     assert list(labelling.check((), labelling.run(**rank_variables(0, 2)))) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_while_rank_0_seals_labels_nothing_again(labelling: Labelling) -> None:
     labelling.reset()
     assert labelling.run(fault=Fault(labelling.seals_at)).code < 0

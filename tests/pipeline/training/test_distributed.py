@@ -172,6 +172,7 @@ def train_until_stopped(
     return said, fit.progress.result.curve, fit.model.state_dict(), watcher.began
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_they_go_on_alike(tmp_path: Path) -> None:
     whole = on_ranks(2, train_until_stopped, tmp_path / "whole", None, False)
     stopped = on_ranks(2, train_until_stopped, tmp_path / "cut", 6, False)
