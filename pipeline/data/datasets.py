@@ -119,7 +119,6 @@ class Dataset:
             assert images.index.moments is not None, "encoded images come with one of the two"
             count = len(images) << FIXED_POINT
             totals, squares = images.index.moments.sum(axis=0).reshape(2, 3).tolist()
-            squares = [square << FIXED_POINT for square in squares]
         else:
             sums = np.zeros((2, 3), np.int64)
             for chunk in chunks(images):

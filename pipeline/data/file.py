@@ -222,7 +222,7 @@ def _encoded(
         offsets, sizes, sha256, names = (parts[part].load() for part in ("offsets", "sizes", "sha256", "paths"))
         if offsets.min() < 0 or offsets.max() > size or (offsets[:, 0] >= offsets[:, 1]).any() or sizes.min() < 1:
             raise ValueError(f"{split}-offsets.npy, {split}-sizes.npy: outside {BYTES}, or nothing")
-        images[split] = EncodedImages(file, Index(offsets, sizes, sha256, names), **rules)
+        images[split] = EncodedImages(file, path, Index(offsets, sizes, sha256, names), **rules)
     return images
 
 
