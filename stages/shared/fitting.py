@@ -63,7 +63,7 @@ def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str
     """
     split, device, recipe = dataset.train, context.device, context.recipe.views[view_recipe]
     limit = resident_limit(device)
-    where = "RAM" if isinstance(split.images, np.ndarray) else context.paths.dataset
+    where = "RAM" if isinstance(split.images, np.ndarray) else context.paths.prepared
     images: Tensor | HostImages
     if getattr(recipe, "resized_crop", None):
         images = HostImages(split.images, device)
