@@ -296,3 +296,43 @@ def test_prepared_data_of_a_former_version_are_up_to_date_without_a_folder_and_m
     )
     project.edit("path: my-images, ", "")
     assert "up to date" in invoke(project, "prepare")
+
+
+# --- a former layout, and an encoded store ---------------------------------------------------------------
+
+
+def test_prepared_data_of_a_former_layout_are_named_and_made_again(project):
+    prepared = project.data / "prepared"
+    prepared.mkdir(parents=True)
+    (prepared / "dataset.h5").write_bytes(b"former")
+    (prepared / "summary.json").write_text(json.dumps({"settings": {}}))
+    said = invoke(project, "label", code=3)
+    assert "data/smoke/prepared/dataset.h5: of a former layout; run `pipeline prepare --recipe smoke` again" in said
+    assert "in place of one of a former layout" in invoke(project, "prepare", "--dry-run")
+    invoke(project, "prepare")
+    assert not (prepared / "dataset.h5").exists() and "up to date" in invoke(project, "prepare")
+
+
+def test_an_encoded_store_is_verified_and_kept_and_put_back(project):
+    project.edit("{source: folder, ", "{source: folder, store: encoded, ")
+    assert "15 train, 5 val, 20 test images of 2 classes" in invoke(project, "prepare")
+    written, file = state(project), project.data / "prepared/files.bin"
+    assert "up to date" in invoke(project, "prepare") and state(project) == written
+    assert not (project.data / "prepared.part").exists()
+    shutil.rmtree(file.parent)
+    assert "put back as it was finished" in invoke(project, "prepare") and state(project) == written
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.unlink()  # which is the kept one's too
+    file.write_bytes(content)
+    assert "in place of one that is damaged" in invoke(project, "prepare", "--dry-run")
+    invoke(project, "prepare")
+    assert state(project)["files.bin"][0] == written["files.bin"][0]
+    assert "up to date" in invoke(project, "prepare")
+
+
+def test_max_side_is_of_an_encoded_store(project):
+    project.edit("{source: folder, ", "{source: folder, max_side: 512, ")
+    assert "recipes.smoke.dataset.max_side: 512 is of an encoded store; add store: encoded" in invoke(
+        project, "prepare", code=2
+    )
