@@ -26,7 +26,7 @@ from pipeline.config.recipes import SQUEEZE
 from pipeline.data.arrays import StoredFile
 from pipeline.data.decoding import EXIF_RULE, MAX_PIXELS, decode, decoders, shorter_side
 from pipeline.data.digests import NOT_A_FILE, Seen
-from pipeline.data.encoded import QUALITY, EncodedImages, Index, moments
+from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
 from pipeline.data.listing import relative_path
 from pipeline.errors import DataError, printable
 from pipeline.system.neighbours import usable_cores
@@ -38,6 +38,7 @@ Made = TypeVar("Made")
 
 MAX_BYTES = 2**29  # of a file, which is read whole
 FORMAT = 1
+GRID = 32  # the mean and std of an image are those of at most so many rows and columns of it
 _BYTES, _JOURNAL = "files.bin", "files.jsonl"
 
 
@@ -72,7 +73,7 @@ class _Found:
         length: Bytes that are kept of it.
         sha256: Of these, hexadecimal.
         size: Width and height of the upright image, pixels.
-        moments: See pipeline.data.encoded.moments.
+        moments: See `moments`.
     """
 
     name: str
@@ -272,6 +273,22 @@ class Collector:
         else:
             image.save(file, "PNG")
         return file.getvalue(), image
+
+
+def moments(image: Image.Image) -> list[int]:
+    """Return the mean of each channel and of its square over a grid of an image, in levels and fixed point.
+
+    Args:
+        image: Of mode RGB. Of at most GRID rows and columns, all pixels count.
+
+    Returns:
+        Six numbers: three means, three of squares, each times 2^FIXED_POINT, rounded down.
+    """
+    size = min(image.width, GRID), min(image.height, GRID)
+    pixels = np.asarray(image.resize(size, Image.Resampling.NEAREST), np.int64).reshape(-1, 3)
+    sums = np.concatenate([pixels.sum(axis=0), (pixels * pixels).sum(axis=0)])
+    means: list[int] = ((sums << FIXED_POINT) // len(pixels)).tolist()
+    return means
 
 
 def _in_order(parts: Iterable[Part], work: Callable[[Part], Made]) -> Generator[Made, None, None]:

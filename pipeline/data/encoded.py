@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.data.arrays import StoredFile, check_rows
 from pipeline.data.decoding import cut, decode, fit
@@ -21,8 +20,7 @@ from pipeline.system.neighbours import usable_cores
 
 QUALITY = 90
 """Of the JPEG that an image larger than `max_side` is kept as; part of a data set's identity."""
-GRID = 32  # the mean and std of an image are those of at most so many rows and columns of it
-FIXED_POINT = 20  # bits behind the point: sums of these are exact, in any order
+FIXED_POINT = 20  # bits behind the point of moments: their sums are exact, in any order
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Index:
         sizes: `(N, 2)` int32, width and height of the upright image, pixels.
         sha256: `(N, 32)` uint8, of its bytes.
         names: `(N,)` UTF-8, its path relative to the folder that it comes from.
-        moments: `(N, 6)` int64, see `moments`; None where mean and std of the whole are known.
+        moments: `(N, 6)` int64, see pipeline.data.collecting.moments; None where mean and std of the whole are known.
     """
 
     offsets: NDArray[np.int64]
@@ -156,22 +154,6 @@ class EncodedImages:
     def _damaged(self, row: int, reason: str) -> DataError:
         name = self.index.names[row].decode()
         return DataError(f"{self.file.name}: {name}: damaged ({reason}); run `pipeline prepare` again")
-
-
-def moments(image: Image.Image) -> list[int]:
-    """Return the mean of each channel and of its square over a grid of an image, in levels and fixed point.
-
-    Args:
-        image: Of mode RGB. Of at most GRID rows and columns, all pixels count.
-
-    Returns:
-        Six numbers: three means, three of squares, each times 2^FIXED_POINT, rounded down.
-    """
-    size = min(image.width, GRID), min(image.height, GRID)
-    pixels = np.asarray(image.resize(size, Image.Resampling.NEAREST), np.int64).reshape(-1, 3)
-    sums = np.concatenate([pixels.sum(axis=0), (pixels * pixels).sum(axis=0)])
-    means: list[int] = ((sums << FIXED_POINT) // len(pixels)).tolist()
-    return means
 
 
 def _for_each(parts: Iterable[int], work: Callable[[int], object]) -> None:

@@ -23,7 +23,7 @@ from pipeline.data import collecting
 from pipeline.data.copies import find_copies
 from pipeline.data.datasets import Dataset
 from pipeline.data.decoding import cut, decode, decoders, fit
-from pipeline.data.encoded import GRID, QUALITY, EncodedImages
+from pipeline.data.encoded import QUALITY, EncodedImages
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, StorageError, UsageError
 from stages.prepare import prepare
@@ -165,7 +165,7 @@ def test_mean_and_std_count_each_image_alike(photos: Path, stored: Path) -> None
     assert dataset.train.names is not None
     for name in dataset.train.names:
         pixels = np.asarray(decode((photos / name).read_bytes())).reshape(-1, 3) / 255
-        assert len(pixels) <= GRID * GRID, "all pixels count"
+        assert len(pixels) <= collecting.GRID**2, "all pixels count"
         means.append(pixels.mean(0))
         squares.append((pixels**2).mean(0))
     mean = np.mean(means, axis=0)
