@@ -22,7 +22,6 @@ from pipeline.config.recipes import DatasetRecipe, ViewRecipe
 from pipeline.data.arrays import StoredFile
 from pipeline.data.datasets import Dataset, Split, assemble
 from pipeline.data.encoded import EncodedImages, Index
-from pipeline.data.file import Content, write_content
 from pipeline.data.streaming import HostImages
 from pipeline.views.views import Views
 
