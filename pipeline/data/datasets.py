@@ -319,7 +319,11 @@ def _content_sha256(class_names: tuple[str, ...], splits: dict[str, Split]) -> s
     """SHA-256 of a JSON header, then of pixels (of files, of their SHA-256) and labels, in the order of `splits`."""
     first = splits["train"].images
     if isinstance(first, EncodedImages):
-        header = {"schema": SCHEMA, "splits": [[name, len(split)] for name, split in splits.items()], **encoding(first)}
+        header: dict[str, Any] = {
+            "schema": SCHEMA,
+            "splits": [[name, len(split)] for name, split in splits.items()],
+            **encoding(first),
+        }
     else:
         header = {"schema": PIXELS_SCHEMA, "splits": [[name, split.images.shape] for name, split in splits.items()]}
     header["class_names"] = class_names

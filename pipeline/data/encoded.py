@@ -43,8 +43,8 @@ class Index:
 
     def take(self, rows: NDArray[np.int64]) -> Index:
         """Return that of the files at `rows`, `(n,)` int64."""
-        arrays = (self.offsets, self.sizes, self.sha256, self.names)
-        return Index(*(array[rows] for array in arrays), None if self.moments is None else self.moments[rows])
+        moments = None if self.moments is None else self.moments[rows]
+        return Index(self.offsets[rows], self.sizes[rows], self.sha256[rows], self.names[rows], moments)
 
 
 class EncodedImages:
@@ -133,8 +133,8 @@ class EncodedImages:
 
     def select(self, rows: NDArray[np.int64]) -> EncodedImages:
         """Return the images at `rows`, `(n,)` int64, in their order."""
-        rules = {"image_size": self.image_size, "resize": self.resize, "max_side": self.max_side}
-        return EncodedImages(self.file, self.path, self.index.take(rows), **rules)  # type: ignore[arg-type]
+        index, size, resize = self.index.take(rows), self.image_size, self.resize
+        return EncodedImages(self.file, self.path, index, image_size=size, resize=resize, max_side=self.max_side)
 
     def _parts(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Return place and size of some files."""
