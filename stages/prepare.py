@@ -93,7 +93,7 @@ def prepare_unless_done(
             context.say(f"{paths.dataset}: {state.text}")
             kept.keep_if_first(context, kept_data(context))
             return
-    former = _read_summary(paths)
+    former = _read_summary(paths.prepared)
     summary = prepare(
         context.recipe,
         out=paths.prepared,
@@ -118,7 +118,7 @@ def take_dataset(context: Context, dataset: Dataset) -> None:
     """
     from pipeline.data.folders import Findings
 
-    paths, former = context.paths, _read_summary(context.paths)
+    paths, former = context.paths, _read_summary(context.paths.prepared)
     settings = deciding_values(context.recipe.dataset)
     if paths.is_prepared and former is not None and former.get("settings") == settings:
         if former.get("sha256") == dataset.sha256 and _damage(paths, former) is None:
@@ -188,6 +188,8 @@ def prepare(
         if settings.store == ENCODED and listing is not None:
             held.enter_context(lock(_lock(out)))
             rules = {"image_size": settings.image_size, "resize": settings.resize, "max_side": settings.max_side}
+            if (shown := _shown_anew(recipe, out, listing, memory, skip_bad=skip_bad)) is not None:
+                return shown
             collector = held.enter_context(Collector(part, **rules))
         digest, seen = (None, {}) if listing is None or collector is not None else _digest(listing, memory)
         dataset, findings = read_source(
@@ -208,6 +210,39 @@ def prepare(
             held.enter_context(lock(_lock(out)))
         _write(out, dataset, summary)
     if listing is not None and memory is not None:
+        _remember(listing, seen, memory)
+    return summary
+
+
+def _shown_anew(
+    recipe: Recipe, out: Path, listing: Listing, memory: Path | None, *, skip_bad: bool
+) -> dict[str, Any] | None:
+    """Write what is prepared of the same files under another `image_size` or `resize`, and decode nothing.
+
+    Returns:
+        Its summary; None where something else has changed, or is damaged.
+    """
+    from pipeline.data.datasets import Dataset
+    from pipeline.data.encoded import EncodedImages
+    from pipeline.data.file import FILE
+
+    summary, settings, shown = _read_summary(out), deciding_values(recipe.dataset), recipe.dataset
+    if summary is None or summary.get("reader") != READER or (summary["num_skipped"] and not skip_bad):
+        return None
+    changed = {key for key in {*settings, *summary["settings"]} if settings.get(key) != summary["settings"].get(key)}
+    if not changed or changed - {"image_size", "resize"}:
+        return None
+    digest, seen = _digest(listing, memory)
+    try:
+        dataset = Dataset.load(out / FILE).shown(shown.image_size, shown.resize)
+    except DataError:
+        return None
+    every = [split.images for split in dataset.splits.values() if isinstance(split.images, EncodedImages)]
+    if digest != summary.get("source_sha256") or any(len(images.too_narrow()) for images in every):
+        return None
+    summary |= {"recipe": recipe.name, "settings": settings}
+    _write(out, dataset, summary)
+    if memory is not None:
         _remember(listing, seen, memory)
     return summary
 
@@ -251,7 +286,7 @@ def check_prepared(
     from pipeline.data.listing import list_source
 
     place = _place(recipe, folder, download=download)
-    summary = _read_summary(paths) if paths.is_prepared else None
+    summary = _read_summary(paths.prepared) if paths.is_prepared else None
     if summary is None:
         is_former = paths.dataset.with_name(FORMER_FILE).exists()
         return State("in place of one of a former layout" if is_former else "no data yet")
@@ -390,9 +425,9 @@ def _list(recipe: Recipe, place: Path, raw: Path, *, is_named: bool) -> Listing:
     return list_source(place)
 
 
-def _read_summary(paths: Paths) -> dict[str, Any] | None:
+def _read_summary(prepared: Path) -> dict[str, Any] | None:
     """Read summary.json; None where there is none that is whole."""
-    file = paths.prepared / "summary.json"
+    file = prepared / "summary.json"
     with contextlib.suppress(DataError):
         summary = read_json(file) if file.is_file() else None
         return summary if isinstance(summary, dict) else None
@@ -502,7 +537,7 @@ def put_back_prepared(context: Context, *, folder: Path | None = None, download:
     Data whose source cannot be read now, because another command named it, are put back whatever code made them.
     """
     result, any_code = kept_data(context), not _can_be_read(context, folder=folder, download=download)
-    summary = _read_summary(context.paths) if context.paths.is_prepared else None
+    summary = _read_summary(context.paths.prepared) if context.paths.is_prepared else None
     if summary is not None and summary.get("settings") == deciding_values(context.recipe.dataset):
         kept.say_if_older(context, result, any_code=any_code)
         return False
@@ -520,7 +555,7 @@ def _can_be_read(context: Context, *, folder: Path | None = None, download: bool
 
     if folder is not None or download:
         return True
-    summary, result = _read_summary(context.paths), kept_data(context)
+    summary, result = _read_summary(context.paths.prepared), kept_data(context)
     if summary is None and (second := kept.find(result, any_code=True)) is not None:
         file = kept.folder_of(result, second) / context.paths.prepared.name / "summary.json"
         with contextlib.suppress(PipelineError):

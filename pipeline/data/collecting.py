@@ -22,9 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from pipeline.config.recipes import SQUEEZE
 from pipeline.data.arrays import StoredFile
-from pipeline.data.decoding import EXIF_RULE, MAX_PIXELS, decode, decoders, shorter_side
+from pipeline.data.decoding import EXIF_RULE, decode, decoders
 from pipeline.data.digests import NOT_A_FILE, Seen
 from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
 from pipeline.data.listing import relative_path
@@ -151,8 +150,8 @@ class Collector:
         with warnings.catch_warnings(action="ignore"):  # of damaged metadata, which does not concern the pixels
             for place, found in enumerate(self._found([*itertools.chain(*groups.values())], root)):
                 self.seen[found.name] = found.seen
-                if problem := found.problem or self._too_narrow(*found.size):
-                    bad[place] = problem
+                if found.problem is not None:
+                    bad[place] = found.problem
                 if found.is_noted:
                     noted.append(place)
                 ends.append(self._size)
@@ -173,6 +172,9 @@ class Collector:
         )
         file = StoredFile(self._bytes.fileno(), self._size, str(self._path))
         images, start, collected = EncodedImages(file, self._path, index, **self._rules), 0, {}
+        for place in images.too_narrow().tolist():
+            width, height = images.sizes[place]
+            bad[place] = f"{width} x {height} pixels, too narrow to be cut to a square of {images.image_size}"
         for name, paths in groups.items():
             stop = start + len(paths)
             collected[name] = Collected(
@@ -182,13 +184,6 @@ class Collector:
             )
             start = stop
         return collected
-
-    def _too_narrow(self, width: int, height: int) -> str | None:
-        """Say that an image cannot be shown under the resize rule; None if it can."""
-        longer = shorter_side(self._rules["image_size"]) * max(width, height) // max(min(width, height), 1)
-        if self._rules["resize"] == SQUEEZE or longer * shorter_side(self._rules["image_size"]) <= MAX_PIXELS:
-            return None
-        return f"{width} x {height} pixels, too narrow to be cut to a square of {self._rules['image_size']}"
 
     def _found(self, paths: list[Path], root: Path) -> Iterator[_Found]:
         """Yield what is found of each file, in order; what the journal lacks is appended."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from pipeline.config.recipes import DatasetRecipe
 from pipeline.data.arrays import Images, chunks, select
 from pipeline.data.encoded import FIXED_POINT, EncodedImages
-from pipeline.data.file import SCHEMA, Channels, Content, damaged_array, encoding, read_content, write_content
+from pipeline.data.file import Channels, Content, damaged_array, encoding, read_content, write_content
 from pipeline.errors import DataError
 
-PIXELS_SCHEMA = "titn-dataset/1"  # in the SHA-256 of pixels, however these are stored
+# In the SHA-256 of pixels and in that of files, however they are stored.
+PIXELS_SCHEMA, FILES_SCHEMA = "titn-dataset/1", "titn-dataset/2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +133,14 @@ class Dataset:
             for total, square in zip(totals, squares, strict=True)
         )
         return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
+
+    def shown(self, image_size: int, resize: str) -> Dataset:
+        """Return an encoded data set of the same files that gives images of another size, or under another rule."""
+        splits = self.splits
+        for name, split in splits.items():
+            assert isinstance(split.images, EncodedImages), "pixels have one size"
+            splits[name] = replace(split, images=split.images.shown(image_size, resize))
+        return replace(self, train=splits["train"], val=splits.get("val"), test=splits["test"])
 
     def save(self, path: Path) -> None:
         """Write the data set as `path`, a dataset.json, and what belongs beside it; equal data sets give equal bytes.
@@ -320,7 +329,7 @@ def _content_sha256(class_names: tuple[str, ...], splits: dict[str, Split]) -> s
     first = splits["train"].images
     if isinstance(first, EncodedImages):
         header: dict[str, Any] = {
-            "schema": SCHEMA,
+            "schema": FILES_SCHEMA,
             "splits": [[name, len(split)] for name, split in splits.items()],
             **encoding(first),
         }

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.recipes import SQUEEZE
 from pipeline.data.arrays import StoredFile, check_rows
-from pipeline.data.decoding import cut, decode, fit
+from pipeline.data.decoding import MAX_PIXELS, cut, decode, fit, shorter_side
 from pipeline.errors import DataError
 from pipeline.system.neighbours import usable_cores
 
@@ -131,10 +132,24 @@ class EncodedImages:
         for start in range(0, len(self), 4096):
             _for_each(range(start, min(start + 4096, len(self))), self._content)
 
+    def too_narrow(self) -> NDArray[np.int64]:
+        """Return the rows of images that the resize rule cannot make squares of, see pipeline.data.decoding.fit."""
+        if self.resize == SQUEEZE:
+            return np.empty(0, np.int64)
+        shorter, sides = shorter_side(self.image_size), np.maximum(self.sizes, 1).astype(np.int64)
+        return np.flatnonzero(shorter * (shorter * sides.max(axis=1) // sides.min(axis=1)) > MAX_PIXELS)
+
     def select(self, rows: NDArray[np.int64]) -> EncodedImages:
         """Return the images at `rows`, `(n,)` int64, in their order."""
-        index, size, resize = self.index.take(rows), self.image_size, self.resize
-        return EncodedImages(self.file, self.path, index, image_size=size, resize=resize, max_side=self.max_side)
+        return self._of(self.index.take(rows), self.image_size, self.resize)
+
+    def shown(self, image_size: int, resize: str) -> EncodedImages:
+        """Return the same images at another size, or under another rule."""
+        return self._of(self.index, image_size, resize)
+
+    def _of(self, index: Index, image_size: int, resize: str) -> EncodedImages:
+        max_side = self.max_side
+        return EncodedImages(self.file, self.path, index, image_size=image_size, resize=resize, max_side=max_side)
 
     def _parts(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Return place and size of some files."""

@@ -531,3 +531,23 @@ def test_the_fields_decide_only_where_they_differ_from_what_was() -> None:
     assert not {"store", "resize", "max_side"} & plain.keys()
     other = deciding_values(DatasetRecipe(source="folder", store="encoded", resize="crop", max_side=512))
     assert other == {**plain, "store": "encoded", "resize": "crop", "max_side": 512}
+
+
+def test_another_size_of_the_same_files_is_shown_without_decoding_them(
+    photos: Path, stored: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resumed(photos, own, monkeypatch, image_size=12, resize="crop") == 0
+    expected = make(photos, own.with_name("fresh") / "prepared", image_size=12, resize="crop")
+    assert contents(own) == contents(own.with_name("fresh") / "prepared") and expected.image_size == 12
+    assert resumed(photos, own, monkeypatch, image_size=12, val_fraction=0.1) == 42, "mean and std are of other images"
+
+
+def test_what_is_too_narrow_for_the_middle_is_a_bad_file(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    Image.new("L", (20_000, 1)).save(folder / "train/cat/line.png")
+    make(folder, tmp_path / "prepared")
+    with pytest.raises(
+        DataError, match=r"1 bad: train/cat/line.png \(20000 x 1 pixels, too narrow to be cut to a square"
+    ):
+        make(folder, tmp_path / "prepared", resize="crop", image_size=64)
