@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config.recipes import DatasetRecipe
+from pipeline.config.recipes import DatasetRecipe, ViewRecipe, deciding_values
 from pipeline.data import collecting
 from pipeline.data.copies import find_copies
 from pipeline.data.datasets import Dataset
@@ -26,6 +26,9 @@ from pipeline.data.decoding import cut, decode, decoders, fit
 from pipeline.data.encoded import QUALITY, EncodedImages
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.system.canonical import seal
+from pipeline.system.storage import to_json
+from pipeline.views.views import Views
 from stages.prepare import prepare
 from tests.stages.test_prepare import make_recipe
 
@@ -157,6 +160,17 @@ def test_images_of_the_host_are_read_with_boxes_and_have_sizes(stored: Path) -> 
     placed = place_images(images)
     assert isinstance(placed, torch.Tensor) and np.array_equal(placed.permute(0, 2, 3, 1).numpy(), images[:])
     assert HostImages(images[:], torch.device("cpu")).sizes is None
+
+
+def test_views_of_files_are_the_views_of_their_pixels(stored: Path) -> None:
+    split = Dataset.load(stored / "dataset.json").train
+    recipe, labels = ViewRecipe(count=2, crop=2, flip=True, mixing="cutmix"), torch.from_numpy(split.labels)
+    host = Views(HostImages(split.images, torch.device("cpu")), labels, recipe)
+    placed = Views(place_images(split.images), labels, recipe)
+    parts = list(torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).split(10))
+    for one, other in zip(host.batches(1, parts), placed.batches(1, parts), strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.partner_labels, other.partner_labels)
+    assert host.digest(0) == placed.digest(0)
 
 
 def test_mean_and_std_count_each_image_alike(photos: Path, stored: Path) -> None:
@@ -334,9 +348,6 @@ def test_bytes_are_verified_once_in_a_process(own: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_rules_that_nothing_writes_are_refused(own: Path, key: str, value: Any) -> None:
-    from pipeline.system.canonical import seal
-    from pipeline.system.storage import to_json
-
     described = json.loads((own / "dataset.json").read_bytes())
     (own / "dataset.json").write_bytes(to_json(seal({**described, key: value})))
     with pytest.raises(DataError, match="not a prepared data set") as caught:
@@ -525,8 +536,6 @@ def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_fields_decide_only_where_they_differ_from_what_was() -> None:
-    from pipeline.config.recipes import deciding_values
-
     plain = deciding_values(DatasetRecipe(source="folder"))
     assert not {"store", "resize", "max_side"} & plain.keys()
     other = deciding_values(DatasetRecipe(source="folder", store="encoded", resize="crop", max_side=512))
