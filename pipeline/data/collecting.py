@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.arrays import StoredFile
-from pipeline.data.decoding import EXIF_RULE, decode, decoders
+from pipeline.data.decoding import EXIF_RULE, decoders, opened
 from pipeline.data.digests import NOT_A_FILE, Seen
 from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
 from pipeline.data.listing import relative_path
@@ -52,7 +52,7 @@ class Collected:
     Attributes:
         images: As many as there are files; those that cannot be read are empty.
         bad: By row, why a file cannot be read.
-        noted: Rows of files of which something was noticed, see pipeline.data.decoding.decode.
+        noted: Rows of files of which something was noticed, see pipeline.data.decoding.in_rgb.
     """
 
     images: EncodedImages
@@ -248,13 +248,13 @@ class Collector:
             content = file.read(MAX_BYTES)
         seen = *status, hashlib.sha256(content).hexdigest()
         try:
-            image = decode(content, notes)
+            with opened(content, notes) as image:
+                kept, shown = self._kept(content, image)
+                size, means = shown.size, tuple(moments(shown))
         except DataError as error:
             return _Found(name, seen, str(error)), b""
-        kept, image = self._kept(content, image)
         sha256 = seen[2] if kept is content else hashlib.sha256(kept).hexdigest()
-        found = _Found(name, seen, None, bool(notes), len(kept), sha256, image.size, tuple(moments(image)))
-        return found, kept
+        return _Found(name, seen, None, bool(notes), len(kept), sha256, size, means), kept
 
     def _kept(self, content: bytes, image: Image.Image) -> tuple[bytes, Image.Image]:
         """Return the bytes to keep of a file, and the image that they hold."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.recipes import SQUEEZE
 from pipeline.data.arrays import StoredFile, check_rows
-from pipeline.data.decoding import MAX_PIXELS, cut, decode, fit, shorter_side
+from pipeline.data.decoding import MAX_PIXELS, cut, fit, opened, shorter_side
 from pipeline.errors import DataError
 from pipeline.system.neighbours import usable_cores
 
@@ -110,14 +110,13 @@ class EncodedImages:
             row = int(rows[place])
             content = self._content(row)
             try:
-                image = decode(content)
+                with opened(content) as image:
+                    if boxes is None:
+                        images[place] = fit(image, self.image_size, self.resize)
+                    else:
+                        images[place] = cut(image, self.image_size, boxes[place].tolist())
             except DataError as error:
                 raise self._damaged(row, str(error)) from None
-            if boxes is None:
-                images[place] = fit(image, self.image_size, self.resize)
-            else:
-                left, top, right, bottom = boxes[place].tolist()
-                images[place] = cut(image, self.image_size, (left, top, right, bottom))
 
         self.file.announce(self._parts(rows))
         _for_each(range(len(rows)), make)

@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.config.recipes import DatasetRecipe, ViewRecipe, deciding_values
 from pipeline.data import collecting
 from pipeline.data.copies import find_copies
 from pipeline.data.datasets import Dataset
-from pipeline.data.decoding import cut, decode, decoders, fit
+from pipeline.data.decoding import cut, decode, decoders, fit, opened
 from pipeline.data.encoded import QUALITY, EncodedImages
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, StorageError, UsageError
@@ -233,11 +234,11 @@ def test_threads_in_any_order_give_the_same_files(
 ) -> None:
     rng = random.Random(0)
 
-    def slow(*arguments: Any) -> Image.Image:
+    def slow(*arguments: Any) -> AbstractContextManager[Image.Image]:
         time.sleep(rng.random() * 0.01)
-        return decode(*arguments)
+        return opened(*arguments)
 
-    monkeypatch.setattr(collecting, "decode", slow)
+    monkeypatch.setattr(collecting, "opened", slow)
     monkeypatch.setattr(collecting, "usable_cores", lambda: 5)
     make(photos, tmp_path / "prepared")
     assert contents(tmp_path / "prepared") == contents(stored)
@@ -364,11 +365,11 @@ class Counting:
     def __init__(self, stop_at: int | None = None) -> None:
         self.names, self.stop_at = list[bytes](), stop_at
 
-    def __call__(self, content: bytes, notes: list[str] | None = None) -> Image.Image:
+    def __call__(self, content: bytes, notes: list[str] | None = None) -> AbstractContextManager[Image.Image]:
         self.names.append(content)
         if len(self.names) == self.stop_at:
             raise KeyboardInterrupt
-        return decode(content, notes)
+        return opened(content, notes)
 
 
 @pytest.fixture
@@ -378,7 +379,7 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupted(photos: Path, out: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stop while the files are collected; return the folder of what there is."""
-    monkeypatch.setattr(collecting, "decode", Counting(stop_at))
+    monkeypatch.setattr(collecting, "opened", Counting(stop_at))
     with pytest.raises(KeyboardInterrupt):
         make(photos, out)
     assert not (out / "dataset.json").exists()
@@ -387,7 +388,7 @@ def interrupted(photos: Path, out: Path, stop_at: int, monkeypatch: pytest.Monke
 
 def resumed(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> int:
     """Prepare; return the number of files that were decoded for it."""
-    monkeypatch.setattr(collecting, "decode", counting := Counting())
+    monkeypatch.setattr(collecting, "opened", counting := Counting())
     make(photos, out, **settings)
     assert not out.with_name("prepared.part").exists()
     return len(counting.names)
