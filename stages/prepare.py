@@ -227,10 +227,11 @@ def _shown_anew(
     from pipeline.data.file import FILE
 
     summary, settings, shown = _read_summary(out), deciding_values(recipe.dataset), recipe.dataset
-    if summary is None or summary.get("reader") != READER or (summary["num_skipped"] and not skip_bad):
+    former = None if summary is None else summary.get("settings")
+    if summary is None or not isinstance(former, dict) or summary.get("reader") != READER:
         return None
-    changed = {key for key in {*settings, *summary["settings"]} if settings.get(key) != summary["settings"].get(key)}
-    if not changed or changed - {"image_size", "resize"}:
+    changed = {key for key in {*settings, *former} if settings.get(key) != former.get(key)}
+    if not changed or changed - {"image_size", "resize"} or (summary.get("num_skipped") != 0 and not skip_bad):
         return None
     digest, seen = _digest(listing, memory)
     try:

@@ -126,6 +126,7 @@ class Collector:
             rules = {"format": FORMAT, "max_side": self._max_side, "quality": QUALITY, "exif": EXIF_RULE, **decoders()}
             first = json.dumps(rules).encode() + b"\n"
             if next(self._former, b"") != first:
+                self._former = iter(())  # a part of it may have been read ahead
                 self._forget()
                 _write(self._journal, first)
             self._journal_size = len(first)

@@ -442,8 +442,10 @@ def test_only_files_that_are_still_so_are_taken_over(
     names = sorted(str(path.relative_to(folder)) for path in (folder / "train/cat").iterdir())
     os.utime(folder / names[7], (5, 5))
     assert resumed(folder, tmp_path / "prepared", monkeypatch) == 42 - 7
+    (folder / "train/cat/00000.png").write_bytes(b"bad, and first")
     interrupted(folder, tmp_path / "again/prepared", 20, monkeypatch)
-    assert resumed(folder, tmp_path / "again/prepared", monkeypatch, max_side=100) == 42
+    assert resumed(folder, tmp_path / "again/prepared", monkeypatch, max_side=100, skip_bad=True) == 43
+    (folder / "train/cat/00000.png").unlink()
     interrupted(folder, tmp_path / "other/prepared", 20, monkeypatch)
     monkeypatch.setattr(collecting, "decoders", lambda: {**decoders(), "pillow": "0"})
     assert resumed(folder, tmp_path / "other/prepared", monkeypatch) == 42
