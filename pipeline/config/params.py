@@ -302,6 +302,10 @@ def _build(cls: type[T], values: Any, path: str) -> T:
             f"{path}.warmup_epochs: {built.warmup_epochs:g} is more than {path}.epochs, {built.epochs}, so that lr is "
             "never reached; make it smaller"
         )
+    if isinstance(built, DatasetRecipe) and built.max_side and built.store != "encoded":
+        raise UsageError(
+            f"{path}.max_side: {built.max_side} is of an encoded store; add store: encoded, or leave it out"
+        )
     return built
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.data.images import read_image, to_rgb, upright
+from pipeline.data.decoding import fit, in_rgb, upright
+from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, UsageError, printable
 from pipeline.losses import Outputs, probabilities
 from pipeline.models.network import Network
@@ -80,7 +81,7 @@ class Transform:
                 raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
             image = Image.fromarray(image)
         try:
-            return to_rgb(upright(image), self.image_size)
+            return fit(in_rgb(upright(image)), self.image_size)
         except (OSError, ValueError) as error:  # PIL decodes an opened file only now
             raise DataError(f"an image of mode {image.mode}: {error}") from None
 

@@ -126,7 +126,10 @@ def artefacts(context: Context, tasks: list[Task], sizes: Sizes) -> list[Artefac
     def add(name: str, path: Path, size: int, stage: str) -> None:
         artefacts.append(Artefact(name, path, size, 0 if path.exists() else size, stage))
 
-    add("prepared data", paths.dataset, sizes.total * (sizes.image_bytes + 2), "prepare")
+    size = sizes.total * (sizes.image_bytes + 2)
+    if paths.is_prepared:
+        size = sum(file.stat().st_size for file in paths.prepared.iterdir())
+    add("prepared data", paths.dataset, size, "prepare")
     for task in teachers:
         add(f"teacher {task.name}", paths.teacher(task.name) / "best.safetensors", models[task.stage], task.stage)
     largest = max(models[task.stage] for task in teachers)
@@ -224,7 +227,9 @@ def memory(context: Context, tasks: list[Task], sizes: Sizes) -> list[Finding]:
     size, limit = sizes.train * sizes.image_bytes, resident_limit(device)
     where = "GPU memory" if device.type == "cuda" else "RAM"
     text = f"training images: {size_text(size)}, "
-    if size <= limit:
+    if any(getattr(view, "resized_crop", None) for view in context.recipe.views.values()):
+        size, text = limit + 1, f"training images: decoded from {context.paths.prepared} for every batch"
+    elif size <= limit:
         text += f"kept in {where} (up to {size_text(limit)} are)"
     else:
         text += f"more than the {size_text(limit)} kept in {where}: they stream ({RESIDENT_VARIABLE} sets the limit)"

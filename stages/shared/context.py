@@ -136,18 +136,20 @@ class Context:
         self.console.print(table.to_rich(self.console.width))
 
     def dataset(self) -> Dataset:
-        """Load the prepared data set; images too large for RAM stay in their file.
+        """Load the prepared data set; images too large for RAM stay in their files, and encoded ones always do.
 
         Raises:
             DataError: It is missing, not valid, or prepared with other settings than the recipe's.
         """
         from pipeline.data.datasets import Dataset
+        from pipeline.data.file import FORMER_FILE
         from pipeline.system.runtime import resident_limit
 
         if not self.paths.is_prepared:
-            raise DataError(
-                f"{self.paths.dataset}: no prepared data; run `pipeline prepare --recipe {self.recipe.name}`"
-            )
+            way_out = f"run `pipeline prepare --recipe {self.recipe.name}`"
+            if (former := self.paths.dataset.with_name(FORMER_FILE)).exists():
+                raise DataError(f"{former}: of a former layout; {way_out} again")
+            raise DataError(f"{self.paths.dataset}: no prepared data; {way_out}")
         summary = read_json(self.paths.prepared / "summary.json")
         prepared = summary.get("settings") if isinstance(summary, dict) else None
         if not isinstance(prepared, dict):

@@ -63,7 +63,7 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     best = max(selection["candidates"], key=lambda row: (row["best"]["top1"], -row["best"]["loss"]))
     assert selection["winner"] == best["name"]
     assert json.loads((data / "teacher/best.json").read_text())["model"] == best["name"]
-    cache, dataset = LabelCache.open(data / "labels/default.h5"), Dataset.load(data / "prepared/dataset.h5")
+    cache, dataset = LabelCache.open(data / "labels/default.h5"), Dataset.load(data / "prepared/dataset.json")
     assert cache.labels.shape == (2, len(dataset.train))
     assert set(cache.clean) == {"val", "test"}
     work = finished.path / "data/work"
@@ -85,7 +85,7 @@ def test_the_predictions_of_the_test_images_give_the_scores(finished: Project, m
     def share(column: str, other: str) -> float | None:
         return 100 * sum(row[column] == row[other] for row in rows) / len(rows) if rows[0][column] else None
 
-    dataset = Dataset.load(finished.data / "prepared/dataset.h5")
+    dataset = Dataset.load(finished.data / "prepared/dataset.json")
     assert [int(row["sample"]) for row in rows] == list(range(len(dataset.test)))
     assert [row["target"] for row in rows] == [dataset.class_names[label] for label in dataset.test.labels]
     assert share("prediction", "target") == pytest.approx(test["top1"])
@@ -444,7 +444,7 @@ def test_a_users_folder_is_prepared_and_its_bad_files_are_named(tmp_path: Path) 
     assert "torn.png" in out
     assert "--skip-bad" in out
     assert "skipped 1 bad file;" in project.run(*command, "--skip-bad")
-    dataset = Dataset.load(project.path / "data/folder/prepared/dataset.h5")
+    dataset = Dataset.load(project.path / "data/folder/prepared/dataset.json")
     assert dataset.class_names == ("cat", "dog")
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 28, "val": 4, "test": 8}
     other = ("prepare", "--recipe", "cifar100-small", "--from", str(tmp_path / "images"), "--skip-bad")

@@ -68,7 +68,7 @@ def project(exported: Project, tmp_path: Path) -> Project:
 @pytest.fixture(scope="module")
 def images(exported: Project) -> torch.Tensor:
     """The test images, `(N, 3, H, W)` uint8."""
-    split = Dataset.load(exported.data / "prepared/dataset.h5").test
+    split = Dataset.load(exported.data / "prepared/dataset.json").test
     return torch.from_numpy(np.ascontiguousarray(split.images[:])).permute(0, 3, 1, 2)
 
 
@@ -170,7 +170,7 @@ def test_no_file_tells_where_it_was_made(exported: Project) -> None:
 
 
 def test_int8_is_measured_beside_float(exported: Project, images: torch.Tensor) -> None:
-    labels = torch.from_numpy(Dataset.load(exported.data / "prepared/dataset.h5").test.labels)
+    labels = torch.from_numpy(Dataset.load(exported.data / "prepared/dataset.json").test.labels)
     entries = config(exported)["files"]
     for format in ("onnx", "onnx-int8"):
         # In batches as the command takes them: int8 scales activations by the batch.
@@ -195,7 +195,7 @@ def test_weights_in_bf16_are_half_the_size_and_measured(project: Project, images
     model, _ = pipeline.load(folder)
     assert model.format == "safetensors-bf16"
     torch.testing.assert_close(model(images[:9]), load(project)(images[:9]), atol=0.02, rtol=0)
-    labels = torch.from_numpy(Dataset.load(project.data / "prepared/dataset.h5").test.labels)
+    labels = torch.from_numpy(Dataset.load(project.data / "prepared/dataset.json").test.labels)
     for key, classifier in (("top1", model), ("top1_of_checkpoint", load(project))):
         top1 = 100 * float((classifier(images).argmax(dim=1) == labels).double().mean())
         assert entry[key] == pytest.approx(top1) and f"{top1:.2f} %" in out

@@ -23,7 +23,7 @@ def untrained(path: Path) -> Project:
     project = Project.create(path, alone=True)
     recipe = load_params(path / "params.yaml").select(None)
     prepare(recipe, out=project.data / "prepared", raw=path / "data" / "raw")
-    dataset = Dataset.load(project.data / "prepared" / "dataset.h5")
+    dataset = Dataset.load(project.data / "prepared" / "dataset.json")
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": 0.0}
     torch.manual_seed(0)
     model = build_teacher(NAME, weights="none", **arguments)
