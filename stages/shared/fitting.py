@@ -263,7 +263,9 @@ def _say_how(context: Context, run: Run, model: nn.Module, execution: Execution,
     device, group, batch_size, busy = context.device, execution.group, run.recipe.batch_size, None
     if group.is_alone:  # other ranks on this machine are no strangers
         busy = context.neighbours.busy(torch.get_num_threads() if device.type == "cpu" else 1)
-    context.say(f"{name}: {execution.describe(device, batch_size, ema, busy)}")
+    size = run.description["arguments"].get("input_size")
+    resized = f"; images resized to {size} x {size}" if size else ""  # it may be most of the work
+    context.say(f"{name}: {execution.describe(device, batch_size, ema, busy)}{resized}")
     if not group.is_alone:
         context.say(f"{run.name}: {_describe_ranks(group, batch_size, model)}")
 

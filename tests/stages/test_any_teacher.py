@@ -151,7 +151,7 @@ def test_a_checkpoint_alone_never_has_your_code_run(project: Project, tmp_path: 
 
 
 def test_a_teacher_of_timm_trains_at_a_size_of_its_own(project: Project) -> None:
-    invoke(project, "teacher", "timm-small")
+    assert "; images resized to 40 x 40\n" in invoke(project, "teacher", "timm-small")
     meta = read(project, "teachers/timm-small/best.json")
     assert (meta["model"], meta["arguments"]["input_size"]) == ("timm/test_resnet", 40)
     assert meta["mean"] == list(dataset(project).mean), "its weights are not ImageNet's"
