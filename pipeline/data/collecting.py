@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import operator
 import os
 import stat
 import warnings
@@ -37,7 +38,7 @@ Made = TypeVar("Made")
 
 MAX_BYTES = 2**29  # of a file, which is read whole
 FORMAT = 1
-GRID = 32  # the mean and std of an image are those of at most so many rows and columns of it
+GRID = 8  # the mean and std of an image are those of at most so many rows and columns of it
 _BYTES, _JOURNAL = "files.bin", "files.jsonl"
 
 
@@ -246,7 +247,7 @@ class Collector:
         if status[0] > MAX_BYTES:
             return _Found(name, (*status, sha256_file(path)), f"{status[0]} bytes, more than {MAX_BYTES}"), b""
         with storage_errors(f"read {path}"), path.open("rb") as file:
-            content = file.read(MAX_BYTES)
+            content = file.read(status[0])  # as much as would be allowed is allocated for it
         seen = *status, hashlib.sha256(content).hexdigest()
         try:
             with opened(content, notes) as image:
@@ -281,10 +282,10 @@ def moments(image: Image.Image) -> list[int]:
         Six numbers: three means, three of squares, each times 2^FIXED_POINT, rounded down.
     """
     size = min(image.width, GRID), min(image.height, GRID)
-    pixels = np.asarray(image.resize(size, Image.Resampling.NEAREST), np.int64).reshape(-1, 3)
-    sums = np.concatenate([pixels.sum(axis=0), (pixels * pixels).sum(axis=0)])
-    means: list[int] = ((sums << FIXED_POINT) // len(pixels)).tolist()
-    return means
+    pixels = image.resize(size, Image.Resampling.NEAREST).tobytes()
+    channels = pixels[0::3], pixels[1::3], pixels[2::3]  # so few are summed faster without NumPy
+    sums = [*map(sum, channels), *(sum(map(operator.mul, channel, channel)) for channel in channels)]
+    return [(total << FIXED_POINT) // len(channels[0]) for total in sums]
 
 
 def _in_order(parts: Iterable[Part], work: Callable[[Part], Made]) -> Generator[Made, None, None]:

@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 
 from pipeline.data.datasets import Dataset
+from pipeline.data.encoded import EncodedImages
 from pipeline.labels.cache import LabelCache
 from tests.support.in_process import invoke
 from tests.support.project import Project
+from tests.support.untrained import untrained
 
 CPU = ("--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def lay(project: Project) -> None:
     """Two classes of JPEGs, dark and bright."""
-    project = Project.create(tmp_path_factory.mktemp("photographs") / "project", alone=True)
     rng = np.random.default_rng(0)
     for number in range(96):
         path = project.path / "photos" / ("dark", "bright")[number % 2] / f"{number:02}.jpg"
@@ -29,13 +29,25 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         pixels = rng.integers(0, 120, (30 + number % 31, 25 + number % 37, 3), np.uint8) + number % 2 * 130
         Image.fromarray(pixels.astype(np.uint8)).save(path)
     project.edit("{source: digits, image_size: 32, ", "{source: folder, path: photos, store: encoded, resize: crop, ")
-    return project
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Prepared, with a teacher of random weights."""
+    return untrained(tmp_path_factory.mktemp("photographs") / "project", lay)
+
+
+@pytest.fixture
+def project(made: Project, tmp_path: Path) -> Project:
+    """A copy for one test."""
+    shutil.copytree(made.path, tmp_path / "copy")
+    return Project(tmp_path / "copy")
+
+
+@pytest.mark.slow
 def test_every_stage_works_on_the_files_themselves(project: Project) -> None:
-    name = "squeezenet1_1"
-    out = invoke(project, "teacher-select", "--teachers", name, *CPU)
-    assert "prepared" in out
+    shutil.rmtree(project.data)
+    invoke(project, "teacher-select", "--teachers", "squeezenet1_1", *CPU)
     dataset = Dataset.load(project.data / "prepared/dataset.json")
     labels = LabelCache.open(project.data / "labels/default.h5").labels
     assert labels.shape == (2, len(dataset.train)) and set(labels.ravel()) == {0, 1}
@@ -44,16 +56,13 @@ def test_every_stage_works_on_the_files_themselves(project: Project) -> None:
     assert json.loads(invoke(project, "evaluate", "data/smoke/teacher", "--json", *CPU))
 
 
-def test_a_damaged_file_ends_a_command_by_name(project: Project, tmp_path: Path) -> None:
-    shutil.copytree(project.path, tmp_path / "copy")
-    copy = Project(tmp_path / "copy")
-    invoke(copy, "prepare")
-    dataset = Dataset.load(copy.data / "prepared/dataset.json")
-    assert dataset.test.names is not None
-    start = dataset.test.images.index.offsets[0, 0]  # type: ignore[attr-defined]
-    with (copy.data / "prepared/files.bin").open("r+b") as file:
-        file.seek(start + 50)
+def test_a_damaged_file_ends_a_command_by_name(project: Project) -> None:
+    assert "top1" in invoke(project, "evaluate", "data/smoke/teacher", "--json", *CPU)
+    dataset = Dataset.load(project.data / "prepared/dataset.json")
+    assert dataset.test.names is not None and isinstance(dataset.test.images, EncodedImages)
+    with (project.data / "prepared/files.bin").open("r+b") as file:
+        file.seek(dataset.test.images.index.offsets[0, 0] + 50)
         file.write(b"damage")
-    said = invoke(copy, "evaluate", "data/smoke/teacher", *CPU, code=3)
+    said = invoke(project, "evaluate", "data/smoke/teacher", *CPU, code=3)
     assert f"files.bin: {dataset.test.names[0]}: damaged" in said
     assert "run `pipeline prepare --recipe smoke` again" in said

@@ -306,7 +306,7 @@ def test_prepared_data_of_a_former_layout_are_named_and_made_again(project):
     prepared.mkdir(parents=True)
     (prepared / "dataset.h5").write_bytes(b"former")
     (prepared / "summary.json").write_text(json.dumps({"settings": {}}))
-    said = invoke(project, "label", code=3)
+    said = invoke(project, "teacher", "squeezenet1_1", "--device", "cpu", code=3)
     assert "data/smoke/prepared/dataset.h5: of a former layout; run `pipeline prepare --recipe smoke` again" in said
     assert "in place of one of a former layout" in invoke(project, "prepare", "--dry-run")
     invoke(project, "prepare")
