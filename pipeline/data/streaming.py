@@ -42,16 +42,23 @@ class HostImages:
         num_samples, height, width, num_channels = self._images.shape
         return num_samples, num_channels, height, width
 
-    def read(self, rows: NDArray[np.int64]) -> Tensor:
+    @property
+    def sizes(self) -> NDArray[np.int32] | None:
+        """`(N, 2)`, the images' own widths and heights, pixels; None for images that are kept as squares."""
+        return getattr(self._images, "sizes", None)
+
+    def read(self, rows: NDArray[np.int64], boxes: NDArray[np.int64] | None = None) -> Tensor:
         """Gather images on the host; safe in several threads.
 
         Args:
             rows: `(B,)` int64 in [0, N), in any order.
+            boxes: `(B, 4)`, what to cut from each image: left, top, right and bottom, the last two exclusive, pixels.
+                Only of images that have `sizes`.
 
         Returns:
             `(B, H, W, 3)` uint8, pinned where the device is a GPU.
         """
-        images = torch.from_numpy(self._images[rows])
+        images = torch.from_numpy(self._images[rows] if boxes is None else self._images.read(rows, boxes))  # type: ignore[attr-defined]
         if self.device.type != "cuda":
             return images
         # Each thread has its own current GPU, by default the first.

@@ -59,7 +59,7 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, num_bits: Tensor) -> Tensor:
-    """Keep the highest `num_bits` of each level, `(B,)` integers in [1, 8]. Source: `PIL.ImageOps.posterize`."""
+    """Keep the highest `num_bits` of each level, `(B,)` integers in [0, 8]. Source: `PIL.ImageOps.posterize`."""
     masks = 256 - (1 << (8 - num_bits.long()))
     return images & _per_sample(masks.to(torch.uint8))
 
@@ -71,6 +71,12 @@ def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
     """
     inverted = (images >= _per_sample(thresholds.ceil().to(torch.uint8))).view(torch.uint8)
     return images ^ inverted.neg_()  # 255 - v is v with every bit turned
+
+
+def solarize_add(images: Tensor, amounts: Tensor) -> Tensor:
+    """Add `amounts`, `(B,)` whole numbers in [0, 128], to the levels below 128. Source: timm's `solarize_add`."""
+    is_low = (images < 128).view(torch.uint8)
+    return images + is_low * _per_sample(amounts.to(torch.uint8))
 
 
 def invert(images: Tensor) -> Tensor:
