@@ -44,7 +44,12 @@ RECIPES = {
     "everything, mixup": replace(EVERYTHING, mixing="mixup"),
     "randaugment": ViewRecipe(count=3, autoaugment="randaugment"),
     "trivialaugment": ViewRecipe(count=3, autoaugment="trivialaugment"),
-}
+    "timm, erasing, either mixing": ViewRecipe(
+        count=3, autoaugment="randaugment", magnitudes="timm", probability=0.5, erasing=0.5, mixing="both",
+        mixing_probability=0.8, cutmix_alpha=1.0, mixup_alpha=0.8,
+    ),
+    "pairs": ViewRecipe(count=3, crop=2, flip=True, mixing="cutmix", partner="paired"),
+}  # fmt: skip
 # Changing one of these changes what every label cache was made from: raise labels.SCHEMA_VERSION with it.
 GOLDEN_DIGESTS = {
     "nothing": "f8b80ed24a4e6d2946e9c49ae14f3460483f5f36a0e9246b80454b106fcd5587",
