@@ -265,6 +265,7 @@ class Views:
         """Draw a view for all samples, unless it is the one that was drawn last."""
         assert view >= 0, f"view {view} is negative"
         if self._opened is None or self._opened.index != view:
+            self._opened = None  # what was drawn before is freed first
             height, width = self.images.shape[-2:]
             sizes = self.images.sizes if isinstance(self.images, HostImages) else None
 
