@@ -22,6 +22,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from pipeline.config.recipes import (
+    ENCODED,
     DatasetRecipe,
     FitRecipe,
     LabelRecipe,
@@ -264,10 +265,10 @@ def _view_recipe(section: Any, path: str, store: str) -> ViewRecipe:
     for key in ("count", "seed"):
         if key in operations:
             raise UsageError(f"{path}.operations.{key}: belongs one level up, at {path}.{key}")
-    if store == "encoded" and operations.get("mixing", "none") != "none":
+    if store == ENCODED and operations.get("mixing", "none") != "none":
         operations = {"partner": "paired", **operations}
     recipe = _build(ViewRecipe, {**operations, "count": parts["count"], "seed": parts["seed"]}, path)
-    if recipe.resized_crop and store != "encoded":
+    if recipe.resized_crop and store != ENCODED:
         raise UsageError(
             f"{path}.resized_crop: {dict(recipe.resized_crop)} needs the images' own sizes, and the data set has "
             f"store: {store}; set dataset.store to encoded, or leave it out"

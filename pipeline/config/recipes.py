@@ -17,8 +17,8 @@ DECAYS = ("all", "matrices")
 PRECISIONS = ("auto", "fp32", "bf16")
 STEPS = ("auto", "eager", "graph")
 BLOCKS = ("auto", "plain", "fused")
-STORES = ("pixels", "encoded")
-RESIZES = ("squeeze", "crop")
+STORES = PIXELS, ENCODED = ("pixels", "encoded")
+RESIZES = SQUEEZE, CROP = ("squeeze", "crop")
 MAX_VIEWS = 100_000
 RANDAUGMENT = ("autoaugment", ("randaugment",))
 
@@ -129,12 +129,12 @@ class DatasetRecipe(RecipeSection):
         test_fraction: Share cut off as a stratified test split where the source has none (digits, a folder
             without `test/`).
         split_seed: Seed of both splits.
+        resize: How an image of another shape becomes the square that models are evaluated on: `squeeze`, whatever its
+            aspect ratio; or `crop`, the middle of it, after its shorter side is brought to image_size / 0.875.
         path: An image folder or CSV file to read instead of the source's own files, relative to the project; empty for
             none. It is not compared when data are opened: their SHA-256 is.
         store: `pixels`, uint8 squares of `image_size`; or `encoded`, the bytes of a folder's files themselves, which
             are decoded for every batch.
-        resize: How an image becomes a square of `image_size`: `squeeze`, whatever its sides are; or `crop`, the middle
-            of it, its shorter side resized to `image_size` / 0.875.
         max_side: Of an encoded store: images with a longer side, pixels, are reduced to it and kept as JPEG of quality
             pipeline.data.encoded.QUALITY; 0 leaves every file as it is.
     """
@@ -144,9 +144,9 @@ class DatasetRecipe(RecipeSection):
     val_fraction: float = number(0.0, 0.9, 0.0)
     test_fraction: float = number(0.01, 0.9, 0.2)
     split_seed: int = number(0, 2**31 - 1, 0)
+    resize: str = choice(RESIZES, SQUEEZE, absent=SQUEEZE)
     path: str = setting("", absent="", decides=False)
-    store: str = choice(STORES, "pixels", absent="pixels")
-    resize: str = choice(RESIZES, "squeeze", absent="squeeze")
+    store: str = choice(STORES, PIXELS, absent=PIXELS)
     max_side: int = number(64, 65_535, 0, off=0, absent=0)
 
 

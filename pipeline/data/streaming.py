@@ -1,4 +1,4 @@
-"""Images that do not fit the device: they stay in RAM or in a file, and batches of them go to the device.
+"""Images that are not on the device: they stay in RAM or in a file, and batches of them go to the device.
 
 A batch is gathered by a thread while the device works on the one before it; on a GPU it is pinned there and copied
 without waiting.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class HostImages:
 
     @property
     def sizes(self) -> NDArray[np.int32] | None:
-        """`(N, 2)`, the images' own widths and heights, pixels; None for images that are kept as squares."""
+        """`(N, 2)`, width and height of encoded images, pixels; None of images that have one size."""
         return getattr(self._images, "sizes", None)
 
     def read(self, rows: NDArray[np.int64], boxes: NDArray[np.int64] | None = None) -> Tensor:
@@ -52,13 +53,14 @@ class HostImages:
 
         Args:
             rows: `(B,)` int64 in [0, N), in any order.
-            boxes: `(B, 4)`, what to cut from each image: left, top, right and bottom, the last two exclusive, pixels.
-                Only of images that have `sizes`.
+            boxes: `(B, 4)` int64, of images that have `sizes`: what of each becomes the square, see
+                pipeline.data.encoded. None gives the evaluation pixels.
 
         Returns:
             `(B, H, W, 3)` uint8, pinned where the device is a GPU.
         """
-        images = torch.from_numpy(self._images[rows] if boxes is None else self._images.read(rows, boxes))  # type: ignore[attr-defined]
+        source: Any = self._images
+        images = torch.from_numpy(source[rows] if boxes is None else source.read(rows, boxes))
         if self.device.type != "cuda":
             return images
         # Each thread has its own current GPU, by default the first.
