@@ -58,6 +58,8 @@ GOLDEN_DIGESTS = {
     "everything, mixup": "3f05b13c1234d1fb0c5979279870399f6961e24c6b4a948add351ce6b9af7216",
     "randaugment": "bbfc4f8b3a72ee78b830a1888f373ccb08caa9c5053227c5f71633b1e9808678",
     "trivialaugment": "b26dab85437abf9679894fb5f17f398164bc77fae1db950e6a8f31d9f5b9a032",
+    "timm, erasing, either mixing": "0633f4621c47ebf2054711f67a3e752d5c02df68c60b2126fedfd0d4bb9ea2e6",
+    "pairs": "657bb4255879474262464877192743bbce064090f66e14b6f84caa87b8fe3a81",
 }
 
 
