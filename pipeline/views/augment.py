@@ -173,8 +173,8 @@ class CropFlip(Moving):
         """See Moving; a flip alone is several times faster without maps."""
         if recipe.crop:
             return super().plan_alone(uniform, recipe, height, width, parcel)
-        flipped = parcel.add(self.parameters(uniform, recipe, height, width)["flip"])
-        return lambda images: geometry.flip(images, flipped())
+        flipped = parcel.add(np.flatnonzero(self.parameters(uniform, recipe, height, width)["flip"]))
+        return lambda images: images.index_copy_(0, flipped(), images.index_select(0, flipped()).flip(-1))
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """See Augmentation."""
@@ -424,7 +424,7 @@ def plan(uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Pa
         parcel: Takes what the device needs.
 
     Returns:
-        Augments images `(B, 3, H, W)` uint8 on the parcel's device, once it has been sent.
+        Augments images `(B, 3, H, W)` uint8 on the parcel's device, perhaps in place, once it has been sent.
     """
     arguments = (uniform, recipe, height, width, parcel)
     used = [augmentation for augmentation in AUGMENTATIONS if augmentation.num_draws(recipe)]

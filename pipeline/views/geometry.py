@@ -44,12 +44,6 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
     return reached.gather(1, second.flatten(1)).reshape(second.shape)
 
 
-def flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Flip images, `(B, C, H, W)` uint8, left-right where `flipped`, `(B,)` bool. Source: torchvision's `hflip`."""
-    chosen = flipped.view(torch.uint8).neg()[:, None, None, None]  # all bits set: choosing by bits vectorises
-    return images ^ ((images ^ images.flip(-1)) & chosen)
-
-
 def crop_flip_maps(offsets: Tensor, flipped: Tensor, height: int, width: int) -> Tensor:
     """Shift the frame over the images, then flip left-right where asked: padded crop and flip.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.config.recipes import ViewRecipe
 from pipeline.views import draws
 from pipeline.views.boxes import inside
+from pipeline.views.parcel import one_by_one
 
 Draws = Mapping[str, NDArray[np.float64]]
 MIXUP_STEPS = 65536
@@ -112,7 +113,12 @@ def cutmix(images: Tensor, partners: Tensor, boxes: Tensor) -> Tensor:
 
     Source: arXiv:1905.04899 §3.1; arXiv:2502.16762 §3.4.
     """
-    return images ^ ((images ^ partners) & inside(boxes, *images.shape[-2:]))
+    if not one_by_one(images):
+        return images ^ ((images ^ partners) & inside(boxes, *images.shape[-2:]))
+    mixed = images.clone()
+    for image, partner, (left, top, right, bottom) in zip(mixed, partners, boxes.tolist(), strict=True):
+        image[:, top:bottom, left:right] = partner[:, top:bottom, left:right]
+    return mixed
 
 
 def mixup_shares(lambda_uniform: NDArray[np.float64], alpha: float = 0.5) -> NDArray[np.int32]:
@@ -150,9 +156,14 @@ def mixup(images: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     Source: arXiv:1710.09412 Eq. 1; arXiv:2502.16762 §4.2 ("TITN (MixUp)").
     Differs: lambda is a multiple of 1/65536 and the mixed image is uint8, so that every device gives the same.
     """
-    weight = shares.reshape(-1, 1, 1, 1)
-    mixed = (weight * images + (MIXUP_STEPS - weight) * partners + MIXUP_STEPS // 2) >> 16
-    return mixed.to(torch.uint8)
+    mixed = torch.empty_like(images)
+    size = 1 if one_by_one(images) else max(1, len(images))
+    weight = (shares.float() / MIXUP_STEPS).reshape(-1, 1, 1, 1)
+    # All products and sums have at most 24 bits, so that float32 holds them exactly.
+    for part in range(0, len(images), size):
+        first, second = images[part : part + size].float(), partners[part : part + size].float()
+        mixed[part : part + size] = torch.lerp(second, first, weight[part : part + size]).add_(0.5)
+    return mixed
 
 
 def mix_either(images: Tensor, partners: Tensor, amounts: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.views import colour as imageops
 from pipeline.views import geometry
-from pipeline.views.parcel import Later, Parcel
+from pipeline.views.parcel import Parcel
 
 # Each takes images and the magnitude of each sample, `(B,)` float64.
 COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -256,10 +256,10 @@ def _plan_sorted(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel)
     """Prepare to apply to each image its own row of the table, in place; `rows` ascends."""
     firsts = np.searchsorted(table.operations, np.arange(len(OPERATIONS) + 1))
     bounds = np.searchsorted(rows, firsts)
-    geometric, maps = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)]), None
+    geometric, move = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)]), None
     if geometric.start < geometric.stop:
         # Index maps carry the magnitude, so that all geometric operations are one group.
-        maps = _plan_maps(table, rows[geometric], parcel)
+        move = _plan_moves(table, rows[geometric], parcel)
     groups = []
     for number, name in enumerate(OPERATIONS[len(GEOMETRIC_OPERATIONS) :], start=len(GEOMETRIC_OPERATIONS)):
         group = slice(bounds[number], bounds[number + 1])
@@ -267,8 +267,8 @@ def _plan_sorted(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel)
             groups.append((name, group, parcel.add(table.magnitudes[rows[group]])))
 
     def work(images: Tensor) -> Tensor:
-        if maps is not None:
-            images[geometric] = geometry.gather(images[geometric], maps())
+        if move is not None:
+            move(images[geometric])
         for name, group, magnitudes in groups:
             images[group] = COLOUR_OPERATIONS[name](images[group], magnitudes())
         return images
@@ -282,12 +282,33 @@ def _plan_take(order: NDArray[np.int64], parcel: Parcel) -> Callable[[Tensor], T
     return lambda images: images.index_select(0, rows())
 
 
-def _plan_maps(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel) -> Later:
-    """Prepare index maps of some geometric operations, `(B, H, W)` int64."""
+def _plan_moves(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel) -> Callable[[Tensor], None]:
+    """Prepare some geometric operations on images, in place; `rows` ascends."""
     if len(table.matrices) * table.height * table.width * 8 > MAX_KEPT_BYTES:
-        return geometry.plan_index_maps(table.matrices[rows], table.height, table.width, parcel)
-    later = parcel.add(rows)
-    return lambda: _kept_maps(table, parcel.device).index_select(0, later())
+        maps = geometry.plan_index_maps(table.matrices[rows], table.height, table.width, parcel)
+    elif parcel.device.type == "cpu":
+        # Images of one row share a map, which is not copied for each.
+        firsts = np.flatnonzero(np.diff(rows, prepend=-1)).tolist()
+        runs = [
+            (slice(first, last), int(rows[first])) for first, last in zip(firsts, [*firsts[1:], len(rows)], strict=True)
+        ]
+
+        def move_runs(images: Tensor) -> None:
+            kept = _kept_maps(table, parcel.device)
+            for run, row in runs:
+                images[run] = geometry.gather(images[run], kept[row : row + 1])
+
+        return move_runs
+    else:
+        later = parcel.add(rows)
+
+        def maps() -> Tensor:
+            return _kept_maps(table, parcel.device).index_select(0, later())
+
+    def move(images: Tensor) -> None:
+        images[:] = geometry.gather(images, maps())
+
+    return move
 
 
 @functools.lru_cache(maxsize=8)

@@ -101,6 +101,16 @@ def test_mixup_is_the_weighted_mean_rounded_half_up() -> None:
     assert np.abs(lam.numpy() - np.sin(np.pi / 2 * uniform) ** 2).max() <= 2.0**-17 + 1e-9
 
 
+@pytest.mark.parametrize("name", mixing.MIXINGS)
+def test_large_images_are_mixed_one_by_one_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = two_batches(40, 64, 64)
+    uniform = {key: np.random.default_rng(0).random((40, 2)) for key in ("lambda", "box", "switch")}
+    amounts, _ = mixing.draw(uniform, ViewRecipe(count=1, mixing=name), 64, 64)
+    large = mixing.MIXINGS[name].mix(first, second, torch.from_numpy(amounts))
+    monkeypatch.setattr("pipeline.views.parcel.LARGE_PIXELS", 2**30)
+    assert torch.equal(large, mixing.MIXINGS[name].mix(first, second, torch.from_numpy(amounts)))
+
+
 def test_mixup_by_hand() -> None:
     images = torch.tensor([0, 255, 255, 10], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 1, 1)
     partners = torch.tensor([255, 255, 0, 11], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 1, 1)
