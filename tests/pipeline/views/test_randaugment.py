@@ -178,7 +178,11 @@ def test_timms_scale_gives_timms_operations_and_pixels(
             # timm negates above 1/2, and moves an image the other way.
             negates = (sign < 0.5) != name.startswith("Translate")
             monkeypatch.setattr(timm.random, "random", lambda negates=negates: 0.9 if negates else 0.1)
-            assert torch.equal(operations.apply(images, only), on_pil(peer, images)), (name, sign)
+            made = operations.apply(images, only)
+            if (name, level) == ("Posterize", 10):  # no bit is left, which Pillow 13 refuses
+                assert not made.any()
+            else:
+                assert torch.equal(made, on_pil(peer, images)), (name, sign)
 
 
 def test_an_operation_is_applied_with_its_probability() -> None:

@@ -101,7 +101,7 @@ def test_a_policy_without_sub_policies_has_groups_of_its_own_name() -> None:
 
 
 def test_cut_and_erased_boxes_fall_by_their_share_of_the_area() -> None:
-    share = [0.1, 0.29, 0.3, 1.0]
+    share = [0.1, 0.29, 0.31, 1.0]
     spans = {"scale": [0.1, 0.9], "ratio": [0.75, 1.333]}
     counts = count([0, 1, 0, 3], {"resized_crop_share": share}, resized_crop=spans)
     assert {key[1]: value for key, value in counts.items() if key[0] == "resized crop, share of the area"} == {
