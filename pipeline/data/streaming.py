@@ -69,6 +69,8 @@ class HostImages:
 
     def place(self, images: Tensor) -> Tensor:
         """Copy what `read` gathered to the device, as `(B, 3, H, W)`."""
+        if self.device.type == "cpu":  # NumPy's copy takes half the time
+            return torch.from_numpy(np.ascontiguousarray(images.numpy().transpose(0, 3, 1, 2)))
         return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
 
 
