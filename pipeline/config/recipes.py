@@ -17,6 +17,7 @@ DECAYS = ("all", "matrices")
 PRECISIONS = ("auto", "fp32", "bf16")
 STEPS = ("auto", "eager", "graph")
 BLOCKS = ("auto", "plain", "fused")
+RESIZES = SQUEEZE, CROP = ("squeeze", "crop")
 MAX_VIEWS = 100_000
 
 
@@ -116,6 +117,8 @@ class DatasetRecipe(RecipeSection):
         test_fraction: Share cut off as a stratified test split where the source has none (digits, a folder
             without `test/`).
         split_seed: Seed of both splits.
+        resize: How an image of another shape becomes the square that models are evaluated on: `squeeze`, whatever its
+            aspect ratio; or `crop`, the middle of it, after its shorter side is brought to image_size / 0.875.
         path: An image folder or CSV file to read instead of the source's own files, relative to the project; empty for
             none. It is not compared when data are opened: their SHA-256 is.
     """
@@ -125,6 +128,7 @@ class DatasetRecipe(RecipeSection):
     val_fraction: float = number(0.0, 0.9, 0.0)
     test_fraction: float = number(0.01, 0.9, 0.2)
     split_seed: int = number(0, 2**31 - 1, 0)
+    resize: str = choice(RESIZES, SQUEEZE, absent=SQUEEZE)
     path: str = setting("", absent="", decides=False)
 
 

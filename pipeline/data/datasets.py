@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.recipes import DatasetRecipe
+from pipeline.config.recipes import SQUEEZE, DatasetRecipe
 from pipeline.data.arrays import Images, chunks, select
 from pipeline.data.file import SCHEMA, Content, read_content, write_content
 from pipeline.errors import DataError
@@ -66,6 +66,7 @@ class Dataset:
         test: The test split.
         sha256: SHA-256, hexadecimal, of class names, splits, shapes, pixels and labels. It depends neither on
             `source` nor on paths nor on how the data set is stored.
+        resize: How its images became squares, and those must that are asked about later; see DatasetRecipe.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Dataset:
     val: Split | None
     test: Split
     sha256: str
+    resize: str = SQUEEZE
 
     @property
     def num_classes(self) -> int:
@@ -84,6 +86,13 @@ class Dataset:
     def image_size(self) -> int:
         """The side of the square images, pixels."""
         return int(self.train.images.shape[1])
+
+    @property
+    def rendition(self) -> dict[str, Any] | None:
+        """What makes the files of an encoded store pixels, as JSON values; None where pixels are stored."""
+        if getattr(self.train.images, "sizes", None) is None:
+            return None
+        return {"image_size": self.image_size, "resize": self.resize}
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -23,7 +23,7 @@ HOMES = {
     "PIL": {
         "pipeline/inference/classifier.py",
         "pipeline/report/figures/canvas.py",
-        "pipeline/data/images.py",
+        "pipeline/data/decoding.py",
         "pipeline/data/sources.py",
         "stages/demo.py",
     },
