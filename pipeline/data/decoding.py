@@ -10,7 +10,7 @@ import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -253,7 +253,7 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def cut(image: Image.Image, image_size: int, box: NDArray[np.int64]) -> NDArray[np.uint8]:
+def cut(image: Image.Image, image_size: int, box: Sequence[int]) -> NDArray[np.uint8]:
     """Cut a box out of an image and resize it, by PIL's antialiased bilinear.
 
     The box is cut out first: resizing it within the image would let pixels from beyond its border in.
@@ -261,14 +261,14 @@ def cut(image: Image.Image, image_size: int, box: NDArray[np.int64]) -> NDArray[
     Args:
         image: Of mode RGB.
         image_size: Side of the result, S, pixels.
-        box: `(4,)` left, top, right and bottom, pixels, the last two exclusive; within the image and not empty.
+        box: Left, top, right and bottom, pixels, the last two exclusive; within the image and not empty.
 
     Returns:
         `(S, S, 3)` uint8 RGB.
 
     Source: bit for bit torchvision's `resized_crop` on PIL images, as in `RandomResizedCrop`.
     """
-    left, top, right, bottom = box.tolist()
+    left, top, right, bottom = box
     return np.array(_resized(image.crop((left, top, right, bottom)), image_size, image_size))
 
 

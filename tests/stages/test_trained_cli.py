@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.images import UNUSED_ALPHA, read_image
+from pipeline.data.decoding import UNUSED_ALPHA
+from pipeline.data.images import read_image
 from pipeline.errors import PipelineError
 from pipeline.inference import speed
 from pipeline.inference.classifier import Answer, Classifier
