@@ -117,7 +117,7 @@ class Photographs(HostImages):
 
     def read(self, rows: NDArray[np.int64], boxes: NDArray[np.int64] | None = None) -> Tensor:
         """Decode and cut; without boxes, at places that were drawn once."""
-        images = np.empty((len(rows), self.side, self.side, 3), np.uint8)
+        images = np.empty((len(rows), 3, self.side, self.side), np.uint8).transpose(0, 2, 3, 1)
         places = boxes.tolist() if boxes is not None else [self._boxes[row] for row in rows]
 
         def make(place: int) -> None:

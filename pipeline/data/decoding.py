@@ -91,13 +91,16 @@ def _decode(source: Path | bytes, notes: list[str] | None, held: contextlib.Exit
     try:
         if isinstance(source, Path) and not source.is_file():
             raise DataError("not a regular file")  # opening a named pipe would wait for its writer
-        with _open(source) as file, _image(file) as image:
+        with _open(source) as file:
+            content = file.getvalue() if isinstance(file, io.BytesIO) else b""
+            start = _first_scan(content) if content.startswith(JPEG) else None
+            image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if max(image.size) > MAX_SIDE:
                 raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
-            if isinstance(file, io.BytesIO) and image.format in ("JPEG", "MPO"):
-                _check_scans(file.getvalue(), *image.size)
+            if start is not None and not _has_one_scan(content, start, image):
+                _check_scans(content, *image.size)
             held.enter_context(_budget().take(image.width * image.height * BYTES_PER_PIXEL))
             return in_rgb(upright(image), notes)
     except UnidentifiedImageError:
@@ -139,20 +142,19 @@ def _open(source: Path | bytes) -> io.BytesIO | _BoundedFile:
         return io.BytesIO(file.read(MAX_JPEG_BYTES))
 
 
-def _image(file: io.BytesIO | _BoundedFile) -> Image.Image:
-    """Read an image's header."""
-    if isinstance(file, io.BytesIO) and (content := file.getvalue()).startswith(JPEG):
-        _check_header(content)
-    return Image.open(file, formats=FORMATS)
-
-
-def _check_header(content: bytes) -> None:
-    """Refuse a JPEG with too many segments before its first scan."""
-    for count, marker in enumerate(_markers(content)):
+def _first_scan(content: bytes) -> int:
+    """Return where the first scan of a JPEG begins, behind its marker; refuse one with too many segments before it."""
+    for count, (marker, end) in enumerate(_markers(content)):
         if marker == SCAN:
-            return
+            return end
         if count > MAX_SEGMENTS:
             raise DataError(f"more than {MAX_SEGMENTS} segments in its header")
+    return len(content)
+
+
+def _has_one_scan(content: bytes, start: int, image: Image.Image) -> bool:
+    """Whether a JPEG's first scan has all of its components, and libjpeg takes no other."""
+    return "progressive" not in image.info and content[start + 2 : start + 3] == bytes([len(image.getbands())])
 
 
 def _check_scans(content: bytes, width: int, height: int) -> None:
@@ -161,7 +163,7 @@ def _check_scans(content: bytes, width: int, height: int) -> None:
     if content.count(SCAN) <= limit:  # those that another picture or a film behind this one seems to have included
         return
     num_scans = 0
-    for marker in _markers(content):
+    for marker, _ in _markers(content):
         if marker == END:
             return
         num_scans += marker == SCAN
@@ -169,12 +171,12 @@ def _check_scans(content: bytes, width: int, height: int) -> None:
             raise DataError(f"more than {limit} scans of {width} x {height} pixels")
 
 
-def _markers(content: bytes) -> Iterator[bytes]:
-    """Yield a JPEG's markers in their order, and none from within their segments."""
+def _markers(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yield a JPEG's markers in their order, none from within their segments, and where each ends."""
     at = 0
     while (found := MARKER.search(content, at)) is not None:
         marker, at = found[0], found.end()
-        yield marker
+        yield marker, at
         if marker not in BARE_MARKERS:
             at += int.from_bytes(content[at : at + 2])
 
@@ -283,12 +285,16 @@ def cut(image: Image.Image, image_size: int, box: Sequence[int]) -> NDArray[np.u
         box: Left, top, right and bottom, pixels, the last two exclusive; within the image and not empty.
 
     Returns:
-        `(S, S, 3)` uint8 RGB.
+        `(S, S, 3)` uint8 RGB, in memory channel by channel, as models take it.
 
     Source: bit for bit torchvision's `resized_crop` on PIL images, as in `RandomResizedCrop`.
     """
     left, top, right, bottom = box
-    return np.array(_resized(image.crop((left, top, right, bottom)), image_size, image_size))
+    pixels = np.empty((3, image_size, image_size), np.uint8)
+    bands = _resized(image.crop((left, top, right, bottom)), image_size, image_size).split()
+    for channel, band in zip(pixels, bands, strict=True):
+        channel[...] = np.asarray(band)
+    return pixels.transpose(1, 2, 0)
 
 
 def decoders() -> dict[str, str]:
