@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from benchmarks.measure import Report, Row, begin, compare, option_parser, positive
-from benchmarks.synthetic import MEAN, NUM_CLASSES, STD
+from benchmarks.synthetic import NUM_CLASSES
 from benchmarks.view_peers import CUTMIX_ALPHA, NUM_WORKERS, Collate, LoaderEpoch, Samples
 from benchmarks.views import one_thread
 from pipeline.config.recipes import ViewRecipe
@@ -39,7 +39,7 @@ from pipeline.data.streaming import HostImages
 from pipeline.inference.speed import interleave
 from pipeline.system.runtime import keep_freed_memory
 from pipeline.training.batches import epoch_order
-from pipeline.views.views import Views, normalize
+from pipeline.views.views import Views
 
 PHOTOGRAPH = (500, 375)  # width and height, ImageNet's most frequent
 QUALITY = 90
@@ -49,6 +49,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 GOAL, MIXING_GOAL, BARE_GOAL = 1.2, 1.1, 0.85
 # Without timm's noise of 0.5: a magnitude of 10 then asks for 0 bits of colour, which Pillow 13 refuses.
 TIMM_CONFIG = "rand-m9-inc1"
+OURS, OURS_LIKE_TIMM = "ours", "ours, RandAugment like timm's"
 BARE = "decode and resize alone, on the same threads"
 
 Box = tuple[int, int, int, int]
@@ -152,9 +153,10 @@ def host_images(contents: Sequence[bytes], options: argparse.Namespace, folder: 
     return HostImages(encoded.EncodedImages(file, path, index, image_size=options.side), options.device)
 
 
-def recipe(*, mixing: bool) -> ViewRecipe:
-    """Return the recipe of a photograph's view."""
+def recipe(*, mixing: bool, like_timm: bool = False) -> ViewRecipe:
+    """Return the recipe of a photograph's view, with RandAugment as torchvision or as timm has it."""
     fields: dict[str, Any] = {"flip": True, "autoaugment": "randaugment"}
+    fields |= {"magnitudes": "timm", "probability": 0.5} if like_timm else {}
     fields["resized_crop"] = {"scale": list(SCALE), "ratio": list(RATIO)}
     fields |= {"mixing": "cutmix", "partner": "paired"} if mixing else {}
     known = {field.name for field in dataclasses.fields(ViewRecipe)}
@@ -169,8 +171,8 @@ def ours(views: Views, batch_size: int) -> Callable[[], None]:
         view = next(numbers)
         pairs = {"paired": views.pairs(view)} if hasattr(views, "pairs") else {}
         order = epoch_order(0, view, views.num_samples, **pairs)
-        for batch in views.batches(view, list(torch.split(order, batch_size))):
-            normalize(batch.images, MEAN, STD)
+        for _ in views.batches(view, list(torch.split(order, batch_size))):
+            pass
 
     return epoch
 
@@ -178,22 +180,25 @@ def ours(views: Views, batch_size: int) -> Callable[[], None]:
 def whole_view(
     report: Report, contents: Sequence[bytes], options: argparse.Namespace, folder: Path, *, mixing: bool
 ) -> list[Row]:
-    """Compare decoding, resized crop, flip, RandAugment, perhaps CutMix, and normalisation together."""
-    labels = torch.arange(len(contents)) % NUM_CLASSES
-    views = Views(host_images(contents, options, folder), labels, recipe(mixing=mixing))
-    contenders: dict[str, Callable[[], object]] = {"ours": ours(views, options.batch_size)}
+    """Compare decoding, resized crop, flip, RandAugment and perhaps CutMix together: uint8 batches on the device."""
+    labels, images = torch.arange(len(contents)) % NUM_CLASSES, host_images(contents, options, folder)
+    contenders: dict[str, Callable[[], object]] = {
+        name: ours(Views(images, labels, recipe(mixing=mixing, like_timm=name != OURS)), options.batch_size)
+        for name in (OURS, OURS_LIKE_TIMM)
+    }
     contenders |= loader_epochs(report, contents, labels, options, mixing=mixing)
     if not mixing:
         contenders[BARE] = bare(contents, options.side)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # torchvision's decoder is to go
         seconds = interleave(contenders, rounds=options.rounds, device=options.device)
     rates = {name: len(contents) / values for name, values in seconds.items()}
-    mine, what = rates.pop("ours"), f"photograph's view of {options.side}x{options.side}"
+    what = f"photograph's view of {options.side}x{options.side}"
+    mine, like_timm = rates.pop(OURS), rates.pop(OURS_LIKE_TIMM)
     goals = {name: MIXING_GOAL if mixing else BARE_GOAL if name == BARE else GOAL for name in rates}
     fair = options.device.type != "cpu" or torch.get_num_threads() == NUM_WORKERS
     return [
         compare(
-            f"{what}, CutMix" if mixing else what, mine, rate, name,
+            f"{what}, CutMix" if mixing else what, like_timm if name.startswith("timm") else mine, rate, name,
             unit="images/s", higher_is_better=True, goal=goals[name] if fair else None,
         )
         for name, rate in rates.items()
@@ -240,25 +245,13 @@ class Files(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), self.labels[index]
 
 
-class Unmixed(Collate):
-    """Stack samples and normalise the batch."""
-
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Return images `(B, 3, H, W)` float32 and labels `(B,)`."""
-        images, labels = default_collate(samples)
-        return normalize(images, MEAN, STD), labels
-
-
 def loader_epochs(
     report: Report, contents: Sequence[bytes], labels: Tensor, options: argparse.Namespace, *, mixing: bool
 ) -> dict[str, Callable[[], object]]:
-    """Return a DataLoader's epochs: torchvision on PIL images, on tensors, and timm's own loader.
-
-    Samples stay uint8 until the batch is normalised as a whole, which is the fastest for each.
-    """
+    """Return a DataLoader's epochs: torchvision on PIL images, on tensors, and timm's own loader."""
     crop = functools.partial(v2.RandomResizedCrop, options.side, scale=SCALE, ratio=RATIO, antialias=True)
     operations = [crop(), v2.RandomHorizontalFlip(), v2.RandAugment()]
-    collate = (Collate if mixing else Unmixed)(normalized=False)
+    collate = Collate(normalized=True) if mixing else default_collate  # samples stay uint8
     kinds: dict[str, list[Any]] = {
         "torchvision v2 on PIL": [to_picture, *operations, v2.PILToTensor()],
         "torchvision v2 on tensors": [to_tensor, *operations],
@@ -277,19 +270,19 @@ def loader_epochs(
 def timm_epoch(
     contents: Sequence[bytes], labels: Tensor, options: argparse.Namespace, *, mixing: bool
 ) -> Callable[[], None]:
-    """Return an epoch of timm's loader with its RandAugment."""
+    """Return an epoch of timm's loader with its RandAugment; its batches are taken before it normalises them."""
     from timm.data import FastCollateMixup, create_loader
 
     mixup = FastCollateMixup(mixup_alpha=0.0, cutmix_alpha=CUTMIX_ALPHA, label_smoothing=0.0, num_classes=NUM_CLASSES)
-    loader: DataLoader[Any] = create_loader(
+    loader = create_loader(
         Files(contents, labels), (3, options.side, options.side), options.batch_size, is_training=True,
         color_jitter=0.0, auto_augment=TIMM_CONFIG, interpolation="bilinear", num_workers=NUM_WORKERS,
         device=options.device, persistent_workers=True, collate_fn=mixup if mixing else None,
     )  # fmt: skip
 
     def epoch() -> None:
-        for _ in loader:
-            pass
+        for images, _ in loader.loader:
+            images.to(options.device)
 
     return epoch
 

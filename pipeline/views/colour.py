@@ -22,12 +22,12 @@ def blend(degenerate: Tensor, images: Tensor, factors: Tensor) -> Tensor:
     Source: Pillow's `ImagingBlend`, in float32, multiplication and addition rounded separately, clipped, truncated.
     """
     start = degenerate.float()
-    return ((images - start).mul_(_per_sample(factors.float())) + start).clamp_(0, 255).to(torch.uint8)
+    return _truncated(((images - start).mul_(_per_sample(factors.float())) + start).clamp_(0, 255))
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with black. Source: `PIL.ImageEnhance.Brightness`."""
-    return images.float().mul_(_per_sample(factors.float())).clamp_(0, 255).to(torch.uint8)
+    return _truncated(images.float().mul_(_per_sample(factors.float())).clamp_(0, 255))
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
@@ -134,6 +134,11 @@ def histograms(images: Tensor) -> Tensor:
 def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
     """Replace each level by its entry in `tables`, `(B, 3, 256)` uint8: one table for each channel of each image."""
     return tables.gather(2, images.flatten(2).long()).reshape(images.shape)
+
+
+def _truncated(levels: Tensor) -> Tensor:
+    """Turn float32 in [0, 255] into uint8; on a CPU by way of int16, which PyTorch vectorises: four times as fast."""
+    return (levels.to(torch.int16) if levels.device.type == "cpu" else levels).to(torch.uint8)
 
 
 def _per_sample(values: Tensor) -> Tensor:
