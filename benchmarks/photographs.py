@@ -163,7 +163,7 @@ def recipe(*, mixing: bool, like_timm: bool = False) -> ViewRecipe:
     return ViewRecipe(count=1, **{name: value for name, value in fields.items() if name in known})
 
 
-def ours(views: Views, batch_size: int) -> Callable[[], None]:
+def epochs_of(views: Views, batch_size: int) -> Callable[[], None]:
     """Return what makes the next view at every call, drawing included."""
     numbers = itertools.count()
 
@@ -183,7 +183,7 @@ def whole_view(
     """Compare decoding, resized crop, flip, RandAugment and perhaps CutMix together: uint8 batches on the device."""
     labels, images = torch.arange(len(contents)) % NUM_CLASSES, host_images(contents, options, folder)
     contenders: dict[str, Callable[[], object]] = {
-        name: ours(Views(images, labels, recipe(mixing=mixing, like_timm=name != OURS)), options.batch_size)
+        name: epochs_of(Views(images, labels, recipe(mixing=mixing, like_timm=name != OURS)), options.batch_size)
         for name in (OURS, OURS_LIKE_TIMM)
     }
     contenders |= loader_epochs(report, contents, labels, options, mixing=mixing)
@@ -290,14 +290,14 @@ def timm_epoch(
 def decoding_alone(contents: Sequence[bytes], options: argparse.Namespace) -> Row:
     """Compare the decoder, Pillow with our checks, with torchvision's, on one core."""
     contenders: dict[str, Callable[[], object]] = {
-        "ours": lambda: [decode(content) for content in contents],
+        OURS: lambda: [decode(content) for content in contents],
         "torchvision.io": lambda: [to_tensor(content) for content in contents],
     }
     with one_thread(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         seconds = interleave(contenders, rounds=options.rounds, device=options.device)
-    rates = {name: len(contents) / values for name, values in seconds.items()}
+    ours, peer = (len(contents) / seconds[name] for name in contenders)
     what = f"JPEG of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]} decoded, one core"
-    return compare(what, *rates.values(), "torchvision.io", unit="images/s", higher_is_better=True)
+    return compare(what, ours, peer, "torchvision.io", unit="images/s", higher_is_better=True)
 
 
 if __name__ == "__main__":
