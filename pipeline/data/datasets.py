@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.recipes import DatasetRecipe
+from pipeline.config.recipes import SQUEEZE, DatasetRecipe
 from pipeline.data.arrays import Images, chunks, select
 from pipeline.data.encoded import FIXED_POINT, EncodedImages
 from pipeline.data.file import Channels, Content, damaged_array, encoding, read_content, write_content
@@ -70,6 +70,7 @@ class Dataset:
             `source` nor on paths nor on how the data set is stored. Of encoded images, files stand for shapes and
             pixels: it does not depend on the size and the rule under which these are shown.
         recorded: Mean and standard deviation as they were recorded with encoded images, else None.
+        resize: How its images became squares, and those must that are asked about later; see DatasetRecipe.
     """
 
     source: str
@@ -79,6 +80,7 @@ class Dataset:
     test: Split
     sha256: str
     recorded: tuple[Channels, Channels] | None = None
+    resize: str = SQUEEZE
 
     @property
     def num_classes(self) -> int:
@@ -89,6 +91,13 @@ class Dataset:
     def image_size(self) -> int:
         """The side of the square images, pixels."""
         return int(self.train.images.shape[1])
+
+    @property
+    def rendition(self) -> dict[str, Any] | None:
+        """What makes the files of an encoded store pixels, as JSON values; None where pixels are stored."""
+        if getattr(self.train.images, "sizes", None) is None:
+            return None
+        return {"image_size": self.image_size, "resize": self.resize}
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError
 from pipeline.labels.cache import LabelCache
-from pipeline.labels.replay import check_canaries
+from pipeline.labels.replay import check_canaries, other_pixels
 from pipeline.report.figures import Cell, DotRow, dots, sheet
 from pipeline.report.tables import Figure, Table, number
 from pipeline.views import operations
@@ -86,9 +86,9 @@ def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Tabl
     for name in names:
         cache = open_labels(runs.paths, runs.recipe, dataset, name)
         labelled = Labelled(name, dataset, cache, make_views(context, dataset, name))
-        if check_canaries(cache, labelled.views) is not None:
-            path = runs.paths.labels(name)
-            raise DataError(f"{path}: its views are no longer what was labelled; run `pipeline label --fresh`")
+        view = check_canaries(cache, labelled.views)
+        if view is not None:
+            raise DataError(f"{runs.paths.labels(name)}: {other_pixels(cache, view)}; run `pipeline label --fresh`")
         shown += [*by_operation(labelled), sample_views(labelled)]
     return shown
 

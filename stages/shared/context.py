@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -167,7 +167,8 @@ class Context:
         stat = self.paths.dataset.stat()
         version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._loaded is None or self._loaded[0] != version:
-            self._loaded = (version, Dataset.load(self.paths.dataset, resident_limit()))
+            dataset = Dataset.load(self.paths.dataset, resident_limit())
+            self._loaded = (version, replace(dataset, resize=self.recipe.dataset.resize))
         return self._loaded[1]
 
     def changed(self, stage: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.config.recipes import StudentRecipe
 from pipeline.data.datasets import Dataset, Split
+from pipeline.data.decoding import EXIF_RULE, decoders
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, NumericalError
 from pipeline.labels.cache import LabelCache
@@ -247,7 +248,8 @@ def carry_out(
                 table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
                 if log is not None:  # first, so that a kill in between leaves it to the run that goes on
                     log.finished(metrics, fit.progress.seconds, run.out)
-                _write(run, result, last, metrics, table, where)
+                decoded = {} if dataset.rendition is None else {"exif": EXIF_RULE, "decoders": decoders()}
+                _write(run, result, last, metrics, table, where, decoded)
                 if run.result is not None:
                     kept.keep(context, run.result)
                 state.delete()
@@ -354,9 +356,10 @@ def _write(
     metrics: Mapping[str, Any],
     predictions: bytes,
     where: Mapping[str, Any],
+    decoded: Mapping[str, Any],
 ) -> None:
     """Write the outputs in place of former ones, together, their manifest last."""
-    meta = {**run.decided_by, "fingerprint": run.fingerprint}
+    meta = {**run.decided_by, "fingerprint": run.fingerprint, **decoded}
     meta |= {key: metrics[key] for key in DESCRIBED}
     of_best = {"epoch": result.best_epoch, "scores": metrics["best"], "metrics": without_test(metrics)}
     written = {"best": checkpoint_files("best", result.best, {**meta, **of_best})}

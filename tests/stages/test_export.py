@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from ruamel.yaml import YAML
 
 import pipeline
@@ -28,7 +28,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, StorageError, UsageError
 from pipeline.inference import exporting
-from pipeline.inference.card import FILES
+from pipeline.inference.card import FILES, model_card
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.losses import probabilities
 from pipeline.models import TEACHERS
@@ -295,6 +295,33 @@ def test_a_transform_prepares_images_as_prepare_does(exported: Project, tmp_path
     file.write_bytes(b"no image")
     with pytest.raises(DataError, match="image.png"):
         transform(file)
+
+
+def test_a_model_of_cropped_images_crops_them_and_its_card_says_so_in_code_and_words(
+    exported: Project, tmp_path: Path
+) -> None:
+    project, file = Project(tmp_path / "project"), tmp_path / "image.jpg"
+    shutil.copytree(exported.path, project.path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colours = np.random.default_rng(0).integers(0, 256, (50, 81, 3), np.uint8)
+    Image.fromarray(colours).save(file, exif=exif)
+    told = config(project)
+    assert (told["resize"], told["exif"], told["decoders"]) == ("squeeze", "upright", None)
+    rewrite(project, resize="crop", decoders={"pillow": "13.0.0", "libjpeg": "turbo-3.2.0"})
+    classifier = load(project)
+    expected = read_image(file, 32, resize="crop")
+    assert classifier.transform(file).permute(1, 2, 0).equal(torch.from_numpy(expected))
+    card = model_card(config(project))
+    names = {"Image": Image, "ImageOps": ImageOps}
+    start, end = card.index("image = ImageOps"), card.index("batch = np")
+    with contextlib.chdir(tmp_path):
+        exec(card[start:end].replace("image.png", "image.jpg"), names)
+    assert np.array_equal(np.asarray(names["image"]), expected)
+    assert "shorter side has 36 pixels" in card and "pillow 13.0.0, libjpeg turbo-3.2.0" in card
+    rewrite(project, resize="stretch")
+    with pytest.raises(DataError, match="resize missing or impossible"):
+        load(project)
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 32, 32), torch.zeros(0, 3, 32, 32), torch.zeros(1, 3, 32, 31)])
