@@ -200,10 +200,11 @@ def _read(description: dict[str, Any], folder: Path, max_bytes: int | None) -> C
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise ValueError(f"{split}-labels.npy: labels outside 0 to {len(class_names) - 1}")
         images = stored[split]
+        paths: NDArray[np.bytes_] | None = None
         if isinstance(images, EncodedImages):
             paths = images.index.names
-        else:
-            paths = parts["paths"].load() if "paths" in parts else None
+        elif "paths" in parts:
+            paths = parts["paths"].load()
         splits[split] = images, labels, paths
     return Content(source, tuple(class_names), splits, description["sha256"], statistics)
 

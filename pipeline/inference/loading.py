@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config.recipes import PRECISIONS, RESIZES, SQUEEZE, StudentRecipe
-from pipeline.data.datasets import Channels
+from pipeline.data.file import Channels
 from pipeline.errors import DataError, UsageError
 from pipeline.inference.card import CONFIG, FILES, SCHEMA
 from pipeline.inference.classifier import Classifier, PixelsToOutputs

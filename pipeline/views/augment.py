@@ -47,7 +47,7 @@ class Augmentation:
         return {name: number for name, number in self.fields.items() if getattr(recipe, name)}
 
     def draw(
-        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int64] | None
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
     ) -> Draws:
         """Draw for all samples of a view; see `draw` below."""
         return {name: uniforms(name, number) for name, number in self.num_draws(recipe).items()}
@@ -120,7 +120,7 @@ class ResizedCrop(Augmentation):
     fields: ClassVar = {"resized_crop": 2}
 
     def draw(
-        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int64] | None
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
     ) -> Draws:
         """See Augmentation."""
         if not recipe.resized_crop:
@@ -355,7 +355,7 @@ class Erasing(Changing):
     fields: ClassVar = {"erasing": 1}
 
     def draw(
-        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int64] | None
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
     ) -> Draws:
         """See Augmentation."""
         return {"erasing": boxes.erased_boxes(uniforms, recipe.erasing, height, width)} if recipe.erasing else {}
@@ -387,7 +387,7 @@ AUGMENTATIONS: tuple[Augmentation, ...] = (
 
 
 def draw(
-    uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int64] | None
+    uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
 ) -> dict[str, NDArray[Any]]:
     """Draw a recipe's augmentations for all samples of a view; what is off draws nothing.
 

@@ -24,7 +24,7 @@ from stages.shared.paths import Paths
 from stages.shared.places import Place
 
 if TYPE_CHECKING:
-    from pipeline.data.datasets import Channels, Dataset
+    from pipeline.data.file import Channels, Dataset
 
     Normalization = tuple[Channels, Channels]
 
