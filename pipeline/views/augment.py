@@ -126,9 +126,9 @@ class ResizedCrop(Augmentation):
         if not recipe.resized_crop:
             return {}
         assert sizes is not None, "resized_crop of images whose sizes are not known"
-        sizes = sizes.astype(np.int64)
-        drawn = boxes.crop_boxes(uniforms, sizes, recipe.resized_crop)
-        share = (drawn[:, 2:] - drawn[:, :2]).prod(axis=1) / sizes.prod(axis=1)
+        whole = sizes.astype(np.int64)
+        drawn = boxes.crop_boxes(uniforms, whole, recipe.resized_crop)
+        share = (drawn[:, 2:] - drawn[:, :2]).prod(axis=1) / whole.prod(axis=1)
         return {"resized_crop": drawn, "resized_crop_share": share}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:

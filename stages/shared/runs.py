@@ -24,7 +24,8 @@ from stages.shared.paths import Paths
 from stages.shared.places import Place
 
 if TYPE_CHECKING:
-    from pipeline.data.file import Channels, Dataset
+    from pipeline.data.datasets import Dataset
+    from pipeline.data.file import Channels
 
     Normalization = tuple[Channels, Channels]
 
