@@ -36,6 +36,9 @@ def test_every_recipe_of_the_project_loads() -> None:
         "mnist-small",
         "folder",
         "folder-small",
+        "photos",
+        "photos-small",
+        "imagenet",
         "smoke",
     ]
     assert PARAMS.select(None).name == "digits"
@@ -91,7 +94,7 @@ def test_own_values_go_over_shared_ones() -> None:
         ("recipes.smoke.views.default.operations.count", 3, ["operations.count", "one level up"]),
         ("recipes.smoke.views.default.count", None, ["views.default.count", "None"]),
         ("recipes.smoke.dataset", None, ["recipes.smoke.dataset", "not a mapping"]),
-        ("recipe", "imagenet", ["imagenet", "digits"]),
+        ("recipe", "imagenet21k", ["imagenet", "digits"]),
         ("teachers", ["resnet51"], ["teachers", "resnet51", "in no recipe", "resnet50"]),
         ("view_recipes", ["mixpu"], ["view_recipes", "mixpu", "in no recipe", "mixup"]),
         ("students", {"tint": "default"}, ["students", "tint", "in no recipe", "titn"]),
