@@ -187,10 +187,11 @@ def prepare(
     with contextlib.ExitStack() as held:
         if settings.store == ENCODED and listing is not None:
             held.enter_context(lock(_lock(out)))
-            rules = {"image_size": settings.image_size, "resize": settings.resize, "max_side": settings.max_side}
             if (shown := _shown_anew(recipe, out, listing, memory, skip_bad=skip_bad)) is not None:
                 return shown
-            collector = held.enter_context(Collector(part, **rules))
+            size, resize = settings.image_size, settings.resize
+            collector = Collector(part, image_size=size, resize=resize, max_side=settings.max_side)
+            held.enter_context(collector)
         digest, seen = (None, {}) if listing is None or collector is not None else _digest(listing, memory)
         dataset, findings = read_source(
             recipe,
