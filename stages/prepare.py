@@ -189,9 +189,9 @@ def prepare(
             held.enter_context(lock(_lock(out)))
             if (shown := _shown_anew(recipe, out, listing, memory, skip_bad=skip_bad)) is not None:
                 return shown
-            collector = held.enter_context(
-                Collector(part, image_size=settings.image_size, resize=settings.resize, max_side=settings.max_side)
-            )
+            size, resize = settings.image_size, settings.resize
+            collector = Collector(part, image_size=size, resize=resize, max_side=settings.max_side)
+            held.enter_context(collector)
         digest, seen = (None, {}) if listing is None or collector is not None else _digest(listing, memory)
         dataset, findings = read_source(
             recipe,

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pipeline.config.recipes import SQUEEZE, DatasetRecipe
 from pipeline.data.arrays import Images, chunks, select
 from pipeline.data.encoded import FIXED_POINT, EncodedImages
-from pipeline.data.file import Channels, Content, damaged_array, encoding, read_content, write_content
+from pipeline.data.file import Channels as Channels
+from pipeline.data.file import Content, damaged_array, encoding, read_content, write_content
 from pipeline.errors import DataError
 
 # In the SHA-256 of pixels and in that of files, however they are stored.
