@@ -328,6 +328,9 @@ class Views:
         num_pixels = shape[1] * shape[2]
         chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
         size = max(1, chunk * CHUNK_PIXELS // max(num_pixels, CHUNK_PIXELS))
+        if device.type == "cpu" and len(raw.rows) > size:  # as much for each thread
+            num_rounds = -(-len(raw.rows) // (size * torch.get_num_threads()))
+            size = -(-len(raw.rows) // (num_rounds * torch.get_num_threads()))
         parts = [
             functools.partial(self._plan, opened, raw, slice(start, start + size), made)
             for start in range(0, len(raw.rows), size)
