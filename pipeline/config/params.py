@@ -81,11 +81,13 @@ class Params:
         return self.recipes[name]
 
     def candidates(self, recipe: Recipe) -> tuple[str, ...]:
-        """Return the candidate teachers of a recipe: those of `teachers` that it has.
+        """Return the candidate teachers of a recipe: those of `teachers` that the one at the top has, all of any other.
 
         Raises:
-            UsageError: It has none of them.
+            UsageError: The recipe at the top has none of them.
         """
+        if recipe.name != self.recipe:
+            return tuple(recipe.teachers)
         return _those_in(self.teachers, recipe.teachers, "teachers", f"recipes.{recipe.name}.teachers")
 
     def labelled(self, recipe: Recipe) -> tuple[str, ...]:

@@ -200,15 +200,8 @@ def _read(description: dict[str, Any], folder: Path, max_bytes: int | None) -> C
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise ValueError(f"{split}-labels.npy: labels outside 0 to {len(class_names) - 1}")
         images = stored[split]
-<<<<<<< HEAD
-        paths: NDArray[np.bytes_] | None = None
-        if isinstance(images, EncodedImages):
-            paths = images.index.names
-        elif "paths" in parts:
-=======
         paths: NDArray[np.bytes_] | None = images.index.names if isinstance(images, EncodedImages) else None
         if "paths" in parts and paths is None:
->>>>>>> l-store
             paths = parts["paths"].load()
         splits[split] = images, labels, paths
     return Content(source, tuple(class_names), splits, description["sha256"], statistics)

@@ -144,6 +144,8 @@ def test_names_at_the_top_that_the_recipe_lacks_are_no_error() -> None:
     params = listing(recipe="folder-small")  # it has two teachers and no view recipe mixup
     small = params.select(None)
     assert params.candidates(small) == ("densenet121", "mobilenet_v3_large")
+    assert listing().candidates(small) == ("densenet121", "mobilenet_v3_large")
+    assert "resnet18" in listing().candidates(params.recipes["photos-small"]), "it is in no list"
     assert listing(view_recipes=["mixup", "default"]).labelled(small) == ("default",)
     with pytest.raises(UsageError, match="view_recipes: none of mixup is in recipes.folder-small.views; .* default"):
         listing(view_recipes=["mixup"]).labelled(small)
