@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -41,11 +42,13 @@ DECODERS = ("pillow", "libjpeg", "libwebp")
 SHARE_OF_SHORTER_SIDE = 0.875  # what `crop` keeps of it, as 224 of 256 pixels
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # JPEG's; resizing goes through an image of `image_size` times the height
-MAX_SCANNED = 32 * MAX_PIXELS  # pixels times scans of a JPEG; encoders write ten, each a pass over the whole image
+MAX_SCANS = 1000  # of a JPEG: encoders write ten, each a pass over the whole image
+MAX_SCANNED = 32 * MAX_PIXELS  # pixels times scans
 MAX_SEGMENTS = 512  # of a JPEG's header, 64 KiB each; Pillow copies what it has at every one, and keeps them all
 MAX_JPEG_BYTES = 2**29  # more than MAX_PIXELS take
-JPEG, SCAN = b"\xff\xd8", b"\xff\xda"  # what a JPEG begins with, and each of its scans
-BARE_MARKERS = (b"\x00", b"\x01", *(bytes([code]) for code in range(0xD0, 0xDA)))  # without a length behind them
+JPEG, SCAN, END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # what a JPEG begins with, each of its scans, and it, with
+MARKER = re.compile(b"\xff[\x01-\xcf\xd8-\xfe]")  # within a scan's data, FF comes before 0 and restarts alone
+BARE_MARKERS = (JPEG, END, b"\xff\x01")  # without a length behind them
 MAX_LEVEL = 65_535  # of 16 bits
 BYTES_PER_PIXEL = 20  # the most that decoding, turning and compositing take at once, measured for all modes and formats
 SHARE_OF_RAM = 4  # threads decode at once what takes a quarter of the memory
@@ -88,15 +91,16 @@ def _decode(source: Path | bytes, notes: list[str] | None, held: contextlib.Exit
     try:
         if isinstance(source, Path) and not source.is_file():
             raise DataError("not a regular file")  # opening a named pipe would wait for its writer
-        with _open(source) as file, _image(file) as image:
+        with _open(source) as file:
+            content = file.getvalue() if isinstance(file, io.BytesIO) else b""
+            start = _first_scan(content) if content.startswith(JPEG) else None
+            image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if max(image.size) > MAX_SIDE:
                 raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
-            if isinstance(file, io.BytesIO) and image.format in ("JPEG", "MPO"):
-                num_scans = file.getvalue().count(SCAN)
-                if num_scans * image.width * image.height > MAX_SCANNED:
-                    raise DataError(f"{num_scans} scans of {image.width} x {image.height} pixels, which take minutes")
+            if start is not None and not _has_one_scan(content, start, image):
+                _check_scans(content, *image.size)
             held.enter_context(_budget().take(image.width * image.height * BYTES_PER_PIXEL))
             return in_rgb(upright(image), notes)
     except UnidentifiedImageError:
@@ -138,26 +142,43 @@ def _open(source: Path | bytes) -> io.BytesIO | _BoundedFile:
         return io.BytesIO(file.read(MAX_JPEG_BYTES))
 
 
-def _image(file: io.BytesIO | _BoundedFile) -> Image.Image:
-    """Read an image's header."""
-    if isinstance(file, io.BytesIO) and (content := file.getvalue()).startswith(JPEG):
-        _check_header(content)
-    return Image.open(file, formats=FORMATS)
-
-
-def _check_header(content: bytes) -> None:
-    """Refuse a JPEG with too many segments before its first scan."""
-    at = num_segments = 0
-    while (at := content.find(b"\xff", at)) >= 0 and (marker := content[at + 1 : at + 2]) != SCAN[1:]:
-        if marker == b"\xff" or not marker:
-            at += 1
-        elif marker in BARE_MARKERS:
-            at += 2
-        else:
-            at += 2 + int.from_bytes(content[at + 2 : at + 4])
-            num_segments += 1
-        if num_segments > MAX_SEGMENTS:
+def _first_scan(content: bytes) -> int:
+    """Return where the first scan of a JPEG begins, behind its marker; refuse one with too many segments before it."""
+    for count, (marker, end) in enumerate(_markers(content)):
+        if marker == SCAN:
+            return end
+        if count > MAX_SEGMENTS:
             raise DataError(f"more than {MAX_SEGMENTS} segments in its header")
+    return len(content)
+
+
+def _has_one_scan(content: bytes, start: int, image: Image.Image) -> bool:
+    """Whether a JPEG's first scan has all of its components, and libjpeg takes no other."""
+    return "progressive" not in image.info and content[start + 2 : start + 3] == bytes([len(image.getbands())])
+
+
+def _check_scans(content: bytes, width: int, height: int) -> None:
+    """Refuse a JPEG of so many scans that decoding takes minutes: in a progressive one, ten bytes can make one."""
+    limit = min(MAX_SCANS, MAX_SCANNED // (width * height))
+    if content.count(SCAN) <= limit:  # those that another picture or a film behind this one seems to have included
+        return
+    num_scans = 0
+    for marker, _ in _markers(content):
+        if marker == END:
+            return
+        num_scans += marker == SCAN
+        if num_scans > limit:
+            raise DataError(f"more than {limit} scans of {width} x {height} pixels")
+
+
+def _markers(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yield a JPEG's markers in their order, none from within their segments, and where each ends."""
+    at = 0
+    while (found := MARKER.search(content, at)) is not None:
+        marker, at = found[0], found.end()
+        yield marker, at
+        if marker not in BARE_MARKERS:
+            at += int.from_bytes(content[at : at + 2])
 
 
 @functools.cache
@@ -264,12 +285,16 @@ def cut(image: Image.Image, image_size: int, box: Sequence[int]) -> NDArray[np.u
         box: Left, top, right and bottom, pixels, the last two exclusive; within the image and not empty.
 
     Returns:
-        `(S, S, 3)` uint8 RGB.
+        `(S, S, 3)` uint8 RGB, in memory channel by channel, as models take it.
 
     Source: bit for bit torchvision's `resized_crop` on PIL images, as in `RandomResizedCrop`.
     """
     left, top, right, bottom = box
-    return np.array(_resized(image.crop((left, top, right, bottom)), image_size, image_size))
+    pixels = np.empty((3, image_size, image_size), np.uint8)
+    bands = _resized(image.crop((left, top, right, bottom)), image_size, image_size).split()
+    for channel, band in zip(pixels, bands, strict=True):
+        channel[...] = np.asarray(band)
+    return pixels.transpose(1, 2, 0)
 
 
 def decoders() -> dict[str, str]:

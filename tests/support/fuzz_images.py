@@ -152,7 +152,7 @@ def claiming(data: bytes, width: int, height: int) -> bytes:
 
 
 def jpegs() -> dict[str, bytes]:
-    """JPEGs that claim or repeat so much that decoding them would take minutes or gigabytes."""
+    """JPEGs that are cut, or claim or repeat so much that decoding them would take minutes or gigabytes."""
     plain, waves = jpeg(8, 8), jpeg(1500, 1500, progressive=True)
     scan, end = waves[waves.rindex(b"\xff\xda") : -2], waves[-2:]
     segment = b"\xff\xe1" + struct.pack(">H", 1000) + b"Exif\0\0" + bytes(992)
@@ -161,9 +161,17 @@ def jpegs() -> dict[str, bytes]:
         "jpeg-scans": waves[:-2] + 1000 * scan + end, "jpeg-cmyk": claiming(jpeg(64, 64, "CMYK"), 8001, 8000),
         "jpeg-segments": plain[:2] + 600 * segment + plain[2:],
         "jpeg-comments": plain[:2] + 100_000 * b"\xff\xfe\0\2" + plain[2:],
-        "jpeg-large": claiming(small, 65_535, 65_535), "jpeg-empty": claiming(small, 8000, 8000),
-        "jpeg-waves": claiming(waved, 8000, 8000), "jpeg-thin": claiming(waved, 900, 65_535),
-        "jpeg-none": claiming(small, 0, 64), "jpeg-cut": small[: len(small) * 3 // 4], "jpeg-waves-cut": waved[:-2],
+        "jpeg-large": claiming(small, 65_535, 65_535), "jpeg-none": claiming(small, 0, 64),
+        "jpeg-cut": small[: len(small) * 3 // 4], "jpeg-waves-cut": waved[:-2],
+    }  # fmt: skip
+
+
+def unfinished() -> dict[str, bytes]:
+    """JPEGs with fewer scans than they claim and a proper end, of which libjpeg leaves the rest grey."""
+    plain, waves = jpeg(64, 64), jpeg(64, 64, progressive=True)
+    return {
+        "large.jpg": claiming(plain, 3000, 2000), "large-waves.jpg": claiming(waves, 2000, 2000),
+        "thin.jpg": claiming(waves, 100, 65_535), "flat.jpg": claiming(plain, 65_535, 100),
     }  # fmt: skip
 
 
@@ -274,7 +282,9 @@ def cases(count: int, rng: random.Random) -> Iterator[Case]:
     wholes, hidden = originals(), disguises()
     yield from (Case(*original, is_whole=True) for original in wholes)
     yield from (Case(f"{kind}.{suffix}", data, None) for kind, data in hidden.items() for suffix in ("png", "jpg"))
-    for _ in range(count - len(wholes) - 2 * len(hidden)):
+    rest = unfinished()
+    yield from (Case(f"unfinished-{name}", data, wholes[0].pixels) for name, data in rest.items())
+    for _ in range(count - len(wholes) - 2 * len(hidden) - len(rest)):
         whole = rng.choice(wholes)
         yield Case(f"damaged-{whole.name}", damaged(whole, wholes, rng), whole.pixels)
 
