@@ -326,7 +326,7 @@ def _make(
 ) -> Dataset:
     """Make a data set with the SHA-256 of its content."""
     sha256 = _content_sha256(class_names, _splits(train, val, test))
-    return Dataset(source, class_names, train, val, test, sha256, recorded)
+    return Dataset(source, class_names, train, val, test, sha256, recorded=recorded)
 
 
 def _splits(train: Split, val: Split | None, test: Split) -> dict[str, Split]:

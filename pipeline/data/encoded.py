@@ -97,7 +97,7 @@ class EncodedImages:
                 what of each becomes the square. None gives the evaluation pixels, under the resize rule.
 
         Returns:
-            `(n, S, S, 3)` uint8.
+            `(n, S, S, 3)` uint8; what is cut lies in memory channel by channel, as models take it.
 
         Raises:
             DataError: A file is damaged; the message names it.
@@ -105,6 +105,8 @@ class EncodedImages:
         """
         check_rows(rows, len(self))
         images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        if boxes is not None:
+            images = np.empty((len(rows), 3, *self.shape[1:3]), np.uint8).transpose(0, 2, 3, 1)
 
         def make(place: int) -> None:
             row = int(rows[place])

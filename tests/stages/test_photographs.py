@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 
+from pipeline.config.params import load_params
 from pipeline.data.datasets import Dataset
 from pipeline.data.encoded import EncodedImages
+from pipeline.data.streaming import HostImages
 from pipeline.labels.cache import LabelCache
+from pipeline.system.stopping import StopSignal
+from stages.shared.context import Context
+from stages.shared.fitting import make_views
 from tests.support.in_process import invoke
 from tests.support.project import Project
 from tests.support.untrained import untrained
@@ -66,3 +74,17 @@ def test_a_damaged_file_ends_a_command_by_name(project: Project) -> None:
     said = invoke(project, "evaluate", "data/smoke/teacher", *CPU, code=3)
     assert f"files.bin: {dataset.test.names[0]}: damaged" in said
     assert "run `pipeline prepare --recipe smoke` again" in said
+
+
+def test_images_of_which_each_view_is_another_part_stay_on_the_host(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.path)
+    params, out = load_params(Path("params.yaml")), io.StringIO()
+    context = Context(params, params.select("smoke"), Console(file=out, width=200), StopSignal(), "cpu")
+    assert isinstance(make_views(context, context.dataset(), "default").images, torch.Tensor) and not out.getvalue()
+    spans = {"scale": [0.5, 1.0], "ratio": [0.75, 1.333]}
+    object.__setattr__(context.recipe.views["default"], "resized_crop", spans)
+    assert isinstance(make_views(context, context.dataset(), "default").images, HostImages)
+    line = f"the files of {len(context.dataset().train)} training images are decoded from data/smoke/prepared for every"
+    assert line in out.getvalue()
