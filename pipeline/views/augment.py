@@ -47,7 +47,7 @@ class Augmentation:
         return {name: number for name, number in self.fields.items() if getattr(recipe, name)}
 
     def draw(
-        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
     ) -> Draws:
         """Draw for all samples of a view; see `draw` below."""
         return {name: uniforms(name, number) for name, number in self.num_draws(recipe).items()}
@@ -120,15 +120,15 @@ class ResizedCrop(Augmentation):
     fields: ClassVar = {"resized_crop": 2}
 
     def draw(
-        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
     ) -> Draws:
         """See Augmentation."""
         if not recipe.resized_crop:
             return {}
         assert sizes is not None, "resized_crop of images whose sizes are not known"
-        whole = sizes.astype(np.int64)
-        drawn = boxes.crop_boxes(uniforms, whole, recipe.resized_crop)
-        share = (drawn[:, 2:] - drawn[:, :2]).prod(axis=1) / whole.prod(axis=1)
+        wide = sizes.astype(np.int64)  # an area may exceed 32 bits
+        drawn = boxes.crop_boxes(uniforms, wide, recipe.resized_crop)
+        share = (drawn[:, 2:] - drawn[:, :2]).prod(axis=1) / wide.prod(axis=1)
         return {"resized_crop": drawn, "resized_crop_share": share}
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
@@ -355,7 +355,7 @@ class Erasing(Changing):
     fields: ClassVar = {"erasing": 1}
 
     def draw(
-        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
     ) -> Draws:
         """See Augmentation."""
         return {"erasing": boxes.erased_boxes(uniforms, recipe.erasing, height, width)} if recipe.erasing else {}
@@ -387,7 +387,7 @@ AUGMENTATIONS: tuple[Augmentation, ...] = (
 
 
 def draw(
-    uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.integer[Any]] | None
+    uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
 ) -> dict[str, NDArray[Any]]:
     """Draw a recipe's augmentations for all samples of a view; what is off draws nothing.
 
