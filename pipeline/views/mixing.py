@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.config.recipes import ViewRecipe
 from pipeline.views import draws
 from pipeline.views.boxes import inside
+from pipeline.views.colour import to_bytes
 from pipeline.views.parcel import one_by_one
 
 Draws = Mapping[str, NDArray[np.float64]]
@@ -162,7 +163,7 @@ def mixup(images: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
     # All products and sums have at most 24 bits, so that float32 holds them exactly.
     for part in range(0, len(images), size):
         first, second = images[part : part + size].float(), partners[part : part + size].float()
-        mixed[part : part + size] = torch.lerp(second, first, weight[part : part + size]).add_(0.5)
+        mixed[part : part + size] = to_bytes(torch.lerp(second, first, weight[part : part + size]).add_(0.5))
     return mixed
 
 

@@ -47,6 +47,9 @@ def test_large_images_are_worked_on_one_by_one_with_the_same_result(name: str, m
     images = sample_images(61, 70)
     factors = [torch.from_numpy(random_factors(len(images))[: len(images)])] if name in ENHANCEMENTS else []
     assert one_by_one(images)
+    assert torch.equal(
+        imageops.solarize(images, torch.arange(24) * 10.5), on_pil(F.solarize, images, np.arange(24) * 10.5)
+    )
     large = getattr(imageops, name)(images, *factors)
     monkeypatch.setattr("pipeline.views.parcel.LARGE_PIXELS", 2**30)
     assert torch.equal(large, getattr(imageops, name)(images, *factors))
