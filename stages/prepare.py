@@ -114,10 +114,17 @@ def take_dataset(context: Context, dataset: Dataset) -> None:
         dataset: The data set.
 
     Raises:
+        UsageError: It has pixels, and the recipe asks for files.
         StorageError: It cannot be written.
     """
+    from pipeline.data.encoded import EncodedImages
     from pipeline.data.folders import Findings
 
+    if context.recipe.dataset.store == ENCODED and not isinstance(dataset.train.images, EncodedImages):
+        raise UsageError(
+            f"recipes.{context.recipe.name}.dataset.store: {ENCODED} keeps image files, and these are arrays; give a "
+            "folder, or take another recipe"
+        )
     paths, former = context.paths, _read_summary(context.paths.prepared)
     settings = deciding_values(context.recipe.dataset)
     if paths.is_prepared and former is not None and former.get("settings") == settings:

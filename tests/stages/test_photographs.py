@@ -17,8 +17,10 @@ from pipeline.config.params import load_params
 from pipeline.data.datasets import Dataset
 from pipeline.data.encoded import EncodedImages
 from pipeline.data.streaming import HostImages
+from pipeline.errors import UsageError
 from pipeline.labels.cache import LabelCache
 from pipeline.system.stopping import StopSignal
+from stages.prepare import take_dataset
 from stages.shared.context import Context
 from stages.shared.fitting import make_views
 from tests.support.in_process import invoke
@@ -88,3 +90,15 @@ def test_images_of_which_each_view_is_another_part_stay_on_the_host(
     assert isinstance(make_views(context, context.dataset(), "default").images, HostImages)
     line = f"the files of {len(context.dataset().train)} training images are decoded from data/smoke/prepared for every"
     assert line in out.getvalue()
+
+
+def test_arrays_are_no_files(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.path)
+    params = load_params(Path("params.yaml"))
+    context = Context(params, params.select("smoke"), Console(quiet=True), StopSignal(), "cpu")
+    arrays = Dataset.from_arrays(np.zeros((10, 32, 32, 3), np.uint8), np.arange(10) % 2, ["a", "b"])
+    with pytest.raises(
+        UsageError, match=r"recipes.smoke.dataset.store: encoded keeps image files, and these are arrays"
+    ):
+        take_dataset(context, arrays)
+    take_dataset(context, context.dataset())

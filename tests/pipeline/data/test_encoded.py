@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,10 +29,12 @@ from pipeline.data.encoded import QUALITY, EncodedImages
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.canonical import seal
+from pipeline.system.neighbours import usable_cores
 from pipeline.system.storage import to_json
 from pipeline.views.views import Views
 from stages.prepare import prepare
 from tests.stages.test_prepare import make_recipe
+from tests.support.commands import CONTEXT
 
 SIDE = 8
 TURNED = Image.Exif()
@@ -437,6 +440,32 @@ def test_a_killed_run_goes_on_where_it_was_to_the_same_files(
     part = interrupted(photos, tmp_path / "prepared", 20, monkeypatch)
     damage(part)
     assert resumed(photos, tmp_path / "prepared", monkeypatch) == again
+    assert contents(tmp_path / "prepared") == contents(stored)
+
+
+class Killing(Counting):
+    """Kills its process at a number."""
+
+    def __call__(self, content: bytes, notes: list[str] | None = None) -> AbstractContextManager[Image.Image]:
+        if len(self.names) == 25:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(content, notes)
+
+
+def make_and_die(photos: Path, out: Path) -> None:
+    collecting.opened = Killing()  # type: ignore[assignment]
+    make(photos, out)
+
+
+def test_a_process_that_is_killed_is_gone_on_with(
+    photos: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = CONTEXT.Process(target=make_and_die, args=(photos, tmp_path / "prepared"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "prepared").exists()
+    ahead = 4 * usable_cores()  # decoded, and not appended yet
+    assert 42 - 25 <= resumed(photos, tmp_path / "prepared", monkeypatch) <= 42 - 25 + ahead
     assert contents(tmp_path / "prepared") == contents(stored)
 
 
