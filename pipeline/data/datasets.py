@@ -150,7 +150,7 @@ class Dataset:
         for name, split in splits.items():
             assert isinstance(split.images, EncodedImages), "pixels have one size"
             splits[name] = replace(split, images=split.images.shown(image_size, resize))
-        return replace(self, train=splits["train"], val=splits.get("val"), test=splits["test"])
+        return replace(self, train=splits["train"], val=splits.get("val"), test=splits["test"], resize=resize)
 
     def save(self, path: Path) -> None:
         """Write the data set as `path`, a dataset.json, and what belongs beside it; equal data sets give equal bytes.
@@ -326,7 +326,8 @@ def _make(
 ) -> Dataset:
     """Make a data set with the SHA-256 of its content."""
     sha256 = _content_sha256(class_names, _splits(train, val, test))
-    return Dataset(source, class_names, train, val, test, sha256, recorded=recorded)
+    resize = train.images.resize if isinstance(train.images, EncodedImages) else SQUEEZE
+    return Dataset(source, class_names, train, val, test, sha256, recorded, resize)
 
 
 def _splits(train: Split, val: Split | None, test: Split) -> dict[str, Split]:
