@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import hashlib
-import importlib
-import importlib.util
 import io
 import itertools
 import tempfile
@@ -34,7 +31,9 @@ from benchmarks.synthetic import NUM_CLASSES
 from benchmarks.view_peers import CUTMIX_ALPHA, NUM_WORKERS, Collate, LoaderEpoch, Samples
 from benchmarks.views import one_thread
 from pipeline.config.recipes import ViewRecipe
-from pipeline.data.decoding import cut, decode, decoders
+from pipeline.data.arrays import StoredFile
+from pipeline.data.decoding import decode, decoders
+from pipeline.data.encoded import EncodedImages, Index
 from pipeline.data.streaming import HostImages
 from pipeline.inference.speed import interleave
 from pipeline.system.runtime import keep_freed_memory
@@ -89,46 +88,6 @@ def photograph(seed: int) -> bytes:
     return content.getvalue()
 
 
-class Photographs(HostImages):
-    """JPEG files in RAM, decoded by as many threads as PyTorch has.
-
-    Args:
-        contents: N files.
-        side: Of the views, pixels.
-        device: Where batches go.
-    """
-
-    def __init__(self, contents: Sequence[bytes], side: int, device: torch.device) -> None:
-        self.contents, self.side, self.device = contents, side, device
-        self._pool = ThreadPoolExecutor(torch.get_num_threads())
-        self._boxes = [random_box() for _ in contents]
-
-    def __len__(self) -> int:
-        return len(self.contents)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`(N, 3, S, S)`."""
-        return len(self), 3, self.side, self.side
-
-    @property
-    def sizes(self) -> NDArray[np.int32]:
-        """`(N, 2)`, width and height."""
-        return np.tile(np.array(PHOTOGRAPH, np.int32), (len(self), 1))
-
-    def read(self, rows: NDArray[np.int64], boxes: NDArray[np.int64] | None = None) -> Tensor:
-        """Decode and cut; without boxes, at places that were drawn once."""
-        images = np.empty((len(rows), 3, self.side, self.side), np.uint8).transpose(0, 2, 3, 1)
-        places = boxes.tolist() if boxes is not None else [self._boxes[row] for row in rows]
-
-        def make(place: int) -> None:
-            images[place] = cut(decode(self.contents[rows[place]]), self.side, places[place])
-
-        for _ in self._pool.map(make, range(len(rows))):
-            pass
-        return torch.from_numpy(images)
-
-
 def random_box() -> Box:
     """Draw a box as torchvision does."""
     image = torch.empty(1, *PHOTOGRAPH[::-1])
@@ -138,19 +97,16 @@ def random_box() -> Box:
 
 def host_images(contents: Sequence[bytes], options: argparse.Namespace, folder: Path) -> HostImages:
     """Return photographs as the views read them: from a file, in the system's cache."""
-    if importlib.util.find_spec("pipeline.data.encoded") is None:
-        return Photographs(contents, options.side, options.device)
-    arrays, encoded = (importlib.import_module(f"pipeline.data.{name}") for name in ("arrays", "encoded"))
     ends, path = np.cumsum([len(content) for content in contents]), folder / "files.bin"
     path.write_bytes(b"".join(contents))
-    index = encoded.Index(
+    index = Index(
         offsets=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
         sizes=np.tile(np.array(PHOTOGRAPH, np.int32), (len(contents), 1)),
         sha256=np.stack([np.frombuffer(hashlib.sha256(content).digest(), np.uint8) for content in contents]),
         names=np.array([f"{row}.jpg".encode() for row in range(len(contents))]),
     )
-    file = arrays.StoredFile.opened(path, path.stat().st_size)
-    return HostImages(encoded.EncodedImages(file, path, index, image_size=options.side), options.device)
+    file = StoredFile.opened(path, path.stat().st_size)
+    return HostImages(EncodedImages(file, path, index, image_size=options.side), options.device)
 
 
 def recipe(*, mixing: bool, like_timm: bool = False) -> ViewRecipe:
@@ -159,8 +115,7 @@ def recipe(*, mixing: bool, like_timm: bool = False) -> ViewRecipe:
     fields |= {"magnitudes": "timm", "probability": 0.5} if like_timm else {}
     fields["resized_crop"] = {"scale": list(SCALE), "ratio": list(RATIO)}
     fields |= {"mixing": "cutmix", "partner": "paired"} if mixing else {}
-    known = {field.name for field in dataclasses.fields(ViewRecipe)}
-    return ViewRecipe(count=1, **{name: value for name, value in fields.items() if name in known})
+    return ViewRecipe(count=1, **fields)
 
 
 def epochs_of(views: Views, batch_size: int) -> Callable[[], None]:
@@ -169,8 +124,7 @@ def epochs_of(views: Views, batch_size: int) -> Callable[[], None]:
 
     def epoch() -> None:
         view = next(numbers)
-        pairs = {"paired": views.pairs(view)} if hasattr(views, "pairs") else {}
-        order = epoch_order(0, view, views.num_samples, **pairs)
+        order = epoch_order(0, view, views.num_samples, paired=views.pairs(view))
         for _ in views.batches(view, list(torch.split(order, batch_size))):
             pass
 

@@ -96,7 +96,7 @@ class Dataset:
     @property
     def rendition(self) -> dict[str, Any] | None:
         """What makes the files of an encoded store pixels, as JSON values; None where pixels are stored."""
-        if getattr(self.train.images, "sizes", None) is None:
+        if not isinstance(self.train.images, EncodedImages):
             return None
         return {"image_size": self.image_size, "resize": self.resize}
 

@@ -226,7 +226,7 @@ def memory(context: Context, tasks: list[Task], sizes: Sizes) -> list[Finding]:
     device = context.device
     size, limit = sizes.train * sizes.image_bytes, resident_limit(device)
     where = "GPU memory" if device.type == "cuda" else "RAM"
-    is_decoded = any(getattr(view, "resized_crop", None) for view in context.recipe.views.values())
+    is_decoded = any(view.resized_crop for view in context.recipe.views.values())
     stays = size <= limit and not is_decoded
     text = f"training images: {size_text(size)}, "
     if is_decoded:

@@ -66,7 +66,7 @@ def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str
     limit = resident_limit(device)
     where = "RAM" if isinstance(split.images, np.ndarray) else context.paths.prepared
     images: Tensor | HostImages
-    if getattr(recipe, "resized_crop", None):
+    if recipe.resized_crop:
         images = HostImages(split.images, device)
         context.say(f"the files of {counted(len(split), 'training image')} are decoded from {where} for every batch")
     elif isinstance(images := place_images(split.images, device, limit), HostImages):

@@ -16,7 +16,6 @@ from tests.support.in_process import invoke
 from tests.support.project import Project
 from tests.support.untrained import untrained
 
-encoded = pytest.importorskip("pipeline.data.encoded")
 CPU = ("--device", "cpu")
 LABELS = "data/smoke/labels/default.h5"
 STUDENT = "data/runs/smoke/vit-epochs-1"
