@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import encoded
 from pipeline.data.decoding import cut, decoders, fit, named_decoders
 from pipeline.labels import replay
 from pipeline.labels.cache import LabelCache
