@@ -74,7 +74,7 @@ def one_by_one(images: Tensor) -> bool:
 
     Then a call costs less than the passes over memory that it saves. Pixels are the same either way.
     """
-    return images.is_cpu and images.shape[-2] * images.shape[-1] >= LARGE_PIXELS
+    return images.device.type == "cpu" and images.shape[-2] * images.shape[-1] >= LARGE_PIXELS
 
 
 def send(device: torch.device, *arrays: NDArray[Any]) -> list[Tensor]:

@@ -247,6 +247,7 @@ def test_a_student_refuses_labels_of_other_views_field_by_field(
     assert field in project.run("distill", "--student", "titn", code=3)
 
 
+@pytest.mark.slow
 def test_a_student_refuses_labels_of_another_teacher_than_the_selected(project: Project) -> None:
     other = next(
         name for name in TEACHERS if name != LabelCache.open(project.data / "labels/default.h5").provenance["teacher"]
@@ -268,6 +269,7 @@ def test_a_student_needs_data_and_labels_alone(project: Project) -> None:
     assert (project.data / "students/titn/metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_cache_with_too_few_views_is_refused_and_can_be_extended(project: Project) -> None:
     file = project.data / "labels/default.h5"
     project.edit("count: 2", "count: 4")
@@ -409,7 +411,7 @@ def test_a_second_run_of_the_same_thing_is_refused(project: Project) -> None:
         (("teacher", "resnet51"), 2, ["resnet51", "vgg16_bn"]),
         (("teacher-select", "--teachers", "vgg16,vgg61"), 2, ["vgg61"]),
         (("teacher-select", "--optimizers", "lion"), 2, ["lion", "adamw"]),
-        (("prepare", "--recipe", "imagenet"), 2, ["imagenet", "digits"]),
+        (("prepare", "--recipe", "imagenet21k"), 2, ["imagenet21k", "digits"]),
         (("label", "--view-recipe", "cutout"), 2, ["cutout", "default, mixup"]),
         (("evaluate", "nowhere"), 2, ["nowhere"]),
         (("distill", "--student", "titn", "--set", "epochs"), 2, ["epochs", "KEY=VALUE"]),

@@ -152,7 +152,7 @@ def test_data_that_are_not_there_are_a_problem(empty: Project, tmp_path: Path) -
     assert "nothing is known of folder's images" in lines(diagnosis, WARNING)
     (empty.path / "params.yaml").unlink()
     assert "params.yaml" in lines(examine(empty, code=1), PROBLEM)
-    assert "params.yaml" in invoke(Project.create(tmp_path / "other"), "doctor", "--recipe", "imagenet", code=2)
+    assert "params.yaml" in invoke(Project.create(tmp_path / "other"), "doctor", "--recipe", "imagenet21k", code=2)
 
 
 def test_a_full_disk_is_a_problem(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,7 +280,7 @@ def test_a_folders_classes_are_known_in_either_unicode_form_and_thumbnails_are_p
     for name in ("caf\u00e9/1.png", "dog/2.tif", "dog/@eaDir/2.tif/thumb.jpg", ".hidden/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    classifier: Any = SimpleNamespace(class_names=("dog", "cafe\u0301"), image_size=4)
+    classifier: Any = SimpleNamespace(class_names=("dog", "cafe\u0301"), image_size=4, resize="squeeze")
     labels = from_folder(tmp_path, classifier, labelled=True).labels
     assert labels is not None and labels.tolist() == [1, 0]
 

@@ -181,6 +181,7 @@ def test_a_run_on_streamed_images_stops_and_goes_on(tmp_path: Path) -> None:
     assert fit.run().curve == expected
 
 
+@pytest.mark.slow
 def test_commands_stream_beyond_the_limit_and_make_the_same_files(taught: Project, tmp_path: Path) -> None:
     outputs = []
     for limit in ("100000000", "1000"):
