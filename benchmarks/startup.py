@@ -114,7 +114,7 @@ def make_project(folder: Path, names: Sequence[str]) -> None:
     recipe = load_params(folder / "params.yaml").select("digits")
     with contextlib.chdir(folder):
         _run("prepare", "--recipe", RECIPE)
-        dataset = Dataset.load(Path("data", RECIPE, "prepared", "dataset.h5"))
+        dataset = Dataset.load(Path("data", RECIPE, "prepared", "dataset.json"))
         arguments = student_arguments(recipe.students["titn"], num_classes=10, image_size=32)
         described = describe(dataset, RECIPE, kind="student", model="titn", arguments=arguments)
         weights = build_student("titn", **arguments).state_dict()

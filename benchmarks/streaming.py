@@ -19,7 +19,7 @@ from benchmarks import training
 from benchmarks.measure import Row, begin, compare, option_parser, positive
 from benchmarks.synthetic import NUM_CLASSES
 from pipeline.data.arrays import StoredImages, chunks
-from pipeline.data.images import to_rgb
+from pipeline.data.decoding import fit, in_rgb
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.inference.speed import interleave
 from pipeline.system.runtime import keep_freed_memory
@@ -131,7 +131,7 @@ def decode(side: int, options: argparse.Namespace) -> Row:
 
     def ours() -> None:
         for _ in range(number):
-            to_rgb(Image.open(photograph), side)
+            fit(in_rgb(Image.open(photograph)), side)
 
     def alone() -> None:
         for _ in range(number):

@@ -73,7 +73,7 @@ class LoaderEpoch:
     Each worker computes with one thread, as PyTorch sets it.
     """
 
-    def __init__(self, samples: Samples, collate: Collate, batch_size: int, device: torch.device) -> None:
+    def __init__(self, samples: Samples, collate: Callable[..., Any], batch_size: int, device: torch.device) -> None:
         self.device = device
         self.loader = DataLoader(
             samples,

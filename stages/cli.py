@@ -33,7 +33,9 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("doctor", "doctor.diagnosis", "Check whether a full run can work here, and estimate its disk and memory."),
         ("clean", "clean", "Free the disk space of finished results' second names."),
     ),
-    "Data": (("prepare", "prepare", "Turn a data set into one file of uint8 images, unless that is up to date."),),
+    "Data": (
+        ("prepare", "prepare", "Turn images into a data set that the other commands read, unless that is up to date."),
+    ),
     "Stage one: teachers and labels": (
         ("teacher-select", "teacher_select", "Do all of stage one: prepare, train what is missing, select, label."),
         ("teacher", "teacher", "Fine-tune and evaluate one candidate teacher."),

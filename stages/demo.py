@@ -135,7 +135,7 @@ class Demo:
         notes: list[str] = []
         # Pillow warns of damaged metadata, which does no harm, and of many pixels, which are refused as it is.
         with warnings.catch_warnings(action="ignore"):
-            pixels = read_image(content, self._classifier.image_size, notes)
+            pixels = read_image(content, self._classifier.image_size, notes, self._classifier.resize)
         answer = self._classifier.answer(pixels[None])
         heads = {name: answer.top(self._topk, name)[0] for name in answer.heads}
         told = Prediction("", answer.top(self._topk)[0], heads).as_json()

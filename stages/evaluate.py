@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from pipeline.data.decoding import UNUSED_ALPHA
 from pipeline.data.folders import MAX_CLASSES_NAMED, ImageFile, find_labelled_images, read_images
-from pipeline.data.images import UNUSED_ALPHA, BadFile, refusal
+from pipeline.data.images import BadFile, refusal
 from pipeline.data.listing import relative_name
 from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
@@ -171,7 +172,8 @@ def evaluate_folder(
     files, bad = find_labelled_images(folder, classifier.class_names)
     # Pillow warns of damaged metadata, which does no harm, and of many pixels, which are refused as it is.
     quiet = warnings.catch_warnings(action="ignore")
-    with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
+    reading = read_images(files, classifier.image_size, classifier.batch_size, classifier.resize)
+    with quiet, contextlib.closing(reading) as batches:
         for batch in batches:
             bad += (BadFile(printable(file.path.relative_to(folder)), file.problem) for file in batch if file.problem)
             scored.add([file for file in batch if file.pixels is not None])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import pipeline
 from pipeline.data.arrays import Images
+from pipeline.data.decoding import EXIF_RULE
 from pipeline.data.images import SUFFIXES, read_image
 from pipeline.data.listing import in_utf8, is_clutter, one_form
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
@@ -258,7 +259,7 @@ def from_folder(folder: Path, classifier: Classifier, *, labelled: bool) -> Real
     images = np.empty((len(paths), classifier.image_size, classifier.image_size, 3), np.uint8)
     for row, path in enumerate(paths):
         try:
-            images[row] = read_image(path, classifier.image_size)
+            images[row] = read_image(path, classifier.image_size, resize=classifier.resize)
         except DataError as error:
             raise DataError(f"{printable(path)}: {error}; mend or remove it") from error
     return RealImages(images, labels, printable(folder))
@@ -396,6 +397,9 @@ def _config(
         "schema": SCHEMA,
         "class_names": list(classifier.class_names),
         "image_size": side,
+        "resize": classifier.resize,
+        "exif": EXIF_RULE,
+        "decoders": meta["decoders"] if isinstance(meta.get("decoders"), dict) else None,
         "mean": meta["mean"],
         "std": meta["std"],
         "input": pixels,

@@ -70,6 +70,7 @@ def verify(
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others.
 
+    Where the views' own pixels are others than those that were labelled, it is said how many of these labels change.
     The recipe is by default that of the file's data and views. Of labels that something else has computed only the seal
     and the views are checked: there is no teacher to ask.
     """
@@ -128,12 +129,13 @@ def _replay(
 
     Raises:
         UsageError: `teachers` are named for labels that were given.
-        DataError: The file is not valid or belongs to other data, views or another teacher.
+        DataError: The file is not valid or belongs to other data, views or another teacher; or the views have other
+            pixels, and the message says how many of the labels change.
     """
     import numpy as np
 
     from pipeline.labels.cache import RELABEL, LabelCache
-    from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, check_canaries, replay
+    from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, check_canaries, other_pixels, replay
     from pipeline.system.canonical import require_equal
     from stages.shared.fitting import make_views
     from stages.shared.labellers import find_labeller, require_teacher
@@ -154,9 +156,9 @@ def _replay(
     labeller = None if is_given else find_labeller(context, dataset, path, recorded, teachers)
     views = make_views(context, dataset, names[0])
     changed = check_canaries(cache, views)
-    if changed is not None:
-        raise DataError(f"{path}: the pixels of view {changed} are not those that were labelled; label again")
     if labeller is None:
+        if changed is not None:
+            raise DataError(f"{path}: {other_pixels(cache, changed)}; label again")
         return None, 0.0
     model = labeller.ready()
     if margin is None:
@@ -166,4 +168,8 @@ def _replay(
     total = cache.num_views * cache.num_samples
     chosen = np.random.default_rng(0).choice(total, size=min(num_samples, total), replace=False)
     pairs = [divmod(int(index), cache.num_samples) for index in chosen]
-    return replay(cache, model, views, pairs), margin
+    replayed = replay(cache, model, views, pairs)
+    if changed is not None:
+        num_changed = f"{len(replayed.differences)} of {counted(len(pairs), 'label')} replayed"
+        raise DataError(f"{path}: {other_pixels(cache, changed)}; {num_changed} would change: {RELABEL}")
+    return replayed, margin

@@ -229,7 +229,8 @@ def predict(
     files = _find(names, standard_input, left_out)
     # Pillow warns of damaged metadata, which does no harm, and of many pixels, which are refused as it is.
     quiet = warnings.catch_warnings(action="ignore")
-    with quiet, contextlib.closing(read_images(files, classifier.image_size, classifier.batch_size)) as batches:
+    reading = read_images(files, classifier.image_size, classifier.batch_size, classifier.resize)
+    with quiet, contextlib.closing(reading) as batches:
         for batch in batches:
             notes.update(note for file in batch for note in file.notes)
             yield from _answer(classifier, batch, topk)

@@ -1,17 +1,18 @@
-"""`pipeline prepare`: from raw files to one HDF5 file of uint8 images, and a summary of it."""
+"""`pipeline prepare`: from raw files to one data set, of uint8 images or of the files themselves, and its summary."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.config.recipes import Recipe, deciding_values
+from pipeline.config.recipes import ENCODED, Recipe, deciding_values
 from pipeline.errors import DataError, PipelineError, UsageError, printable
 from pipeline.system.canonical import canonical_json, fingerprint, is_sha256
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_atomic, write_json
@@ -42,7 +43,7 @@ READER = 2
 def command(
     recipe: str | None, download: bool, folder: Path | None, skip_bad: bool, fresh: bool, dry_run: bool
 ) -> None:
-    """Turn a data set into one file of uint8 images, unless that is up to date."""
+    """Turn images into a data set that the other commands read, unless that is up to date."""
     context = open_context(recipe)
     paths = context.paths
     if "DVC_STAGE" in os.environ:  # before the stages that DVC makes of the lists: the last may fail after days
@@ -92,7 +93,7 @@ def prepare_unless_done(
             context.say(f"{paths.dataset}: {state.text}")
             kept.keep_if_first(context, kept_data(context))
             return
-    former = _read_summary(paths)
+    former = _read_summary(paths.prepared)
     summary = prepare(
         context.recipe,
         out=paths.prepared,
@@ -113,18 +114,26 @@ def take_dataset(context: Context, dataset: Dataset) -> None:
         dataset: The data set.
 
     Raises:
+        UsageError: It has pixels, and the recipe asks for files.
         StorageError: It cannot be written.
     """
+    from pipeline.data.encoded import EncodedImages
     from pipeline.data.folders import Findings
 
-    paths, former = context.paths, _read_summary(context.paths)
+    if context.recipe.dataset.store == ENCODED and not isinstance(dataset.train.images, EncodedImages):
+        raise UsageError(
+            f"recipes.{context.recipe.name}.dataset.store: {ENCODED} keeps image files, and these are arrays; give a "
+            "folder, or take another recipe"
+        )
+    paths, former = context.paths, _read_summary(context.paths.prepared)
     settings = deciding_values(context.recipe.dataset)
     if paths.is_prepared and former is not None and former.get("settings") == settings:
         if former.get("sha256") == dataset.sha256 and _damage(paths, former) is None:
             context.say(f"{paths.dataset}: up to date, of the same settings and images")
             return
     summary = _summarize(context.recipe, dataset, Findings())
-    _write(paths.prepared, dataset, summary)
+    with lock(_lock(paths.prepared)):
+        _write(paths.prepared, dataset, summary)
     _tell_prepared(context, former, summary)
 
 
@@ -151,13 +160,14 @@ def prepare(
     skip_bad: bool = False,
     memory: Path | None = None,
 ) -> dict[str, Any]:
-    """Read a recipe's data set, cut its splits, and write `dataset.h5` and `summary.json`.
+    """Read a recipe's data set, cut its splits, and write `dataset.json`, what belongs beside it, and `summary.json`.
 
-    A folder's images that are too many for RAM go through an unnamed file in `out` to `dataset.h5`.
+    A folder's images that are too many for RAM go through an unnamed file in `out`. The files of an encoded store are
+    collected beside `out`, where a run that was stopped or refused goes on.
 
     Args:
         recipe: The recipe.
-        out: Folder for the two files, made if missing; earlier files there are replaced once all images are read.
+        out: Folder for the files, made if missing; earlier ones there are replaced once all images are read.
         raw: Folder of torchvision's downloads.
         folder: An image folder or CSV file to read in place of the recipe's `path` or the source's own files.
         download: Download to `raw` what is missing there.
@@ -173,29 +183,87 @@ def prepare(
         StorageError: Downloading, reading or writing failed.
     """
     from pipeline.data.arrays import Spill
+    from pipeline.data.collecting import Collector
+    from pipeline.data.digests import digest_listing
     from pipeline.data.sources import read_source
     from pipeline.system.runtime import resident_limit
 
     place = _place(recipe, folder, download=download)
     listing = None if place is None else _list(recipe, place, raw, is_named=folder is not None)
-    digest, seen = (None, {}) if listing is None else _digest(listing, memory)
-    spill = Spill(out, resident_limit())
-    dataset, findings = read_source(recipe, raw=raw, folder=listing, download=download, skip_bad=skip_bad, spill=spill)
-    summary = _summarize(recipe, dataset, findings)
-    if place is not None:
-        summary |= {"folder": printable(place.resolve().name), "source_sha256": digest, "reader": READER}
-    _write(out, dataset, summary)
+    settings, part, collector = recipe.dataset, _part(out), None
+    with contextlib.ExitStack() as held:
+        if settings.store == ENCODED and listing is not None:
+            held.enter_context(lock(_lock(out)))
+            if (shown := _shown_anew(recipe, out, listing, memory, skip_bad=skip_bad)) is not None:
+                return shown
+            size, resize = settings.image_size, settings.resize
+            collector = Collector(part, image_size=size, resize=resize, max_side=settings.max_side)
+            held.enter_context(collector)
+        digest, seen = (None, {}) if listing is None or collector is not None else _digest(listing, memory)
+        dataset, findings = read_source(
+            recipe,
+            raw=raw,
+            folder=listing,
+            download=download,
+            skip_bad=skip_bad,
+            spill=Spill(out, resident_limit()),
+            collector=collector,
+        )
+        if listing is not None and collector is not None:  # it has read every file already
+            digest, seen = digest_listing(listing, collector.seen)
+        summary = _summarize(recipe, dataset, findings)
+        if place is not None:
+            summary |= {"folder": printable(place.resolve().name), "source_sha256": digest, "reader": READER}
+        if collector is None:
+            held.enter_context(lock(_lock(out)))
+        _write(out, dataset, summary)
     if listing is not None and memory is not None:
         _remember(listing, seen, memory)
     return summary
 
 
+def _shown_anew(
+    recipe: Recipe, out: Path, listing: Listing, memory: Path | None, *, skip_bad: bool
+) -> dict[str, Any] | None:
+    """Write what is prepared of the same files under another `image_size` or `resize`, and decode nothing.
+
+    Returns:
+        Its summary; None where something else has changed, or is damaged.
+    """
+    from pipeline.data.datasets import Dataset
+    from pipeline.data.encoded import EncodedImages
+    from pipeline.data.file import FILE
+
+    summary, settings, shown = _read_summary(out), deciding_values(recipe.dataset), recipe.dataset
+    former = None if summary is None else summary.get("settings")
+    if summary is None or not isinstance(former, dict) or summary.get("reader") != READER:
+        return None
+    changed = {key for key in {*settings, *former} if settings.get(key) != former.get(key)}
+    if not changed or changed - {"image_size", "resize"} or (summary.get("num_skipped") != 0 and not skip_bad):
+        return None
+    digest, seen = _digest(listing, memory)
+    try:
+        dataset = Dataset.load(out / FILE).shown(shown.image_size, shown.resize)
+    except DataError:
+        return None
+    every = [split.images for split in dataset.splits.values() if isinstance(split.images, EncodedImages)]
+    if digest != summary.get("source_sha256") or any(len(images.too_narrow()) for images in every):
+        return None
+    summary |= {"recipe": recipe.name, "settings": settings}
+    _write(out, dataset, summary)
+    if memory is not None:
+        _remember(listing, seen, memory)
+    return summary
+
+
 def _write(out: Path, dataset: Dataset, summary: Mapping[str, Any]) -> None:
-    with lock(_lock(out)):
-        for name in ("dataset.h5", "summary.json"):
-            remove_leftovers(out / name)
-        dataset.save(out / "dataset.h5")
-        write_json(out / "summary.json", summary)
+    """Write the files of a data set, for a caller that holds their lock."""
+    from pipeline.data.file import FILE
+
+    remove_leftovers(out)
+    dataset.save(out / FILE)
+    write_json(out / "summary.json", summary)
+    shutil.rmtree(_part(out), ignore_errors=True)
 
 
 def check_prepared(
@@ -223,12 +291,14 @@ def check_prepared(
         DataError: The folder is no image folder.
         StorageError: A file cannot be read, or nothing can be remembered.
     """
+    from pipeline.data.file import FORMER_FILE
     from pipeline.data.listing import list_source
 
     place = _place(recipe, folder, download=download)
-    summary = _read_summary(paths) if paths.is_prepared else None
+    summary = _read_summary(paths.prepared) if paths.is_prepared else None
     if summary is None:
-        return State("no data yet")
+        is_former = paths.dataset.with_name(FORMER_FILE).exists()
+        return State("in place of one of a former layout" if is_former else "no data yet")
     if changed := differences({"settings": summary.get("settings")}, {"settings": deciding_values(recipe.dataset)}):
         return State(f"in place of one of other settings: {', '.join(changed)}")
     if (damage := _damage(paths, summary)) is not None:
@@ -364,9 +434,9 @@ def _list(recipe: Recipe, place: Path, raw: Path, *, is_named: bool) -> Listing:
     return list_source(place)
 
 
-def _read_summary(paths: Paths) -> dict[str, Any] | None:
+def _read_summary(prepared: Path) -> dict[str, Any] | None:
     """Read summary.json; None where there is none that is whole."""
-    file = paths.prepared / "summary.json"
+    file = prepared / "summary.json"
     with contextlib.suppress(DataError):
         summary = read_json(file) if file.is_file() else None
         return summary if isinstance(summary, dict) else None
@@ -374,12 +444,16 @@ def _read_summary(paths: Paths) -> dict[str, Any] | None:
 
 
 def _damage(paths: Paths, summary: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with dataset.h5; None if it is whole. It is read, since only that finds damage."""
+    """Say what is wrong with the data set; None if it is whole. All of it is read, since only that finds damage."""
     from pipeline.data.datasets import Dataset
+    from pipeline.data.encoded import EncodedImages
     from pipeline.system.runtime import resident_limit
 
     try:
         dataset = Dataset.load(paths.dataset, resident_limit())
+        for split in dataset.splits.values():
+            if isinstance(split.images, EncodedImages):
+                split.images.verify()
     except DataError:
         return "damaged"
     return None if dataset.sha256 == summary.get("sha256") else "not what its summary says"
@@ -449,9 +523,12 @@ def _summarize(recipe: Recipe, dataset: Dataset, findings: Findings) -> dict[str
 
 
 def kept_data(context: Context) -> kept.Result:
-    """Describe a recipe's prepared data as they are kept: its settings decide whether they fit."""
-    out, decides = context.paths.prepared, fingerprint({"settings": deciding_values(context.recipe.dataset)})
-    files = (out / "dataset.h5", out / "summary.json")
+    """Describe a recipe's prepared data as they are kept: its settings and the layout decide whether they fit."""
+    from pipeline.data.file import NAMES, SCHEMA
+
+    out, settings = context.paths.prepared, deciding_values(context.recipe.dataset)
+    decides = fingerprint({"settings": settings, "schema": SCHEMA})
+    files = (*(out / name for name in NAMES if (out / name).is_file()), out / "summary.json")
     return kept.Result(context.recipe.name, "prepare", decides, out, files, lock=_lock(out), project=context.project)
 
 
@@ -469,7 +546,7 @@ def put_back_prepared(context: Context, *, folder: Path | None = None, download:
     Data whose source cannot be read now, because another command named it, are put back whatever code made them.
     """
     result, any_code = kept_data(context), not _can_be_read(context, folder=folder, download=download)
-    summary = _read_summary(context.paths) if context.paths.is_prepared else None
+    summary = _read_summary(context.paths.prepared) if context.paths.is_prepared else None
     if summary is not None and summary.get("settings") == deciding_values(context.recipe.dataset):
         kept.say_if_older(context, result, any_code=any_code)
         return False
@@ -487,7 +564,7 @@ def _can_be_read(context: Context, *, folder: Path | None = None, download: bool
 
     if folder is not None or download:
         return True
-    summary, result = _read_summary(context.paths), kept_data(context)
+    summary, result = _read_summary(context.paths.prepared), kept_data(context)
     if summary is None and (second := kept.find(result, any_code=True)) is not None:
         file = kept.folder_of(result, second) / context.paths.prepared.name / "summary.json"
         with contextlib.suppress(PipelineError):
@@ -519,3 +596,7 @@ def check_available(context: Context) -> str | None:
 
 def _lock(out: Path) -> Path:
     return out.with_name(f"{out.name}.lock")
+
+
+def _part(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part")

@@ -335,7 +335,7 @@ class Chain:
     def __init__(self, params: Params, recipe: Recipe) -> None:
         self.recipe = recipe
         is_papers = recipe.name in paper.TEACHERS and paper.TEACHER in recipe.teachers
-        self.all = candidates(params, recipe)
+        self.all = params.candidates(recipe)
         self.first = (paper.TEACHER,) if is_papers else self.all
 
     def jobs(self, teachers: Sequence[str], students: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
@@ -385,16 +385,11 @@ class Chain:
         return LabelJob(recipe=self.recipe.name, after=teachers, views=views, ensemble=self.all)
 
 
-def candidates(params: Params, recipe: Recipe) -> tuple[str, ...]:
-    """Return the teachers that are compared: all of a recipe, but of that at the top those that stand there too."""
-    return params.candidates(recipe) if recipe.name == params.recipe else tuple(recipe.teachers)
-
-
 def _teachers(params: Params, recipe: Recipe, *, every: bool = False) -> tuple[str, ...]:
     """Return the teachers of a recipe: those that the paper reports, or every candidate."""
     reported = paper.TEACHERS.get(recipe.name)
     if reported is None or every:
-        return candidates(params, recipe)
+        return params.candidates(recipe)
     return tuple(name for name in reported if name in recipe.teachers)
 
 

@@ -22,6 +22,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from pipeline.config.recipes import (
+    ENCODED,
     DatasetRecipe,
     FitRecipe,
     LabelRecipe,
@@ -42,6 +43,7 @@ RESERVED = frozenset({"kept", "raw", "runs", "work"})
 MAX_BYTES = 100_000
 MAX_DIGITS = 30  # of an integer; every range ends below
 MAX_LEVELS = 20  # of nesting; params.yaml has six
+TIMM_MAX_MAGNITUDE = 10
 _ODD = re.compile("[\x85\u2028\u2029]|(?m:^%)")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
@@ -79,11 +81,13 @@ class Params:
         return self.recipes[name]
 
     def candidates(self, recipe: Recipe) -> tuple[str, ...]:
-        """Return the candidate teachers of a recipe: those of `teachers` that it has.
+        """Return the candidate teachers of a recipe: those of `teachers` that the one at the top has, all of any other.
 
         Raises:
-            UsageError: It has none of them.
+            UsageError: The recipe at the top has none of them.
         """
+        if recipe.name != self.recipe:
+            return tuple(recipe.teachers)
         return _those_in(self.teachers, recipe.teachers, "teachers", f"recipes.{recipe.name}.teachers")
 
     def labelled(self, recipe: Recipe) -> tuple[str, ...]:
@@ -221,11 +225,12 @@ def _recipe(name: str, section: Any) -> Recipe:
             for member, fields in members.items()
         }
 
+    dataset = _build(DatasetRecipe, parts["dataset"], f"{path}.dataset")
     recipe = Recipe(
         name=name,
-        dataset=_build(DatasetRecipe, parts["dataset"], f"{path}.dataset"),
+        dataset=dataset,
         views={
-            _name(view, f"{path}.views"): _view_recipe(fields, f"{path}.views.{view}")
+            _name(view, f"{path}.views"): _view_recipe(fields, f"{path}.views.{view}", dataset.store)
             for view, fields in _mapping(parts["views"], f"{path}.views").items()
         },
         teachers=family(TeacherRecipe, "teacher", lambda member: {"model": member}),
@@ -249,14 +254,33 @@ def _recipe(name: str, section: Any) -> Recipe:
     return recipe
 
 
-def _view_recipe(section: Any, path: str) -> ViewRecipe:
-    """Build a view recipe, whose operations are a section of their own: teachers depend on them, not on the count."""
+def _view_recipe(section: Any, path: str, store: str) -> ViewRecipe:
+    """Build a view recipe, whose operations are a section of their own: teachers depend on them, not on the count.
+
+    Args:
+        section: Of params.yaml.
+        path: Its keys.
+        store: How the data set is stored, which decides whether partners are pairs by default.
+    """
     parts = _section(section, path, ("count", "seed", "operations"), required=("count", "seed", "operations"))
     operations = _mapping(parts["operations"], f"{path}.operations")
     for key in ("count", "seed"):
         if key in operations:
             raise UsageError(f"{path}.operations.{key}: belongs one level up, at {path}.{key}")
-    return _build(ViewRecipe, {**operations, "count": parts["count"], "seed": parts["seed"]}, path)
+    if store == ENCODED and operations.get("mixing", "none") != "none":
+        operations = {"partner": "paired", **operations}
+    recipe = _build(ViewRecipe, {**operations, "count": parts["count"], "seed": parts["seed"]}, path)
+    if recipe.resized_crop and store != ENCODED:
+        raise UsageError(
+            f"{path}.resized_crop: {dict(recipe.resized_crop)} needs the images' own sizes, and the data set has "
+            f"store: {store}; set dataset.store to encoded, or leave it out"
+        )
+    if recipe.magnitudes == "timm" and recipe.magnitude > TIMM_MAX_MAGNITUDE:
+        raise UsageError(
+            f"{path}.magnitude: {recipe.magnitude} is out of range; allowed is 0 to {TIMM_MAX_MAGNITUDE} with "
+            "magnitudes: timm"
+        )
+    return recipe
 
 
 def _check_references(params: Params) -> None:
@@ -297,10 +321,22 @@ def _build(cls: type[T], values: Any, path: str) -> T:
     values = _section(_without_removed(cls, values, path), path, tuple(fields), required=required)
     types = _types(cls)  # type: ignore[arg-type]  # mypy takes the class for one of its instances, without a hash
     built = cls(**{name: _value(value, types[name], fields[name], f"{path}.{name}") for name, value in values.items()})
+    for name, field in fields.items():
+        other, allowed = field.metadata.get("needs", ("", ()))
+        value = getattr(built, name)
+        if other and value != field.metadata["absent"] and (chosen := getattr(built, other)) not in allowed:
+            raise UsageError(
+                f"{path}.{name}: {value!r} needs {other}: {' or '.join(allowed)}, but it is {chosen}; change that, or "
+                f"leave {name} out"
+            )
     if isinstance(built, FitRecipe) and built.warmup_epochs > built.epochs > 0:
         raise UsageError(
             f"{path}.warmup_epochs: {built.warmup_epochs:g} is more than {path}.epochs, {built.epochs}, so that lr is "
             "never reached; make it smaller"
+        )
+    if isinstance(built, DatasetRecipe) and built.max_side and built.store != "encoded":
+        raise UsageError(
+            f"{path}.max_side: {built.max_side} is of an encoded store; add store: encoded, or leave it out"
         )
     return built
 
@@ -312,6 +348,8 @@ def _types(cls: type[RecipeSection]) -> dict[str, Any]:
 
 def _value(value: Any, expected: Any, field: dataclasses.Field[Any], path: str) -> Any:
     """Check one value's type, then its range or choices."""
+    if "spans" in field.metadata:
+        return _spans(value, field.metadata["spans"], path)
     if typing.get_origin(expected) is Mapping:
         return _arguments(value, path)
     if expected is float and type(value) is int:
@@ -337,6 +375,21 @@ def _arguments(value: Any, path: str) -> dict[str, int | float | str | bool]:
         if type(argument) not in _TYPE_NAMES or (type(argument) is float and not math.isfinite(argument)):
             raise UsageError(f"{path}.{name}: {argument!r} is not a number, a text, true or false")
     return arguments
+
+
+def _spans(value: Any, limits: Mapping[str, Any], path: str) -> dict[str, list[float]]:
+    """Check a mapping of names to [low, high], and fill in the names that it lacks; an empty one stays so."""
+    given, spans = _section(value, path, limits, required=()), {}
+    for name, ((lowest, highest), default) in limits.items():
+        ends = given.get(name, default)
+        is_pair = isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
+        if not (is_pair and lowest <= ends[0] <= ends[1] <= highest):
+            raise UsageError(
+                f"{path}.{name}: {ends!r} is no [low, high] from {lowest} to {highest}; write it as "
+                f"{name}: [{default[0]:.4g}, {default[1]:.4g}]"
+            )
+        spans[name] = [float(end) for end in ends]
+    return spans if given else {}
 
 
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}

@@ -17,7 +17,10 @@ DECAYS = ("all", "matrices")
 PRECISIONS = ("auto", "fp32", "bf16")
 STEPS = ("auto", "eager", "graph")
 BLOCKS = ("auto", "plain", "fused")
+STORES = PIXELS, ENCODED = ("pixels", "encoded")
+RESIZES = SQUEEZE, CROP = ("squeeze", "crop")
 MAX_VIEWS = 100_000
+RANDAUGMENT = ("autoaugment", ("randaugment",))
 
 
 def setting(
@@ -35,8 +38,9 @@ def setting(
             `deciding_values` leaves a field with this value out, so that recorded results stay valid. It is given
             apart from `default`, which may change later. Fields of version 0.1.0 have none and are always written.
         default_factory: Makes the default of a mapping.
-        limits: What `pipeline.config.params` checks values against: `range`, `off` or `choices`. Also `decides`: False
-            for a field that `deciding_values` never writes, since something else that is recorded tells more.
+        limits: What `pipeline.config.params` checks values against: `range`, `off`, `choices`, `spans` or `needs`, the
+            field that it is of and that field's values. Also `decides`: False for a field that `deciding_values` never
+            writes, since something else that is recorded tells more.
     """
     metadata = limits if absent is dataclasses.MISSING else {**limits, "absent": absent}
     if default_factory is not dataclasses.MISSING:
@@ -52,6 +56,15 @@ def number(low: float, high: float, *default: float, off: float | None = None, *
 def choice(choices: tuple[str, ...], *default: str, **rest: Any) -> Any:
     """Declare a field that holds one of `choices`; see `setting` for the rest."""
     return setting(*default, choices=choices, **rest)
+
+
+def spans(**limits: tuple[tuple[float, float], list[float]]) -> Any:
+    """Declare a field that holds [low, high] by name, or nothing, an empty mapping.
+
+    Args:
+        limits: By name, between which numbers the span must lie, and the span where the name is left out.
+    """
+    return setting(default_factory=dict, absent={}, spans=limits)
 
 
 @dataclass(frozen=True)
@@ -110,14 +123,20 @@ class DatasetRecipe(RecipeSection):
 
     Attributes:
         source: Where the images come from, one of SOURCES.
-        image_size: Side of the stored square RGB images, pixels.
+        image_size: Side of the square RGB images, pixels.
         val_fraction: Share of train cut off as a stratified validation split; 0 evaluates on test (the paper's
             protocol).
         test_fraction: Share cut off as a stratified test split where the source has none (digits, a folder
             without `test/`).
         split_seed: Seed of both splits.
+        resize: How an image of another shape becomes the square that models are evaluated on: `squeeze`, whatever its
+            aspect ratio; or `crop`, the middle of it, after its shorter side is brought to image_size / 0.875.
         path: An image folder or CSV file to read instead of the source's own files, relative to the project; empty for
             none. It is not compared when data are opened: their SHA-256 is.
+        store: `pixels`, uint8 squares of `image_size`; or `encoded`, the bytes of a folder's files themselves, which
+            are decoded for every batch.
+        max_side: Of an encoded store: images with a longer side, pixels, are reduced to it and kept as JPEG of quality
+            pipeline.data.encoded.QUALITY; 0 leaves every file as it is.
     """
 
     source: str = choice(SOURCES)
@@ -125,7 +144,10 @@ class DatasetRecipe(RecipeSection):
     val_fraction: float = number(0.0, 0.9, 0.0)
     test_fraction: float = number(0.01, 0.9, 0.2)
     split_seed: int = number(0, 2**31 - 1, 0)
+    resize: str = choice(RESIZES, SQUEEZE, absent=SQUEEZE)
     path: str = setting("", absent="", decides=False)
+    store: str = choice(STORES, PIXELS, absent=PIXELS)
+    max_side: int = number(64, 65_535, 0, off=0, absent=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +159,9 @@ class ViewRecipe(RecipeSection):
     Attributes:
         seed: Seed of every draw.
         count: Number of views labelled, V. Not part of the identity: a cache can be extended.
+        resized_crop: `{scale: [low, high], ratio: [low, high]}`: a box of the image, resized to the data set's square.
+            Its share of the image's area is drawn uniformly from `scale`, its width by its height log-uniformly from
+            `ratio`. Needs the images' own sizes, `store: encoded`. `{}` leaves it out.
         crop: Zero padding of the random crop, pixels; 0 leaves it out.
         flip: Flip left-right with probability 1/2.
         rotation: Largest angle, degrees, drawn uniformly from [-rotation, rotation].
@@ -146,14 +171,28 @@ class ViewRecipe(RecipeSection):
         brightness: Colour jitter: factor drawn uniformly from [1 - brightness, 1 + brightness].
         contrast: Colour jitter: factor drawn uniformly from [1 - contrast, 1 + contrast].
         autoaugment: `none`; `cifar10`, AutoAugment with its policy for CIFAR-10; `randaugment`, RandAugment with 2
-            operations of magnitude 9 of 31; or `trivialaugment`, TrivialAugment with its wide magnitudes.
-        mixing: `none`, `cutmix` or `mixup`, each with lambda from Beta(1/2, 1/2).
+            operations; or `trivialaugment`, TrivialAugment with its wide magnitudes.
+        magnitude: Of RandAugment: how strong its operations are, 0 to 30, or 0 to 10 of timm.
+        probability: Of RandAugment: that each of the 2 operations is applied.
+        magnitudes: Of RandAugment: `torchvision`, its operations and magnitudes; or `timm`, those of timm's `inc1`.
+        erasing: Probability that a box of 2 to 33 % of the area becomes black.
+        mixing: `none`, `cutmix`, `mixup`, or `both`, one of the two for each sample, equally likely.
+        mixing_probability: That a sample mixes at all.
+        cutmix_alpha: Lambda of CutMix is drawn from Beta(alpha, alpha).
+        mixup_alpha: Lambda of MixUp is drawn from Beta(alpha, alpha).
+        partner: Whom a sample mixes with: `uniform`, any sample; or `paired`: the samples of a view form pairs that mix
+            with each other, so that an image is decoded once for both. Of an encoded store, params.yaml's default is
+            `paired`.
 
-    Source: arXiv:2502.16762 §3.4, §4.1; RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158.
+    Source: arXiv:2502.16762 §3.4, §4.1; RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158, random erasing
+        arXiv:1708.04896.
     """
 
     seed: int = number(0, 2**31 - 1, 0)
     count: int = number(1, MAX_VIEWS)
+    resized_crop: Mapping[str, list[float]] = spans(
+        scale=((0.0001, 1.0), [0.08, 1.0]), ratio=((0.01, 100.0), [3 / 4, 4 / 3])
+    )
     crop: int = number(0, 256, 0)
     flip: bool = False
     rotation: float = number(0.0, 180.0, 0.0)
@@ -163,7 +202,17 @@ class ViewRecipe(RecipeSection):
     brightness: float = number(0.0, 1.0, 0.0)
     contrast: float = number(0.0, 1.0, 0.0)
     autoaugment: str = choice(("none", "cifar10", "randaugment", "trivialaugment"), "none")
-    mixing: str = choice(("none", "cutmix", "mixup"), "none")
+    magnitude: int = number(0, 30, 9, absent=9, needs=RANDAUGMENT)
+    probability: float = number(0.0, 1.0, 1.0, absent=1.0, needs=RANDAUGMENT)
+    magnitudes: str = choice(("torchvision", "timm"), "torchvision", absent="torchvision", needs=RANDAUGMENT)
+    erasing: float = number(0.0, 1.0, 0.0, absent=0.0)
+    mixing: str = choice(("none", "cutmix", "mixup", "both"), "none")
+    mixing_probability: float = number(0.0, 1.0, 1.0, absent=1.0, needs=("mixing", ("cutmix", "mixup", "both")))
+    cutmix_alpha: float = number(0.01, 100.0, 0.5, absent=0.5, needs=("mixing", ("cutmix", "both")))
+    mixup_alpha: float = number(0.01, 100.0, 0.5, absent=0.5, needs=("mixing", ("mixup", "both")))
+    partner: str = choice(
+        ("uniform", "paired"), "uniform", absent="uniform", needs=("mixing", ("cutmix", "mixup", "both"))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

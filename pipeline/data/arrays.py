@@ -28,7 +28,7 @@ _ONLY_CACHED = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for 
 
 
 class Images(Protocol):
-    """Images `(N, H, W, 3)` uint8 RGB: an array, StoredImages, or a Selection."""
+    """Images `(N, H, W, 3)` uint8 RGB: an array, StoredImages, EncodedImages, or a Selection."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,17 +45,16 @@ class Images(Protocol):
         """Return the images of a slice, or of an `(n,)` int64 array."""
 
 
-class StoredImages:
-    """Images in a file, read on demand, so that a file that is cut short or overwritten meanwhile ends in an error.
+class StoredFile:
+    """A file that is read in parts, so that one that is cut short or overwritten meanwhile ends in an error.
 
     The file stays open: one that is put in its place, as all of ours are, changes nothing here. By default the system
-    reads one image after another. Told in advance of those that it has not cached, it reads many at once, which is many
+    reads one part after another. Told in advance of those that it has not cached, it reads many at once, which is many
     times faster: see benchmarks/README.md, "streaming".
 
     Args:
         descriptor: Of the file; it may be closed afterwards.
-        shape: `(N, H, W, 3)`.
-        offset: Where the images begin, bytes.
+        size: Bytes that it must have at least.
         name: The file, as errors name it.
 
     Raises:
@@ -63,44 +62,51 @@ class StoredImages:
         OSError: It cannot be opened.
     """
 
-    def __init__(self, descriptor: int, shape: tuple[int, ...], offset: int = 0, *, name: str = "images") -> None:
-        self.shape, self.nbytes, self._offset, self._name = shape, math.prod(shape), offset, name
+    def __init__(self, descriptor: int, size: int, name: str) -> None:
+        self.name = name
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
         self._version = self._stat()
-        if self._version[0] < offset + self.nbytes:
-            raise ValueError(f"{self._version[0]} bytes, but images up to {offset + self.nbytes}")
+        if self.size < size:
+            raise ValueError(f"{name}: {self.size} bytes, but images up to {size}")
 
-    def __len__(self) -> int:
-        """Return N."""
-        return self.shape[0]
+    @classmethod
+    def opened(cls, path: Path, size: int) -> StoredFile:
+        """Open a file of `size` bytes.
 
-    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]:
-        """Return the images of a slice, or of an `(n,)` int64 array, as an array of their own.
+        Raises:
+            ValueError: It is missing, or of another size.
+            StorageError: It cannot be opened.
+        """
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(f"{path.name}: missing, or not of {size} bytes")
+        with storage_errors(f"read {path}"), path.open("rb") as file:
+            return cls(file.fileno(), size, str(path))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self._version[0]
+
+    def read(self, parts: Sequence[tuple[int, int]], view: memoryview) -> None:
+        """Read parts of the file, each with its place and size, one after the other into a buffer.
 
         Raises:
             StorageError: The file has changed since it was opened, or cannot be read.
         """
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(len(self))
-            firsts, ends = np.array([start]), np.array([max(start, stop)])
-        else:
-            if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-                raise IndexError(f"images {rows.min()} to {rows.max()} of {len(self)}")
-            # Images that lie side by side are read together.
-            firsts, ends = rows[np.diff(rows, prepend=-2) != 1], rows[np.diff(rows, append=-2) != 1] + 1
-        images = np.empty(((ends - firsts).sum(), *self.shape[1:]), np.uint8)
-        image_bytes = self.nbytes // len(self)
-        places, sizes = firsts * image_bytes + self._offset, (ends - firsts) * image_bytes
-        with storage_errors(f"read {self._name}"):
-            self._read(list(zip(places.tolist(), sizes.tolist(), strict=True)), images.reshape(-1).data)
+        with storage_errors(f"read {self.name}"):
+            self._read(parts, view)
         # Asked afterwards: what was read before a change is good.
         if self._stat() != self._version:
             raise self._changed()
-        return images
+
+    def announce(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Tell the system which parts, each with its place and size, will be read."""
+        if hasattr(os, "posix_fadvise"):
+            for place, size in parts:
+                os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, parts: Sequence[tuple[int, int]], view: memoryview) -> None:
-        """Read parts of the file, each with its place and size, one after the other into a buffer."""
         count = done = 0
         if len(parts) > 1:
             with contextlib.suppress(OSError):  # from here on they are not cached, or this system cannot be asked
@@ -108,9 +114,7 @@ class StoredImages:
                     if os.preadv(self._descriptor, [view[done : done + size]], place, _ONLY_CACHED) < size:
                         break
                     count, done = count + 1, done + size
-        if hasattr(os, "posix_fadvise"):
-            for place, size in parts[count:]:
-                os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
+        self.announce(parts[count:])
         for place, size in parts[count:]:
             end = done + size
             while done < end:
@@ -126,7 +130,59 @@ class StoredImages:
 
     def _changed(self) -> StorageError:
         way_out = "leave it alone, run again, and if it is damaged prepare the data again"
-        return StorageError(f"{self._name}: cut short or overwritten while it was in use; {way_out}")
+        return StorageError(f"{self.name}: cut short or overwritten while it was in use; {way_out}")
+
+
+class StoredImages:
+    """Images in a file, read on demand; see StoredFile.
+
+    Args:
+        descriptor: Of the file; it may be closed afterwards.
+        shape: `(N, H, W, 3)`.
+        offset: Where the images begin, bytes.
+        name: The file, as errors name it.
+
+    Raises:
+        ValueError: The file is too short.
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, descriptor: int, shape: tuple[int, ...], offset: int = 0, *, name: str = "images") -> None:
+        self.shape, self.nbytes, self._offset = shape, math.prod(shape), offset
+        self._file = StoredFile(descriptor, offset + self.nbytes, name)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]:
+        """Return the images of a slice, or of an `(n,)` int64 array, as an array of their own.
+
+        Raises:
+            StorageError: The file has changed since it was opened, or cannot be read.
+        """
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            firsts, ends = np.array([start]), np.array([max(start, stop)])
+        else:
+            check_rows(rows, len(self))
+            # Images that lie side by side are read together.
+            firsts, ends = rows[np.diff(rows, prepend=-2) != 1], rows[np.diff(rows, append=-2) != 1] + 1
+        images = np.empty(((ends - firsts).sum(), *self.shape[1:]), np.uint8)
+        image_bytes = self.nbytes // len(self)
+        places, sizes = firsts * image_bytes + self._offset, (ends - firsts) * image_bytes
+        self._file.read(list(zip(places.tolist(), sizes.tolist(), strict=True)), images.reshape(-1).data)
+        return images
+
+    def select(self, rows: NDArray[np.int64]) -> Selection:
+        """Return the images at `rows`, `(n,)` int64, still in the file."""
+        return Selection(self, rows)
+
+
+def check_rows(rows: NDArray[np.int64], num_images: int) -> None:
+    """Raise IndexError unless all of `rows` are in [0, num_images)."""
+    if len(rows) and not 0 <= rows.min() <= rows.max() < num_images:
+        raise IndexError(f"images {rows.min()} to {rows.max()} of {num_images}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +215,18 @@ class Selection:
         """Return the images of a slice, or of an `(n,)` int64 array."""
         return self.images[self.rows[rows]]
 
+    def select(self, rows: NDArray[np.int64]) -> Selection:
+        """Return the images at `rows` of these, `(n,)` int64."""
+        return Selection(self.images, self.rows[rows])
+
 
 def select(images: Images, rows: NDArray[np.int64]) -> Images:
-    """Return the images at `rows`, `(n,)` int64, in their order: a copy for an array, else a Selection."""
-    if isinstance(images, Selection):
-        return Selection(images.images, images.rows[rows])
-    return Selection(images, rows) if isinstance(images, StoredImages) else images[rows]
+    """Return the images at `rows`, `(n,)` int64, in their order: a copy for an array, else read on demand."""
+    if isinstance(images, np.ndarray):
+        return images[rows]
+    on_demand: Any = images
+    chosen: Images = on_demand.select(rows)
+    return chosen
 
 
 def chunks(images: Images) -> Iterator[NDArray[np.uint8]]:

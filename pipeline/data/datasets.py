@@ -1,6 +1,6 @@
-"""Data sets: uint8 images, labels, class names and splits, held in memory or in the file that they are read from.
+"""Data sets: uint8 images, labels, class names and splits, held in memory or in the files that they are read from.
 
-The SHA-256 of a data set is of its content, not of its file; label caches and checkpoints refer to it.
+The SHA-256 of a data set is of its content, not of its files; label caches and checkpoints refer to it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.recipes import DatasetRecipe
+from pipeline.config.recipes import SQUEEZE, DatasetRecipe
 from pipeline.data.arrays import Images, chunks, select
-from pipeline.data.file import SCHEMA, Content, read_content, write_content
+from pipeline.data.encoded import FIXED_POINT, EncodedImages
+from pipeline.data.file import Channels as Channels
+from pipeline.data.file import Content, damaged_array, encoding, read_content, write_content
 from pipeline.errors import DataError
 
-Channels = tuple[float, float, float]  # red, green, blue
+# In the SHA-256 of pixels and in that of files, however they are stored.
+PIXELS_SCHEMA, FILES_SCHEMA = "titn-dataset/1", "titn-dataset/2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,10 @@ class Dataset:
         val: The validation split, the source's own or cut off train, or None.
         test: The test split.
         sha256: SHA-256, hexadecimal, of class names, splits, shapes, pixels and labels. It depends neither on
-            `source` nor on paths nor on how the data set is stored.
+            `source` nor on paths nor on how the data set is stored. Of encoded images, files stand for shapes and
+            pixels: it does not depend on the size and the rule under which these are shown.
+        recorded: Mean and standard deviation as they were recorded with encoded images, else None.
+        resize: How its images became squares, and those must that are asked about later; see DatasetRecipe.
     """
 
     source: str
@@ -74,6 +80,8 @@ class Dataset:
     val: Split | None
     test: Split
     sha256: str
+    recorded: tuple[Channels, Channels] | None = None
+    resize: str = SQUEEZE
 
     @property
     def num_classes(self) -> int:
@@ -84,6 +92,13 @@ class Dataset:
     def image_size(self) -> int:
         """The side of the square images, pixels."""
         return int(self.train.images.shape[1])
+
+    @property
+    def rendition(self) -> dict[str, Any] | None:
+        """What makes the files of an encoded store pixels, as JSON values; None where pixels are stored."""
+        if not isinstance(self.train.images, EncodedImages):
+            return None
+        return {"image_size": self.image_size, "resize": self.resize}
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -97,7 +112,7 @@ class Dataset:
 
     @property
     def mean(self) -> Channels:
-        """The mean of each channel over the pixels of train, in [0, 1]."""
+        """The mean of each channel over the pixels of train, in [0, 1]; of encoded ones each image counts alike."""
         return self._statistics[0]
 
     @property
@@ -108,28 +123,44 @@ class Dataset:
     @cached_property
     def _statistics(self) -> tuple[Channels, Channels]:
         """Mean and standard deviation by channel, from sums of integers: exact in any order of addition."""
-        sums = np.zeros((2, 3), np.int64)
-        for images in chunks(self.train.images):
-            pixels = images.astype(np.uint16)  # holds 255 squared
-            # Summing over samples first keeps NumPy's inner loop long: eight times as fast as all at once.
-            for row, values in zip(sums, (pixels, pixels * pixels), strict=True):
-                row += values.sum(axis=0, dtype=np.int64).sum(axis=(0, 1))
-        count = self.train.images.nbytes // 3
+        images = self.train.images
+        if self.recorded is not None:
+            return self.recorded
+        if isinstance(images, EncodedImages):
+            assert images.index.moments is not None, "encoded images come with one of the two"
+            count = len(images) << FIXED_POINT
+            totals, squares = images.index.moments.sum(axis=0).reshape(2, 3).tolist()
+        else:
+            sums = np.zeros((2, 3), np.int64)
+            for chunk in chunks(images):
+                pixels = chunk.astype(np.uint16)  # holds 255 squared
+                # Summing over samples first keeps NumPy's inner loop long: eight times as fast as all at once.
+                for row, values in zip(sums, (pixels, pixels * pixels), strict=True):
+                    row += values.sum(axis=0, dtype=np.int64).sum(axis=(0, 1))
+            count, (totals, squares) = images.nbytes // 3, sums.tolist()
         red, green, blue = (
-            (total / (count * 255), math.sqrt(count * squares - total**2) / (count * 255) or 1.0)
-            for total, squares in sums.T.tolist()
+            (total / (count * 255), math.sqrt(max(count * square - total**2, 0)) / (count * 255) or 1.0)
+            for total, square in zip(totals, squares, strict=True)
         )
         return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
+    def shown(self, image_size: int, resize: str) -> Dataset:
+        """Return an encoded data set of the same files that gives images of another size, or under another rule."""
+        splits = self.splits
+        for name, split in splits.items():
+            assert isinstance(split.images, EncodedImages), "pixels have one size"
+            splits[name] = replace(split, images=split.images.shown(image_size, resize))
+        return replace(self, train=splits["train"], val=splits.get("val"), test=splits["test"], resize=resize)
+
     def save(self, path: Path) -> None:
-        """Write the data set to `path` as HDF5, replacing it; equal data sets give equal bytes.
+        """Write the data set as `path`, a dataset.json, and what belongs beside it; equal data sets give equal bytes.
 
         Raises:
-            StorageError: The file cannot be written.
+            StorageError: A file cannot be written.
         """
-        splits = {name: (split.images, split.labels) for name, split in self.splits.items()}
-        paths = {name: split.paths for name, split in self.splits.items() if split.paths is not None}
-        write_content(path, Content(self.source, self.class_names, splits, self.sha256, paths))
+        splits = {name: (split.images, split.labels, split.paths) for name, split in self.splits.items()}
+        statistics = self._statistics if isinstance(self.train.images, EncodedImages) else None
+        write_content(path, Content(self.source, self.class_names, splits, self.sha256, statistics))
 
     @classmethod
     def from_arrays(
@@ -170,24 +201,26 @@ class Dataset:
 
     @classmethod
     def load(cls, path: Path, max_bytes: int | None = None) -> Dataset:
-        """Read a data set that `save` wrote, and verify its SHA-256.
+        """Read a data set that `save` wrote, and verify its SHA-256; encoded images are verified as they are read.
 
         Args:
-            path: The HDF5 file.
-            max_bytes: Larger images stay in the file, and are read on demand; None reads any number. Labels are
-                always read.
+            path: Its dataset.json.
+            max_bytes: Larger images stay in their files, and are read on demand; None reads any number. Labels are
+                always read, encoded images never.
 
         Raises:
             DataError: There is no such file, it is not a data set, or its content has another SHA-256.
-            StorageError: The file cannot be read.
+            StorageError: A file cannot be read.
         """
         content = read_content(path, max_bytes)
-        splits = {name: Split(*arrays, content.paths.get(name)) for name, arrays in content.splits.items()}
-        dataset = _make(content.source, content.class_names, splits["train"], splits.get("val"), splits["test"])
+        splits = {name: Split(*arrays) for name, arrays in content.splits.items()}
+        dataset = _make(
+            content.source, content.class_names, splits["train"], splits.get("val"), splits["test"], content.statistics
+        )
         if dataset.sha256 != content.sha256:
             raise DataError(
-                f"{path}: damaged: the SHA-256 of its content is {dataset.sha256}, not {content.sha256} as recorded; "
-                "run `pipeline prepare` again"
+                f"{damaged_array(path)}: damaged: the SHA-256 of the data set is {dataset.sha256}, not "
+                f"{content.sha256} as recorded; run `pipeline prepare` again"
             )
         return dataset
 
@@ -283,10 +316,18 @@ def assemble(
     return _make(source, class_names, train, val, test)
 
 
-def _make(source: str, class_names: tuple[str, ...], train: Split, val: Split | None, test: Split) -> Dataset:
+def _make(
+    source: str,
+    class_names: tuple[str, ...],
+    train: Split,
+    val: Split | None,
+    test: Split,
+    recorded: tuple[Channels, Channels] | None = None,
+) -> Dataset:
     """Make a data set with the SHA-256 of its content."""
     sha256 = _content_sha256(class_names, _splits(train, val, test))
-    return Dataset(source, class_names, train, val, test, sha256)
+    resize = train.images.resize if isinstance(train.images, EncodedImages) else SQUEEZE
+    return Dataset(source, class_names, train, val, test, sha256, recorded, resize)
 
 
 def _splits(train: Split, val: Split | None, test: Split) -> dict[str, Split]:
@@ -295,15 +336,21 @@ def _splits(train: Split, val: Split | None, test: Split) -> dict[str, Split]:
 
 
 def _content_sha256(class_names: tuple[str, ...], splits: dict[str, Split]) -> str:
-    """SHA-256 of a JSON header with names and shapes, then of pixels and labels, in the order of `splits`."""
-    header = {
-        "schema": SCHEMA,
-        "class_names": class_names,
-        "splits": [[name, split.images.shape] for name, split in splits.items()],
-    }
+    """SHA-256 of a JSON header, then of pixels (of files, of their SHA-256) and labels, in the order of `splits`."""
+    first = splits["train"].images
+    if isinstance(first, EncodedImages):
+        header: dict[str, Any] = {
+            "schema": FILES_SCHEMA,
+            "splits": [[name, len(split)] for name, split in splits.items()],
+            **encoding(first),
+        }
+    else:
+        header = {"schema": PIXELS_SCHEMA, "splits": [[name, split.images.shape] for name, split in splits.items()]}
+    header["class_names"] = class_names
     digest = hashlib.sha256(json.dumps(header, separators=(",", ":"), sort_keys=True).encode())
     for split in splits.values():
-        for images in chunks(split.images):
-            digest.update(images.data)
+        images = split.images
+        for part in [images.index.sha256] if isinstance(images, EncodedImages) else chunks(images):
+            digest.update(np.ascontiguousarray(part).data)
         digest.update(np.ascontiguousarray(split.labels, "<i8").data)
     return digest.hexdigest()

@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.recipes import SQUEEZE
 from pipeline.data.arrays import Images, Spill, SpilledImages
+from pipeline.data.collecting import Collected, Collector
 from pipeline.data.datasets import Split
 from pipeline.data.images import SUFFIXES, BadFile, read_image, refusal
 from pipeline.data.listing import (
@@ -60,7 +62,13 @@ class Findings:
 
 
 def read_folder(
-    listing: Listing, image_size: int, *, skip_bad: bool, spill: Spill | None = None
+    listing: Listing,
+    image_size: int,
+    *,
+    skip_bad: bool,
+    resize: str = SQUEEZE,
+    spill: Spill | None = None,
+    collector: Collector | None = None,
 ) -> tuple[dict[str, Split], Findings]:
     """Read what an image folder or a CSV file lists.
 
@@ -68,19 +76,28 @@ def read_folder(
         listing: From `pipeline.data.listing.list_source`.
         image_size: Side of the result's images, pixels.
         skip_bad: Leave bad files out; otherwise one is enough to refuse the folder.
+        resize: See pipeline.data.decoding.fit.
         spill: Where images go that are too many for RAM; None keeps any number in RAM.
+        collector: Collects the files themselves instead.
 
     Returns:
         `train`, and `val` and `test` where they are listed, with the images' paths; and what was found.
 
     Raises:
         DataError: A class has no image, or there are bad files.
-        StorageError: Images cannot be spilled.
+        StorageError: Images cannot be spilled, or files cannot be collected.
     """
     findings = Findings(list(listing.bad), listing.left_out, notes=list(listing.notes))
     if spill is not None and sum(listing.counts.values()) * image_size * image_size * 3 <= spill.max_bytes:
         spill = None
-    splits = {name: _read_split(listing, name, image_size, findings, spill) for name in listing.splits}
+    collected: dict[str, Collected] = {}
+    if collector is not None:
+        paths = {name: list(itertools.chain(*classes.values())) for name, classes in listing.splits.items()}
+        collected = collector.collect(paths, listing.root)
+    splits = {
+        name: _read_split(listing, name, image_size, resize, findings, spill, collected.get(name))
+        for name in listing.splits
+    }
     if findings.bad and not skip_bad:
         raise refusal(listing.source, findings.bad)
     for split_name, split in splits.items():
@@ -92,19 +109,32 @@ def read_folder(
     return splits, findings
 
 
-def _read_split(listing: Listing, name: str, image_size: int, findings: Findings, spill: Spill | None) -> Split:
+def _read_split(
+    listing: Listing,
+    name: str,
+    image_size: int,
+    resize: str,
+    findings: Findings,
+    spill: Spill | None,
+    collected: Collected | None,
+) -> Split:
     """Read the images of a split, in order; add to the findings those that cannot be read."""
     classes = listing.splits[name]
     paths = [path for class_paths in classes.values() for path in class_paths]
     labels = np.array([listing.class_names.index(name) for name in classes], np.int64)
     labels = np.repeat(labels, [len(class_paths) for class_paths in classes.values()])
     shape = (len(paths), image_size, image_size, 3)
-    if spill is None or not paths:
-        images: Images = np.empty(shape, np.uint8)
-        undecoded = _decode(listing, paths, image_size, images, findings)
+    if collected is not None:
+        images: Images = collected.images
+        named = [relative_name(path, listing.root) for path in paths]
+        undecoded = {row: BadFile(named[row], reason) for row, reason in collected.bad.items()}
+        findings.unused_alpha += (named[row] for row in collected.noted)
+    elif spill is None or not paths:
+        images = np.empty(shape, np.uint8)
+        undecoded = _decode(listing, paths, image_size, resize, images, findings)
     else:
         with SpilledImages(spill.folder, shape) as spilled:
-            undecoded = _decode(listing, paths, image_size, spilled, findings)
+            undecoded = _decode(listing, paths, image_size, resize, spilled, findings)
             images = spilled.read()
     findings.bad += undecoded.values()
     split = Split(images, labels, np.array([relative_name(path, listing.root).encode() for path in paths], np.bytes_))
@@ -112,7 +142,7 @@ def _read_split(listing: Listing, name: str, image_size: int, findings: Findings
 
 
 def _decode(
-    listing: Listing, paths: list[Path], image_size: int, images: Any, findings: Findings
+    listing: Listing, paths: list[Path], image_size: int, resize: str, images: Any, findings: Findings
 ) -> dict[int, BadFile]:
     """Read each image into its row of `images`; return those that cannot be read, by row."""
     bad: dict[int, BadFile] = {}
@@ -121,7 +151,7 @@ def _decode(
     def read(index: int) -> BadFile | None:
         noted: list[str] = []
         try:
-            image = read_image(paths[index], image_size, noted)
+            image = read_image(paths[index], image_size, noted, resize)
         except DataError as error:
             return BadFile(relative_name(paths[index], listing.root), str(error))
         images[index] = image
@@ -228,7 +258,9 @@ def find_labelled_images(folder: Path, class_names: Sequence[str]) -> tuple[list
     return files, listing.bad
 
 
-def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) -> Generator[list[ImageFile], None, None]:
+def read_images(
+    files: Iterable[ImageFile], image_size: int, batch_size: int, resize: str = SQUEEZE
+) -> Generator[list[ImageFile], None, None]:
     """Read images on threads, the next batch while the caller works on the last.
 
     At most three batches of resized images are in memory, and one image in full for each thread, or as many as memory
@@ -239,6 +271,7 @@ def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) ->
         files: What to read. A file with a problem is passed on as it is.
         image_size: Side of the pixels, pixels.
         batch_size: Files a batch; the last has what is left.
+        resize: See pipeline.data.decoding.fit.
 
     Yields:
         The files in order, each with its pixels or its problem. Closing the iterator ends the threads.
@@ -249,7 +282,7 @@ def read_images(files: Iterable[ImageFile], image_size: int, batch_size: int) ->
             return file
         notes: list[str] = []
         try:
-            pixels = read_image(file.path if file.content is None else file.content, image_size, notes)
+            pixels = read_image(file.path if file.content is None else file.content, image_size, notes, resize)
         except DataError as error:
             return dataclasses.replace(file, problem=str(error))
         return dataclasses.replace(file, content=None, pixels=pixels, notes=tuple(notes))

@@ -97,6 +97,9 @@ def relative_name(path: Path, root: Path) -> str:
 
 def relative_path(path: Path, root: Path) -> str:
     """Return the path of a file below `root`, with `/`, as `in_utf8`."""
+    text, folder = os.fspath(path), os.path.join(root, "")  # noqa: PTH118 - ten times as fast, for a million files
+    if os.sep == "/" and text.startswith(folder):
+        return in_utf8(text.removeprefix(folder))
     return in_utf8(path.relative_to(root).as_posix())
 
 

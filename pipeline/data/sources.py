@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import ENCODED, PIXELS, SQUEEZE, Recipe
 from pipeline.data.arrays import Spill
+from pipeline.data.collecting import Collector
 from pipeline.data.datasets import Dataset, Split, assemble
+from pipeline.data.decoding import fit, in_rgb
 from pipeline.data.folders import Findings, read_folder
-from pipeline.data.images import to_rgb
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.storage import remove_leftovers, sha256_file, write_atomic
@@ -69,6 +70,7 @@ def read_source(
     download: bool = False,
     skip_bad: bool = False,
     spill: Spill | None = None,
+    collector: Collector | None = None,
 ) -> tuple[Dataset, Findings]:
     """Read what a recipe's `dataset` describes.
 
@@ -79,6 +81,7 @@ def read_source(
         download: Download missing files to `raw`.
         skip_bad: Leave an image folder's bad files out instead of refusing it.
         spill: Where images go that are too many for RAM; None keeps any number in RAM.
+        collector: Collects the files of an encoded store.
 
     Returns:
         The data set, and what was found.
@@ -88,12 +91,14 @@ def read_source(
         DataError: The files are missing, damaged, or no data set; or the folder is not the source, see `check_known`.
         StorageError: Downloading, reading or writing failed.
     """
-    source, image_size = recipe.dataset.source, recipe.dataset.image_size
+    source, image_size, resize = recipe.dataset.source, recipe.dataset.image_size, recipe.dataset.resize
     val: Split | None = None
     test: Split | None
     findings = Findings()
     if folder is not None:
-        splits, findings = read_folder(folder, image_size, skip_bad=skip_bad, spill=spill)
+        splits, findings = read_folder(
+            folder, image_size, skip_bad=skip_bad, resize=resize, spill=spill, collector=collector
+        )
         counts = {name: len(split) for name, split in splits.items()}
         findings.notes += check_known(source, folder.class_names, counts)
         class_names, train, val, test = folder.class_names, splits["train"], splits.get("val"), splits.get("test")
@@ -103,8 +108,10 @@ def read_source(
             )
     elif source == "folder":
         raise _unnamed_folder(recipe)
+    elif recipe.dataset.store == ENCODED:
+        raise UsageError(_no_files(recipe))
     elif source == "digits":
-        class_names, train, test = *_read_digits(image_size), None
+        class_names, train, test = *_read_digits(image_size, resize), None
     else:
         class_names, train, test = _read_torchvision(recipe, raw, download)
     return assemble(source, class_names, train, test, recipe.dataset, val=val), findings
@@ -157,17 +164,17 @@ def load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 
-def _read_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
+def _read_digits(image_size: int, resize: str) -> tuple[tuple[str, ...], Split]:
     """Read the digits, their 17 levels of grey scaled to 255."""
     levels, labels = load_digits()
-    return DIGITS, Split(_to_rgb(np.rint(levels * (255 / 16)).astype(np.uint8), image_size), labels)
+    return DIGITS, Split(_to_rgb(np.rint(levels * (255 / 16)).astype(np.uint8), image_size, resize), labels)
 
 
 def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[str, ...], Split, Split]:
     """Read MNIST, CIFAR-10 or CIFAR-100 in the order of the original files."""
     import torchvision.datasets  # takes seconds to import
 
-    source, image_size = recipe.dataset.source, recipe.dataset.image_size
+    source, image_size, resize = recipe.dataset.source, recipe.dataset.image_size, recipe.dataset.resize
     source_class = getattr(torchvision.datasets, TORCHVISION_CLASSES[source])
     if source == "mnist":
         _unpack_mnist(raw / "MNIST" / "raw")
@@ -186,7 +193,7 @@ def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[
             raise DataError(f"{source}: not found in {raw}, or damaged; run {_ways(recipe)}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(f"{source}: cannot be fetched to {raw} ({reason}); try again: {_ways(recipe)}") from error
-    return tuple(train.classes), _make_split(train, image_size), _make_split(test, image_size)
+    return tuple(train.classes), _make_split(train, image_size, resize), _make_split(test, image_size, resize)
 
 
 def _ways(recipe: Recipe) -> str:
@@ -197,6 +204,13 @@ def _unnamed_folder(recipe: Recipe) -> UsageError:
     return UsageError(
         f"recipe {recipe.name}: its source is `folder`; say which with "
         f"`pipeline prepare --recipe {recipe.name} --from FOLDER`, or dataset: {{source: folder, path: FOLDER}}"
+    )
+
+
+def _no_files(recipe: Recipe) -> str:
+    return (
+        f"recipes.{recipe.name}.dataset.store: {ENCODED} keeps image files, and {recipe.dataset.source} comes without; "
+        f"name a folder of them with --from, or take store: {PIXELS}"
     )
 
 
@@ -221,6 +235,8 @@ def check_source(recipe: Recipe, raw: Path) -> None:
         return
     if source == "folder":
         raise _unnamed_folder(recipe)
+    if recipe.dataset.store == ENCODED:
+        raise UsageError(_no_files(recipe))
     if source == "digits":
         return
     import torchvision.datasets  # takes seconds to import
@@ -253,16 +269,16 @@ def _unpack_mnist(folder: Path) -> None:
                     write_atomic(unpacked, data)
 
 
-def _make_split(part: Any, image_size: int) -> Split:
+def _make_split(part: Any, image_size: int, resize: str) -> Split:
     """Convert one of torchvision's data sets, which hold tensors, arrays or lists."""
     import torch  # has been imported by torchvision
 
     images, labels = torch.as_tensor(part.data).numpy(), torch.as_tensor(part.targets).numpy()
-    return Split(_to_rgb(images, image_size), labels)
+    return Split(_to_rgb(images, image_size, resize), labels)
 
 
-def _to_rgb(images: NDArray[np.uint8], image_size: int) -> NDArray[np.uint8]:
+def _to_rgb(images: NDArray[np.uint8], image_size: int, resize: str) -> NDArray[np.uint8]:
     """Convert `(N, H, W)` or `(N, H, W, 3)` uint8 to RGB of the size asked for."""
-    if images.shape[1:] == (image_size, image_size, 3):
+    if images.shape[1:] == (image_size, image_size, 3) and resize == SQUEEZE:
         return np.ascontiguousarray(images)
-    return np.stack([to_rgb(Image.fromarray(image), image_size) for image in images])
+    return np.stack([fit(in_rgb(Image.fromarray(image)), image_size, resize) for image in images])

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.config.recipes import SQUEEZE
+from pipeline.data.decoding import shorter_side
 from pipeline.errors import printable
 
 FILES = {
@@ -136,11 +138,12 @@ Without PyTorch:
 
 ```python
 import json, numpy as np, onnxruntime, pathlib
-from PIL import Image
+from PIL import Image, ImageOps
 
 names = json.loads(pathlib.Path("config.json").read_text())["class_names"]
 session = onnxruntime.InferenceSession("model.onnx")
-image = Image.open("image.png").convert("RGB").resize(({side}, {side}), Image.Resampling.BILINEAR)
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+{_square(config)}
 batch = np.asarray(image).transpose(2, 0, 1)[None]  # uint8
 probabilities = session.run(["probabilities"], {{"images": batch}})[0][0]
 print(names[probabilities.argmax()], float(probabilities.max()))
@@ -151,6 +154,17 @@ print(names[probabilities.argmax()], float(probabilities.max()))
 
 Input: `images`, uint8 RGB, (batch, 3, {side}, {side}), values 0 to 255; normalisation is part of the model.
 Outputs, float32, (batch, {len(config["class_names"])}): {outputs}.{mean}"""
+
+
+def _square(config: Mapping[str, Any]) -> str:
+    """Return the lines of Python that make an image the model's square."""
+    side = config["image_size"]
+    if config["resize"] == SQUEEZE:
+        return f"image = image.resize(({side}, {side}), Image.Resampling.BILINEAR)"
+    return f"""sides = [{shorter_side(side)} * side // min(image.size) for side in image.size]
+image = image.resize(sides, Image.Resampling.BILINEAR)
+left, top = [round((side - {side}) / 2) for side in sides]
+image = image.crop((left, top, left + {side}, top + {side}))"""
 
 
 def _files(config: Mapping[str, Any]) -> str:
@@ -192,6 +206,8 @@ def _training(config: Mapping[str, Any]) -> str:
     _, name = _dataset(config)
     rows = [("data", f"{name}, recipe `{_text(config['recipe'])}`, SHA-256 `{config['dataset_sha256']}`")]
     rows += [("training images", f"{config['num_train']:,}")] if config["num_train"] else []
+    if decoders := config["decoders"]:
+        rows.append(("decoded by", ", ".join(f"{_text(name)} {_text(value)}" for name, value in decoders.items())))
     if teacher:
         on_test = isinstance(teacher.get("test_top1"), float)
         top1, split = (teacher["test_top1"], "test") if on_test else (teacher.get("top1"), config["selected_on"])
@@ -232,9 +248,14 @@ def _split(name: str | None) -> str:
 
 def _limits(config: Mapping[str, Any]) -> str:
     side = config["image_size"]
+    seen = f"Images of any shape are resized to {side}x{side}: finer detail is lost."
+    if config["resize"] != SQUEEZE:
+        shorter = shorter_side(side)
+        seen = f"Images are resized so that the shorter side has {shorter} pixels; what is beyond the {side}x{side} in "
+        seen += "the middle is not seen, and finer detail is lost."
     lines = [
         f"The model knows only its {len(config['class_names'])} classes: every image gets one of them.",
-        f"Images of any shape are resized to {side}x{side}: finer detail is lost.",
+        seen,
         "The probabilities are not calibrated, and nothing was measured on images from other sources.",
     ]
     if config["selected_on"] and config["selected_on"] == config["scores_split"]:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.data.images import read_image, to_rgb, upright
+from pipeline.config.recipes import SQUEEZE
+from pipeline.data.decoding import fit, in_rgb, upright
+from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, UsageError, printable
 from pipeline.losses import Outputs, probabilities
 from pipeline.models.network import Network
@@ -51,9 +53,11 @@ class Transform:
 
     Attributes:
         image_size: Side of the result, pixels.
+        resize: How another shape becomes a square, see pipeline.data.decoding.fit.
     """
 
     image_size: int
+    resize: str = SQUEEZE
 
     def __call__(self, image: AnyImage) -> Tensor:
         """Turn an image upright by its EXIF orientation, convert it to RGB and resize it.
@@ -70,17 +74,17 @@ class Transform:
         """Return `(image_size, image_size, 3)` uint8 RGB."""
         if isinstance(image, Path | str):
             try:
-                return read_image(Path(image), self.image_size)
+                return read_image(Path(image), self.image_size, resize=self.resize)
             except DataError as error:
                 raise DataError(f"{printable(image)}: {error}") from error
         if isinstance(image, bytes):
-            return read_image(image, self.image_size)
+            return read_image(image, self.image_size, resize=self.resize)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
                 raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
             image = Image.fromarray(image)
         try:
-            return to_rgb(upright(image), self.image_size)
+            return fit(in_rgb(upright(image)), self.image_size, self.resize)
         except (OSError, ValueError) as error:  # PIL decodes an opened file only now
             raise DataError(f"an image of mode {image.mode}: {error}") from None
 
@@ -136,6 +140,7 @@ class Classifier:
         runner: Computes the outputs on the device.
         class_names: K names.
         image_size: Side of the images it takes, pixels.
+        resize: How an image of another shape becomes such a square, see pipeline.data.decoding.fit.
         device: Where it computes.
         precision: `fp32` or `bf16`; `int8` of a quantised export.
         format: `checkpoint`, or one of pipeline.inference.card.FILES.
@@ -148,6 +153,7 @@ class Classifier:
     runner: Runner
     class_names: tuple[str, ...]
     image_size: int
+    resize: str = SQUEEZE
     device: torch.device = CPU
     precision: str = "fp32"
     format: str = "checkpoint"
@@ -172,7 +178,7 @@ class Classifier:
     @property
     def transform(self) -> Transform:
         """The transform that makes images fit the model."""
-        return Transform(self.image_size)
+        return Transform(self.image_size, self.resize)
 
     @property
     def batch_size(self) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.config.recipes import PRECISIONS, StudentRecipe
-from pipeline.data.datasets import Channels
+from pipeline.config.recipes import PRECISIONS, RESIZES, SQUEEZE, StudentRecipe
+from pipeline.data.file import Channels
 from pipeline.errors import DataError, UsageError
 from pipeline.inference.card import CONFIG, FILES, SCHEMA
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
@@ -143,6 +143,7 @@ def from_checkpoint(
         runner=PixelsToOutputs(network).eval(),
         class_names=described.class_names,
         image_size=described.image_size,
+        resize=described.resize,
         device=device,
         precision=precision,
         file=checkpoint.path,
@@ -192,6 +193,7 @@ def from_file(
         runner=runner,
         class_names=described.class_names,
         image_size=described.image_size,
+        resize=described.resize,
         device=device,
         precision="int8" if format == "onnx-int8" else "fp32",
         format=format,
@@ -302,6 +304,7 @@ class Description:
         image_size: Side of the images, pixels.
         mean: Of each channel, pixels in [0, 1].
         std: Of each channel, above 0.
+        resize: How an image of another shape becomes such a square; models of before there was a choice squeeze it.
     """
 
     kind: str
@@ -311,6 +314,7 @@ class Description:
     image_size: int
     mean: Channels
     std: Channels
+    resize: str = SQUEEZE
 
     @classmethod
     def read(cls, meta: Mapping[str, Any], file: Path) -> Description:
@@ -330,6 +334,7 @@ class Description:
             "image_size": _is_within(meta.get("image_size"), *IMAGE_SIZES),
             "mean": _is_channels(meta.get("mean"), 0.0),
             "std": _is_channels(meta.get("std"), sys.float_info.min),
+            "resize": meta.get("resize", SQUEEZE) in RESIZES,
         }
         if isinstance(arguments, dict):
             known = sorted(limits.keys() & arguments.keys())
@@ -341,7 +346,11 @@ class Description:
         if wrong := [key for key, is_right in checks.items() if not is_right]:
             raise DataError(f"{file}: {', '.join(wrong)} missing or impossible; name a checkpoint that a stage wrote")
         channels = {key: tuple(meta[key]) for key in ("mean", "std")}
-        return cls(meta["kind"], meta["model"], meta["arguments"], tuple(names or ()), meta["image_size"], **channels)
+        resize = meta.get("resize", SQUEEZE)
+        return cls(
+            meta["kind"], meta["model"], meta["arguments"], tuple(names or ()), meta["image_size"], **channels,
+            resize=resize,
+        )  # fmt: skip
 
 
 def _limits(kind: Any, model: Any) -> dict[str, tuple[type, float, float]]:

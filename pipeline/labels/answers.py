@@ -44,6 +44,10 @@ class ViewLabels:
         """K, or 0 where only labels are kept."""
         return 0 if self.classes is None else int(self.classes.shape[-1])
 
+    def take(self, rows: NDArray[np.int64]) -> ViewLabels:
+        """Return the answers to some samples, `(n,)`, in their order."""
+        return ViewLabels(*(array[rows] for array in self.arrays))
+
     def digest(self) -> bytes:
         """Return SHA-256 of all arrays' bytes in C order, 32 bytes."""
         sha256 = hashlib.sha256()

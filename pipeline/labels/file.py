@@ -35,7 +35,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.labels.answers import PROBABILITY_DTYPE, ViewLabels
-from pipeline.labels.identity import IDENTITY_FIELDS, PROVENANCE_FIELDS, PROVENANCE_OPTIONS, SCHEMA_VERSION
+from pipeline.labels.identity import (
+    IDENTITY_FIELDS,
+    IDENTITY_OPTIONS,
+    PROVENANCE_FIELDS,
+    PROVENANCE_OPTIONS,
+    SCHEMA_VERSION,
+)
 from pipeline.system.canonical import canonical_json, is_sha256
 
 SEAL_SIZE = 512
@@ -81,7 +87,7 @@ class Contents:
         labels: `(V, N)` uint8 or uint16, the teacher's argmax in [0, C).
         clean: Split name to `(n,)` of the same type, its argmax on unaugmented images.
         canaries: Digests of a few views' pixels.
-        identity: JSON values under IDENTITY_FIELDS, see `make_identity`.
+        identity: JSON values under IDENTITY_FIELDS and perhaps IDENTITY_OPTIONS, see `make_identity`.
         provenance: JSON values under PROVENANCE_FIELDS and some of PROVENANCE_OPTIONS, see `make_provenance`.
         classes: `(V, N, K)` as `labels`, its K most probable classes, descending, the label first; None where
             `provenance["topk"]` is 0.
@@ -188,7 +194,7 @@ def decode(data: bytes) -> Contents:
         optional = {"topk"} if keeps_topk else set()
         members = {"labels", "digest", "clean", "identity", "provenance"} | optional
         _require_members(file, members, {"canaries"}, {"accuracy"})
-        _require_members(file["identity"], set(), set(IDENTITY_FIELDS))
+        _require_members(file["identity"], set(), set(IDENTITY_FIELDS), set(IDENTITY_OPTIONS))
         _require_members(file["provenance"], set(), set(PROVENANCE_FIELDS), set(PROVENANCE_OPTIONS))
         _require_members(file["clean"], None, set())
         if keeps_topk:
@@ -200,12 +206,8 @@ def decode(data: bytes) -> Contents:
             canaries=tuple(
                 Canary(**{**canary, "samples": tuple(canary["samples"])}) for canary in _read_json(file, "canaries")
             ),
-            identity={key: _read_json(file["identity"], key) for key in IDENTITY_FIELDS},
-            provenance={
-                key: _read_json(file["provenance"], key)
-                for key in (*PROVENANCE_FIELDS, *PROVENANCE_OPTIONS)
-                if key in file["provenance"].attrs
-            },
+            identity=_read_fields(file["identity"], (*IDENTITY_FIELDS, *IDENTITY_OPTIONS)),
+            provenance=_read_fields(file["provenance"], (*PROVENANCE_FIELDS, *PROVENANCE_OPTIONS)),
             accuracy=_read_json(file, "accuracy") if "accuracy" in file.attrs else None,
         )
         if keeps_topk:
@@ -243,6 +245,11 @@ def _require_room(clean: h5py.Group, file_size: int) -> None:
     claimed = sum(dataset.id.get_storage_size() for dataset in clean.values() if isinstance(dataset, h5py.Dataset))
     if claimed >= file_size:
         raise ValueError(f"the clean splits claim {claimed} bytes")
+
+
+def _read_fields(group: h5py.Group, keys: Sequence[str]) -> dict[str, Any]:
+    """Read those of the attributes that a group has."""
+    return {key: _read_json(group, key) for key in keys if key in group.attrs}
 
 
 def _read_json(group: h5py.Group, key: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.config.recipes import ViewRecipe, deciding_values
+from pipeline.config.recipes import RESIZES, ViewRecipe, deciding_values
 from pipeline.errors import DataError
 from pipeline.system.canonical import canonical_json, is_sha256, sha256_of, show
 
@@ -27,6 +27,8 @@ IDENTITY_FIELDS = (
     "class_names",
     "view_recipe",
 )
+# Written only where views are made from files, not from stored pixels.
+IDENTITY_OPTIONS = ("rendition",)
 PROVENANCE_FIELDS = (
     "teacher",
     "checkpoint_sha256",
@@ -57,6 +59,7 @@ def make_identity(
     view_recipe: ViewRecipe,
     class_names: Sequence[str],
     num_samples: int,
+    rendition: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Describe what labels are for.
 
@@ -68,9 +71,11 @@ def make_identity(
         view_recipe: The augmentation, with its seed.
         class_names: One name a class, in the order of the labels; K of them.
         num_samples: Images in the split, N.
+        rendition: Of a data set that keeps files, `image_size` and `resize`, by which they become pixels; None for one
+            that keeps pixels.
 
     Returns:
-        JSON values under the keys IDENTITY_FIELDS.
+        JSON values under the keys IDENTITY_FIELDS, and under those of IDENTITY_OPTIONS that are given.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -79,6 +84,7 @@ def make_identity(
         "num_samples": int(num_samples),
         "class_names": list(class_names),
         "view_recipe": deciding_values(view_recipe, but=("count",)),
+        **({} if rendition is None else {"rendition": dict(rendition)}),
     }
 
 
@@ -179,7 +185,7 @@ def _sha256_of_members(members: Sequence[Mapping[str, Any]]) -> str:
 
 def check_identity(identity: Mapping[str, Any]) -> None:
     """Raise ValueError, with the field and its value, for an identity that `make_identity` cannot have made."""
-    _check_keys("identity", identity, IDENTITY_FIELDS)
+    _check_keys("identity", identity, IDENTITY_FIELDS, IDENTITY_OPTIONS)
     names, num_samples = identity["class_names"], identity["num_samples"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"identity.class_names is {show(names)}, expected a list of texts")
@@ -187,6 +193,20 @@ def check_identity(identity: Mapping[str, Any]) -> None:
     if type(num_samples) is not int or num_samples < 1:
         raise ValueError(f"identity.num_samples is {show(num_samples)}, expected a positive number")
     _check_sha256("identity.dataset_sha256", identity["dataset_sha256"])
+    if "rendition" in identity:
+        _check_rendition(identity["rendition"])
+
+
+def _check_rendition(rendition: Any) -> None:
+    """Raise ValueError for a rendition of files that cannot be."""
+    keys = ("image_size", "resize")
+    if not isinstance(rendition, dict) or tuple(sorted(rendition)) != keys:
+        raise ValueError(f"identity.rendition is {show(rendition)}, expected an object of {' and '.join(keys)}")
+    size, resize = (rendition[key] for key in keys)
+    if type(size) is not int or not 1 <= size <= MAX_INPUT_SIZE:
+        raise ValueError(f"identity.rendition.image_size is {show(size)}, expected a number in 1..{MAX_INPUT_SIZE}")
+    if resize not in RESIZES:
+        raise ValueError(f"identity.rendition.resize is {show(resize)}, expected {' or '.join(RESIZES)}")
 
 
 def check_provenance(provenance: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.decoding import decoders, named_decoders
 from pipeline.labels.answers import ViewLabels
 from pipeline.labels.cache import Canary, LabelCache
 from pipeline.labels.teacher import Teacher
@@ -37,6 +38,16 @@ def check_canaries(cache: LabelCache, views: Views) -> int | None:
         if views.digest(canary.view, np.array(canary.samples, dtype=np.int64)).hex() != canary.sha256:
             return canary.view
     return None
+
+
+def other_pixels(cache: LabelCache, view: int) -> str:
+    """Say that a view's pixels are not those that were labelled, and for files by which decoders they were and are."""
+    why = "another version of this project or of its libraries made them"
+    if "rendition" in cache.identity:
+        before, now = named_decoders(cache.provenance["versions"]), named_decoders(decoders())
+        if before != now:
+            why = f"the files were decoded by {before}, and are here by {now}"
+    return f"the pixels of view {view} are not those that were labelled ({why})"
 
 
 @dataclass(frozen=True)

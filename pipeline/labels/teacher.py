@@ -29,6 +29,7 @@ from pipeline.data.streaming import HostImages, in_batches
 from pipeline.errors import NumericalError, UsageError
 from pipeline.labels.answers import ViewLabels
 from pipeline.models.network import Network
+from pipeline.views.mixing import by_pairs
 from pipeline.views.parcel import fetch
 from pipeline.views.views import Views
 
@@ -180,15 +181,16 @@ def label_view(teacher: Teacher, views: Views, view: int, topk: int = 0) -> View
     """Return the teacher's answers to a whole view.
 
     Each view begins a new batch, so that batches depend on the batch size alone, not on where a run was stopped or
-    which rank labels the view.
+    which rank labels the view. Those of a view of pairs are labelled pair by pair.
 
     Raises:
         NumericalError: A logit is not finite.
     """
-    parts = torch.split(torch.arange(views.num_samples), teacher.batch_size)
+    order = by_pairs(np.arange(views.num_samples), views.pairs(view))
+    parts = torch.split(torch.from_numpy(order), teacher.batch_size)
     with contextlib.closing(views.batches(view, parts)) as batches:
         try:
-            return teacher.answers((batch.images for batch in batches), topk)
+            return teacher.answers((batch.images for batch in batches), topk).take(np.argsort(order))
         except NumericalError as error:
             raise NumericalError(f"view {view}, {error}") from None
 

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def append_line(path: Path, line: bytes) -> None:
         os.close(descriptor)
 
 
-def write_together(files: Mapping[Path, bytes]) -> None:
+def write_together(files: Mapping[Path, bytes | Path | Iterable[bytes | memoryview]]) -> None:
     """Write files that belong together: all of them beside their destinations, and only then in their places.
 
     So a full disk, or a kill before all are written, leaves every old file. A kill in the instant of the renames leaves
@@ -120,19 +120,25 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     The last file replaces the old one last: it should name the SHA-256 of the others, so that a mixture is told.
 
     Args:
-        files: By destination their contents, in the order in which they take their places.
+        files: By destination their contents, in the order in which they take their places: bytes, parts that are made
+            when it is a file's turn, or a finished file, which gets a second name (where there are no links, another).
 
     Raises:
         StorageError: The disk is full, rights are missing, or the device failed.
     """
     token = secrets.token_hex(8)
     with contextlib.ExitStack() as undone:
-        for path, data in files.items():
+        for path, content in files.items():
             with storage_errors(f"write {path}", FULL):
                 _make_directory(path.parent)
                 undone.callback(_remove, beside(path, token))
+                if isinstance(content, Path):
+                    if not (path.exists() and path.samefile(content)):  # a rename between its names would leave both
+                        _link(content, beside(path, token), Path.replace)
+                    continue
                 with _new_file(beside(path, token)) as descriptor:
-                    _write_all(descriptor, data)
+                    for part in [content] if isinstance(content, bytes) else content:
+                        _write_all(descriptor, part)
         undone.pop_all()
     put_in_place(files, token)
 
@@ -190,13 +196,7 @@ def duplicate(source: Path, path: Path) -> None:
         if path.exists() and path.samefile(source):
             return  # a rename between two names of one file would leave both
         try:
-            os.link(source.resolve(strict=True), temporary)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            _copy(source, path)
-            return
-        try:
+            _link(source, temporary, _copy)
             temporary.replace(path)
         except BaseException:
             _remove(temporary)
@@ -204,8 +204,18 @@ def duplicate(source: Path, path: Path) -> None:
         _sync_directory(path.parent)
 
 
+def _link(source: Path, path: Path, otherwise: Callable[[Path, Path], object]) -> None:
+    """Make a hard link; where links fail, do something else."""
+    try:
+        os.link(source.resolve(strict=True), path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        otherwise(source, path)
+
+
 def _copy(source: Path, path: Path) -> None:
-    with source.open("rb") as file, replacing(path) as descriptor:
+    with source.open("rb") as file, _new_file(path) as descriptor:
         while block := file.read(_COPIED_AT_ONCE):
             _write_all(descriptor, block)
 

@@ -91,16 +91,19 @@ class Budget:
                 self._changed.notify_all()
 
 
-def prefetch(parts: Iterable[Part], read: Callable[[Part], Read], depth: int = 1) -> Generator[Read, None, None]:
+def prefetch(
+    parts: Iterable[Part], read: Callable[[Part], Read], depth: int = 1, num_threads: int = 1
+) -> Generator[Read, None, None]:
     """Read parts in order, the next ones in a thread while the caller works on the last.
 
-    At most `depth` parts are read ahead of the caller's. The thread ends when the iterator is exhausted or closed,
-    after the part that it is reading.
+    At most `depth` parts are read ahead of the caller's. The threads end when the iterator is exhausted or closed,
+    after the parts that they are reading.
 
     Args:
         parts: What to read.
-        read: Called with each part, in the thread, one after another.
+        read: Called with each part, in a thread; with one thread, one after another.
         depth: Parts to read ahead, at least 1.
+        num_threads: How many read at once, `depth` at most.
 
     Yields:
         What `read` returned, in the order of `parts`.
@@ -108,7 +111,7 @@ def prefetch(parts: Iterable[Part], read: Callable[[Part], Read], depth: int = 1
     Raises:
         BaseException: Whatever `read` raised, where its part would have been yielded.
     """
-    pool, ahead = ThreadPoolExecutor(1, "prefetch"), collections.deque[Future[Read]]()
+    pool, ahead = ThreadPoolExecutor(num_threads, "prefetch"), collections.deque[Future[Read]]()
     try:
         for part in parts:
             ahead.append(pool.submit(read, part))

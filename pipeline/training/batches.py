@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.streaming import HostImages, in_batches
 from pipeline.labels.source import TeacherLabels
 from pipeline.losses import Targets
 from pipeline.views.draws import uniforms
+from pipeline.views.mixing import by_pairs
 from pipeline.views.views import ViewBatch, Views, normalize
 
 
@@ -77,6 +79,10 @@ class TrainingData:
     num_views: int | None = None
     teacher_labels: TeacherLabels | None = None
 
+    def pairs(self, epoch: int) -> NDArray[np.int64] | None:
+        """Return the pairs of the epoch's view, see Views.pairs."""
+        return self.views.pairs(self._view(epoch))
+
     def batches(self, epoch: int, parts: Sequence[Tensor]) -> Generator[Batch, None, None]:
         """Render batches of the epoch's view; images that stream are read ahead.
 
@@ -87,7 +93,7 @@ class TrainingData:
         Yields:
             The batches in order. Closing the iterator ends the reading thread.
         """
-        view = epoch if self.num_views is None else epoch % self.num_views
+        view = self._view(epoch)
         with contextlib.closing(self.views.batches(view, parts)) as batches:
             for rendered in batches:
                 yield self._with_answers(view, rendered)
@@ -101,6 +107,10 @@ class TrainingData:
         check: Callable[[], None] | None = getattr(self.teacher_labels, "check", None)
         if check is not None:
             check()
+
+    def _view(self, epoch: int) -> int:
+        """Return the index of an epoch's view."""
+        return epoch if self.num_views is None else epoch % self.num_views
 
     def _with_answers(self, view: int, rendered: ViewBatch) -> Batch:
         """Normalise a batch and add the teacher's answer."""
@@ -149,10 +159,17 @@ def split_batches(num_samples: int, batch_size: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    """Return the order of the samples in an epoch, `(N,)` int64: a pure function of its arguments."""
+def epoch_order(seed: int, epoch: int, num_samples: int, paired: NDArray[np.int64] | None = None) -> Tensor:
+    """Return the order of the samples in an epoch, `(N,)` int64: a pure function of its arguments.
+
+    Args:
+        seed: Of the run.
+        epoch: From 0.
+        num_samples: N.
+        paired: `(N,)`, the pairs of the epoch's view, which are shuffled as wholes; None shuffles samples.
+    """
     keys = uniforms(seed, "order", epoch, "order", num_samples, 1)[:, 0]
-    return torch.from_numpy(np.argsort(keys, kind="stable"))
+    return torch.from_numpy(by_pairs(keys, paired))
 
 
 def step_draws(seed: int, step: int, num_samples: int, num_draws: int) -> Tensor:

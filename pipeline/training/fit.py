@@ -211,7 +211,7 @@ class Fit:
         began = time.monotonic()
         self.parallel.train()
         progress, ranks = self.progress, self.group.world_size
-        order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples)
+        order = epoch_order(self.seed, progress.epoch, self.data.views.num_samples, self.data.pairs(progress.epoch))
         check_every = 1 if self.device.type == "cpu" else STEPS_BETWEEN_CHECKS
         finite: list[Tensor] = []
         shares = self._shares(order)

@@ -8,7 +8,9 @@ Source: arXiv:2502.16762 §3.4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.recipes import ViewRecipe
+from pipeline.views import boxes, draws, geometry, operations, policies
 from pipeline.views import colour as imageops
-from pipeline.views import draws, geometry, mixing, operations, policies
 from pipeline.views.grouping import Groups, by_pixels, by_range
 from pipeline.views.parcel import Later, Parcel
 
-Draws = Mapping[str, NDArray[np.float64]]
+# By name, of N samples: uniform numbers, `(N, number)` float64 in [0, 1), or what an augmentation makes of its own.
+Draws = Mapping[str, NDArray[Any]]
 Parameters = dict[str, NDArray[Any]]
 SUB_POLICY = "sub-policy"
 
@@ -43,11 +46,17 @@ class Augmentation:
         """Return the number of draws per sample by name; a field at 0 or false draws nothing."""
         return {name: number for name, number in self.fields.items() if getattr(recipe, name)}
 
+    def draw(
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
+    ) -> Draws:
+        """Draw for all samples of a view; see `draw` below."""
+        return {name: uniforms(name, number) for name, number in self.num_draws(recipe).items()}
+
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
         """Turn draws into the parameters of each image.
 
         Args:
-            uniform: The draws of B samples by name, `(B, num_draws)` float64 in [0, 1).
+            uniform: The draws of B samples, see Draws.
             recipe: The view recipe.
             height: H, pixels.
             width: W, pixels.
@@ -83,6 +92,13 @@ class Moving(Augmentation):
         """
         raise NotImplementedError
 
+    def plan_alone(
+        self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
+    ) -> Callable[[Tensor], Tensor]:
+        """Prepare the augmentation of images that nothing else moves, for which there may be a shorter way."""
+        maps = self.plan(uniform, recipe, height, width, parcel)
+        return lambda images: geometry.gather(images, maps())
+
 
 class Changing(Augmentation):
     """An augmentation that changes levels, or moves pixels without an index map."""
@@ -92,6 +108,38 @@ class Changing(Augmentation):
     ) -> Callable[[Tensor], Tensor]:
         """Prepare the augmentation of images `(B, 3, H, W)` uint8; the arguments are those of Moving."""
         raise NotImplementedError
+
+
+class ResizedCrop(Augmentation):
+    """Random box of the image, resized to the data set's square: it is read in place of the whole image.
+
+    Parameters: `resized_crop` `(B, 4)` int64, the box in pixels of the upright image, left, top, right and bottom, the
+    last two exclusive; `resized_crop_share` `(B,)`, its share of the image's area.
+    """
+
+    fields: ClassVar = {"resized_crop": 2}
+
+    def draw(
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
+    ) -> Draws:
+        """See Augmentation."""
+        if not recipe.resized_crop:
+            return {}
+        assert sizes is not None, "resized_crop of images whose sizes are not known"
+        wide = sizes.astype(np.int64)  # an area may exceed 32 bits
+        drawn = boxes.crop_boxes(uniforms, wide, recipe.resized_crop)
+        share = (drawn[:, 2:] - drawn[:, :2]).prod(axis=1) / wide.prod(axis=1)
+        return {"resized_crop": drawn, "resized_crop_share": share}
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """See Augmentation."""
+        return {name: uniform[name] for name in ("resized_crop", "resized_crop_share")}
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """See Augmentation."""
+        if "resized_crop_share" in drawn:
+            share, (low, high) = drawn["resized_crop_share"], recipe.resized_crop["scale"]
+            yield from by_range("resized crop, share of the area", share, low, high, "{:.2f} to {:.2f}")
 
 
 class CropFlip(Moving):
@@ -118,6 +166,15 @@ class CropFlip(Moving):
         offsets = parcel.add(given.get("crop", np.zeros((num_samples, 2), dtype=np.int64)))
         flipped = parcel.add(given.get("flip", np.zeros(num_samples, dtype=np.bool_)))
         return lambda: geometry.crop_flip_maps(offsets(), flipped(), height, width)
+
+    def plan_alone(
+        self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
+    ) -> Callable[[Tensor], Tensor]:
+        """See Moving; a flip alone is several times faster without maps."""
+        if recipe.crop:
+            return super().plan_alone(uniform, recipe, height, width, parcel)
+        flipped = parcel.add(np.flatnonzero(self.parameters(uniform, recipe, height, width)["flip"]))
+        return lambda images: images.index_copy_(0, flipped(), images.index_select(0, flipped()).flip(-1))
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """See Augmentation."""
@@ -242,12 +299,14 @@ class ChosenOperations(Changing):
     operations.magnitude; 0 where none is applied. With AutoAugment also `sub_policy` `(B,)` int64.
     """
 
-    fields: ClassVar = {"autoaugment": 0}
+    fields: ClassVar = {"autoaugment": 0, "magnitude": 0, "probability": 0, "magnitudes": 0}
 
     def num_draws(self, recipe: ViewRecipe) -> dict[str, int]:
         """See Augmentation."""
-        policy = policies.POLICIES.get(recipe.autoaugment)
-        return {policy.name: policy.num_draws} if policy else {}
+        policy = policies.policy(recipe)
+        if policy is None:
+            return {}
+        return {policy.name: policy.num_draws} | ({"applied": 2} if recipe.probability < 1 else {})
 
     def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
         """See Augmentation."""
@@ -278,18 +337,71 @@ class ChosenOperations(Changing):
 
     def _choose(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> operations.OperationChoice:
         """Return what the recipe's policy does to each image."""
-        policy = policies.POLICIES[recipe.autoaugment]
-        return policy.choose(uniform[policy.name], height, width)
+        policy = policies.policy(recipe)
+        assert policy is not None, f"autoaugment: {recipe.autoaugment} chooses nothing"
+        choice = policy.choose(uniform[policy.name], height, width)
+        if "applied" not in uniform:
+            return choice
+        rows = np.where(uniform["applied"] < recipe.probability, choice.rows, operations.NO_OPERATION)
+        return choice._replace(rows=rows)
 
 
-AUGMENTATIONS: tuple[Augmentation, ...] = (CropFlip(), Rotation(), Affine(), Jitter(), ChosenOperations())
+class Erasing(Changing):
+    """A random box becomes black. Parameters: `erasing` `(B, 4)` int64, see boxes; an empty box erases nothing.
+
+    Differs: torchvision's RandomErasing works on floats, where by default 0 is black too.
+    """
+
+    fields: ClassVar = {"erasing": 1}
+
+    def draw(
+        self, uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
+    ) -> Draws:
+        """See Augmentation."""
+        return {"erasing": boxes.erased_boxes(uniforms, recipe.erasing, height, width)} if recipe.erasing else {}
+
+    def parameters(self, uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
+        """See Augmentation."""
+        return {"erasing": uniform["erasing"]}
+
+    def plan(
+        self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
+    ) -> Callable[[Tensor], Tensor]:
+        """See Changing."""
+        erased = parcel.add(uniform["erasing"])
+        return lambda images: images & ~boxes.inside(erased(), height, width)
+
+    def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
+        """See Augmentation."""
+        if "erasing" in drawn:
+            share = (drawn["erasing"][:, 2:] - drawn["erasing"][:, :2]).prod(axis=1) / image_size**2
+            yield "erasing", "nothing", share == 0
+            for operation, name, members in by_range("erasing", share, *boxes.ERASED["scale"], "{:.2f} to {:.2f}"):
+                yield operation, name, members & (share > 0)
+
+
+AUGMENTATIONS: tuple[Augmentation, ...] = (
+    ResizedCrop(), CropFlip(), Rotation(), Affine(), Jitter(), ChosenOperations(), Erasing(),
+)  # fmt: skip
 """All augmentations, in the order in which they are applied."""
 
 
-def num_draws(recipe: ViewRecipe) -> dict[str, int]:
-    """Return a recipe's number of draws per sample by name, mixing included; what is off draws nothing."""
-    drawn = {name: number for augmentation in AUGMENTATIONS for name, number in augmentation.num_draws(recipe).items()}
-    return drawn | mixing.num_draws(recipe.mixing)
+def draw(
+    uniforms: boxes.Draw, recipe: ViewRecipe, height: int, width: int, sizes: NDArray[np.int32] | None
+) -> dict[str, NDArray[Any]]:
+    """Draw a recipe's augmentations for all samples of a view; what is off draws nothing.
+
+    Args:
+        uniforms: Returns the uniform numbers of all N samples, by their name and number.
+        recipe: The view recipe.
+        height: H, pixels.
+        width: W, pixels.
+        sizes: `(N, 2)`, the widths and heights of the images before they are made H x W, pixels; None if not known.
+    """
+    drawn: dict[str, NDArray[Any]] = {}
+    for augmentation in AUGMENTATIONS:
+        drawn |= augmentation.draw(uniforms, recipe, height, width, sizes)
+    return drawn
 
 
 def parameters(uniform: Draws, recipe: ViewRecipe, height: int, width: int) -> Parameters:
@@ -305,38 +417,41 @@ def plan(uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Pa
     """Prepare all augmentations but mixing.
 
     Args:
-        uniform: The draws of these samples by name, `(B, num_draws)` float64 in [0, 1).
+        uniform: The draws of these samples by name.
         recipe: The view recipe.
         height: H, pixels.
         width: W, pixels.
         parcel: Takes what the device needs.
 
     Returns:
-        Augments images `(B, 3, H, W)` uint8 on the parcel's device, once it has been sent.
+        Augments images `(B, 3, H, W)` uint8 on the parcel's device, perhaps in place, once it has been sent.
     """
-    steps: list[tuple[Later | None, Callable[[Tensor], Tensor] | None]] = []
-    for augmentation in AUGMENTATIONS:
-        if not augmentation.num_draws(recipe):
-            continue
-        if isinstance(augmentation, Moving):
-            steps.append((augmentation.plan(uniform, recipe, height, width, parcel), None))
+    arguments = (uniform, recipe, height, width, parcel)
+    used = [augmentation for augmentation in AUGMENTATIONS if augmentation.num_draws(recipe)]
+    steps: list[Callable[[Tensor], Tensor]] = []
+    for moves, together in itertools.groupby(used, lambda augmentation: isinstance(augmentation, Moving)):
+        if moves:
+            steps.append(_plan_moves([one for one in together if isinstance(one, Moving)], *arguments))
         else:
-            assert isinstance(augmentation, Changing)
-            steps.append((None, augmentation.plan(uniform, recipe, height, width, parcel)))
+            steps += [one.plan(*arguments) for one in together if isinstance(one, Changing)]
 
     def augment(images: Tensor) -> Tensor:
-        maps: Tensor | None = None
-        for move, change in steps:
-            if move is not None:
-                maps = move() if maps is None else geometry.compose(maps, move())
-                continue
-            assert change is not None
-            if maps is not None:
-                images, maps = geometry.gather(images, maps), None
-            images = change(images)
-        return images if maps is None else geometry.gather(images, maps)
+        for step in steps:
+            images = step(images)
+        return images
 
     return augment
+
+
+def _plan_moves(
+    moving: Sequence[Moving], uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
+) -> Callable[[Tensor], Tensor]:
+    """Prepare augmentations that follow each other and only move pixels."""
+    arguments = (uniform, recipe, height, width, parcel)
+    if len(moving) == 1:
+        return moving[0].plan_alone(*arguments)
+    maps = [one.plan(*arguments) for one in moving]
+    return lambda images: geometry.gather(images, functools.reduce(geometry.compose, (make() for make in maps)))
 
 
 def _num_samples(given: Parameters) -> int:

@@ -38,8 +38,11 @@ def uniforms(seed: int, key: str, view: int, operation: str, num_samples: int, n
     return np.ldexp((raw >> np.uint64(11)).astype(np.float64), -53).reshape(num_samples, num_draws)
 
 
-def integers(uniform: NDArray[np.float64], num_values: int) -> NDArray[np.int64]:
-    """Turn uniform numbers, float64 in [0, 1), into equally likely int64 in [0, num_values), of the same shape."""
+def integers(uniform: NDArray[np.float64], num_values: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Turn uniform numbers, float64 in [0, 1), into equally likely int64 in [0, num_values), of the same shape.
+
+    `num_values` may be an array of that shape.
+    """
     return np.floor(uniform * num_values).astype(np.int64)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.views import colour as imageops
 from pipeline.views import geometry
-from pipeline.views.parcel import Later, Parcel
+from pipeline.views.parcel import Parcel
 
 # Each takes images and the magnitude of each sample, `(B,)` float64.
 COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -33,14 +33,16 @@ COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": lambda images, _: imageops.autocontrast(images),
     "Equalize": lambda images, _: imageops.equalize(images),
     "Invert": lambda images, _: imageops.invert(images),
+    "SolarizeAdd": imageops.solarize_add,
 }
 GEOMETRIC_OPERATIONS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-UNSIGNED_OPERATIONS = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
+UNSIGNED_OPERATIONS = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert", "SolarizeAdd")
 OPERATIONS = (*GEOMETRIC_OPERATIONS, *COLOUR_OPERATIONS)
 WITHOUT_MAGNITUDE = ("Identity", "AutoContrast", "Equalize", "Invert")
 # What RandAugment and TrivialAugment draw from, evenly; in torchvision's order.
-EVENLY_DRAWN = ("Identity", *(name for name in OPERATIONS if name != "Invert"))
+EVENLY_DRAWN = ("Identity", *(name for name in OPERATIONS if name not in ("Invert", "SolarizeAdd")))
 NO_OPERATION = -1
+TRANSLATIONS = tuple(OPERATIONS.index(name) for name in ("TranslateX", "TranslateY"))
 # Index maps of more bytes are made for each batch instead of being kept.
 MAX_KEPT_BYTES = 2**26
 
@@ -77,7 +79,7 @@ def magnitude(space: Space, operation: str, magnitude_bin: int, height: int, wid
 
     Returns:
         Tangents (shears), pixels (translations, not rounded), degrees (rotation), changes of a factor
-        (brightness, color, contrast, sharpness), bits (posterize), a level (solarize), or 0 without a
+        (brightness, color, contrast, sharpness), kept bits (posterize), a level (solarize), or 0 without a
         magnitude.
 
     Source: torchvision's `_augmentation_space` of AutoAugment, RandAugment and TrivialAugmentWide, whose bins are a
@@ -106,6 +108,35 @@ def magnitude(space: Space, operation: str, magnitude_bin: int, height: int, wid
     return float(np.float32(float(end) - step * (last - magnitude_bin)))
 
 
+def timm_magnitude(operation: str, level: int, height: int, width: int) -> float:
+    """Look up the positive magnitude of an operation at one of timm's levels; see `magnitude`.
+
+    Args:
+        operation: One of OPERATIONS; SolarizeAdd has the levels that are added below 128.
+        level: In [0, 10].
+        height: H, pixels.
+        width: W, pixels.
+
+    Source: timm.data.auto_augment, the `..._level_to_arg` of `_RAND_INCREASING_TRANSFORMS`, in float64.
+    """
+    share = level / 10.0
+    return {
+        "ShearX": share * 0.3,
+        "ShearY": share * 0.3,
+        "TranslateX": share * 0.45 * width,
+        "TranslateY": share * 0.45 * height,
+        "Rotate": share * 30.0,
+        "Posterize": 4.0 - int(share * 4),
+        "Solarize": 256.0 - min(256, int(share * 256)),
+        "SolarizeAdd": float(min(128, int(share * 110))),
+        **dict.fromkeys(WITHOUT_MAGNITUDE, 0.0),
+    }.get(operation, share * 0.9)
+
+
+Magnitude = Callable[[str, int, int, int], float]
+"""Returns the positive magnitude of an operation at a bin, for images of a height and a width; as `magnitude` does."""
+
+
 @dataclass(frozen=True, eq=False)
 class OperationTable:
     """All operations of a policy on images of H x W pixels: I rows with signed magnitudes, geometric ones first.
@@ -128,24 +159,29 @@ class OperationTable:
     matrices: NDArray[np.float64]
 
 
-def tabulate(space: Space, entries: Sequence[tuple[str, int]], height: int, width: int) -> OperationTable:
+def tabulate(
+    magnitude: Magnitude, entries: Sequence[tuple[str, int]], height: int, width: int, *, whole_pixels: bool = True
+) -> OperationTable:
     """Tabulate the operations of a policy.
 
     Args:
-        space: The magnitudes.
+        magnitude: The magnitudes.
         entries: E pairs of operation and magnitude bin; see `magnitude`.
         height: H, pixels.
         width: W, pixels.
+        whole_pixels: Whether translations are cut to whole pixels, as by torchvision.
     """
     signed: list[tuple[int, float]] = []
     for name, magnitude_bin in entries:
-        number = NO_OPERATION if name == "Identity" else OPERATIONS.index(name)
-        value = magnitude(space, name, magnitude_bin, height, width)
+        value = magnitude(name, magnitude_bin, height, width)
+        # No level is as high as timm's weakest threshold.
+        is_none = name == "Identity" or (name == "Solarize" and value > 255)
+        number = NO_OPERATION if is_none else OPERATIONS.index(name)
         signed += [(number, value), (number, value if name in UNSIGNED_OPERATIONS else -value)]
     instances = sorted({instance for instance in signed if instance[0] != NO_OPERATION})
     row_of = {instance: row for row, instance in enumerate(instances)}
     matrices = [
-        _matrix(OPERATIONS[number], value, height, width)
+        _matrix(OPERATIONS[number], int(value) if whole_pixels and number in TRANSLATIONS else value, height, width)
         for number, value in instances
         if OPERATIONS[number] in GEOMETRIC_OPERATIONS
     ]
@@ -220,10 +256,10 @@ def _plan_sorted(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel)
     """Prepare to apply to each image its own row of the table, in place; `rows` ascends."""
     firsts = np.searchsorted(table.operations, np.arange(len(OPERATIONS) + 1))
     bounds = np.searchsorted(rows, firsts)
-    geometric, maps = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)]), None
+    geometric, move = slice(bounds[0], bounds[len(GEOMETRIC_OPERATIONS)]), None
     if geometric.start < geometric.stop:
         # Index maps carry the magnitude, so that all geometric operations are one group.
-        maps = _plan_maps(table, rows[geometric], parcel)
+        move = _plan_moves(table, rows[geometric], parcel)
     groups = []
     for number, name in enumerate(OPERATIONS[len(GEOMETRIC_OPERATIONS) :], start=len(GEOMETRIC_OPERATIONS)):
         group = slice(bounds[number], bounds[number + 1])
@@ -231,8 +267,8 @@ def _plan_sorted(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel)
             groups.append((name, group, parcel.add(table.magnitudes[rows[group]])))
 
     def work(images: Tensor) -> Tensor:
-        if maps is not None:
-            images[geometric] = geometry.gather(images[geometric], maps())
+        if move is not None:
+            move(images[geometric])
         for name, group, magnitudes in groups:
             images[group] = COLOUR_OPERATIONS[name](images[group], magnitudes())
         return images
@@ -246,12 +282,33 @@ def _plan_take(order: NDArray[np.int64], parcel: Parcel) -> Callable[[Tensor], T
     return lambda images: images.index_select(0, rows())
 
 
-def _plan_maps(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel) -> Later:
-    """Prepare index maps of some geometric operations, `(B, H, W)` int64."""
+def _plan_moves(table: OperationTable, rows: NDArray[np.int64], parcel: Parcel) -> Callable[[Tensor], None]:
+    """Prepare some geometric operations on images, in place; `rows` ascends."""
     if len(table.matrices) * table.height * table.width * 8 > MAX_KEPT_BYTES:
-        return geometry.plan_index_maps(table.matrices[rows], table.height, table.width, parcel)
-    later = parcel.add(rows)
-    return lambda: _kept_maps(table, parcel.device).index_select(0, later())
+        maps = geometry.plan_index_maps(table.matrices[rows], table.height, table.width, parcel)
+    elif parcel.device.type == "cpu":
+        # Images of one row share a map, which is not copied for each.
+        firsts = np.flatnonzero(np.diff(rows, prepend=-1)).tolist()
+        runs = [
+            (slice(first, last), int(rows[first])) for first, last in zip(firsts, [*firsts[1:], len(rows)], strict=True)
+        ]
+
+        def move_runs(images: Tensor) -> None:
+            kept = _kept_maps(table, parcel.device)
+            for run, row in runs:
+                images[run] = geometry.gather(images[run], kept[row : row + 1])
+
+        return move_runs
+    else:
+        later = parcel.add(rows)
+
+        def maps() -> Tensor:
+            return _kept_maps(table, parcel.device).index_select(0, later())
+
+    def move(images: Tensor) -> None:
+        images[:] = geometry.gather(images, maps())
+
+    return move
 
 
 @functools.lru_cache(maxsize=8)
@@ -266,9 +323,7 @@ def _matrix(operation: str, signed_magnitude: float, height: int, width: int) ->
         return geometry.rotation_matrices(np.array([signed_magnitude]), height, width)
     along_x = operation.endswith("X")
     if operation.startswith("Translate"):
-        pixels = int(signed_magnitude)
-        translate = np.array([[pixels, 0] if along_x else [0, pixels]])
-        return geometry.affine_matrices(translate, np.ones(1), np.zeros((1, 2)), (width * 0.5, height * 0.5))
+        return np.array([[1.0, 0.0, -signed_magnitude * along_x, 0.0, 1.0, -signed_magnitude * (not along_x)]])
     degrees = math.degrees(math.atan(signed_magnitude))
     shear = np.array([[degrees, 0.0] if along_x else [0.0, degrees]])
     return geometry.affine_matrices(np.zeros((1, 2), dtype=np.int64), np.ones(1), shear, (0.0, 0.0))

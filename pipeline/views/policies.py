@@ -9,8 +9,18 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.recipes import ViewRecipe
 from pipeline.views import draws
-from pipeline.views.operations import EVENLY_DRAWN, NO_OPERATION, OperationChoice, OperationTable, Space, tabulate
+from pipeline.views.operations import (
+    EVENLY_DRAWN,
+    NO_OPERATION,
+    OperationChoice,
+    OperationTable,
+    Space,
+    magnitude,
+    tabulate,
+    timm_magnitude,
+)
 
 # (operation, probability, magnitude bin or None) twice for each sub-policy. Kept here rather than read from
 # torchvision, so that the views of a recipe are the same whichever version is installed.
@@ -59,7 +69,11 @@ class Policy:
     name: ClassVar[str]
     num_draws: ClassVar[int]
     space: ClassVar[Space]
-    entries: ClassVar[Sequence[tuple[str, int]]]
+    entries: Sequence[tuple[str, int]]
+
+    def tabulate(self, height: int, width: int) -> OperationTable:
+        """Tabulate the operations for images of one size."""
+        return tabulate(functools.partial(magnitude, self.space), self.entries, height, width)
 
     def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
         """Turn draws into operations for each image.
@@ -99,17 +113,41 @@ def sub_policies(uniform: NDArray[np.float64]) -> NDArray[np.int64]:
 class RandAugment(Policy):
     """RandAugment: two operations, drawn evenly, all of one strength.
 
+    Args:
+        strength: The magnitude bin, of 31.
+
     Source: arXiv:1909.13719; torchvision's `RandAugment()`: 2 operations, magnitude 9 of 31.
     """
 
     title, name, num_draws = "RandAugment", "randaugment", 4
     space = AutoAugment.space._replace(num_bins=31)
-    entries = tuple((operation, 9) for operation in EVENLY_DRAWN)
+    drawn: ClassVar[Sequence[str]] = EVENLY_DRAWN
+
+    def __init__(self, strength: int) -> None:
+        self.entries = tuple((operation, strength) for operation in self.drawn)
 
     def choose(self, uniform: NDArray[np.float64], height: int, width: int) -> OperationChoice:
         """See Policy; the draws are the two operations, and whether to negate either magnitude (below 1/2)."""
-        table, entries = _table(self, height, width), draws.integers(uniform[:, :2], len(EVENLY_DRAWN))
+        table, entries = _table(self, height, width), draws.integers(uniform[:, :2], len(self.drawn))
         return OperationChoice(table, table.rows[entries, (uniform[:, 2:] < 0.5).astype(np.int64)])
+
+
+class TimmRandAugment(RandAugment):
+    """RandAugment by timm's operations and magnitudes, of which the largest is 10.
+
+    Source: timm's `rand_augment_transform("rand-m9-inc1")`.
+    Differs: timm resamples geometric operations by a bilinear or a bicubic filter, and what lies outside of the frame
+        is grey; here they take the nearest pixel, and it is black. timm's default probability of each operation is 1/2.
+    """
+
+    drawn = (
+        "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+        "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+    )  # fmt: skip
+
+    def tabulate(self, height: int, width: int) -> OperationTable:
+        """See Policy."""
+        return tabulate(timm_magnitude, self.entries, height, width, whole_pixels=False)
 
 
 class TrivialAugment(Policy):
@@ -129,15 +167,28 @@ class TrivialAugment(Policy):
         return OperationChoice(table, table.rows[entries, (uniform[:, 2] < 0.5).astype(np.int64)][:, None])
 
 
-# By the value of the view recipe's `autoaugment`.
+# By the value of the view recipe's `autoaugment`; RandAugment as it is by default.
 POLICIES: dict[str, Policy] = {
     "cifar10": AutoAugment(),
-    "randaugment": RandAugment(),
+    "randaugment": RandAugment(9),
     "trivialaugment": TrivialAugment(),
 }
 
 
+def policy(recipe: ViewRecipe) -> Policy | None:
+    """Return the policy of a recipe, or None."""
+    if recipe.autoaugment == "randaugment":
+        return _rand_augment(recipe.magnitudes, recipe.magnitude)
+    return POLICIES.get(recipe.autoaugment)
+
+
+@functools.cache
+def _rand_augment(magnitudes: str, strength: int) -> RandAugment:
+    """Return one RandAugment for equal recipes, for its tables are kept."""
+    return {"torchvision": RandAugment, "timm": TimmRandAugment}[magnitudes](strength)
+
+
 @functools.lru_cache(maxsize=24)
 def _table(policy: Policy, height: int, width: int) -> OperationTable:
-    """Tabulate a policy for images of one size."""
-    return tabulate(policy.space, policy.entries, height, width)
+    """Return a policy's table, made once for images of one size."""
+    return policy.tabulate(height, width)

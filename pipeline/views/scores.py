@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.recipes import ViewRecipe
-from pipeline.views import augment
+from pipeline.views import augment, mixing
 from pipeline.views.grouping import Groups, by_range
 
 EVERYTHING = "all"
 Z95 = 1.959964
+OF_BOTH = ("lambda", "partner", "mixing")
+"""What is drawn for a sample and its partner together."""
 
 
 @dataclass
@@ -81,7 +83,10 @@ class OperationMeter:
         if "lambda" in drawn:
             share = np.maximum(drawn["lambda"], 1 - drawn["lambda"])
             yield from by_range("larger share", share, 0.5, 1.0, "{:.2f} to {:.2f}", num_bins=5)
-        of_larger = {name: values[larger] for name, values in drawn.items() if name not in ("lambda", "partner")}
+        if "mixing" in drawn:
+            for kind, name in enumerate(mixing.KINDS):
+                yield "mixing", name, drawn["mixing"] == kind
+        of_larger = {name: values[larger] for name, values in drawn.items() if name not in OF_BOTH}
         for augmentation in augment.AUGMENTATIONS:
             yield from augmentation.groups(of_larger, self._recipe, self._image_size)
 

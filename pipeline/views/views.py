@@ -5,10 +5,12 @@ operation draws for all samples at once under its own name (`pipeline.views.draw
 recipe leaves the others' draws alone. Operations work on whole uint8 batches, with results equal bit for bit to
 torchvision's on PIL images.
 
-The mixing partner of each sample is an independent uniform draw over all samples. Before all samples of a view are
-used, `Views.prepare` augments every image once, and batches only mix; this takes the memory of one view. (With partners
-from a permutation, b samples would need b + 1 images, but every student would train in that order whatever its seed,
-and a sample would depend on its neighbours.)
+The mixing partner of each sample is an independent uniform draw over all samples, or `paired`: the samples of each view
+form random pairs, which suits images that cost much to read. Before all samples of a view are used, `Views.prepare`
+augments every image once, and batches only mix; this takes the memory of one view. Other batches augment their images
+once, and those partners that are not among them: none in a batch of whole pairs. (With partners from one permutation,
+b samples would need b + 1 images, but every student would train in that order whatever its seed, and a sample would
+depend on its neighbours.)
 
 Images that do not fit the device stay on the host (`pipeline.data.streaming.HostImages`). The images of each batch and
 their partners are gathered there, moved, and augmented on the device, with the same pixels.
@@ -70,13 +72,15 @@ class _Mix:
     """How the samples of a view mix; all but `rows` is on the device of the views.
 
     Attributes:
-        rows: `(N,)` int64, the partners, on the host.
+        rows: `(N,)` int64, the partners, on the host; a sample that is not mixed is its own.
+        paired: `(N,)` int64, the other sample of each pair, on the host; None where there are no pairs.
         partners: `(N,)` int64, the partners.
-        amounts: The last argument of `mixing.cutmix` or `mixing.mixup`: boxes or shares.
+        amounts: The last argument of the mixing's `mix`: boxes, shares, or both.
         lam: `(N,)` float32.
     """
 
     rows: NDArray[np.int64]
+    paired: NDArray[np.int64] | None
     partners: Tensor
     amounts: Tensor
     lam: Tensor
@@ -101,15 +105,17 @@ class _View:
 
 @dataclass(frozen=True)
 class _Raw:
-    """Images before augmentation.
+    """Images of a batch before augmentation, those that have been read once.
 
     Attributes:
-        rows: `(B,)` int64, their indices, on the host.
-        images: `(B, H, W, 3)` uint8, read on the host; None if they are on the device.
+        rows: `(U,)` int64, their indices, on the host: the samples of the batch, then partners that are not among them.
+        partners: `(B,)` int64, for each sample where in `rows` its partner is; None without mixing.
+        images: `(U, H, W, 3)` uint8, read on the host; None if they are on the device.
     """
 
     rows: NDArray[np.int64]
-    images: Tensor | None
+    partners: NDArray[np.int64] | None = None
+    images: Tensor | None = None
 
 
 class Views:
@@ -157,7 +163,7 @@ class Views:
         """
         opened = self._open(view)
         if opened.images is None and isinstance(self.images, Tensor) and self.images.nbytes <= MAX_PREPARED_BYTES:
-            [opened.images] = self._render(opened, [_Raw(np.arange(self.num_samples), None)])
+            opened.images = self._render(opened, _Raw(np.arange(self.num_samples)))
 
     def batch(self, view: int, indices: Tensor | NDArray[np.int64]) -> ViewBatch:
         """Make some samples of one view.
@@ -206,14 +212,25 @@ class Views:
         """Return what was drawn for the N samples of a view, by name.
 
         These are the `parameters` of each augmentation; with mixing also `partner` `(N,)` int64 and `lambda` `(N,)`
-        float32, the share of the first image.
+        float32, the share of the first image. Where samples mix in different ways, or not at all, `mixing` `(N,)` int64
+        says how: indices into mixing.KINDS.
         """
         opened = self._open(view)
         height, width = self.images.shape[-2:]
         drawn = augmentation.parameters(opened.uniform, self.recipe, height, width)
         if opened.mix is not None:
             drawn |= {"partner": opened.mix.rows, "lambda": opened.mix.lam.cpu().numpy()}
+            if {"mixing", "switch"} & opened.uniform.keys():
+                drawn["mixing"] = mixing.kinds(opened.uniform, self.recipe)
         return drawn
+
+    def pairs(self, view: int) -> NDArray[np.int64] | None:
+        """Return the other sample of each pair of a view, `(N,)` int64, or None where the recipe has no pairs.
+
+        A batch of whole pairs reads and augments each image once: see mixing.by_pairs.
+        """
+        mix = self._open(view).mix
+        return None if mix is None else mix.paired
 
     def digest(self, view: int, indices: NDArray[np.int64] | None = None) -> bytes:
         """Hash the pixels of a view, or of a few of its samples, to detect changes cheaply.
@@ -248,58 +265,74 @@ class Views:
         """Draw a view for all samples, unless it is the one that was drawn last."""
         assert view >= 0, f"view {view} is negative"
         if self._opened is None or self._opened.index != view:
-            uniform = {
-                name: draws.uniforms(self.recipe.seed, self.key, view, name, self.num_samples, number)
-                for name, number in augmentation.num_draws(self.recipe).items()
-            }
-            mix = None if self.recipe.mixing == "none" else self._draw_mix(uniform)
-            self._opened = _View(view, uniform, mix)
+            self._opened = None  # what was drawn before is freed first
+            height, width = self.images.shape[-2:]
+            sizes = self.images.sizes if isinstance(self.images, HostImages) else None
+
+            def uniforms(name: str, number: int) -> NDArray[np.float64]:
+                return draws.uniforms(self.recipe.seed, self.key, view, name, self.num_samples, number)
+
+            drawn = augmentation.draw(uniforms, self.recipe, height, width, sizes)
+            drawn |= {name: uniforms(name, number) for name, number in mixing.num_draws(self.recipe).items()}
+            mix = None if self.recipe.mixing == "none" else self._draw_mix(drawn)
+            self._opened = _View(view, drawn, mix)
         return self._opened
 
     def _draw_mix(self, uniform: augmentation.Draws) -> _Mix:
         """Draw partners and amounts for all samples."""
-        partners = draws.integers(uniform["partner"][:, 0], self.num_samples)
-        amounts, lam = mixing.MIXINGS[self.recipe.mixing].draw(uniform, *self.images.shape[-2:])
-        return _Mix(partners, *send(self.device, partners, amounts, lam))
+        partners = mixing.partners(uniform, self.recipe)
+        amounts, lam = mixing.draw(uniform, self.recipe, *self.images.shape[-2:])
+        rows = np.where(mixing.kinds(uniform, self.recipe) > 0, partners, np.arange(self.num_samples))
+        paired = partners if self.recipe.partner == "paired" else None
+        return _Mix(rows, paired, *send(self.device, rows, amounts, lam))
 
-    def _read(self, opened: _View, samples: Tensor) -> list[_Raw]:
+    def _read(self, opened: _View, samples: Tensor) -> _Raw | None:
         """Read the images of `(B,)` samples, and with mixing their partners'; safe in any thread."""
         if opened.images is not None:
-            return []
-        first = samples.cpu().numpy()
-        read = self.images.read if isinstance(self.images, HostImages) else None
-        row_sets = [first] if opened.mix is None else [first, opened.mix.rows[first]]
-        return [_Raw(rows, read and read(rows)) for rows in row_sets]
+            return None
+        rows, partners = samples.cpu().numpy(), None
+        if opened.mix is not None:
+            rows, partners = _together(rows, opened.mix.rows[rows])
+        if isinstance(self.images, Tensor):
+            return _Raw(rows, partners)
+        boxes = opened.uniform.get("resized_crop")
+        return _Raw(rows, partners, self.images.read(rows, None if boxes is None else boxes[rows]))
 
-    def _make(self, opened: _View, samples: Tensor, read: Sequence[_Raw]) -> ViewBatch:
+    def _make(self, opened: _View, samples: Tensor, raw: _Raw | None) -> ViewBatch:
         """Make a batch of `(B,)` samples on the device, from what `_read` returned for them."""
         labels, mix = self.labels.index_select(0, samples), opened.mix
-        row_sets = [samples] if mix is None else [samples, mix.partners.index_select(0, samples)]
-        if opened.images is not None:
-            unmixed = [opened.images.index_select(0, rows) for rows in row_sets]
+        partners = samples if mix is None else mix.partners.index_select(0, samples)
+        if raw is None:
+            assert opened.images is not None
+            made = opened.images
+            first, places = made.index_select(0, samples), partners
         else:
-            unmixed = self._render(opened, read)
+            made = self._render(opened, raw)
+            first = made[: len(samples)]
+            places = samples if raw.partners is None else self._placed(torch.from_numpy(raw.partners))
         if mix is None:
-            return ViewBatch(samples, unmixed[0], labels, labels, torch.ones(len(samples), device=self.device))
-        partners, mix_images = row_sets[1], mixing.MIXINGS[self.recipe.mixing].mix
+            return ViewBatch(samples, first, labels, labels, torch.ones(len(samples), device=self.device))
+        mix_images = mixing.MIXINGS[self.recipe.mixing].mix
         return ViewBatch(
             samples,
-            mix_images(unmixed[0], unmixed[1], mix.amounts.index_select(0, samples)),
+            mix_images(first, made.index_select(0, places), mix.amounts.index_select(0, samples)),
             labels,
             self.labels.index_select(0, partners),
             mix.lam.index_select(0, samples),
         )
 
-    def _render(self, opened: _View, raws: Sequence[_Raw]) -> list[Tensor]:
-        """Augment samples of a view, up to mixing, `(B, 3, H, W)` uint8 for each of `raws`."""
+    def _render(self, opened: _View, raw: _Raw) -> Tensor:
+        """Augment images of a view, up to mixing, `(U, 3, H, W)` uint8."""
         shape, device = self.images.shape[1:], self.device
-        made = [torch.empty((len(raw.rows), *shape), dtype=torch.uint8, device=device) for raw in raws]
+        made = torch.empty((len(raw.rows), *shape), dtype=torch.uint8, device=device)
         num_pixels = shape[1] * shape[2]
         chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
         size = max(1, chunk * CHUNK_PIXELS // max(num_pixels, CHUNK_PIXELS))
+        if device.type == "cpu" and len(raw.rows) > size:  # as much for each thread
+            num_rounds = -(-len(raw.rows) // (size * torch.get_num_threads()))
+            size = -(-len(raw.rows) // (num_rounds * torch.get_num_threads()))
         parts = [
-            functools.partial(self._plan, opened, raw, slice(start, start + size), target)
-            for raw, target in zip(raws, made, strict=True)
+            functools.partial(self._plan, opened, raw, slice(start, start + size), made)
             for start in range(0, len(raw.rows), size)
         ]
 
@@ -312,7 +345,7 @@ class Views:
 
         if device.type == "cpu":
             for_each([[part] for part in parts], render)
-        elif sum(len(raw.rows) for raw in raws) <= MAX_TOGETHER:
+        elif len(raw.rows) <= MAX_TOGETHER:
             render(parts)
         else:
             for part in parts:
@@ -320,7 +353,7 @@ class Views:
         return made
 
     def _plan(self, opened: _View, raw: _Raw, part: slice, made: Tensor, parcel: Parcel) -> Callable[[], None]:
-        """Prepare to augment a part of some samples into the same part of `made`."""
+        """Prepare to augment a part of some images into the same part of `made`."""
         rows = raw.rows[part]
         uniform = {name: values[rows] for name, values in opened.uniform.items()}
         height, width = self.images.shape[-2:]
@@ -337,6 +370,25 @@ class Views:
             made[part] = augment(images)
 
         return work
+
+
+def _together(rows: NDArray[np.int64], partners: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the samples of a batch, then those of their partners that are not among them, and where the partners are.
+
+    Args:
+        rows: `(B,)`, the samples.
+        partners: `(B,)`, their partners.
+
+    Returns:
+        `(U,)` and `(B,)`: the second are places in the first.
+    """
+    order = np.argsort(rows, kind="stable")
+    found = np.searchsorted(rows, partners, sorter=order)
+    places = order[np.minimum(found, len(rows) - 1)]
+    is_missing = rows[places] != partners
+    missing, where = np.unique(partners[is_missing], return_inverse=True)
+    places[is_missing] = len(rows) + where
+    return np.concatenate([rows, missing]), places
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -126,7 +126,10 @@ def artefacts(context: Context, tasks: list[Task], sizes: Sizes) -> list[Artefac
     def add(name: str, path: Path, size: int, stage: str) -> None:
         artefacts.append(Artefact(name, path, size, 0 if path.exists() else size, stage))
 
-    add("prepared data", paths.dataset, sizes.total * (sizes.image_bytes + 2), "prepare")
+    size = sizes.total * (sizes.image_bytes + 2)
+    if paths.is_prepared:
+        size = sum(file.stat().st_size for file in paths.prepared.iterdir())
+    add("prepared data", paths.dataset, size, "prepare")
     for task in teachers:
         add(f"teacher {task.name}", paths.teacher(task.name) / "best.safetensors", models[task.stage], task.stage)
     largest = max(models[task.stage] for task in teachers)
@@ -223,8 +226,12 @@ def memory(context: Context, tasks: list[Task], sizes: Sizes) -> list[Finding]:
     device = context.device
     size, limit = sizes.train * sizes.image_bytes, resident_limit(device)
     where = "GPU memory" if device.type == "cuda" else "RAM"
+    is_decoded = any(view.resized_crop for view in context.recipe.views.values())
+    stays = size <= limit and not is_decoded
     text = f"training images: {size_text(size)}, "
-    if size <= limit:
+    if is_decoded:
+        text += f"decoded from {context.paths.prepared} for every batch"
+    elif stays:
         text += f"kept in {where} (up to {size_text(limit)} are)"
     else:
         text += f"more than the {size_text(limit)} kept in {where}: they stream ({RESIDENT_VARIABLE} sets the limit)"
@@ -238,7 +245,7 @@ def memory(context: Context, tasks: list[Task], sizes: Sizes) -> list[Finding]:
     if not needs or free is None:
         return findings
     largest = max(needs, key=lambda name: needs[name])
-    need = needs[largest] + (2 * size if size <= limit else 0)
+    need = needs[largest] + (2 * size if stays else 0)
     text = f"{where}: {largest}'s weights, gradients and moments, with the images, take {size_text(need)} of "
     text += f"{size_text(free)} available, its activations not counted"
     enough = need <= (1 - MARGIN) * free

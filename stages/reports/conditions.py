@@ -14,7 +14,7 @@ from stages.shared.runs import differences
 
 NOT_RUN = "not run"
 LEFT_OUT = "left out by --no-figures"
-MIXINGS = {"none": "no mixing", "cutmix": "CutMix", "mixup": "MixUp"}
+MIXINGS = {"none": "no mixing", "cutmix": "CutMix", "mixup": "MixUp", "both": "CutMix or MixUp"}
 MAX_REASONS = 6
 NOT_DESCRIBED = "its checkpoint does not say how it was trained"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError
 from pipeline.labels.cache import LabelCache
-from pipeline.labels.replay import check_canaries
+from pipeline.labels.replay import check_canaries, other_pixels
 from pipeline.report.figures import Cell, DotRow, dots, sheet
 from pipeline.report.tables import Figure, Table, number
 from pipeline.views import operations
@@ -86,9 +86,9 @@ def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Tabl
     for name in names:
         cache = open_labels(runs.paths, runs.recipe, dataset, name)
         labelled = Labelled(name, dataset, cache, make_views(context, dataset, name))
-        if check_canaries(cache, labelled.views) is not None:
-            path = runs.paths.labels(name)
-            raise DataError(f"{path}: its views are no longer what was labelled; run `pipeline label --fresh`")
+        view = check_canaries(cache, labelled.views)
+        if view is not None:
+            raise DataError(f"{runs.paths.labels(name)}: {other_pixels(cache, view)}; run `pipeline label --fresh`")
         shown += [*by_operation(labelled), sample_views(labelled)]
     return shown
 
@@ -165,6 +165,7 @@ def sample_views(labelled: Labelled) -> Figure:
     note += "Framed and bold: the label is none of the targets. "
     note += f"Up to {NUM_WRONG} samples were chosen for such a label in view 0, the others evenly."
     note += " Before the targets: lambda and 1 - lambda." if has_mixing else ""
+    note += " Cut: the box that is read of an image, in its own pixels." if labelled.views.recipe.resized_crop else ""
     note += " Crop: by how many pixels the frame moves down and right." if labelled.views.recipe.crop else ""
     alt = f"{len(samples)} training images, what their views make of them, and the teacher's labels of these."
     return Figure(f"sample-views{labelled.suffix}", table.title, sheet(rows, columns), alt, note, table)
@@ -230,17 +231,25 @@ def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]
 def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
     """Say what was drawn for an image, in lines that fit below it."""
     values = {name: array[index] for name, array in drawn.items()}
+    cut = [f"cut {_box(values['resized_crop'])}"] if "resized_crop" in values else []
     framed = [f"crop {values['crop'][0]:+d},{values['crop'][1]:+d}"] if "crop" in values else []
     framed += ["flip"] if values.get("flip") else []
     moved = [f"{values['rotation']:+.0f}°"] if "rotation" in values else []
     moved += [f"by {values['translate'][0]:+d},{values['translate'][1]:+d}"] if "translate" in values else []
     formed = [f"×{values['scale']:.2f}"] if "scale" in values else []
     formed += [f"shear {values['shear']:+.0f}°"] if "shear" in values else []
-    lines = [", ".join(parts) for parts in (framed, moved, formed) if parts]
+    lines = [", ".join(parts) for parts in (cut, framed, moved, formed) if parts]
     lines += [f"{name} ×{values[name]:.2f}" for name in ("brightness", "contrast") if name in values]
     applied = zip(values["operations"], values["magnitudes"], strict=True) if "operations" in values else []
     lines += [_strength(int(operation), float(value)) for operation, value in applied if operation >= 0]
-    return lines
+    erased = values.get("erasing", np.zeros(4))
+    return lines + ([f"black {_box(erased)}"] if erased[2] > erased[0] else [])
+
+
+def _box(box: NDArray[np.int64]) -> str:
+    """Write a box as width, height, and where its left upper corner is."""
+    left, top, right, bottom = box.tolist()
+    return f"{right - left}x{bottom - top} at {left},{top}"
 
 
 def _strength(operation: int, magnitude: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -136,18 +136,20 @@ class Context:
         self.console.print(table.to_rich(self.console.width))
 
     def dataset(self) -> Dataset:
-        """Load the prepared data set; images too large for RAM stay in their file.
+        """Load the prepared data set; images too large for RAM stay in their files, and encoded ones always do.
 
         Raises:
             DataError: It is missing, not valid, or prepared with other settings than the recipe's.
         """
         from pipeline.data.datasets import Dataset
+        from pipeline.data.file import FORMER_FILE
         from pipeline.system.runtime import resident_limit
 
         if not self.paths.is_prepared:
-            raise DataError(
-                f"{self.paths.dataset}: no prepared data; run `pipeline prepare --recipe {self.recipe.name}`"
-            )
+            way_out = f"run `pipeline prepare --recipe {self.recipe.name}`"
+            if (former := self.paths.dataset.with_name(FORMER_FILE)).exists():
+                raise DataError(f"{former}: of a former layout; {way_out} again")
+            raise DataError(f"{self.paths.dataset}: no prepared data; {way_out}")
         summary = read_json(self.paths.prepared / "summary.json")
         prepared = summary.get("settings") if isinstance(summary, dict) else None
         if not isinstance(prepared, dict):
@@ -165,7 +167,8 @@ class Context:
         stat = self.paths.dataset.stat()
         version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._loaded is None or self._loaded[0] != version:
-            self._loaded = (version, Dataset.load(self.paths.dataset, resident_limit()))
+            dataset = Dataset.load(self.paths.dataset, resident_limit())
+            self._loaded = (version, replace(dataset, resize=self.recipe.dataset.resize))
         return self._loaded[1]
 
     def changed(self, stage: str) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipes import StudentRecipe
-from pipeline.data.arrays import StoredImages
 from pipeline.data.datasets import Dataset, Split
+from pipeline.data.decoding import EXIF_RULE, decoders
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, NumericalError
 from pipeline.labels.cache import LabelCache
@@ -35,7 +35,7 @@ from pipeline.system.runtime import (
 )
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import lock, to_json
-from pipeline.system.text import to_csv
+from pipeline.system.text import counted, to_csv
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState, checkpoint_files
 from pipeline.training.column_sum import published
@@ -59,16 +59,20 @@ DESCRIBED = ("teacher", "views", "soft", "confidence", "warnings", "evaluated_on
 def make_views(context: Context, dataset: Dataset, view_recipe: str, *, key: str = "") -> Views:
     """Return a view recipe's views of the training set; `key` as for pipeline.views.views.Views.
 
-    The images are put on the device. Too many for it stream, and a line says so.
+    The images are put on the device. Too many for it stream, and so do those of which each view is another part; a line
+    says so.
     """
-    split, device = dataset.train, context.device
+    split, device, recipe = dataset.train, context.device, context.recipe.views[view_recipe]
     limit = resident_limit(device)
-    images = place_images(split.images, device, limit)
-    if isinstance(images, HostImages):
-        where = context.paths.dataset if isinstance(split.images, StoredImages) else "RAM"
+    where = "RAM" if isinstance(split.images, np.ndarray) else context.paths.prepared
+    images: Tensor | HostImages
+    if recipe.resized_crop:
+        images = HostImages(split.images, device)
+        context.say(f"the files of {counted(len(split), 'training image')} are decoded from {where} for every batch")
+    elif isinstance(images := place_images(split.images, device, limit), HostImages):
         size = f"{split.images.nbytes / 1e9:.3g} GB of training images, more than {limit / 1e9:.3g} GB"
         context.say(f"{size}: they stream from {where} to {device} ({RESIDENT_VARIABLE} sets the limit in bytes)")
-    return Views(images, torch.from_numpy(split.labels), context.recipe.views[view_recipe], key=key)
+    return Views(images, torch.from_numpy(split.labels), recipe, key=key)
 
 
 def evaluation_data(
@@ -244,7 +248,8 @@ def carry_out(
                 table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
                 if log is not None:  # first, so that a kill in between leaves it to the run that goes on
                     log.finished(metrics, fit.progress.seconds, run.out)
-                _write(run, result, last, metrics, table, where)
+                decoded = {} if dataset.rendition is None else {"exif": EXIF_RULE, "decoders": decoders()}
+                _write(run, result, last, metrics, table, where, decoded)
                 if run.result is not None:
                     kept.keep(context, run.result)
                 state.delete()
@@ -351,9 +356,10 @@ def _write(
     metrics: Mapping[str, Any],
     predictions: bytes,
     where: Mapping[str, Any],
+    decoded: Mapping[str, Any],
 ) -> None:
     """Write the outputs in place of former ones, together, their manifest last."""
-    meta = {**run.decided_by, "fingerprint": run.fingerprint}
+    meta = {**run.decided_by, "fingerprint": run.fingerprint, **decoded}
     meta |= {key: metrics[key] for key in DESCRIBED}
     of_best = {"epoch": result.best_epoch, "scores": metrics["best"], "metrics": without_test(metrics)}
     written = {"best": checkpoint_files("best", result.best, {**meta, **of_best})}

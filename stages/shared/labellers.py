@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.recipes import MAX_VIEWS, TeacherRecipe
 from pipeline.data.datasets import Dataset
+from pipeline.data.decoding import decoders
 from pipeline.errors import DataError, PipelineError, UsageError
 from pipeline.inference.loading import from_checkpoint
 from pipeline.labels.answers import ViewLabels
@@ -189,7 +190,7 @@ class TeacherLabeller:
             **self.fields,
             precision=resolve_precision(settings.precision, device),
             device=device.type,
-            versions=versions() | _version_of_timm(self.members),
+            versions=versions() | _version_of_timm(self.members) | _decoders(self.members[0].dataset),
             topk=topk,
             compiled=settings.compile,
         )
@@ -262,8 +263,8 @@ class GivenLabeller:
         return self.given.topk
 
     def provenance(self, context: Context, topk: int) -> dict[str, Any]:
-        """Return the provenance of what is given."""
-        return self.given.provenance
+        """Return the provenance of what is given, and by what the views' files are decoded."""
+        return {**self.given.provenance, "versions": _decoders(context.dataset())}
 
     def how(self, context: Context) -> str:
         """Name the file."""
@@ -418,6 +419,11 @@ def _built(context: Context, dataset: Dataset, recipe: TeacherRecipe, option: st
 def _version_of_timm(members: Sequence[Member]) -> dict[str, str]:
     """Return timm's version where it has built one of the teachers."""
     return {"timm": importlib.metadata.version("timm")} if any(m.model.startswith("timm/") for m in members) else {}
+
+
+def _decoders(dataset: Dataset) -> dict[str, str]:
+    """Return the versions of what decodes a data set's files; nothing where it keeps pixels."""
+    return {} if dataset.rendition is None else decoders()
 
 
 def find_labeller(

@@ -93,4 +93,5 @@ def identity_of(dataset: Dataset, view_recipe: ViewRecipe) -> dict[str, Any]:
         view_recipe=view_recipe,
         class_names=dataset.class_names,
         num_samples=len(dataset.train),
+        rendition=dataset.rendition,
     )

@@ -45,13 +45,13 @@ class Paths:
 
     @property
     def prepared(self) -> Path:
-        """What `prepare` writes: dataset.h5, summary.json."""
+        """What `prepare` writes: dataset.json and what belongs beside it, summary.json."""
         return self.root / "prepared"
 
     @property
     def dataset(self) -> Path:
         """The data set."""
-        return self.prepared / "dataset.h5"
+        return self.prepared / "dataset.json"
 
     @property
     def prepare_memory(self) -> Path:
@@ -61,7 +61,7 @@ class Paths:
     @property
     def is_prepared(self) -> bool:
         """Whether the prepared data are there."""
-        return all((self.prepared / name).is_file() for name in ("dataset.h5", "summary.json"))
+        return all((self.prepared / name).is_file() for name in ("dataset.json", "summary.json"))
 
     def teacher(self, name: str) -> Path:
         """One candidate's checkpoint, metrics and curve."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.config.recipes import FitRecipe, StudentRecipe, TeacherRecipe, deciding_values
+from pipeline.config.recipes import SQUEEZE, FitRecipe, StudentRecipe, TeacherRecipe, deciding_values
 from pipeline.errors import DataError, StorageError
 from pipeline.report.watching import LOG
 from pipeline.system.canonical import MISSING, Difference, compare, fingerprint
@@ -24,7 +24,8 @@ from stages.shared.paths import Paths
 from stages.shared.places import Place
 
 if TYPE_CHECKING:
-    from pipeline.data.datasets import Channels, Dataset
+    from pipeline.data.datasets import Dataset
+    from pipeline.data.file import Channels
 
     Normalization = tuple[Channels, Channels]
 
@@ -43,7 +44,7 @@ _PHRASES = {
     "rules": "judged by other rules", "labels_sha256": "other labels", "code_sha256": "other code",
 }  # fmt: skip
 # Fields that follow from the data.
-_CONSEQUENCES = ("class_names", "image_size", "mean", "std", "num_classes")
+_CONSEQUENCES = ("class_names", "image_size", "resize", "mean", "std", "num_classes")
 
 LESSON = ("labels", "teacher", "teacher_labels", "topk", "confidence")
 """Keys of `Run.inputs` that decide nothing where a student does not learn from its teacher."""
@@ -442,6 +443,7 @@ def describe(
         "recipe": recipe_name,
         "class_names": list(dataset.class_names),
         "image_size": dataset.image_size,
+        **({} if dataset.resize == SQUEEZE else {"resize": dataset.resize}),
         "mean": list(mean),
         "std": list(std),
         "dataset_sha256": dataset.sha256,

@@ -242,7 +242,7 @@ class TeacherSource:
             UsageError: torch.compile was asked for and fails.
             DataError: The teacher does not fit the data, or a view's pixels are not those that were labelled.
         """
-        from pipeline.labels.replay import check_canaries
+        from pipeline.labels.replay import check_canaries, other_pixels
         from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
         from stages.shared.fitting import Teaching
         from stages.shared.labelling import accuracy_of, label_clean, make_ready, read_teacher
@@ -257,8 +257,8 @@ class TeacherSource:
             view = check_canaries(self.cache, views)
             if view is not None:
                 raise DataError(
-                    f"view {view}: its pixels are not those that were labelled (another version of this project or of "
-                    "its libraries made them); run `pipeline label --fresh`"
+                    f"{other_pixels(self.cache, view)}; run `pipeline label --fresh`, or see how many labels change by "
+                    "`pipeline labels verify`"
                 )
             labels = cached_labels(self.cache, context.device, **kind) if self.is_distilled else None
             clean, name = dict(self.cache.clean), str(self.cache.provenance["teacher"])

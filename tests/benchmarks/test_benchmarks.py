@@ -189,6 +189,18 @@ def test_images_in_a_file_are_read_streamed_digested_and_decoded(
     assert [path.name for path in tmp_path.iterdir()] == ["streaming.json"]
 
 
+@pytest.mark.slow
+def test_a_photographs_view_is_compared_with_every_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import photographs
+
+    sizes = ("--images", "8", "--batch-size", "4")
+    report = run(photographs, monkeypatch, tmp_path / "photographs.json", *sizes, threads=2)
+    plain = rows(report, "photograph's view of 32x32")
+    assert [row["goal"] for row in plain.values()] == [1.2, 1.2, 1.2, 0.85] and photographs.BARE in plain
+    assert [row["goal"] for row in rows(report, "photograph's view of 32x32, CutMix").values()] == [1.1] * 3
+    assert 70_000 < report["environment"]["bytes_per_file"] < 82_000
+
+
 def test_the_break_even_solves_the_inequality() -> None:
     from benchmarks.distill import EPOCHS, break_even
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.labels.cache import LabelCache
-from pipeline.labels.identity import IDENTITY_FIELDS, PROVENANCE_FIELDS, PROVENANCE_OPTIONS
+from pipeline.labels.identity import IDENTITY_FIELDS, IDENTITY_OPTIONS, PROVENANCE_FIELDS, PROVENANCE_OPTIONS
 from tests.support.label_samples import NUM_CLASSES, NUM_SAMPLES, row_of
 from tests.support.markdown import blocks, page
 
@@ -53,7 +53,7 @@ def test_the_page_names_every_object_and_attribute(sealed: bytes, tmp_path: Path
         attributes = [*opened.attrs, *opened["identity"].attrs, *opened["provenance"].attrs]
     assert set(attributes) == {"canaries", *IDENTITY_FIELDS, *PROVENANCE_FIELDS}
     assert set(names) >= {"labels", "digest", "topk/classes", "topk/probabilities", "clean/test", "clean/val"}
-    for name in {*attributes, *names, *PROVENANCE_OPTIONS, "accuracy"} - {"topk", "clean"}:
+    for name in {*attributes, *names, *IDENTITY_OPTIONS, *PROVENANCE_OPTIONS, "accuracy"} - {"topk", "clean"}:
         assert f"`{name}`" in PAGE, name
     assert f"`schema_version` | {cache.identity['schema_version']}" in PAGE
 

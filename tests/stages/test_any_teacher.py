@@ -106,7 +106,7 @@ def test_its_own_size_and_normalisation_stand_in_the_checkpoint_and_are_used_eve
 
 
 def dataset(project: Project) -> Dataset:
-    return Dataset.load(project.data / "prepared/dataset.h5")
+    return Dataset.load(project.data / "prepared/dataset.json")
 
 
 def test_such_a_teacher_is_distilled_and_reported(project: Project) -> None:

@@ -63,7 +63,7 @@ def test_both_stages_write_what_the_design_says(finished: Project) -> None:
     best = max(selection["candidates"], key=lambda row: (row["best"]["top1"], -row["best"]["loss"]))
     assert selection["winner"] == best["name"]
     assert json.loads((data / "teacher/best.json").read_text())["model"] == best["name"]
-    cache, dataset = LabelCache.open(data / "labels/default.h5"), Dataset.load(data / "prepared/dataset.h5")
+    cache, dataset = LabelCache.open(data / "labels/default.h5"), Dataset.load(data / "prepared/dataset.json")
     assert cache.labels.shape == (2, len(dataset.train))
     assert set(cache.clean) == {"val", "test"}
     work = finished.path / "data/work"
@@ -85,7 +85,7 @@ def test_the_predictions_of_the_test_images_give_the_scores(finished: Project, m
     def share(column: str, other: str) -> float | None:
         return 100 * sum(row[column] == row[other] for row in rows) / len(rows) if rows[0][column] else None
 
-    dataset = Dataset.load(finished.data / "prepared/dataset.h5")
+    dataset = Dataset.load(finished.data / "prepared/dataset.json")
     assert [int(row["sample"]) for row in rows] == list(range(len(dataset.test)))
     assert [row["target"] for row in rows] == [dataset.class_names[label] for label in dataset.test.labels]
     assert share("prediction", "target") == pytest.approx(test["top1"])
@@ -247,6 +247,7 @@ def test_a_student_refuses_labels_of_other_views_field_by_field(
     assert field in project.run("distill", "--student", "titn", code=3)
 
 
+@pytest.mark.slow
 def test_a_student_refuses_labels_of_another_teacher_than_the_selected(project: Project) -> None:
     other = next(
         name for name in TEACHERS if name != LabelCache.open(project.data / "labels/default.h5").provenance["teacher"]
@@ -268,6 +269,7 @@ def test_a_student_needs_data_and_labels_alone(project: Project) -> None:
     assert (project.data / "students/titn/metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_cache_with_too_few_views_is_refused_and_can_be_extended(project: Project) -> None:
     file = project.data / "labels/default.h5"
     project.edit("count: 2", "count: 4")
@@ -409,7 +411,7 @@ def test_a_second_run_of_the_same_thing_is_refused(project: Project) -> None:
         (("teacher", "resnet51"), 2, ["resnet51", "vgg16_bn"]),
         (("teacher-select", "--teachers", "vgg16,vgg61"), 2, ["vgg61"]),
         (("teacher-select", "--optimizers", "lion"), 2, ["lion", "adamw"]),
-        (("prepare", "--recipe", "imagenet"), 2, ["imagenet", "digits"]),
+        (("prepare", "--recipe", "imagenet21k"), 2, ["imagenet21k", "digits"]),
         (("label", "--view-recipe", "cutout"), 2, ["cutout", "default, mixup"]),
         (("evaluate", "nowhere"), 2, ["nowhere"]),
         (("distill", "--student", "titn", "--set", "epochs"), 2, ["epochs", "KEY=VALUE"]),
@@ -444,7 +446,7 @@ def test_a_users_folder_is_prepared_and_its_bad_files_are_named(tmp_path: Path) 
     assert "torn.png" in out
     assert "--skip-bad" in out
     assert "skipped 1 bad file;" in project.run(*command, "--skip-bad")
-    dataset = Dataset.load(project.path / "data/folder/prepared/dataset.h5")
+    dataset = Dataset.load(project.path / "data/folder/prepared/dataset.json")
     assert dataset.class_names == ("cat", "dog")
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 28, "val": 4, "test": 8}
     other = ("prepare", "--recipe", "cifar100-small", "--from", str(tmp_path / "images"), "--skip-bad")

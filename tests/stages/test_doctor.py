@@ -99,12 +99,12 @@ def test_what_is_left_to_do_is_said_stage_by_stage(labelled: Project) -> None:
 def test_sizes_are_those_of_the_files(labelled: Project) -> None:
     sizes = {artefact["name"]: artefact["size"] for artefact in examine(labelled)["artefacts"]}
     real = {
-        "prepared data": labelled.data / "prepared/dataset.h5",
         "teacher squeezenet1_1": labelled.data / "teachers/squeezenet1_1/best.safetensors",
         "the selected teacher, at most": labelled.data / "teacher/best.safetensors",
     }
     for name, file in real.items():
         assert sizes[name] == pytest.approx(file.stat().st_size, rel=0.02), name
+    assert sizes["prepared data"] == sum(file.stat().st_size for file in (labelled.data / "prepared").iterdir())
     vit = sum(file.stat().st_size for file in (labelled.data / "students/vit").glob("*.safetensors"))
     assert sizes["student vit, best and last"] == pytest.approx(vit, rel=0.1)
     assert sizes["labels default"] == 2 * 673
@@ -152,7 +152,7 @@ def test_data_that_are_not_there_are_a_problem(empty: Project, tmp_path: Path) -
     assert "nothing is known of folder's images" in lines(diagnosis, WARNING)
     (empty.path / "params.yaml").unlink()
     assert "params.yaml" in lines(examine(empty, code=1), PROBLEM)
-    assert "params.yaml" in invoke(Project.create(tmp_path / "other"), "doctor", "--recipe", "imagenet", code=2)
+    assert "params.yaml" in invoke(Project.create(tmp_path / "other"), "doctor", "--recipe", "imagenet21k", code=2)
 
 
 def test_a_full_disk_is_a_problem(empty: Project, monkeypatch: pytest.MonkeyPatch) -> None:

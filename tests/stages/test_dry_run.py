@@ -153,7 +153,7 @@ def test_labelling_anew_leaves_what_is_there_until_it_begins(project: Project, m
         (("teacher-select",), 0, "teacher squeezenet1_1: train 8 epochs (no data yet)"),
         (("teacher-select", "--recipe", "cifar100"), 3, "--download"),
         (("prepare",), 0, "read the bundled digits"),
-        (("prepare",), 0, "write data/smoke/prepared/dataset.h5 (no data yet)"),
+        (("prepare",), 0, "write data/smoke/prepared/dataset.json (no data yet)"),
         (("prepare", "--recipe", "cifar100"), 3, "pipeline prepare --recipe cifar100 --download"),
         (("prepare", "--recipe", "mnist", "--download"), 0, "mnist in data/raw, downloading what is missing"),
         (("prepare", "--recipe", "folder"), 2, "--from"),

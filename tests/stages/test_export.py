@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from ruamel.yaml import YAML
 
 import pipeline
@@ -28,7 +28,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, StorageError, UsageError
 from pipeline.inference import exporting
-from pipeline.inference.card import FILES
+from pipeline.inference.card import FILES, model_card
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.losses import probabilities
 from pipeline.models import TEACHERS
@@ -68,7 +68,7 @@ def project(exported: Project, tmp_path: Path) -> Project:
 @pytest.fixture(scope="module")
 def images(exported: Project) -> torch.Tensor:
     """The test images, `(N, 3, H, W)` uint8."""
-    split = Dataset.load(exported.data / "prepared/dataset.h5").test
+    split = Dataset.load(exported.data / "prepared/dataset.json").test
     return torch.from_numpy(np.ascontiguousarray(split.images[:])).permute(0, 3, 1, 2)
 
 
@@ -170,7 +170,7 @@ def test_no_file_tells_where_it_was_made(exported: Project) -> None:
 
 
 def test_int8_is_measured_beside_float(exported: Project, images: torch.Tensor) -> None:
-    labels = torch.from_numpy(Dataset.load(exported.data / "prepared/dataset.h5").test.labels)
+    labels = torch.from_numpy(Dataset.load(exported.data / "prepared/dataset.json").test.labels)
     entries = config(exported)["files"]
     for format in ("onnx", "onnx-int8"):
         # In batches as the command takes them: int8 scales activations by the batch.
@@ -195,7 +195,7 @@ def test_weights_in_bf16_are_half_the_size_and_measured(project: Project, images
     model, _ = pipeline.load(folder)
     assert model.format == "safetensors-bf16"
     torch.testing.assert_close(model(images[:9]), load(project)(images[:9]), atol=0.02, rtol=0)
-    labels = torch.from_numpy(Dataset.load(project.data / "prepared/dataset.h5").test.labels)
+    labels = torch.from_numpy(Dataset.load(project.data / "prepared/dataset.json").test.labels)
     for key, classifier in (("top1", model), ("top1_of_checkpoint", load(project))):
         top1 = 100 * float((classifier(images).argmax(dim=1) == labels).double().mean())
         assert entry[key] == pytest.approx(top1) and f"{top1:.2f} %" in out
@@ -280,7 +280,7 @@ def test_a_folders_classes_are_known_in_either_unicode_form_and_thumbnails_are_p
     for name in ("caf\u00e9/1.png", "dog/2.tif", "dog/@eaDir/2.tif/thumb.jpg", ".hidden/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    classifier: Any = SimpleNamespace(class_names=("dog", "cafe\u0301"), image_size=4)
+    classifier: Any = SimpleNamespace(class_names=("dog", "cafe\u0301"), image_size=4, resize="squeeze")
     labels = from_folder(tmp_path, classifier, labelled=True).labels
     assert labels is not None and labels.tolist() == [1, 0]
 
@@ -295,6 +295,33 @@ def test_a_transform_prepares_images_as_prepare_does(exported: Project, tmp_path
     file.write_bytes(b"no image")
     with pytest.raises(DataError, match="image.png"):
         transform(file)
+
+
+def test_a_model_of_cropped_images_crops_them_and_its_card_says_so_in_code_and_words(
+    exported: Project, tmp_path: Path
+) -> None:
+    project, file = Project(tmp_path / "project"), tmp_path / "image.jpg"
+    shutil.copytree(exported.path, project.path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colours = np.random.default_rng(0).integers(0, 256, (50, 81, 3), np.uint8)
+    Image.fromarray(colours).save(file, exif=exif)
+    told = config(project)
+    assert (told["resize"], told["exif"], told["decoders"]) == ("squeeze", "upright", None)
+    rewrite(project, resize="crop", decoders={"pillow": "13.0.0", "libjpeg": "turbo-3.2.0"})
+    classifier = load(project)
+    expected = read_image(file, 32, resize="crop")
+    assert classifier.transform(file).permute(1, 2, 0).equal(torch.from_numpy(expected))
+    card = model_card(config(project))
+    names = {"Image": Image, "ImageOps": ImageOps}
+    start, end = card.index("image = ImageOps"), card.index("batch = np")
+    with contextlib.chdir(tmp_path):
+        exec(card[start:end].replace("image.png", "image.jpg"), names)
+    assert np.array_equal(np.asarray(names["image"]), expected)
+    assert "shorter side has 36 pixels" in card and "pillow 13.0.0, libjpeg turbo-3.2.0" in card
+    rewrite(project, resize="stretch")
+    with pytest.raises(DataError, match="resize missing or impossible"):
+        load(project)
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 32, 32), torch.zeros(0, 3, 32, 32), torch.zeros(1, 3, 32, 31)])

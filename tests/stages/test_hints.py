@@ -69,7 +69,7 @@ def test_a_checkpoint_and_a_label_file_name_their_recipe(other: Project) -> None
 
 
 def test_an_explicit_recipe_wins(other: Project) -> None:
-    words = "data/digits/prepared/dataset.h5: no prepared data; run `pipeline prepare --recipe digits`"
+    words = "data/digits/prepared/dataset.json: no prepared data; run `pipeline prepare --recipe digits`"
     assert words in invoke(other, "evaluate", "data/smoke/teacher", "--recipe", "digits", code=3)
     assert words in invoke(other, "labels", "verify", "data/smoke/labels/default.h5", "--recipe", "digits", code=3)
 
@@ -84,7 +84,7 @@ def test_a_recipe_that_params_yaml_lacks_is_named_with_the_way_out(other: Projec
 
 def test_the_hint_of_a_job_names_the_recipe_of_the_job(other: Project) -> None:
     (other.data / "labels/default.h5").write_bytes(b"damaged")
-    (other.data / "prepared/dataset.h5").write_bytes(b"damaged")
+    (other.data / "prepared/dataset.json").write_bytes(b"damaged")
     out = invoke(other, "reproduce", "--recipe", "smoke", "--student", "vit", code=3)
     assert "run `pipeline prepare --recipe smoke` again" in out and "--recipe digits" not in out
     out = invoke(other, "doctor", "--recipe", "smoke", code=1)

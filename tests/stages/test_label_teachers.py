@@ -68,7 +68,7 @@ def opened(project: Project, name: str) -> LabelCache:
 
 def logits_of(project: Project, module: nn.Module, size: int, mean: Any = None, std: Any = None) -> torch.Tensor:
     """The logits of the test images, by hand; without mean and std, normalised by the data's."""
-    dataset = Dataset.load(project.data / "prepared/dataset.h5")
+    dataset = Dataset.load(project.data / "prepared/dataset.json")
     mean, std = mean or dataset.mean, std or dataset.std
     images = torch.from_numpy(np.asarray(dataset.test.images)).permute(0, 3, 1, 2).float() / 255
     inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -83,7 +83,7 @@ def test_a_model_of_timm_labels_at_its_own_size(labelled: Project) -> None:
 
     cache, module = opened(labelled, "small"), timm.create_model("test_resnet", num_classes=10)
     module.load_state_dict(torch.load(labelled.path / "resnet.pth", weights_only=True))
-    recorded, dataset = cache.provenance, Dataset.load(labelled.data / "prepared/dataset.h5")
+    recorded, dataset = cache.provenance, Dataset.load(labelled.data / "prepared/dataset.json")
     assert (recorded["teacher"], recorded["input_size"]) == ("timm/test_resnet", 48)
     sha256 = hashlib.sha256((labelled.path / "resnet.pth").read_bytes()).hexdigest()
     assert recorded["checkpoint_sha256"] == sha256, "of the file that it was given"

@@ -66,7 +66,7 @@ def metrics(directory: Path) -> dict[str, Any]:
 
 
 def right(project: Project, cache: LabelCache) -> dict[str, float]:
-    dataset = Dataset.load(project.data / "prepared/dataset.h5")
+    dataset = Dataset.load(project.data / "prepared/dataset.json")
     return {split: 100 * float((row == dataset.splits[split].labels).mean()) for split, row in cache.clean.items()}
 
 

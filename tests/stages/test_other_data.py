@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
         add(project, project.data / "teachers" / name, name, "teacher", score)
     shutil.copy(project.data / "teacher/best.safetensors", project.data / "teachers" / NAME)
     shutil.copy(project.data / "teacher/best.json", project.data / "teachers" / NAME)
-    dataset = Dataset.load(project.data / "prepared/dataset.h5")
+    dataset = Dataset.load(project.data / "prepared/dataset.json")
     arguments = {"num_classes": 10, "image_size": 32, "width": 48, "depth": 1}
     description = describe(dataset, "smoke", kind="student", model="vit", arguments=arguments)
     add(project, project.data / "students/vit", "vit", "student", {"top1": 50.0, "loss": 1.0, "epoch": 1})
@@ -111,7 +111,7 @@ def test_a_model_of_other_data_is_refused_and_both_are_named(
 ) -> None:
     before, now = split_again(project)
     error = invoke(project, *arguments, code=3)
-    for word in (f"trained on other data (recipe smoke, SHA-256 {before})", f"dataset.h5 (SHA-256 {now})", way_out):
+    for word in (f"trained on other data (recipe smoke, SHA-256 {before})", f"dataset.json (SHA-256 {now})", way_out):
         assert word in error, error
     assert not (project.path / "exported").exists() and not (project.path / "results").exists()
 
@@ -121,7 +121,7 @@ def test_classes_that_are_not_those_of_its_data_are_damage(project: Project) -> 
     file = project.path / STUDENT / "best.json"
     file.write_text(file.read_text().replace('"9"', '"y"', 1))
     for command in (("evaluate", STUDENT, *CPU), ("export", STUDENT, *EXPORT[2:]), ("bench", STUDENT, *CPU)):
-        assert "names other classes than data/smoke/prepared/dataset.h5" in invoke(project, *command, code=3)
+        assert "names other classes than data/smoke/prepared/dataset.json" in invoke(project, *command, code=3)
 
 
 def test_images_of_a_folder_stay_possible_and_are_named(project: Project) -> None:

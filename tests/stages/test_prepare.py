@@ -44,8 +44,9 @@ def folder(tmp_path):
 def test_digits_are_prepared_and_summarized(tmp_path):
     out = tmp_path / "data" / "own" / "prepared"
     summary = prepare(make_recipe("digits"), out=out, raw=tmp_path / "raw")
-    dataset = Dataset.load(out / "dataset.h5")
-    assert sorted(path.name for path in out.iterdir()) == ["dataset.h5", "summary.json"]
+    dataset = Dataset.load(out / "dataset.json")
+    arrays = [f"{split}-{part}.npy" for split in ("test", "train") for part in ("images", "labels")]
+    assert sorted(path.name for path in out.iterdir()) == ["dataset.json", "summary.json", *arrays]
     assert summary["sha256"] == dataset.sha256 and summary["num_samples"] == {"train": 1437, "test": 360}
     assert (summary["evaluation"], summary["settings"]["image_size"], summary["num_skipped"]) == ("test", 32, 0)
     assert summary["class_counts"]["test"] == np.bincount(dataset.test.labels).tolist()
@@ -75,7 +76,7 @@ def test_the_summary_names_what_was_skipped(tmp_path, folder):
         "evaluation": "val",
         "mean": summary["mean"],
         "std": summary["std"],
-        "sha256": Dataset.load(tmp_path / "out" / "dataset.h5").sha256,
+        "sha256": Dataset.load(tmp_path / "out" / "dataset.json").sha256,
         "num_skipped": 1,
         "skipped": [{"path": "train/cat/\\xff.png", "reason": "empty"}],
         "left_out": [{"kind": ".json file", "count": 1, "names": ["train/cat/notes.json"]}],
@@ -228,13 +229,13 @@ def test_data_whose_source_is_not_here_are_kept_and_that_is_said(project):
     assert state(project) == written
 
 
-@pytest.mark.parametrize("name", ["dataset.h5", "summary.json"])
+@pytest.mark.parametrize("name", ["dataset.json", "val-images.npy", "train-paths.npy", "summary.json"])
 def test_damaged_data_are_made_again(project, name):
     invoke(project, "prepare")
     written, path = state(project), project.data / "prepared" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content if name == "dataset.h5" else content[:-9])
+    path.write_bytes(content if name != "summary.json" else content[:-9])
     invoke(project, "prepare")
     assert state(project)[name][0] == written[name][0]
 
@@ -256,7 +257,7 @@ def test_copies_and_unused_alpha_are_said_and_kept_in_the_summary(project):
     train, val = (summary["num_samples"][name] for name in ("train", "val"))
     assert (train, val, summary["num_samples"]["test"]) == (31, 11, 41)
     assert summary["copies"]["in_two_classes"] == 1 and summary["copies"]["in_train"] == {"val": 1, "test": 31}
-    splits = Dataset.load(project.data / "prepared/dataset.h5").splits.values()
+    splits = Dataset.load(project.data / "prepared/dataset.json").splits.values()
     assert sum(bool((image == 9).all()) for split in splits for image in split.images[:]) == 1
 
 
@@ -295,3 +296,43 @@ def test_prepared_data_of_a_former_version_are_up_to_date_without_a_folder_and_m
     )
     project.edit("path: my-images, ", "")
     assert "up to date" in invoke(project, "prepare")
+
+
+# --- a former layout, and an encoded store ---------------------------------------------------------------
+
+
+def test_prepared_data_of_a_former_layout_are_named_and_made_again(project):
+    prepared = project.data / "prepared"
+    prepared.mkdir(parents=True)
+    (prepared / "dataset.h5").write_bytes(b"former")
+    (prepared / "summary.json").write_text(json.dumps({"settings": {}}))
+    said = invoke(project, "teacher", "squeezenet1_1", "--device", "cpu", code=3)
+    assert "data/smoke/prepared/dataset.h5: of a former layout; run `pipeline prepare --recipe smoke` again" in said
+    assert "in place of one of a former layout" in invoke(project, "prepare", "--dry-run")
+    invoke(project, "prepare")
+    assert not (prepared / "dataset.h5").exists() and "up to date" in invoke(project, "prepare")
+
+
+def test_an_encoded_store_is_verified_and_kept_and_put_back(project):
+    project.edit("{source: folder, ", "{source: folder, store: encoded, ")
+    assert "15 train, 5 val, 20 test images of 2 classes" in invoke(project, "prepare")
+    written, file = state(project), project.data / "prepared/files.bin"
+    assert "up to date" in invoke(project, "prepare") and state(project) == written
+    assert not (project.data / "prepared.part").exists()
+    shutil.rmtree(file.parent)
+    assert "put back as it was finished" in invoke(project, "prepare") and state(project) == written
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.unlink()  # which is the kept one's too
+    file.write_bytes(content)
+    assert "in place of one that is damaged" in invoke(project, "prepare", "--dry-run")
+    invoke(project, "prepare")
+    assert state(project)["files.bin"][0] == written["files.bin"][0]
+    assert "up to date" in invoke(project, "prepare")
+
+
+def test_max_side_is_of_an_encoded_store(project):
+    project.edit("{source: folder, ", "{source: folder, max_side: 512, ")
+    assert "recipes.smoke.dataset.max_side: 512 is of an encoded store; add store: encoded" in invoke(
+        project, "prepare", code=2
+    )

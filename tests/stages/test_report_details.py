@@ -29,7 +29,7 @@ from stages.reports.attention import attention, token_shares
 from stages.reports.classes import by_class
 from stages.reports.runs import FinishedRuns
 from stages.reports.verdict import speeds_here, worst_mistakes
-from stages.reports.views import Labelled, by_operation, sample_views, teacher_on_views
+from stages.reports.views import Labelled, _described, by_operation, sample_views, teacher_on_views
 from stages.shared.context import Context
 from stages.shared.fitting import make_views
 from stages.shared.paths import Paths
@@ -302,6 +302,17 @@ def test_an_operation_is_told_with_what_it_was_given_even_nothing(trained: Proje
                 elif rest:
                     assert float(rest[0]) == pytest.approx(magnitude, rel=0.05, abs=0.5 * (abs(magnitude) >= 2))
     assert {"Solarize 0", "TranslateX +0", "ShearY +0"} & set(told), told
+
+
+def test_what_is_cut_and_what_is_erased_is_told_where_it_is_any() -> None:
+    drawn = {
+        "resized_crop": np.array([[10, 20, 130, 100], [0, 0, 5, 6]]),
+        "resized_crop_share": np.array([0.5, 0.1]),
+        "flip": np.array([True, False]),
+        "erasing": np.array([[1, 2, 9, 5], [0, 0, 0, 0]]),
+    }
+    assert _described(drawn, 0) == ["cut 120x80 at 10,20", "flip", "black 8x3 at 1,2"]
+    assert _described(drawn, 1) == ["cut 5x6 at 0,0"]
 
 
 def test_what_is_missing_leaves_out_what_it_is_needed_for(trained: Project, tmp_path: Path) -> None:

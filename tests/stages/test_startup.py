@@ -50,7 +50,7 @@ check(["torch", "matplotlib"], "select", "--teachers", "squeezenet1_1")
 def test_what_computes_does_without_the_compiler_and_other_libraries(small_labelled: Project, tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     shutil.copytree(small_labelled.path, project.path)
-    dataset = Dataset.load(project.data / "prepared" / "dataset.h5")
+    dataset = Dataset.load(project.data / "prepared" / "dataset.json")
     geometry = {"image_size": dataset.image_size, "patch_size": 8, "pixel_size": 2, "width": 48, "depth": 1}
     arguments = {**geometry, "num_classes": dataset.num_classes, "num_heads": 3, "pixel_width": 12, "pixel_heads": 2}
     torch.manual_seed(0)

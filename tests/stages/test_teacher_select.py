@@ -20,6 +20,7 @@ def project(taught: Project, tmp_path: Path) -> Project:
     return Project(tmp_path / "project")
 
 
+@pytest.mark.slow
 def test_settings_and_views_are_those_of_distill(project: Project) -> None:
     own = (project.data / "teachers/squeezenet1_1/best.safetensors").read_bytes()
     out = project.path / "data/runs/smoke/squeezenet1_1-lr-0.0009"

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.images import UNUSED_ALPHA, read_image
+from pipeline.data.decoding import UNUSED_ALPHA
+from pipeline.data.images import read_image
 from pipeline.errors import PipelineError
 from pipeline.inference import speed
 from pipeline.inference.classifier import Answer, Classifier
@@ -26,6 +27,8 @@ from pipeline.inference.loading import build_model, load
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.views.colour import autocontrast
 from stages.cli import cli
+from stages.demo import Demo
+from stages.export import from_folder
 from tests.support.project import Project
 from tests.support.without_float64 import STAND_IN, WithoutFloat64
 
@@ -323,6 +326,27 @@ def test_a_folder_is_scored_by_the_names_of_its_classes(place: Path) -> None:
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_model_of_cropped_images_is_asked_about_cropped_images(place: Path, tmp_path: Path) -> None:
+    model = str(checkpoint(tmp_path / "titn", describe("titn", "student", resize="crop")))
+    paths, classifier = sorted((place / "images").glob("*/*.png")), load(Path(model))
+    crops = np.stack([read_image(path, 16, resize="crop") for path in paths])
+    expected = [row[0] for row in classifier.answer(crops).top(1)]
+    assert expected != [row[0] for row in answer(Path(model), paths).top(1)], "squeezed images have other answers"
+    told = run(place, "predict", model, "images", "--json", "--topk", "1").out.splitlines()
+    top = [json.loads(line)["top"][0] for line in told]
+    assert [(row["class"], row["probability"]) for row in top] == [
+        (name, pytest.approx(value, abs=1e-5)) for name, value in expected
+    ]
+    run(place, "evaluate", model, "--data", "images", "--predictions", str(tmp_path / "rows.csv"))
+    assert [(row["prediction"], float(row["probability"])) for row in rows_of(tmp_path / "rows.csv")] == [
+        (name, pytest.approx(value, abs=1e-4)) for name, value in expected
+    ]
+    [shown] = Demo(classifier, topk=1).answer(paths[0].read_bytes())["top"]
+    assert shown["probability"] == pytest.approx(expected[0][1], abs=1e-5)
+    loaded = from_folder(place / "images", classifier, labelled=True)
+    assert np.array_equal(loaded.images[:], crops)
 
 
 def test_an_unused_alpha_channel_is_said(place: Path, tmp_path: Path) -> None:

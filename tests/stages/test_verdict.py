@@ -107,7 +107,7 @@ def test_copies_among_the_images_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     prepared = Path("data/digits/prepared")
     prepared.mkdir(parents=True)
-    (prepared / "dataset.h5").touch()
+    (prepared / "dataset.json").touch()
     (prepared / "summary.json").write_text('{"copies": {"in_train": {"val": 0, "test": 3}, "in_two_classes": 2}}')
     shown = verdict_table(finished_runs(recipe("digits"), teacher(tmp_path / "runs"), winner="vgg16_bn"), {}, "")
     assert isinstance(shown, Table)

@@ -249,13 +249,14 @@ def _is_harmless(changed: Files, files: Files) -> bool:
 def fuzz_prepared(project: Project, count: int, rng: random.Random) -> Tally:
     """Damage the prepared data: a command refuses it, or goes on with the same pixels and labels."""
     tally = Tally()
-    data, summary = (project.data / "prepared" / name for name in ("dataset.h5", "summary.json"))
-    whole = {path: path.read_bytes() for path in (data, summary)}
+    whole = {path: path.read_bytes() for path in sorted((project.data / "prepared").iterdir())}
+    summary = project.data / "prepared/summary.json"
+    data = [path for path in whole if path != summary]
     line = ("evaluate", "data/smoke/teacher", "--json")
     expected = judge_line(project.path, Line(line, frozenset({0}))).out
     for number in range(count):
-        path = summary if number % 4 == 3 else data
-        path.write_bytes(_damaged(whole[path], rng, is_json=path is summary))
+        path = summary if number % 4 == 3 else data[number % len(data)]
+        path.write_bytes(_damaged(whole[path], rng, is_json=path == summary))
         code, out, wrong = judge_line(project.path, Line(line, RIGHT))
         if code == 0 and out != expected:
             wrong.append("accepted: other scores")

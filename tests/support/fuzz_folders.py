@@ -190,7 +190,7 @@ def _check(prepared: Path, made: Made) -> list[str]:
         skipped["reason"].isprintable() for skipped in summary["skipped"]
     ):
         wrong.append(f"counted: {summary['num_skipped']} bad files of {len(made.bad)}")
-    dataset = Dataset.load(prepared / "dataset.h5")
+    dataset = Dataset.load(prepared / "dataset.json")
     images = sorted(image.tobytes() for split in dataset.splits.values() for image in split.images[:])
     expected = sorted(read_image(path, dataset.image_size).tobytes() for path in made.good)
     if images != expected:

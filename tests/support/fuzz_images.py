@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from pipeline.data.images import read_image
 from pipeline.errors import DataError
@@ -68,6 +68,8 @@ def originals() -> list[Whole]:
     palette = colour.quantize(16)
     exif = Image.Exif()
     exif[0x010E] = "x" * 40_000  # a long description
+    turned = Image.Exif()
+    turned[0x0112] = 5
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "y" * 1000, zip=True)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -81,7 +83,8 @@ def originals() -> list[Whole]:
         ("profile.png", colour, {"icc_profile": profile}), ("rgb.jpg", colour, {}),
         ("exif.jpg", colour, {"exif": exif}),
         ("profile.jpg", colour, {"icc_profile": profile}), ("cmyk.jpg", colour.convert("CMYK"), {}),
-        ("waves.jpg", colour, {"progressive": True}),
+        ("waves.jpg", colour, {"progressive": True}), ("halves.jpg", colour, {"subsampling": "4:2:0"}),
+        ("turned.jpg", colour, {"exif": turned}), ("turned-waves.jpg", colour, {"exif": turned, "progressive": True}),
         ("grey.jpg", Image.fromarray(grey), {}), ("rgb.webp", colour, {"lossless": True}),
         ("alpha.webp", alpha, {"lossless": True}),
         ("moving.webp", colour, {**more, "lossless": True}), ("lossy.webp", colour, {}), ("rgb.bmp", colour, {}),
@@ -115,7 +118,8 @@ def expected(name: str, rgb: Any, grey: Any, deep: Any, data: bytes) -> np.ndarr
         "profile",
     ):
         return np.repeat(grey[..., None], 3, axis=2) if kind == "grey" else rgb
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
         if kind in ("alpha", "hole", "glass"):
             image = image.convert("RGBA")
             return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
@@ -132,6 +136,43 @@ def bomb(width: int, height: int, depth: int = 8, colour: int = 2, extra: bytes 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + body + chunk(b"IEND", b"")
+
+
+def jpeg(width: int, height: int, mode: str = "RGB", **options: Any) -> bytes:
+    """Write a JPEG of one colour."""
+    stream = io.BytesIO()
+    Image.new(mode, (width, height), "white" if mode == "RGB" else 0).save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def claiming(data: bytes, width: int, height: int) -> bytes:
+    """Let a JPEG's frame claim another size than its scans have."""
+    at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def jpegs() -> dict[str, bytes]:
+    """JPEGs that are cut, or claim or repeat so much that decoding them would take minutes or gigabytes."""
+    plain, waves = jpeg(8, 8), jpeg(1500, 1500, progressive=True)
+    scan, end = waves[waves.rindex(b"\xff\xda") : -2], waves[-2:]
+    segment = b"\xff\xe1" + struct.pack(">H", 1000) + b"Exif\0\0" + bytes(992)
+    small, waved = jpeg(64, 64), jpeg(64, 64, progressive=True)
+    return {
+        "jpeg-scans": waves[:-2] + 1000 * scan + end, "jpeg-cmyk": claiming(jpeg(64, 64, "CMYK"), 8001, 8000),
+        "jpeg-segments": plain[:2] + 600 * segment + plain[2:],
+        "jpeg-comments": plain[:2] + 100_000 * b"\xff\xfe\0\2" + plain[2:],
+        "jpeg-large": claiming(small, 65_535, 65_535), "jpeg-none": claiming(small, 0, 64),
+        "jpeg-cut": small[: len(small) * 3 // 4], "jpeg-waves-cut": waved[:-2],
+    }  # fmt: skip
+
+
+def unfinished() -> dict[str, bytes]:
+    """JPEGs with fewer scans than they claim and a proper end, of which libjpeg leaves the rest grey."""
+    plain, waves = jpeg(64, 64), jpeg(64, 64, progressive=True)
+    return {
+        "large.jpg": claiming(plain, 3000, 2000), "large-waves.jpg": claiming(waves, 2000, 2000),
+        "thin.jpg": claiming(waves, 100, 65_535), "flat.jpg": claiming(plain, 65_535, 100),
+    }  # fmt: skip
 
 
 def disguises() -> dict[str, bytes]:
@@ -182,6 +223,7 @@ def disguises() -> dict[str, bytes]:
         "bomb-profile": bomb(8, 8, extra=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
         "big-pixels": bomb(8001, 8000), "ppm-0": b"P6 8 8 0\n", "ppm-65536": b"P6 8 8 65536\n",
         "ppm-long": b"P6 " + b"#" * 10**6,
+        **jpegs(),
         "jpeg-head": b"\xff\xd8\xff\xe0\x00\x10JFIF\0", "jpeg-only": b"\xff\xd8", "png-only": b"\x89PNG\r\n\x1a\n",
     }  # fmt: skip
 
@@ -240,7 +282,9 @@ def cases(count: int, rng: random.Random) -> Iterator[Case]:
     wholes, hidden = originals(), disguises()
     yield from (Case(*original, is_whole=True) for original in wholes)
     yield from (Case(f"{kind}.{suffix}", data, None) for kind, data in hidden.items() for suffix in ("png", "jpg"))
-    for _ in range(count - len(wholes) - 2 * len(hidden)):
+    rest = unfinished()
+    yield from (Case(f"unfinished-{name}", data, wholes[0].pixels) for name, data in rest.items())
+    for _ in range(count - len(wholes) - 2 * len(hidden) - len(rest)):
         whole = rng.choice(wholes)
         yield Case(f"damaged-{whole.name}", damaged(whole, wholes, rng), whole.pixels)
 

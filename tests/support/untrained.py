@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,12 +20,14 @@ from tests.support.project import Project
 NAME = "squeezenet1_1"
 
 
-def untrained(path: Path) -> Project:
-    """Make a project with prepared data and a selected teacher of random weights."""
+def untrained(path: Path, lay: Callable[[Project], object] = lambda project: None) -> Project:
+    """Make a project with prepared data and a selected teacher of random weights; `lay` may change it before."""
     project = Project.create(path, alone=True)
+    lay(project)
     recipe = load_params(path / "params.yaml").select(None)
-    prepare(recipe, out=project.data / "prepared", raw=path / "data" / "raw")
-    dataset = Dataset.load(project.data / "prepared" / "dataset.h5")
+    with contextlib.chdir(path):
+        prepare(recipe, out=project.data.relative_to(path) / "prepared", raw=Path("data/raw"))
+    dataset = Dataset.load(project.data / "prepared" / "dataset.json")
     arguments = {"num_classes": dataset.num_classes, "bn_momentum": 0.0}
     torch.manual_seed(0)
     model = build_teacher(NAME, weights="none", **arguments)

@@ -15,7 +15,7 @@ WINGS = ("errors", "system", "config", "data", "views", "losses", "labels", "tra
 # Leaves import errors and system alone. The second tuple names the wings that may import a leaf, beside stages/.
 LEAVES = {"models": ("labels", "inference"), "report": ()}
 HOMES = {
-    "h5py": {"pipeline/data/file.py", "pipeline/labels/file.py"},
+    "h5py": {"pipeline/labels/file.py"},
     "ruamel": {"pipeline/config/params.py"},
     "sklearn": set(),  # its digits are in pipeline/data; the tests use more of it
     "onnx": {"pipeline/inference/exporting.py"},
@@ -23,7 +23,8 @@ HOMES = {
     "PIL": {
         "pipeline/inference/classifier.py",
         "pipeline/report/figures/canvas.py",
-        "pipeline/data/images.py",
+        "pipeline/data/collecting.py",
+        "pipeline/data/decoding.py",
         "pipeline/data/sources.py",
         "stages/demo.py",
     },

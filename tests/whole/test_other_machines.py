@@ -151,7 +151,11 @@ def test_an_image_of_too_many_pixels_is_one_line_with_its_name(tmp_path: Path) -
     file = tmp_path / "bomb.ppm"
     file.write_bytes(b"P6 10000 10000 255\n")  # Pillow warns of it
     (bad,) = predict(
-        SimpleNamespace(image_size=4, batch_size=8), [str(file)], topk=1, left_out=Counter(), notes=Counter()
+        SimpleNamespace(image_size=4, batch_size=8, resize="squeeze"),
+        [str(file)],
+        topk=1,
+        left_out=Counter(),
+        notes=Counter(),
     )
     assert bad == BadFile(str(file), "10000 x 10000 pixels, more than 64000000")
 

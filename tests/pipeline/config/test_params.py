@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from pipeline.config.params import Params, load_params, override, parse_params
-from pipeline.config.recipes import DatasetRecipe, StudentRecipe, deciding_values
+from pipeline.config.recipes import DatasetRecipe, StudentRecipe, ViewRecipe, deciding_values
 from pipeline.errors import UsageError
 
 FILE = Path(__file__).parents[3] / "params.yaml"
@@ -36,6 +36,9 @@ def test_every_recipe_of_the_project_loads() -> None:
         "mnist-small",
         "folder",
         "folder-small",
+        "photos",
+        "photos-small",
+        "imagenet",
         "smoke",
     ]
     assert PARAMS.select(None).name == "digits"
@@ -91,7 +94,7 @@ def test_own_values_go_over_shared_ones() -> None:
         ("recipes.smoke.views.default.operations.count", 3, ["operations.count", "one level up"]),
         ("recipes.smoke.views.default.count", None, ["views.default.count", "None"]),
         ("recipes.smoke.dataset", None, ["recipes.smoke.dataset", "not a mapping"]),
-        ("recipe", "imagenet", ["imagenet", "digits"]),
+        ("recipe", "imagenet21k", ["imagenet", "digits"]),
         ("teachers", ["resnet51"], ["teachers", "resnet51", "in no recipe", "resnet50"]),
         ("view_recipes", ["mixpu"], ["view_recipes", "mixpu", "in no recipe", "mixup"]),
         ("students", {"tint": "default"}, ["students", "tint", "in no recipe", "titn"]),
@@ -141,6 +144,8 @@ def test_names_at_the_top_that_the_recipe_lacks_are_no_error() -> None:
     params = listing(recipe="folder-small")  # it has two teachers and no view recipe mixup
     small = params.select(None)
     assert params.candidates(small) == ("densenet121", "mobilenet_v3_large")
+    assert listing().candidates(small) == ("densenet121", "mobilenet_v3_large")
+    assert "resnet18" in listing().candidates(params.recipes["photos-small"]), "it is in no list"
     assert listing(view_recipes=["mixup", "default"]).labelled(small) == ("default",)
     with pytest.raises(UsageError, match="view_recipes: none of mixup is in recipes.folder-small.views; .* default"):
         listing(view_recipes=["mixup"]).labelled(small)
@@ -294,6 +299,63 @@ def test_any_value_anywhere_is_accepted_whole_or_refused_in_one_line(path: tuple
         assert "\n" not in str(error)
     else:
         assert params.recipe in params.recipes
+
+
+def view_recipe(store: str = "pixels", **operations: Any) -> ViewRecipe:
+    tree = copy.deepcopy(TREE)
+    smoke = tree["recipes"]["smoke"]
+    smoke["dataset"] |= {"source": "folder", "store": store}
+    smoke["views"]["default"]["operations"] = operations
+    return parse_params(tree).recipes["smoke"].views["default"]
+
+
+def test_a_resized_crop_is_written_as_spans_and_the_one_left_out_is_filled_in() -> None:
+    given = view_recipe("encoded", resized_crop={"scale": [0.35, 1]})
+    assert given.resized_crop == {"scale": [0.35, 1.0], "ratio": [3 / 4, 4 / 3]}
+    assert deciding_values(given)["resized_crop"] == given.resized_crop
+    assert view_recipe("encoded", resized_crop={}) == view_recipe("encoded")
+    assert "resized_crop" not in deciding_values(view_recipe())
+    assert override(given, {"flip": "true"}, "views") == dataclasses.replace(given, flip=True)
+
+
+def test_partners_are_pairs_by_default_where_an_image_is_decoded_for_each_view() -> None:
+    assert view_recipe("encoded", mixing="both").partner == "paired"
+    assert view_recipe("encoded", mixing="both", partner="uniform").partner == "uniform"
+    assert view_recipe("encoded").partner == view_recipe(mixing="both").partner == "uniform"
+    assert view_recipe(mixing="mixup", partner="paired").partner == "paired"
+
+
+@pytest.mark.parametrize(
+    ("operations", "words"),
+    [
+        (
+            {"resized_crop": {"scale": [0.5, 0.1]}},
+            r"resized_crop\.scale: \[0\.5, 0\.1\] is no \[low, high\] from 0\.0001",
+        ),
+        ({"resized_crop": {"ratio": [1]}}, r"ratio: \[1\] is no .* write it as ratio: \[0\.75, 1\.333\]"),
+        ({"resized_crop": {"scale": [True, 1]}}, "scale: .*is no"),
+        ({"resized_crop": {"size": [1, 1]}}, "resized_crop.size: unknown key; allowed are scale, ratio"),
+        ({"resized_crop": True}, "resized_crop: True is not a mapping"),
+        ({"magnitude": 5}, "magnitude: 5 needs autoaugment: randaugment, but it is none; change that, or leave"),
+        ({"autoaugment": "cifar10", "magnitudes": "timm"}, "magnitudes: 'timm' needs .* but it is cifar10"),
+        ({"autoaugment": "randaugment", "magnitude": 31}, "magnitude: 31 is out of range; allowed is 0 to 30"),
+        ({"autoaugment": "randaugment", "magnitude": 11, "magnitudes": "timm"}, "0 to 10 with magnitudes: timm"),
+        ({"mixing_probability": 0.5}, "mixing_probability: 0.5 needs mixing: cutmix or mixup or both, but it is none"),
+        ({"mixing": "mixup", "cutmix_alpha": 1.0}, "cutmix_alpha: 1.0 needs mixing: cutmix or both, but it is mixup"),
+        ({"partner": "paired"}, "partner: 'paired' needs mixing: .* leave partner out"),
+    ],
+)
+def test_operations_that_cannot_be_are_refused_by_key_value_and_way_out(operations: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as error:
+        view_recipe("encoded", **operations)
+    assert "\n" not in str(error.value)
+
+
+def test_squares_cannot_be_cut() -> None:
+    with pytest.raises(
+        UsageError, match=r"default\.resized_crop: .* has store: pixels; set dataset.store to encoded, or"
+    ):
+        view_recipe("pixels", resized_crop={"scale": [0.1, 1.0]})
 
 
 def test_overrides_are_checked_like_the_file() -> None:

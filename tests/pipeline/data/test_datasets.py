@@ -1,24 +1,26 @@
-"""Data sets: property tests of splits, reference tests of statistics, damage tests of the file."""
+"""Data sets: property tests of splits, reference tests of statistics, damage tests of the files."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import itertools
+import json
 import math
 import os
-from unittest.mock import Mock
+from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.recipes import DatasetRecipe
-from pipeline.data.datasets import SCHEMA, Dataset, Split, assemble, stratified_split
+from pipeline.data.datasets import Dataset, Split, assemble, stratified_split
+from pipeline.data.file import SCHEMA
 from pipeline.errors import DataError, StorageError
+from pipeline.system.canonical import seal
+from pipeline.system.storage import to_json
 
 NAMES = ("ant", "bee", "çà et là")
 
@@ -42,9 +44,13 @@ def make_dataset(val_fraction=0.0, source="folder", names=NAMES, train=None, tes
 
 @pytest.fixture
 def saved(tmp_path):
-    path = tmp_path / "dataset.h5"
+    path = tmp_path / "saved" / "dataset.json"
     make_dataset(0.2).save(path)
     return path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- splits ----------------------------------------------------------------------------------------------
@@ -148,6 +154,11 @@ def test_the_sha256_is_of_the_content_alone():
     assert make_dataset(train=strided).sha256 == digest
 
 
+def test_the_sha256_of_pixels_is_that_of_all_versions():
+    assert make_dataset().sha256 == "eeaa902900c7cc39952be0e3a1851fe2d04be2a48798a0e1060b333cd3e2beb2"
+    assert make_dataset(0.2).sha256 == "ff14ccf2fdb6e985467800770ca0051dedbe9f0990b4dcde23745d56088d5f7f"
+
+
 def test_the_sha256_changes_with_a_pixel_a_label_a_name_and_a_split():
     pixel, label = make_split(60), make_split(60)
     pixel.images[59, 3, 3, 2] ^= 1
@@ -169,8 +180,8 @@ def test_the_sha256_changes_with_a_pixel_a_label_a_name_and_a_split():
 @pytest.mark.parametrize("val_fraction", [0.0, 0.2])
 def test_a_saved_data_set_loads_as_it_was(tmp_path, val_fraction):
     dataset = make_dataset(val_fraction)
-    dataset.save(tmp_path / "new" / "dataset.h5")
-    loaded = Dataset.load(tmp_path / "new" / "dataset.h5")
+    dataset.save(tmp_path / "new" / "dataset.json")
+    loaded = Dataset.load(tmp_path / "new" / "dataset.json")
     assert (loaded.source, loaded.class_names, loaded.sha256) == ("folder", NAMES, dataset.sha256)
     assert loaded.splits.keys() == dataset.splits.keys()
     for name, split in dataset.splits.items():
@@ -180,140 +191,151 @@ def test_a_saved_data_set_loads_as_it_was(tmp_path, val_fraction):
 
 
 def test_equal_data_sets_give_equal_bytes_without_a_time(tmp_path, saved):
-    make_dataset(0.2).save(tmp_path / "again.h5")
-    assert (tmp_path / "again.h5").read_bytes() == saved.read_bytes()
-    with h5py.File(saved) as file:
-        names = ["class_names", "train/images", "val/labels"]
-        assert [h5py.h5o.get_info(file[name].id).mtime for name in names] == [0, 0, 0]
+    make_dataset(0.2).save(tmp_path / "again" / "dataset.json")
+    assert contents(tmp_path / "again") == contents(saved.parent)
 
 
-def test_any_hdf5_tool_reads_the_documented_layout(saved):
+def test_numpy_and_json_read_the_documented_layout(saved):
     dataset = make_dataset(0.2)
-    with h5py.File(saved) as file:
-        attributes = {name: value.decode() for name, value in file.attrs.items()}
-        assert attributes == {"schema": SCHEMA, "source": "folder", "sha256": dataset.sha256}
-        assert tuple(file["class_names"].asstr()[()]) == NAMES
-        assert set(file) == {"class_names", "train", "val", "test"}
-        assert np.array_equal(file["val/images"], dataset.val.images)
-        assert np.array_equal(file["val/labels"], dataset.val.labels)
+    described = json.loads(saved.read_bytes())
+    assert (described["schema"], described["store"], described["source"]) == (SCHEMA, "pixels", "folder")
+    assert (described["sha256"], tuple(described["class_names"])) == (dataset.sha256, NAMES)
+    assert described["splits"] == {"train": 48, "val": 12, "test": 30}
+    assert set(contents(saved.parent)) == {"dataset.json", *described["files"]}
+    for split in ("train", "val", "test"):
+        for part in ("images", "labels"):
+            stored = np.load(saved.with_name(f"{split}-{part}.npy"))
+            assert np.array_equal(stored, getattr(dataset.splits[split], part))
+
+
+def test_what_belongs_to_a_former_data_set_is_removed(saved):
+    for name in ("dataset.h5", "notes.txt", "train-paths.npy"):
+        saved.with_name(name).write_bytes(b"")
+    make_dataset().save(saved)
+    names = {f"{split}-{part}.npy" for split in ("train", "test") for part in ("images", "labels")}
+    assert set(contents(saved.parent)) == {"dataset.json", "notes.txt", *names}
 
 
 def test_a_missing_file_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(DataError, match=r"no prepared data set there; `pipeline prepare`"):
-        Dataset.load(tmp_path / "dataset.h5")
+        Dataset.load(tmp_path / "dataset.json")
 
 
-def test_a_file_without_rights_is_a_storage_error(saved, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(h5py, "File", refuse)
-    with pytest.raises(StorageError, match="Permission denied"):
-        Dataset.load(saved)
+def test_one_of_a_former_layout_is_named(tmp_path):
+    (tmp_path / "dataset.h5").write_bytes(b"")
+    with pytest.raises(DataError, match=r"dataset\.h5: of a former layout; run `pipeline prepare` again"):
+        Dataset.load(tmp_path / "dataset.json")
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ESTALE])
-def test_a_file_that_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch, number):
-    if number == errno.EAGAIN:  # HDF5 locks what it has open for writing
-        held = os.open(saved, os.O_RDWR)
-        fcntl.flock(held, fcntl.LOCK_EX)
-    else:
-        monkeypatch.setattr(h5py, "File", Mock(side_effect=OSError(number, "Unable to open file")))
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("name", ["dataset.json", "test-images.npy", "val-labels.npy"])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch, name, number):
+    real = Path.open
+
+    def fail(path, *args, **kwargs):
+        if path.name == name:
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(StorageError) as caught:
         Dataset.load(saved)
-    busy = "another program holds it, perhaps to write; close it there, then run again"
-    assert str(caught.value) == f"{saved}: " + (
-        busy if number == errno.EAGAIN else f"cannot be read ({os.strerror(number)})"
-    )
-    if number == errno.EAGAIN:
-        os.close(held)
-        Dataset.load(saved)
+    assert str(caught.value) == f"cannot read {saved.with_name(name)}: {os.strerror(number)}"
 
 
-def test_one_changed_pixel_is_refused(saved):
-    content = bytearray(saved.read_bytes())
-    at = content.index(make_dataset(0.2).test.images.tobytes())
-    content[at + 5] ^= 1
+@pytest.mark.parametrize("content", [b"", b"no JSON", b"[]", b"null", b"{}", b'{"schema": "titn-dataset/1"}', b"\xff"])
+def test_what_is_no_data_set_is_refused(saved, content):
     saved.write_bytes(content)
-    with pytest.raises(DataError, match=r"damaged: the SHA-256 of its content is [0-9a-f]{64}, not"):
+    with pytest.raises(DataError, match="not a prepared data set") as caught:
         Dataset.load(saved)
-
-
-@pytest.mark.parametrize("content", [b"", b"no HDF5", b"\x89HDF\r\n\x1a\n", b"\x89HDF\r\n\x1a\n" + b"\xff" * 3000])
-def test_what_is_no_hdf5_file_is_refused(saved, content):
-    saved.write_bytes(content)
-    with pytest.raises(DataError, match="not a prepared data set"):
-        Dataset.load(saved)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_of_that_name_is_refused(tmp_path):
-    with pytest.raises(DataError, match="not a prepared data set"):
+    with pytest.raises(StorageError, match="Is a directory"):
         Dataset.load(tmp_path)
 
 
-@pytest.mark.parametrize("length", [100, 1000, 3000, -1000, -1])
-def test_a_truncated_file_is_refused(saved, length):
-    saved.write_bytes(saved.read_bytes()[:length])
-    with pytest.raises(DataError, match="not a prepared data set"):
-        Dataset.load(saved)
+def test_damage_at_any_byte_is_told_and_the_file_is_named(saved):
+    num_bytes = 0
+    for path in sorted(saved.parent.iterdir()):
+        content = path.read_bytes()
+        for at in [*range(0, min(len(content), 200), 9), *range(200, len(content), 397), len(content) - 1]:
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+            with pytest.raises(DataError) as caught:
+                Dataset.load(saved)
+            message = str(caught.value)
+            assert path.name in message and "\n" not in message and "pipeline prepare` again" in message
+            num_bytes += 1
+        for changed in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
+            path.write_bytes(changed)
+            for max_bytes in (None, 0):
+                with pytest.raises(DataError, match=path.name):
+                    Dataset.load(saved, max_bytes)
+        path.write_bytes(content)
+    assert num_bytes > 150 and Dataset.load(saved).sha256 == make_dataset(0.2).sha256
 
 
-def test_a_flipped_bit_is_refused_or_changes_nothing(saved):
-    content = saved.read_bytes()
-    expected = make_dataset(0.2)
-    num_refused = 0
-    for at in range(0, len(content), 13):
-        saved.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
-        try:
-            loaded = Dataset.load(saved)
-        except DataError as error:
-            assert "\n" not in str(error)
-            num_refused += 1
-        else:
-            assert loaded.sha256 == expected.sha256 and loaded.class_names == expected.class_names
-            assert np.array_equal(loaded.train.images, expected.train.images)
-    assert num_refused > 100
+def test_one_changed_pixel_is_refused(saved):
+    path = saved.with_name("test-images.npy")
+    content = bytearray(path.read_bytes())
+    content[content.index(make_dataset(0.2).test.images.tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    for max_bytes in (None, 0):
+        with pytest.raises(DataError, match=r"test-images.npy: damaged: the SHA-256 of the data set is [0-9a-f]{64}, "):
+            Dataset.load(saved, max_bytes)
 
 
-def replace(file, name, data):
-    del file[name]
-    file[name] = data
+def without(description, *keys):
+    *outer, last = keys
+    for key in outer:
+        description = description[key]
+    del description[last]
 
 
-def allocate_nothing(file):
-    del file["train/images"]
-    file.create_dataset("train/images", (10**9, 4, 4, 3), "u1")
+IMAGES = "test-images.npy"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: file.attrs.__delitem__("sha256"), "sha256"),
-        (lambda file: file.attrs.__setitem__("schema", np.bytes_("other/1")), "schema"),
-        (lambda file: file.attrs.__setitem__("schema", SCHEMA), "decode"),
-        (lambda file: file.__delitem__("test"), "test"),
-        (lambda file: file.__delitem__("train/labels"), "labels"),
-        (lambda file: replace(file, "train", np.zeros(3)), "not a prepared"),
-        (lambda file: replace(file, "class_names", np.zeros(3)), "class_names: float64"),
-        (
-            lambda file: replace(file, "test/images", np.zeros((30, 4, 4, 3), np.float32)),
-            "test/images: float32",
-        ),
-        (lambda file: replace(file, "test/images", np.zeros((30, 4, 4), np.uint8)), r"test/images: uint8 of"),
-        (lambda file: replace(file, "test/images", np.zeros((30, 4, 5, 3), np.uint8)), r"\(30, 4, 5, 3\)"),
-        (lambda file: replace(file, "test/images", np.zeros((29, 4, 4, 3), np.uint8)), r"\(29, 4, 4, 3\)"),
-        (lambda file: replace(file, "test/labels", np.full(30, 3)), "labels outside 0 to 2"),
-        (lambda file: replace(file, "test/labels", np.full(30, -1)), "labels outside 0 to 2"),
-        (allocate_nothing, "1000000000"),
-        (lambda file: file.__delitem__("val"), "damaged"),
+        (lambda d: without(d, "sha256"), "sha256"),
+        (lambda d: d.update(sha256="0"), "SHA-256 '0'"),
+        (lambda d: d.update(sha256="0" * 64), "dataset.json: damaged: the SHA-256"),
+        (lambda d: d.update(schema="other/1"), "schema 'other/1', expected"),
+        (lambda d: d.update(store="other"), "other"),
+        (lambda d: d.update(class_names=[]), "0 class names"),
+        (lambda d: d.update(class_names=[1, 2, 3]), "3 class names"),
+        (lambda d: d.update(class_names=["a", "b"]), "test-labels.npy: labels outside 0 to 1|train-labels"),
+        (lambda d: without(d, "splits", "test"), "splits train, val"),
+        (lambda d: d["splits"].update(more=1), "splits .*more"),
+        (lambda d: d["splits"].update(test=29), r"test-images.npy: .* for 29 samples"),
+        (lambda d: d["splits"].update(test=True), r"test-images.npy: .* for True samples"),
+        (lambda d: without(d, "files", IMAGES), IMAGES),
+        (lambda d: d["files"][IMAGES].update(dtype="<f4"), r"test-images.npy: <f4 of shape \(30, 4, 4, 3\)"),
+        (lambda d: d["files"][IMAGES].update(dtype="|O"), r"test-images.npy: \|O of"),
+        (lambda d: d["files"][IMAGES].update(shape=[30, 4, 4]), r"\(30, 4, 4\)"),
+        (lambda d: d["files"][IMAGES].update(shape=[30, 4, 5, 3]), r"\(30, 4, 5, 3\)"),
+        (lambda d: d["files"][IMAGES].update(shape=[30, 8, 8, 3]), "damaged: 1568 bytes, not"),
+        (lambda d: d["files"][IMAGES].update(shape=[30.0, 4, 4, 3]), r"\(30.0"),
+        (lambda d: d["files"][IMAGES].update(shape=[-30, -4, -4, 3]), r"\(-30"),
+        (lambda d: (d["files"][IMAGES].update(shape=[10**9, 4, 4, 3]), d["splits"].update(test=10**9)), "1000000000"),
+        (lambda d: without(d, "splits", "val"), "damaged"),
     ],
 )
-def test_a_file_that_is_not_a_whole_data_set_is_refused(saved, damage, message):
-    with h5py.File(saved, "r+") as file:
-        damage(file)
+def test_what_anyone_can_seal_is_not_believed(saved, damage, message):
+    described = json.loads(saved.read_bytes())
+    damage(described)
+    saved.write_bytes(to_json(seal(described)))
     with pytest.raises(DataError, match=message) as caught:
         Dataset.load(saved)
     assert "\n" not in str(caught.value) and "pipeline prepare" in str(caught.value)
+
+
+def test_a_missing_array_is_named(saved):
+    saved.with_name(IMAGES).unlink()
+    with pytest.raises(DataError, match="test-images.npy: missing"):
+        Dataset.load(saved)
 
 
 def with_paths(split: Split, name: str) -> Split:
@@ -326,18 +348,12 @@ def test_paths_go_with_their_images_through_splits_and_file_and_not_into_the_sha
     dataset = assemble("folder", NAMES, with_paths(make_split(60), "train"), None, recipe)
     assert dataset.sha256 == bare.sha256 and bare.train.names is None
     for name in ("with", "bare"):
-        (dataset if name == "with" else bare).save(tmp_path / f"{name}.h5")
-    loaded, without = Dataset.load(tmp_path / "with.h5", 0), Dataset.load(tmp_path / "bare.h5")
+        (dataset if name == "with" else bare).save(tmp_path / name / "dataset.json")
+    loaded, without = Dataset.load(tmp_path / "with/dataset.json", 0), Dataset.load(tmp_path / "bare/dataset.json")
     assert loaded.sha256 == without.sha256 and without.test.names is None
     every = {make_split(60).images[row].tobytes(): f"train/é{row}.png" for row in range(60)}
     for split in loaded.splits.values():
         assert split.names == [every[image.tobytes()] for image in split.images[:]]
-    with h5py.File(tmp_path / "with.h5", "r+") as file:
-        paths = file["test/paths"][:-1]
-        del file["test/paths"]
-        file["test/paths"] = paths
-    with pytest.raises(DataError, match="test: 11 paths of 12 images"):
-        Dataset.load(tmp_path / "with.h5")
 
 
 @settings(max_examples=25)
@@ -350,27 +366,11 @@ def test_paths_go_with_their_images_through_splits_and_file_and_not_into_the_sha
     )
 )
 def test_class_names_of_any_script_survive_the_file(tmp_path_factory, names):
-    path = tmp_path_factory.mktemp("names") / "dataset.h5"
+    path = tmp_path_factory.mktemp("names") / "dataset.json"
     labels = np.arange(10) % len(names)
     split = Split(np.zeros((10, 4, 4, 3), np.uint8), labels)
     make_dataset(names=tuple(names), train=split, test=split).save(path)
     assert Dataset.load(path).class_names == tuple(names)
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_no_damage(saved, monkeypatch, number):
-    opened = h5py.File
-
-    def refuse(*args, locking=None):
-        if locking is not False:
-            raise OSError(number, f"unable to lock file, errno = {number}")
-        return opened(*args, locking=locking)
-
-    monkeypatch.setattr(h5py, "File", refuse)
-    with pytest.raises(StorageError, match=r"cannot lock .*: .*unable to lock.*set TITN_NO_LOCKS=1"):
-        Dataset.load(saved)
-    monkeypatch.setenv("TITN_NO_LOCKS", "1")
-    assert len(Dataset.load(saved).train) > 0
 
 
 ARRAYS, CLASSES = np.zeros((6, 4, 4, 3), np.uint8), np.array([0, 1] * 3)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.datasets import Split
+from pipeline.data.decoding import fit
 from pipeline.data.folders import ImageFile, find_images, find_labelled_images, read_folder, read_images
 from pipeline.data.images import BadFile
 from pipeline.data.listing import list_source
@@ -64,6 +65,16 @@ def test_classes_and_images_are_ordered_by_bytes(tmp_path):
     assert order_of(train) == list(range(len(files)))
     assert train.labels.tolist() == [label for label in range(len(ordered)) for _ in names]
     assert class_names.index("A") < class_names.index("a") < class_names.index("é") < class_names.index("日本")
+
+
+@pytest.mark.parametrize("resize", ["squeeze", "crop"])
+def test_images_become_squares_by_the_rule_of_the_recipe(tmp_path, resize):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8))
+    make_folder(tmp_path, {"train/a/x.png": image, "train/b/x.png": image})
+    splits, _ = read_folder(list_source(tmp_path), 8, skip_bad=False, resize=resize)
+    assert all(np.array_equal(pixels, fit(image, 8, resize)) for pixels in splits["train"].images)
+    [batch] = read_images([ImageFile(tmp_path / "train/a/x.png")], 8, 2, resize)
+    assert np.array_equal(batch[0].pixels, splits["train"].images[0])
 
 
 def test_train_decides_the_classes_and_test_may_lack_some(tmp_path):

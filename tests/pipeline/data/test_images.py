@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.data import images
+from pipeline.data import decoding, images
+from pipeline.data.decoding import UNUSED_ALPHA, fit, in_rgb
 from pipeline.data.folders import ImageFile, read_images
-from pipeline.data.images import UNUSED_ALPHA, read_image, to_rgb
+from pipeline.data.images import read_image
 from pipeline.errors import DataError
 from pipeline.system.threads import Budget
 
 RED, GREEN, WHITE, ROSE = [255, 0, 0], [0, 255, 0], [255, 255, 255], [255, 127, 127]
 BLUE_NEXT = {"save_all": True, "append_images": [Image.new("RGB", (2, 2), "blue")]}
+
+
+def to_rgb(image, image_size, notes=None):
+    return fit(in_rgb(image, notes), image_size)
 
 
 def grey(*rows):
@@ -186,7 +191,7 @@ def test_a_file_cut_anywhere_is_refused_or_whole(tmp_path, suffix):
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("pipeline.data.decoding.MAX_PIXELS", 100)
     header_only = b"P6 12 10 255\n"
     (tmp_path / "big.ppm").write_bytes(header_only)
     with pytest.raises(DataError, match="12 x 10 pixels, more than 100"):
@@ -233,20 +238,20 @@ def test_a_length_that_is_claimed_takes_no_memory(tmp_path):
 def test_images_of_many_pixels_are_decoded_at_once_only_as_memory_allows(tmp_path, monkeypatch):
     together, most = [], []
 
-    def slow(image, image_size, notes=None):
+    def slow(image, image_size, resize):
         together.append(image.size)
         most.append(len(together))
         time.sleep(0.005)
         together.pop()
         return np.zeros((image_size, image_size, 3), np.uint8)
 
-    monkeypatch.setattr(images, "to_rgb", slow)
+    monkeypatch.setattr(images, "fit", slow)
     files = [ImageFile(tmp_path / f"{index}.png") for index in range(12)]
     for index, file in enumerate(files):
         Image.new("L", (10, 40 if index == 6 else 10)).save(file.path)
-    two_small_ones = Budget(2 * 100 * images.BYTES_PER_PIXEL)
+    two_small_ones = Budget(2 * 100 * decoding.BYTES_PER_PIXEL)
     for budget, expected in ((two_small_ones, 2), (Budget(1), 1)):
-        monkeypatch.setattr(images, "_budget", lambda budget=budget: budget)
+        monkeypatch.setattr(decoding, "_budget", lambda budget=budget: budget)
         most.clear()
         assert [file.problem for batch in read_images(files, 4, 12) for file in batch] == [None] * 12
         assert max(most) <= expected

@@ -100,6 +100,7 @@ def test_files_that_may_not_grow_are_one_line_and_exit_4(project: Project) -> No
     assert limit_files(Labelling(project, 2), label_campaign.LIMITS[::6]).wrong == []
 
 
+@pytest.mark.slow
 def test_only_views_whose_parts_are_damaged_or_belong_to_others_are_labelled_again(project: Project) -> None:
     tally = damage_under_way(Labelling(project, 4), 2, random.Random(0))
     assert tally.wrong == [] and tally.counts["found"] == tally.counts["parts"]

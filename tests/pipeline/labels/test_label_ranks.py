@@ -58,6 +58,7 @@ def test_a_rank_without_rank_0_labels_its_share_and_ends(labelling: Labelling) -
     assert list(labelling.check(ended.views, labelling.run())) == []
 
 
+@pytest.mark.slow
 def test_rank_0_waits_for_a_rank_that_is_at_work(labelling: Labelling) -> None:
     labelling.reset()
     second = labelling.start(**rank_variables(1, 2), before=slow_views)

@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.labels.cache import LabelCache
 from pipeline.labels.identity import PROVENANCE_FIELDS, make_ensemble, make_member
-from tests.support.label_samples import label, parts_in, provenance_of
+from tests.support.label_samples import identity_of, label, parts_in, provenance_of
 
 MEMBERS = [
     make_member(teacher="resnet50", checkpoint_sha256="1" * 64, mean=[0.5] * 3, std=[0.25] * 3),
@@ -52,6 +52,28 @@ def test_a_usual_teachers_file_says_nothing_of_options(sealed: bytes, tmp_path: 
     (tmp_path / "labels.h5").write_bytes(sealed)
     with h5py.File(tmp_path / "labels.h5") as file:
         assert set(file.attrs) == {"canaries"}
+
+
+RENDITION = {"image_size": 64, "resize": "crop"}
+
+
+def test_labels_of_files_say_how_these_become_pixels(sealed: bytes) -> None:
+    honest = LabelCache.from_bytes(sealed)
+    cache = dataclasses.replace(honest, identity=identity_of(rendition=RENDITION))
+    read = LabelCache.from_bytes(cache.to_bytes())
+    assert read.identity == {**honest.identity, "rendition": RENDITION} and read.fingerprint != honest.fingerprint
+    assert identity_of(rendition=None) == honest.identity
+
+
+@pytest.mark.parametrize(
+    "rendition",
+    [{}, "crop", {**RENDITION, "more": 1}, {**RENDITION, "image_size": 0}, {**RENDITION, "image_size": True},
+     {**RENDITION, "resize": "stretch"}, {**RENDITION, "resize": ["crop"]}],
+)  # fmt: skip
+def test_a_rendition_that_cannot_be_is_refused(sealed: bytes, rendition: Any) -> None:
+    cache = LabelCache.from_bytes(sealed)
+    with pytest.raises(ValueError, match=r"identity\.rendition"):
+        dataclasses.replace(cache, identity={**cache.identity, "rendition": rendition})
 
 
 def test_an_ensembles_digest_is_that_of_its_members() -> None:

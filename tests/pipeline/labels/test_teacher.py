@@ -18,8 +18,17 @@ from torch import Tensor, nn
 
 from pipeline.config.recipes import ViewRecipe
 from pipeline.errors import NumericalError, UsageError
+from pipeline.labels import replay as label_replay
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
-from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, Replay, check_canaries, make_canaries, replay
+from pipeline.labels.replay import (
+    OTHER_MARGIN,
+    SAME_MARGIN,
+    Replay,
+    check_canaries,
+    make_canaries,
+    other_pixels,
+    replay,
+)
 from pipeline.labels.teacher import Teacher, compile_teacher, label_view
 from pipeline.models import TEACHERS
 from pipeline.models.folding import fold
@@ -111,6 +120,22 @@ def test_canaries_notice_views_that_are_no_longer_the_same() -> None:
     assert {canary.view for canary in cache.canaries} == {0, 1, 2}
     assert check_canaries(cache, make_views()) is None
     assert check_canaries(cache, make_views(dataclasses.replace(RECIPE, seed=1))) == 0
+
+
+def test_other_pixels_of_files_are_said_with_both_decoders_and_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(make_teacher(), make_views())
+    plain = "the pixels of view 2 are not those that were labelled (another version of this project or of its libraries"
+    assert other_pixels(cache, 2) == f"{plain} made them)"
+    recorded = {"torch": "2.9", "pillow": "12.0.0", "libjpeg": "turbo-3.1.2", "libwebp": "1.6.0"}
+    identity = {**cache.identity, "rendition": {"image_size": SIZE, "resize": "crop"}}
+    files = dataclasses.replace(cache, identity=identity, provenance={**cache.provenance, "versions": recorded})
+    monkeypatch.setattr(label_replay, "decoders", lambda: {"pillow": "13.0.0", "libjpeg": "turbo-3.2.0"})
+    assert other_pixels(files, 0) == (
+        "the pixels of view 0 are not those that were labelled (the files were decoded by pillow 12.0.0, libjpeg "
+        "turbo-3.1.2, libwebp 1.6.0, and are here by pillow 13.0.0, libjpeg turbo-3.2.0)"
+    )
+    monkeypatch.setattr(label_replay, "decoders", lambda: recorded)
+    assert other_pixels(files, 2) == other_pixels(cache, 2)
 
 
 # Random weights give every image nearly the same logits; standardised, they spread by this much over the images.

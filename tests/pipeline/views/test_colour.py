@@ -9,6 +9,7 @@ import torchvision.transforms.functional as F
 from torch import Tensor
 
 from pipeline.views import colour as imageops
+from pipeline.views.parcel import one_by_one
 from tests.support.pillow_reference import on_pil, sample_images
 
 SIZES = [(32, 32), (5, 9), (2, 3), (1, 1)]
@@ -39,6 +40,21 @@ def test_an_enhancement_equals_pillow_at_any_factor(name: str, height: int, widt
     images = images[torch.arange(len(factors)) % len(images)]
     expected = on_pil(ENHANCEMENTS[name], images, factors.tolist())
     assert torch.equal(getattr(imageops, name)(images, torch.from_numpy(factors)), expected)
+
+
+@pytest.mark.parametrize("name", [*ENHANCEMENTS, *OPERATIONS_WITHOUT_PARAMETER])
+def test_large_images_are_worked_on_one_by_one_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = sample_images(61, 70)
+    factors = [torch.from_numpy(random_factors(len(images))[: len(images)])] if name in ENHANCEMENTS else []
+    assert one_by_one(images)
+    assert torch.equal(
+        imageops.solarize(images, torch.arange(24) * 10.5), on_pil(F.solarize, images, np.arange(24) * 10.5)
+    )
+    large = getattr(imageops, name)(images, *factors)
+    monkeypatch.setattr("pipeline.views.parcel.LARGE_PIXELS", 2**30)
+    assert torch.equal(large, getattr(imageops, name)(images, *factors))
+    if factors:
+        assert torch.equal(large, on_pil(ENHANCEMENTS[name], images, factors[0].tolist()))
 
 
 def test_brightness_equals_pillow_at_every_level() -> None:

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
+from pipeline.config.recipes import ViewRecipe
 from pipeline.views import draws, mixing
+from pipeline.views.views import Views
 
 unit = st.floats(0, 1, exclude_max=True)
 
@@ -94,9 +101,88 @@ def test_mixup_is_the_weighted_mean_rounded_half_up() -> None:
     assert np.abs(lam.numpy() - np.sin(np.pi / 2 * uniform) ** 2).max() <= 2.0**-17 + 1e-9
 
 
+@pytest.mark.parametrize("name", mixing.MIXINGS)
+def test_large_images_are_mixed_one_by_one_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = two_batches(40, 64, 64)
+    uniform = {key: np.random.default_rng(0).random((40, 2)) for key in ("lambda", "box", "switch")}
+    amounts, _ = mixing.draw(uniform, ViewRecipe(count=1, mixing=name), 64, 64)
+    large = mixing.MIXINGS[name].mix(first, second, torch.from_numpy(amounts))
+    monkeypatch.setattr("pipeline.views.parcel.LARGE_PIXELS", 2**30)
+    assert torch.equal(large, mixing.MIXINGS[name].mix(first, second, torch.from_numpy(amounts)))
+
+
 def test_mixup_by_hand() -> None:
     images = torch.tensor([0, 255, 255, 10], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 1, 1)
     partners = torch.tensor([255, 255, 0, 11], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 1, 1)
     mixed, lam = mixup(images, partners, np.array([0.5, 0.5, 1 / 3, 0.5]))
     assert lam.tolist() == [0.5, 0.5, 0.25, 0.5]
     assert mixed[:, 0, 0, 0].tolist() == [128, 255, 64, 11]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 0.8, 1.0, 2.0, 30.0])
+def test_lambda_is_the_quantile_of_the_beta_distribution(alpha: float) -> None:
+    uniform = np.concatenate([draws.uniforms(0, "", 0, "lambda", 3000, 1)[:, 0], [0.0, 0.5, 1 - 2.0**-53]])
+    quantile = mixing.beta_quantile(uniform, alpha)
+    expected = stats.beta(alpha, alpha).ppf(uniform)
+    np.testing.assert_allclose(quantile[:-1], expected[:-1], rtol=0, atol=0.5 / 65536 + 1e-9)
+    assert quantile[-2] == pytest.approx(0.5, abs=1e-9)
+    # Next to 1 a double says little of what is left.
+    assert expected[-1] == pytest.approx(quantile[-1], abs=0.005) and quantile[-1] <= 1
+
+
+def test_lambda_of_alpha_one_is_the_draw_itself_and_of_one_half_as_it_was() -> None:
+    uniform = draws.uniforms(0, "", 0, "lambda", 500, 1)[:, 0]
+    assert mixing.mixup_shares(uniform, 1.0).tolist() == np.rint(uniform * 65536).tolist()
+    assert mixing.mixup_shares(uniform).tolist() == np.rint(np.sin(np.pi / 2 * uniform) ** 2 * 65536).tolist()
+    boxes = mixing.cutmix_boxes(uniform, np.full((500, 2), 0.5), 100, 100, alpha=1.0)
+    half = (100 * np.sqrt(1 - uniform)).astype(int) // 2
+    assert (boxes[:, 2] - boxes[:, 0]).tolist() == (2 * half).tolist()
+
+
+def test_either_mixing_is_the_one_or_the_other() -> None:
+    first, second = two_batches(40, 6, 7)
+    uniform = np.random.default_rng(0).random((40, 3))
+    boxes, shares = mixing.cutmix_boxes(uniform[:, 0], uniform[:, 1:], 6, 7), mixing.mixup_shares(uniform[:, 0])
+    boxes[::2], shares[1::2] = 0, mixing.MIXUP_STEPS
+    mixed = mixing.mix_either(first, second, torch.from_numpy(mixing.MIXINGS["both"].amounts(boxes, shares)))
+    assert torch.equal(mixed[1::2], mixing.cutmix(first, second, torch.from_numpy(boxes))[1::2])
+    assert torch.equal(mixed[::2], mixing.mixup(first, second, torch.from_numpy(shares))[::2])
+
+
+def drawn(number: int = 20_000, **operations: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How each sample is mixed, the argument of `mix`, and lambda."""
+    recipe = ViewRecipe(count=1, **operations)
+    uniform = {name: draws.uniforms(0, "", 1, name, number, count) for name, count in mixing.num_draws(recipe).items()}
+    return mixing.kinds(uniform, recipe), *mixing.draw(uniform, recipe, 64, 64)
+
+
+def test_both_mix_evenly_and_with_their_probability_and_alphas() -> None:
+    kinds, amounts, lam = drawn(mixing="both", mixing_probability=0.75, cutmix_alpha=1.0, mixup_alpha=0.8)
+    assert stats.chisquare(np.bincount(kinds), np.array([0.25, 0.375, 0.375]) * len(kinds)).pvalue > 1e-4
+    none, cutmix, mixup = (kinds == kind for kind in range(3))
+    assert (lam[none] == 1).all() and (amounts[none] == [0, 0, 0, 0, 65536]).all()
+    assert (amounts[cutmix, 4] == 65536).all() and (amounts[mixup, :4] == 0).all()
+    assert stats.kstest(lam[mixup], stats.beta(0.8, 0.8).cdf).pvalue > 1e-4
+    assert np.array_equal(lam[cutmix], mixing.cutmix_lambda(amounts[cutmix, :4], 64, 64))
+
+
+@pytest.mark.parametrize("name", ["cutmix", "mixup"])
+def test_a_sample_that_is_not_mixed_is_all_its_own_and_the_others_are_as_without(name: str) -> None:
+    kinds, amounts, lam = drawn(mixing=name, mixing_probability=0.3)
+    _, always, lam_always = drawn(mixing=name)
+    assert stats.binomtest(int((kinds > 0).sum()), len(kinds), 0.3).pvalue > 1e-4
+    assert (lam[kinds == 0] == 1).all()
+    assert np.array_equal(amounts[kinds > 0], always[kinds > 0]) and np.array_equal(
+        lam[kinds > 0], lam_always[kinds > 0]
+    )
+
+
+def test_views_that_mix_by_chance_leave_the_others_alone_and_name_them() -> None:
+    images, _ = two_batches(50, 6, 6)
+    plain = Views(images, torch.arange(50), ViewRecipe(count=1, flip=True))
+    views = Views(images, torch.arange(50), replace(plain.recipe, mixing="both", mixing_probability=0.5))
+    told, batch = views.drawn(0), views.batch(0, np.arange(50))
+    alone = told["mixing"] == 0
+    assert 10 < alone.sum() < 40 and (told["partner"][alone] == np.flatnonzero(alone)).all()
+    assert torch.equal(batch.images[alone], plain.batch(0, np.arange(50)).images[alone])
+    assert torch.equal(batch.partner_labels, torch.from_numpy(told["partner"])) and (batch.lam[alone] == 1).all()

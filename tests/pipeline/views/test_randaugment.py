@@ -10,12 +10,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import stats
 from torch import Tensor
 from torchvision.transforms import RandAugment, TrivialAugmentWide
 
 from pipeline.config.recipes import ViewRecipe
-from pipeline.views import operations
+from pipeline.views import operations, policies
 from pipeline.views.policies import POLICIES
+from pipeline.views.views import Views
 from tests.support.pillow_reference import on_pil, sample_images
 
 SIZES = [(32, 32), (28, 28), (9, 17)]
@@ -141,6 +143,62 @@ def test_every_operation_after_every_other_equals_torchvisions() -> None:
         sample_images(32, 32, num_noise=1)[::3], list(itertools.product(NUMBERS, NUMBERS, SIGNS, SIGNS))
     )
     assert torch.equal(ours("randaugment", images, uniform), replayed("randaugment", images, uniform))
+
+
+@pytest.mark.parametrize("strength", [0, 4, 15, 30])
+def test_randaugment_of_any_strength_equals_torchvisions(strength: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "randaugment", RandAugment(magnitude=strength))
+    recipe = ViewRecipe(count=1, autoaugment="randaugment", magnitude=strength)
+    chosen = policies.policy(recipe)
+    assert chosen is policies.policy(recipe) and chosen is not None
+    rows = [(NUMBERS[0], number, 0.5, sign) for number, sign in itertools.product(NUMBERS, SIGNS)]
+    images, uniform = each_with_each(sample_images(17, 9, num_noise=2)[::2], rows)
+    made = operations.apply(images, chosen.choose(uniform, 17, 9))
+    assert torch.equal(made, replayed("randaugment", images, uniform))
+
+
+@pytest.mark.parametrize("level", range(11))
+@pytest.mark.parametrize(("height", "width"), [(10, 20), (31, 17)])
+def test_timms_scale_gives_timms_operations_and_pixels(
+    level: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm.data.auto_augment", reason="comes with the extra timm")
+    # Without its resampling filters and its grey, see TimmRandAugment.
+    hparams = {"img_mean": (0, 0, 0), "interpolation": Image.Resampling.NEAREST}
+    peers = timm.rand_augment_transform(f"rand-m{level}-inc1-p1", hparams).ops
+    chosen = policies.policy(ViewRecipe(count=1, autoaugment="randaugment", magnitudes="timm", magnitude=level))
+    assert isinstance(chosen, policies.TimmRandAugment)
+    images = sample_images(height, width, num_noise=2)[::2]
+    for number, (peer, name) in enumerate(zip(peers, chosen.drawn, strict=True)):
+        assert peer.name.removesuffix("Increasing").removesuffix("Rel") == name
+        for sign in SIGNS:
+            uniform = np.array([[middle(number, 15), middle(0, 15), sign, sign]] * len(images))
+            choice = chosen.choose(uniform, height, width)
+            only = choice._replace(rows=choice.rows[:, :1])
+            # timm negates above 1/2, and moves an image the other way.
+            negates = (sign < 0.5) != name.startswith("Translate")
+            monkeypatch.setattr(timm.random, "random", lambda negates=negates: 0.9 if negates else 0.1)
+            made = operations.apply(images, only)
+            if (name, level) == ("Posterize", 10):  # no bit is left, which Pillow 13 refuses
+                assert not made.any()
+            else:
+                assert torch.equal(made, on_pil(peer, images)), (name, sign)
+
+
+def test_an_operation_is_applied_with_its_probability() -> None:
+    images = torch.zeros((20_000, 3, 1, 1), dtype=torch.uint8)
+    always, some = (
+        Views(images, torch.zeros(20_000, dtype=torch.int64), recipe).drawn(0)["operations"]
+        for recipe in (
+            ViewRecipe(count=1, autoaugment="randaugment"),
+            ViewRecipe(count=1, autoaugment="randaugment", probability=0.7),
+        )
+    )
+    is_applied = some != operations.NO_OPERATION
+    assert (some[is_applied] == always[is_applied]).all(), "the draws of what is applied are as they were"
+    assert stats.binomtest(int(is_applied.sum()), 40_000, 0.7 * 13 / 14).pvalue > 1e-4  # one of 14 is the identity
+    both = is_applied.all(axis=1).sum() / 20_000
+    assert both == pytest.approx((0.7 * 13 / 14) ** 2, abs=0.015), "each by a draw of its own"
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)

@@ -100,6 +100,28 @@ def test_a_policy_without_sub_policies_has_groups_of_its_own_name() -> None:
     assert counts["RandAugment", "Equalize"] == (2, 1, 1)
 
 
+def test_cut_and_erased_boxes_fall_by_their_share_of_the_area() -> None:
+    share = [0.1, 0.29, 0.31, 1.0]
+    spans = {"scale": [0.1, 0.9], "ratio": [0.75, 1.333]}
+    counts = count([0, 1, 0, 3], {"resized_crop_share": share}, resized_crop=spans)
+    assert {key[1]: value for key, value in counts.items() if key[0] == "resized crop, share of the area"} == {
+        "0.10 to 0.30": (2, 2, 2), "0.30 to 0.50": (1, 0, 0), "0.70 to 0.90": (1, 1, 1),
+    }  # fmt: skip
+    # Of 32 x 32 pixels: nothing, 2 % and 33 % of the area, and 19 x 10 of them, 18.6 %.
+    erased = [[0, 0, 0, 0], [0, 0, 5, 4], [5, 5, 31, 18], [1, 1, 20, 11]]
+    counts = count([0, 1, 0, 3], {"erasing": erased}, erasing=0.5)
+    assert {key[1]: value for key, value in counts.items() if key[0] == "erasing"} == {
+        "nothing": (1, 1, 1), "0.02 to 0.10": (1, 1, 1), "0.17 to 0.25": (1, 1, 1), "0.25 to 0.33": (1, 0, 0),
+    }  # fmt: skip
+
+
+def test_samples_that_mix_in_different_ways_are_told_apart() -> None:
+    drawn = {"lambda": [1.0, 0.7, 0.2, 0.6], "partner": [0, 2, 1, 0], "mixing": [0, 1, 1, 2]}
+    counts = count([0, 1, 1, 0], drawn, mixing="both", mixing_probability=0.5)
+    assert counts["mixing", "none"] == (1, 1, 1)
+    assert counts["mixing", "cutmix"] == (2, 2, 2) and counts["mixing", "mixup"] == (1, 0, 1)
+
+
 def test_wilsons_interval_is_that_of_statsmodels() -> None:
     # statsmodels.stats.proportion.proportion_confint(7, 10, method="wilson")
     assert wilson_interval(7, 10) == pytest.approx((39.6778, 89.2209), abs=1e-3)

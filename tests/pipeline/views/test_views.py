@@ -44,7 +44,12 @@ RECIPES = {
     "everything, mixup": replace(EVERYTHING, mixing="mixup"),
     "randaugment": ViewRecipe(count=3, autoaugment="randaugment"),
     "trivialaugment": ViewRecipe(count=3, autoaugment="trivialaugment"),
-}
+    "timm, erasing, either mixing": ViewRecipe(
+        count=3, autoaugment="randaugment", magnitudes="timm", probability=0.5, erasing=0.5, mixing="both",
+        mixing_probability=0.8, cutmix_alpha=1.0, mixup_alpha=0.8,
+    ),
+    "pairs": ViewRecipe(count=3, crop=2, flip=True, mixing="cutmix", partner="paired"),
+}  # fmt: skip
 # Changing one of these changes what every label cache was made from: raise labels.SCHEMA_VERSION with it.
 GOLDEN_DIGESTS = {
     "nothing": "f8b80ed24a4e6d2946e9c49ae14f3460483f5f36a0e9246b80454b106fcd5587",
@@ -53,6 +58,8 @@ GOLDEN_DIGESTS = {
     "everything, mixup": "3f05b13c1234d1fb0c5979279870399f6961e24c6b4a948add351ce6b9af7216",
     "randaugment": "bbfc4f8b3a72ee78b830a1888f373ccb08caa9c5053227c5f71633b1e9808678",
     "trivialaugment": "b26dab85437abf9679894fb5f17f398164bc77fae1db950e6a8f31d9f5b9a032",
+    "timm, erasing, either mixing": "0633f4621c47ebf2054711f67a3e752d5c02df68c60b2126fedfd0d4bb9ea2e6",
+    "pairs": "657bb4255879474262464877192743bbce064090f66e14b6f84caa87b8fe3a81",
 }
 
 

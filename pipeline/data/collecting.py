@@ -1,0 +1,317 @@
+"""Image files are collected into one, on all cores, so that a killed process goes on where it was.
+
+A journal beside the file has a line for each image, in the order in which they are listed. Both are only appended to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import operator
+import os
+import stat
+import warnings
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.arrays import StoredFile
+from pipeline.data.decoding import EXIF_RULE, decoders, opened
+from pipeline.data.digests import NOT_A_FILE, Seen
+from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
+from pipeline.data.listing import relative_path
+from pipeline.errors import DataError, printable
+from pipeline.system.neighbours import usable_cores
+from pipeline.system.storage import FULL, sha256_file, storage_errors
+from pipeline.system.threads import prefetch
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
+
+MAX_BYTES = 2**29  # of a file, which is read whole
+FORMAT = 1
+GRID = 8  # the mean and std of an image are those of at most so many rows and columns of it
+_BYTES, _JOURNAL = "files.bin", "files.jsonl"
+
+
+# How files begin whose bytes are kept as they are.
+_KEPT = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was collected of some files.
+
+    Attributes:
+        images: As many as there are files; those that cannot be read are empty.
+        bad: By row, why a file cannot be read.
+        noted: Rows of files of which something was noticed, see pipeline.data.decoding.in_rgb.
+    """
+
+    images: EncodedImages
+    bad: dict[int, str]
+    noted: list[int]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A line of the journal: an image file, and what was made of it.
+
+    Attributes:
+        name: Its path relative to the folder.
+        seen: Its size, time of change and SHA-256.
+        problem: Why it cannot be read; None if it can.
+        is_noted: See `Collected`.
+        length: Bytes that are kept of it.
+        sha256: Of these, hexadecimal.
+        size: Width and height of the upright image, pixels.
+        moments: See `moments`.
+    """
+
+    name: str
+    seen: Seen
+    problem: str | None = None
+    is_noted: bool = False
+    length: int = 0
+    sha256: str = "00" * 32
+    size: tuple[int, ...] = (0, 0)
+    moments: tuple[int, ...] = (0,) * 6
+
+
+class Collector:
+    """Collects the files of a folder; use it as a context.
+
+    What is there of an earlier process, with the same rules and decoders, is taken over as far as the files are listed
+    in the same order, have the same size and time of change, and what is kept of them is whole.
+
+    Args:
+        folder: For the file and its journal, made where missing. One process at a time may use it.
+        image_size: Side of the images that come of the files, pixels.
+        resize: See `EncodedImages`.
+        max_side: See `DatasetRecipe`.
+
+    Attributes:
+        seen: What is to be remembered of each file that was collected, see pipeline.data.digests.
+
+    Raises:
+        StorageError: Reading or writing there failed.
+    """
+
+    def __init__(self, folder: Path, *, image_size: int, resize: str, max_side: int) -> None:
+        self._folder, self._path, self._max_side = folder, folder / _BYTES, max_side
+        self._rules: dict[str, Any] = {"image_size": image_size, "resize": resize, "max_side": max_side}
+        self.seen: dict[str, Seen] = {}
+        self._size = self._journal_size = 0
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Collector:
+        """Open or make the file and its journal."""
+        journal = self._folder / _JOURNAL
+        with storage_errors(f"write {self._path}", FULL):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in (self._path, journal):
+                if path.exists() and path.stat().st_nlink > 1:  # its other name is a finished data set's
+                    path.unlink()
+            self._bytes, self._journal = (
+                self._held.enter_context(path.open("a+b", buffering=0)) for path in (self._path, journal)
+            )
+            self._former: Iterator[bytes] = self._held.enter_context(journal.open("rb"))
+            rules = {"format": FORMAT, "max_side": self._max_side, "quality": QUALITY, "exif": EXIF_RULE, **decoders()}
+            first = json.dumps(rules).encode() + b"\n"
+            if next(self._former, b"") != first:
+                self._former = iter(())  # a part of it may have been read ahead
+                self._forget()
+                _write(self._journal, first)
+            self._journal_size = len(first)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close both."""
+        self._held.close()
+
+    def collect(self, groups: Mapping[str, list[Path]], root: Path) -> dict[str, Collected]:
+        """Collect files, all at once.
+
+        Args:
+            groups: The files by split.
+            root: The folder that their names are relative to.
+
+        Raises:
+            StorageError: A file cannot be read, or the disk is full or failed.
+        """
+        bad, noted, names = dict[int, str](), list[int](), list[bytes]()
+        ends, sizes, sums, digests = array("q"), array("i"), array("q"), bytearray()
+        with warnings.catch_warnings(action="ignore"):  # of damaged metadata, which does not concern the pixels
+            for place, found in enumerate(self._found([*itertools.chain(*groups.values())], root)):
+                self.seen[found.name] = found.seen
+                if found.problem is not None:
+                    bad[place] = found.problem
+                if found.is_noted:
+                    noted.append(place)
+                ends.append(self._size)
+                sizes.extend(found.size)
+                sums.extend(found.moments)
+                names.append(printable(found.name).encode())
+                digests += bytes.fromhex(found.sha256)
+        with storage_errors(f"write {self._path}", FULL):
+            self._bytes.truncate(self._size)
+            os.fsync(self._bytes.fileno())
+        stops = np.array(ends, np.int64)
+        index = Index(
+            np.stack([np.concatenate([np.zeros(1, np.int64), stops])[:-1], stops], axis=1),
+            np.array(sizes, np.int32).reshape(-1, 2),
+            np.frombuffer(digests, np.uint8).reshape(-1, 32),
+            np.array(names, np.bytes_),
+            np.array(sums, np.int64).reshape(-1, 6),
+        )
+        file = StoredFile(self._bytes.fileno(), self._size, str(self._path))
+        images, start, collected = EncodedImages(file, self._path, index, **self._rules), 0, {}
+        for place in images.too_narrow().tolist():
+            width, height = images.sizes[place]
+            bad[place] = f"{width} x {height} pixels, too narrow to be cut to a square of {images.image_size}"
+        for name, paths in groups.items():
+            stop = start + len(paths)
+            collected[name] = Collected(
+                images.select(np.arange(start, stop)),
+                {place - start: reason for place, reason in bad.items() if start <= place < stop},
+                [place - start for place in noted if start <= place < stop],
+            )
+            start = stop
+        return collected
+
+    def _found(self, paths: list[Path], root: Path) -> Iterator[_Found]:
+        """Yield what is found of each file, in order; what the journal lacks is appended."""
+        done = 0
+        for found, num_bytes in self._taken_over(paths, root):
+            self._size, self._journal_size, done = self._size + found.length, self._journal_size + num_bytes, done + 1
+            yield found
+        with storage_errors(f"write {self._path}", FULL):
+            self._forget()  # what is behind is of other files, or torn
+        with contextlib.closing(_in_order(paths[done:], lambda path: self._read(path, root))) as read:
+            for found, content in read:
+                line = json.dumps(list(vars(found).values())).encode() + b"\n"
+                with storage_errors(f"write {self._path}", FULL):
+                    _write(self._bytes, content)
+                    _write(self._journal, line)
+                self._size += found.length
+                yield found
+
+    def _forget(self) -> None:
+        """Cut off what is not taken over."""
+        self._bytes.truncate(self._size)
+        self._journal.truncate(self._journal_size)
+
+    def _taken_over(self, paths: list[Path], root: Path) -> Iterator[tuple[_Found, int]]:
+        """Yield what the journal has of the first files and is still so, with the length of each line."""
+        stored = StoredFile(self._bytes.fileno(), 0, str(self._path))
+
+        def parts() -> Iterator[tuple[Path, _Found | None, int, int]]:
+            start = 0
+            for path, line in zip(paths, self._former, strict=False):
+                found = _parsed(line)
+                yield path, found, start, len(line)
+                start += found.length if found is not None else 0
+
+        def check(part: tuple[Path, _Found | None, int, int]) -> tuple[_Found, int] | None:
+            path, found, start, num_bytes = part
+            if found is None or found.name != relative_path(path, root) or found.seen[:2] != _status(path):
+                return None
+            if found.problem is None:
+                if start + found.length > stored.size:
+                    return None
+                content = bytearray(found.length)
+                stored.read([(start, found.length)], memoryview(content))
+                if hashlib.sha256(content).hexdigest() != found.sha256:
+                    return None
+            return found, num_bytes
+
+        with contextlib.closing(_in_order(parts(), check)) as checked:
+            for found in checked:
+                if found is None:
+                    return
+                yield found
+
+    def _read(self, path: Path, root: Path) -> tuple[_Found, bytes]:
+        """Read and decode one file; return what is found, and the bytes to keep."""
+        name, status, notes = relative_path(path, root), _status(path), list[str]()
+        if status == NOT_A_FILE[:2]:
+            return _Found(name, NOT_A_FILE, "not a regular file"), b""
+        if status[0] > MAX_BYTES:
+            return _Found(name, (*status, sha256_file(path)), f"{status[0]} bytes, more than {MAX_BYTES}"), b""
+        with storage_errors(f"read {path}"), path.open("rb") as file:
+            content = file.read(status[0])  # as much as would be allowed is allocated for it
+        seen = *status, hashlib.sha256(content).hexdigest()
+        try:
+            with opened(content, notes) as image:
+                kept, shown = self._kept(content, image)
+                size, means = shown.size, tuple(moments(shown))
+        except DataError as error:
+            return _Found(name, seen, str(error)), b""
+        sha256 = seen[2] if kept is content else hashlib.sha256(kept).hexdigest()
+        return _Found(name, seen, None, bool(notes), len(kept), sha256, size, means), kept
+
+    def _kept(self, content: bytes, image: Image.Image) -> tuple[bytes, Image.Image]:
+        """Return the bytes to keep of a file, and the image that they hold."""
+        longest, file = max(image.size), io.BytesIO()
+        if self._max_side and longest > self._max_side:
+            width, height = (max(1, round(side * self._max_side / longest)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image.save(file, "JPEG", quality=QUALITY)
+        elif content.startswith(_KEPT) or (content[:4], content[8:12]) == (b"RIFF", b"WEBP"):
+            return content, image
+        else:
+            image.save(file, "PNG")
+        return file.getvalue(), image
+
+
+def moments(image: Image.Image) -> list[int]:
+    """Return the mean of each channel and of its square over a grid of an image, in levels and fixed point.
+
+    Args:
+        image: Of mode RGB. Of at most GRID rows and columns, all pixels count.
+
+    Returns:
+        Six numbers: three means, three of squares, each times 2^FIXED_POINT, rounded down.
+    """
+    size = min(image.width, GRID), min(image.height, GRID)
+    pixels = image.resize(size, Image.Resampling.NEAREST).tobytes()
+    channels = pixels[0::3], pixels[1::3], pixels[2::3]  # so few are summed faster without NumPy
+    sums = [*map(sum, channels), *(sum(map(operator.mul, channel, channel)) for channel in channels)]
+    return [(total << FIXED_POINT) // len(channels[0]) for total in sums]
+
+
+def _in_order(parts: Iterable[Part], work: Callable[[Part], Made]) -> Generator[Made, None, None]:
+    """Work on parts on all cores, and yield the results in order; a few are made ahead."""
+    return prefetch(parts, work, depth=3 * usable_cores(), num_threads=usable_cores())
+
+
+def _parsed(line: bytes) -> _Found | None:
+    """Return what a line of the journal says; None where it is torn."""
+    with contextlib.suppress(ValueError, TypeError):
+        name, (size, time, digest), *others = json.loads(line)
+        if line.endswith(b"\n"):
+            return _Found(name, (size, time, digest), *others)
+    return None
+
+
+def _status(path: Path) -> tuple[int, int]:
+    """Return a file's size and time of change, or those of NOT_A_FILE."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            return status.st_size, status.st_mtime_ns
+    return NOT_A_FILE[:2]
+
+
+def _write(file: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
