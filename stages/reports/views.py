@@ -231,7 +231,7 @@ def _pixels(views: Views, view: int, indices: torch.Tensor) -> NDArray[np.uint8]
 def _described(drawn: Mapping[str, NDArray[Any]], index: int) -> list[str]:
     """Say what was drawn for an image, in lines that fit below it."""
     values = {name: array[index] for name, array in drawn.items()}
-    cut = [f"cut {_box(values['resized_crop'])}"] if "resized_crop" in values else []
+    cut = [_box(values["resized_crop"])] if "resized_crop" in values else []
     framed = [f"crop {values['crop'][0]:+d},{values['crop'][1]:+d}"] if "crop" in values else []
     framed += ["flip"] if values.get("flip") else []
     moved = [f"{values['rotation']:+.0f}°"] if "rotation" in values else []

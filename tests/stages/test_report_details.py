@@ -311,8 +311,8 @@ def test_what_is_cut_and_what_is_erased_is_told_where_it_is_any() -> None:
         "flip": np.array([True, False]),
         "erasing": np.array([[1, 2, 9, 5], [0, 0, 0, 0]]),
     }
-    assert _described(drawn, 0) == ["cut 120x80 at 10,20", "flip", "black 8x3 at 1,2"]
-    assert _described(drawn, 1) == ["cut 5x6 at 0,0"]
+    assert _described(drawn, 0) == ["120x80 at 10,20", "flip", "black 8x3 at 1,2"]
+    assert _described(drawn, 1) == ["5x6 at 0,0"]
 
 
 def test_what_is_missing_leaves_out_what_it_is_needed_for(trained: Project, tmp_path: Path) -> None:
