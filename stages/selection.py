@@ -46,7 +46,7 @@ def select(
 
     Args:
         context: The command's setting.
-        teachers: Names of the candidates; None takes those of `teachers` in params.yaml that the recipe has.
+        teachers: Names of the candidates; None takes those that `Params.candidates` returns.
         outs: Where the candidates are that are not the recipe's own runs, by name.
 
     Returns:

@@ -81,14 +81,11 @@ class Params:
         return self.recipes[name]
 
     def candidates(self, recipe: Recipe) -> tuple[str, ...]:
-        """Return the candidate teachers of a recipe: those of `teachers` that the one at the top has, all of any other.
+        """Return the candidate teachers of a recipe: those of `teachers`, or all of its own where it lacks one.
 
-        Raises:
-            UsageError: The recipe at the top has none of them.
+        A list with other names was written for another recipe, and would leave some of this one's out without a word.
         """
-        if recipe.name != self.recipe:
-            return tuple(recipe.teachers)
-        return _those_in(self.teachers, recipe.teachers, "teachers", f"recipes.{recipe.name}.teachers")
+        return self.teachers if set(self.teachers) <= recipe.teachers.keys() else tuple(recipe.teachers)
 
     def labelled(self, recipe: Recipe) -> tuple[str, ...]:
         """Return the view recipes of a recipe that are labelled: those of `view_recipes` that it has.
@@ -119,11 +116,11 @@ class Params:
         return faults
 
     def dvc_command(self, recipe: Recipe) -> str:
-        """Return the line by which DVC runs a recipe: as `dvc repro`, with those names of the lists that it has.
+        """Return the line by which DVC runs a recipe: its candidates, and those students and views that the lists have.
 
         Of a list of which the recipe has no name, all of the recipe's take its place.
         """
-        teachers = [name for name in self.teachers if name in recipe.teachers] or list(recipe.teachers)
+        teachers = self.candidates(recipe)
         students = [name for name in self.students if name in recipe.students] or list(recipe.students)
         views = [name for name in self.view_recipes if name in recipe.views]
         views = list(dict.fromkeys([*views, *(recipe.students[name].views for name in students)]))

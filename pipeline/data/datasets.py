@@ -112,12 +112,12 @@ class Dataset:
 
     @property
     def mean(self) -> Channels:
-        """The mean of each channel over the pixels of train, in [0, 1]; of encoded ones each image counts alike."""
+        """The mean of each channel of train, in [0, 1], over all pixels; of encoded images, over a few of each."""
         return self._statistics[0]
 
     @property
     def std(self) -> Channels:
-        """The standard deviation of each channel over the pixels of train, in [0, 1]; 1 where it is zero."""
+        """The standard deviation of each channel of train, in [0, 1], over the same pixels; 1 where it is zero."""
         return self._statistics[1]
 
     @cached_property

@@ -143,12 +143,18 @@ def listing(**lists: Any) -> Params:
 def test_names_at_the_top_that_the_recipe_lacks_are_no_error() -> None:
     params = listing(recipe="folder-small")  # it has two teachers and no view recipe mixup
     small = params.select(None)
-    assert params.candidates(small) == ("densenet121", "mobilenet_v3_large")
-    assert listing().candidates(small) == ("densenet121", "mobilenet_v3_large")
-    assert "resnet18" in listing().candidates(params.recipes["photos-small"]), "it is in no list"
     assert listing(view_recipes=["mixup", "default"]).labelled(small) == ("default",)
     with pytest.raises(UsageError, match="view_recipes: none of mixup is in recipes.folder-small.views; .* default"):
         listing(view_recipes=["mixup"]).labelled(small)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "photos-small"])  # the one at the top, and one that --recipe names
+def test_the_teachers_at_the_top_are_candidates_of_a_recipe_that_has_them_all(recipe: str) -> None:
+    small = PARAMS.recipes["photos-small"]
+    assert listing(recipe=recipe).candidates(small) == ("mobilenet_v3_large", "resnet18"), "one is in no list"
+    chosen = listing(recipe=recipe, teachers=["resnet18"])
+    assert chosen.candidates(small) == ("resnet18",)
+    assert "-S 'teachers=[mobilenet_v3_large, resnet18]'" in listing().dvc_command(small)
 
 
 def test_dvc_is_told_why_the_lists_do_not_fit_a_recipe() -> None:
