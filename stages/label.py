@@ -18,7 +18,7 @@ from pipeline.config.recipes import MAX_VIEWS
 from pipeline.errors import DataError, UsageError
 from pipeline.labels.cache import RELABEL, LabelCache
 from pipeline.labels.parts import LabelParts, seal
-from pipeline.report.progress import progress_bar
+from pipeline.report.progress import SECONDS_BETWEEN_LINES, CountWatcher
 from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.stopping import stopped
 from pipeline.system.storage import is_locked, lock, remove_leftovers
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from stages.shared.labellers import Labeller
 
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,19 +399,14 @@ class _Labelling:
             found = f"{counted(num_invalid, 'finished view')} {'is' if num_invalid == 1 else 'are'} damaged"
             what = "or of another teacher, precision, device, version or --keep; labelling again"
             context.say(f"{parts.directory}: {found}, {what}")
-        began = said = time.monotonic()
-        with progress_bar(context.console) as bar:
-            bar.disable = not (context.console.is_terminal and ranks.is_main)
-            task = bar.add_task("labelling views", total=len(mine))
-            for done, view in enumerate(mine, start=1):
+        console = context.console if ranks.is_main else None
+        images = "images", self._views.num_samples
+        with CountWatcher(
+            console, context.say, "labelling views", "labelled", "views", len(mine), rate=images, ends=True
+        ) as shown:
+            for view in mine:
                 self._label(view)
-                bar.advance(task)
-                now = time.monotonic()
-                if bar.disable and (done == len(mine) or now - said > SECONDS_BETWEEN_LINES):
-                    rate = done * self._views.num_samples / (now - began)
-                    left = (len(mine) - done) * (now - began) / done
-                    context.say(f"labelled {done}/{len(mine)} views, {rate:.0f} images/s, {left:.0f} s left")
-                    said = now
+                shown.advance()
 
     def label_for_others(self) -> None:
         """Label the views of ranks that are not at work, until every view is labelled and no other rank is at work.

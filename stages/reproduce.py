@@ -16,11 +16,11 @@ from pipeline.errors import DataError, NumericalError, PipelineError, UsageError
 from pipeline.report import paper
 from pipeline.system.text import counted
 from stages.jobs import ENSEMBLE, Job, LabelJob, SelectJob, StudentJob, TeacherJob, survey
-from stages.prepare import check_available
 from stages.record import Records
 from stages.shared import options
 from stages.shared.context import Context
 from stages.shared.hints import with_recipe
+from stages.shared.prepared import check_available
 from stages.shared.runs import State
 from stages.teacher_select import prepare_from_raw
 

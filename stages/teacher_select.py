@@ -12,13 +12,14 @@ from pipeline.config.recipes import MAX_VIEWS, OPTIMIZERS
 from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.report.tables import Table
 from stages.jobs import LabelJob, SelectJob, TeacherJob, labels_of, stage_one, survey, sweep_settings
-from stages.prepare import check_available, keep_prepared, prepare, put_back_prepared, remarks
+from stages.prepare import prepare, remarks
 from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
 from stages.reports.tables import candidates_table, optimizers_table, with_conditions
 from stages.selection import select
 from stages.shared import options
 from stages.shared.context import Context
+from stages.shared.prepared import check_available, keep_prepared, put_back_prepared
 from stages.shared.runs import State
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
@@ -91,6 +92,7 @@ def prepare_from_raw(context: Context, *, download: bool = False) -> None:
         raw=paths.raw,
         download=download and not recipe.dataset.path,
         memory=paths.prepare_memory,
+        context=context,
     )
     keep_prepared(context)
     for line in [f"{paths.dataset}: prepared", *remarks(summary)]:

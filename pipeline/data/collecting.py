@@ -137,12 +137,15 @@ class Collector:
         """Close both."""
         self._held.close()
 
-    def collect(self, groups: Mapping[str, list[Path]], root: Path) -> dict[str, Collected]:
+    def collect(
+        self, groups: Mapping[str, list[Path]], root: Path, advance: Callable[[], object] = lambda: None
+    ) -> dict[str, Collected]:
         """Collect files, all at once.
 
         Args:
             groups: The files by split.
             root: The folder that their names are relative to.
+            advance: Called after each file.
 
         Raises:
             StorageError: A file cannot be read, or the disk is full or failed.
@@ -151,6 +154,7 @@ class Collector:
         ends, sizes, sums, digests = array("q"), array("i"), array("q"), bytearray()
         with warnings.catch_warnings(action="ignore"):  # of damaged metadata, which does not concern the pixels
             for place, found in enumerate(self._found([*itertools.chain(*groups.values())], root)):
+                advance()
                 self.seen[found.name] = found.seen
                 if found.problem is not None:
                     bad[place] = found.problem

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 from pipeline.config.recipes import SQUEEZE
 from pipeline.errors import DataError
 from pipeline.system.memory import ram
+from pipeline.system.neighbours import num_ranks_here
 from pipeline.system.threads import Budget
 
 # Pillow reads many more, some of them by starting other programs (EPS).
@@ -50,9 +51,10 @@ MAX_JPEG_BYTES = 2**29  # more than MAX_PIXELS take
 JPEG, SCAN, END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # what a JPEG begins with, each of its scans, and it, with
 MARKER = re.compile(b"\xff[\x01-\xcf\xd8-\xfe]")  # within a scan's data, FF comes before 0 and restarts alone
 BARE_MARKERS = (JPEG, END, b"\xff\x01")  # without a length behind them
+JPEG_METADATA = {"exif", "xmp"}  # where Pillow finds a JPEG's orientation
 MAX_LEVEL = 65_535  # of 16 bits
 BYTES_PER_PIXEL = 20  # the most that decoding, turning and compositing take at once, measured for all modes and formats
-SHARE_OF_RAM = 4  # threads decode at once what takes a quarter of the memory
+SHARE_OF_RAM = 4  # a machine's threads decode at once what takes a quarter of the memory
 UNUSED_ALPHA = "alpha is 0 everywhere, and ignored"
 
 
@@ -185,7 +187,7 @@ def _markers(content: bytes) -> Iterator[tuple[bytes, int]]:
 @functools.cache
 def _budget() -> Budget:
     """Return the bytes for images that are being decoded by all threads of this process."""
-    return Budget(ram() // SHARE_OF_RAM)
+    return Budget(ram() // (SHARE_OF_RAM * num_ranks_here()))
 
 
 if hasattr(os, "register_at_fork"):  # what another thread held at the fork would never be given back
@@ -195,6 +197,8 @@ if hasattr(os, "register_at_fork"):  # what another thread held at the fork woul
 def upright(image: Image.Image) -> Image.Image:
     """Return an image turned as its EXIF orientation says."""
     image.load()  # Pillow turns a TIFF then, and removes its orientation
+    if image.format == "JPEG" and not image.info.keys() & JPEG_METADATA:
+        return image  # looking for it takes as long as a fiftieth of decoding
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, ValueError, TypeError):
@@ -286,16 +290,12 @@ def cut(image: Image.Image, image_size: int, box: Sequence[int]) -> NDArray[np.u
         box: Left, top, right and bottom, pixels, the last two exclusive; within the image and not empty.
 
     Returns:
-        `(S, S, 3)` uint8 RGB, in memory channel by channel, as models take it.
+        `(S, S, 3)` uint8 RGB, read-only.
 
     Source: bit for bit torchvision's `resized_crop` on PIL images, as in `RandomResizedCrop`.
     """
     left, top, right, bottom = box
-    pixels = np.empty((3, image_size, image_size), np.uint8)
-    bands = _resized(image.crop((left, top, right, bottom)), image_size, image_size).split()
-    for channel, band in zip(pixels, bands, strict=True):
-        channel[...] = np.asarray(band)
-    return pixels.transpose(1, 2, 0)
+    return np.asarray(_resized(image.crop((left, top, right, bottom)), image_size, image_size))
 
 
 def decoders() -> dict[str, str]:

@@ -17,7 +17,7 @@ from pipeline.config.recipes import SQUEEZE
 from pipeline.data.arrays import StoredFile, check_rows
 from pipeline.data.decoding import MAX_PIXELS, cut, fit, opened, shorter_side
 from pipeline.errors import DataError
-from pipeline.system.neighbours import usable_cores
+from pipeline.system.neighbours import num_ranks_here, usable_cores
 
 QUALITY = 90
 """Of the JPEG that an image larger than `max_side` is kept as; part of a data set's identity."""
@@ -97,7 +97,7 @@ class EncodedImages:
                 what of each becomes the square. None gives the evaluation pixels, under the resize rule.
 
         Returns:
-            `(n, S, S, 3)` uint8; what is cut lies in memory channel by channel, as models take it.
+            `(n, S, S, 3)` uint8.
 
         Raises:
             DataError: A file is damaged; the message names it.
@@ -105,8 +105,6 @@ class EncodedImages:
         """
         check_rows(rows, len(self))
         images = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        if boxes is not None:
-            images = np.empty((len(rows), 3, *self.shape[1:3]), np.uint8).transpose(0, 2, 3, 1)
 
         def make(place: int) -> None:
             row = int(rows[place])
@@ -179,7 +177,7 @@ def _for_each(parts: Iterable[int], work: Callable[[int], object]) -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(usable_cores(), "decode")
+    return ThreadPoolExecutor(max(1, usable_cores() // num_ranks_here()), "decode")
 
 
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork

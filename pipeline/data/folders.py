@@ -13,7 +13,7 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,7 @@ def read_folder(
     resize: str = SQUEEZE,
     spill: Spill | None = None,
     collector: Collector | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Split], Findings]:
     """Read what an image folder or a CSV file lists.
 
@@ -79,6 +80,7 @@ def read_folder(
         resize: See pipeline.data.decoding.fit.
         spill: Where images go that are too many for RAM; None keeps any number in RAM.
         collector: Collects the files themselves instead.
+        advance: Called after each file.
 
     Returns:
         `train`, and `val` and `test` where they are listed, with the images' paths; and what was found.
@@ -93,9 +95,9 @@ def read_folder(
     collected: dict[str, Collected] = {}
     if collector is not None:
         paths = {name: list(itertools.chain(*classes.values())) for name, classes in listing.splits.items()}
-        collected = collector.collect(paths, listing.root)
+        collected = collector.collect(paths, listing.root, advance)
     splits = {
-        name: _read_split(listing, name, image_size, resize, findings, spill, collected.get(name))
+        name: _read_split(listing, name, image_size, resize, findings, spill, collected.get(name), advance)
         for name in listing.splits
     }
     if findings.bad and not skip_bad:
@@ -117,6 +119,7 @@ def _read_split(
     findings: Findings,
     spill: Spill | None,
     collected: Collected | None,
+    advance: Callable[[], object],
 ) -> Split:
     """Read the images of a split, in order; add to the findings those that cannot be read."""
     classes = listing.splits[name]
@@ -131,10 +134,10 @@ def _read_split(
         findings.unused_alpha += (named[row] for row in collected.noted)
     elif spill is None or not paths:
         images = np.empty(shape, np.uint8)
-        undecoded = _decode(listing, paths, image_size, resize, images, findings)
+        undecoded = _decode(listing, paths, image_size, resize, images, findings, advance)
     else:
         with SpilledImages(spill.folder, shape) as spilled:
-            undecoded = _decode(listing, paths, image_size, resize, spilled, findings)
+            undecoded = _decode(listing, paths, image_size, resize, spilled, findings, advance)
             images = spilled.read()
     findings.bad += undecoded.values()
     split = Split(images, labels, np.array([relative_name(path, listing.root).encode() for path in paths], np.bytes_))
@@ -142,7 +145,13 @@ def _read_split(
 
 
 def _decode(
-    listing: Listing, paths: list[Path], image_size: int, resize: str, images: Any, findings: Findings
+    listing: Listing,
+    paths: list[Path],
+    image_size: int,
+    resize: str,
+    images: Any,
+    findings: Findings,
+    advance: Callable[[], object],
 ) -> dict[int, BadFile]:
     """Read each image into its row of `images`; return those that cannot be read, by row."""
     bad: dict[int, BadFile] = {}
@@ -165,6 +174,7 @@ def _decode(
         for start in range(0, len(paths), READ_AT_ONCE):
             block = range(start, min(start + READ_AT_ONCE, len(paths)))
             for index, problem in zip(block, pool.map(read, block), strict=True):
+                advance()
                 if problem is not None:
                     bad[index] = problem
     findings.unused_alpha += (relative_name(paths[index], listing.root) for index in sorted(notes))

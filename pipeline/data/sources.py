@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def read_source(
     skip_bad: bool = False,
     spill: Spill | None = None,
     collector: Collector | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> tuple[Dataset, Findings]:
     """Read what a recipe's `dataset` describes.
 
@@ -82,6 +83,7 @@ def read_source(
         skip_bad: Leave an image folder's bad files out instead of refusing it.
         spill: Where images go that are too many for RAM; None keeps any number in RAM.
         collector: Collects the files of an encoded store.
+        advance: Called after each file of a listing that was read.
 
     Returns:
         The data set, and what was found.
@@ -97,7 +99,13 @@ def read_source(
     findings = Findings()
     if folder is not None:
         splits, findings = read_folder(
-            folder, image_size, skip_bad=skip_bad, resize=resize, spill=spill, collector=collector
+            folder,
+            image_size,
+            skip_bad=skip_bad,
+            resize=resize,
+            spill=spill,
+            collector=collector,
+            advance=advance,
         )
         counts = {name: len(split) for name, split in splits.items()}
         findings.notes += check_known(source, folder.class_names, counts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,63 @@ class RunWatcher:
     def warned(self, message: str) -> None:
         """Print a warning."""
         self._console.print(f"{self.name}: warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+
+class CountWatcher:
+    """Shows how many of some things are done: a bar on a terminal, elsewhere a line at intervals.
+
+    Args:
+        console: Where the bar is shown; None shows lines alone.
+        say: Prints a line.
+        title: Of the bar, such as `labelling views`.
+        done: What a line begins with, such as `labelled`.
+        things: What is counted, in the plural.
+        total: How many there are.
+        rate: A unit, and how many of it each thing is; by default the things themselves.
+        ends: Whether the last line is printed however soon it comes.
+    """
+
+    def __init__(
+        self,
+        console: Console | None,
+        say: Callable[[str], None],
+        title: str,
+        done: str,
+        things: str,
+        total: int,
+        *,
+        rate: tuple[str, int] | None = None,
+        ends: bool = False,
+    ) -> None:
+        self._say, self._done, self._things, self._total, self._ends = say, done, things, total, ends
+        self._unit, self._each = (things, 1) if rate is None else rate
+        self._count, self._began = 0, time.monotonic()
+        self._said = self._began
+        self._bar = None if console is None or not console.is_terminal else progress_bar(console)
+        self._task = None if self._bar is None else self._bar.add_task(title, total=total)
+
+    def __enter__(self) -> CountWatcher:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """Count one more."""
+        self._count += 1
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task)
+            return
+        now = time.monotonic()
+        if now - self._said > SECONDS_BETWEEN_LINES or (self._ends and self._count == self._total):
+            rate = self._count * self._each / max(now - self._began, 1e-9)
+            left = (self._total - self._count) * (now - self._began) / self._count
+            end = f", about {_span(left)} left" if self._count < self._total else ""
+            self._say(f"{self._done} {self._count}/{self._total} {self._things}, {rate:.0f} {self._unit}/s{end}")
+            self._said = now
 
 
 def _span(seconds: float) -> str:

@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.errors import UsageError
+
 SPINS = "2000"
 """Turns of libgomp's waiting loop before a thread sleeps, some 0.05 ms; libgomp's own 300,000 are 5 to 15 ms."""
 CHOSEN_BY = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -54,6 +56,18 @@ def _keep_idle_team() -> None:
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_ranks_here() -> int:
+    """Return how many processes torchrun has started on this machine, this one included; they share its cores and RAM.
+
+    Raises:
+        UsageError: torchrun's LOCAL_WORLD_SIZE is not a whole number above 0.
+    """
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (ranks.isascii() and ranks.isdecimal() and int(ranks) > 0):
+        raise UsageError(f"LOCAL_WORLD_SIZE={ranks}: not a number of processes; unset it or start with torchrun")
+    return int(ranks)
 
 
 def load_average() -> float | None:

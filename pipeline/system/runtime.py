@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 from pipeline.system.memory import ram
+from pipeline.system.neighbours import num_ranks_here
 
 if TYPE_CHECKING:
     import torch
@@ -154,10 +155,7 @@ def resident_limit(device: torch.device | None = None) -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0] // 4
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not (processes.isascii() and processes.isdecimal() and int(processes) > 0):
-        raise UsageError(f"LOCAL_WORLD_SIZE={processes}: not a number of processes; unset it or start with torchrun")
-    return ram() // (4 * int(processes))
+    return ram() // (4 * num_ranks_here())
 
 
 def keep_freed_memory() -> None:

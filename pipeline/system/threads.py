@@ -75,20 +75,24 @@ class Budget:
     """
 
     def __init__(self, total: int) -> None:
-        self._total, self._taken, self._changed = total, 0, threading.Condition()
+        self._total, self._taken, self._waiting, self._changed = total, 0, 0, threading.Condition()
 
     @contextlib.contextmanager
     def take(self, amount: int) -> Iterator[None]:
         """Hold an amount; a thread takes one at a time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._taken == 0 or self._taken + amount <= self._total)
+            while self._taken and self._taken + amount > self._total:
+                self._waiting += 1
+                self._changed.wait()
+                self._waiting -= 1
             self._taken += amount
         try:
             yield
         finally:
             with self._changed:
                 self._taken -= amount
-                self._changed.notify_all()
+                if self._waiting:
+                    self._changed.notify_all()
 
 
 def prefetch(

@@ -34,7 +34,7 @@ from pipeline.config.recipes import ViewRecipe
 from pipeline.data.streaming import HostImages
 from pipeline.system.threads import for_each, prefetch
 from pipeline.views import augment as augmentation
-from pipeline.views import draws, mixing
+from pipeline.views import draws, mixing, per_image
 from pipeline.views.parcel import Parcel, send
 
 # Samples of 32 x 32 pixels made at once; of larger ones fewer. On the CPU an operation's data should fit the cache; a
@@ -362,12 +362,18 @@ class Views:
         chosen = parcel.add(rows) if resident is not None else None
 
         def work() -> None:
+            images = made[part]
             if resident is not None and chosen is not None:
-                images = resident.index_select(0, chosen())
+                torch.index_select(resident, 0, chosen(), out=images)
             else:
                 assert raw.images is not None and isinstance(self.images, HostImages)
-                images = self.images.place(raw.images[part])
-            made[part] = augment(images)
+                if parcel.device.type == "cpu" and per_image.why_not() is None:
+                    per_image.channels_first(raw.images[part], images)
+                else:
+                    images = self.images.place(raw.images[part])
+            augmented = augment(images)
+            if augmented.data_ptr() != made[part].data_ptr():
+                made[part] = augmented
 
         return work
 

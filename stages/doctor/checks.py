@@ -21,12 +21,13 @@ from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
 from pipeline.system.text import counted
 from pipeline.training.execution import Execution
+from pipeline.views import per_image
 from stages.distill import student_recipe
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, version_of
 from stages.jobs import LabelJob, StudentJob, TeacherJob, survey, whole_run
-from stages.prepare import check_available
 from stages.shared.context import Context
 from stages.shared.paths import DATA, PARAMS
+from stages.shared.prepared import check_available
 from stages.shared.runs import student_arguments
 
 DVC = Path(".dvc")
@@ -228,6 +229,7 @@ def computing(context: Context) -> list[Finding]:
         *_precision(context, fits, device),
         *_graphs(fits, device),
         *_blocks(context, device),
+        *_views(device),
         *_compile(context, fits, device),
     ]
 
@@ -300,6 +302,14 @@ def _blocks(context: Context, device: torch.device) -> list[Finding]:
         Finding("device", mark, f"{block} of {', '.join(names)}: {answer}")
         for (mark, block, answer), names in by_answer.items()
     ]
+
+
+def _views(device: torch.device) -> list[Finding]:
+    """Try to make views in C++; the first time it is compiled, and kept."""
+    if device.type != "cpu":
+        return []
+    why_not = per_image.why_not()
+    return [Finding("device", WARNING, f"views: plain ({why_not})") if why_not else Finding("device", OK, "views: c++")]
 
 
 def _use_inner(student: Student, recipe: StudentRecipe, device: torch.device) -> str:

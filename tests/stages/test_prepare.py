@@ -17,7 +17,8 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.sources import load_digits
 from pipeline.errors import DataError, UsageError
 from pipeline.system.storage import sha256_file
-from stages.prepare import READER, prepare, remarks
+from stages.prepare import prepare, remarks
+from stages.shared.prepared import READER
 from tests.support.in_process import invoke
 from tests.support.project import Project
 
@@ -336,3 +337,11 @@ def test_max_side_is_of_an_encoded_store(project):
     assert "recipes.smoke.dataset.max_side: 512 is of an encoded store; add store: encoded" in invoke(
         project, "prepare", code=2
     )
+
+
+@pytest.mark.parametrize("store", ["pixels", "encoded"])
+def test_a_long_preparation_says_how_far_it_is(project, monkeypatch, store):
+    monkeypatch.setattr("pipeline.report.progress.SECONDS_BETWEEN_LINES", -1)
+    project.edit("path: my-images, ", f"path: my-images, store: {store}, ")
+    said = [line.partition(",")[0] for line in invoke(project, "prepare").splitlines() if line.startswith("read ")]
+    assert said == [f"read {count}/40 files" for count in range(1, 41)]

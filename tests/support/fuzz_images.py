@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
+from pipeline.config.recipes import RESIZES, SQUEEZE
 from pipeline.data.images import read_image
 from pipeline.errors import DataError
 from tests.support.tally import Tally
@@ -293,7 +294,7 @@ def fuzz_images(folder: Path, count: int, rng: random.Random) -> Tally:
     """Read images: each gives pixels, or a DataError of one line; no program is started, little memory is claimed."""
     tally = Tally()
     for number, case in enumerate(cases(count, rng)):
-        verdict, wrong = judge(folder / case.name, case)
+        verdict, wrong = judge(folder / case.name, case, SQUEEZE if case.is_whole else RESIZES[number % 2])
         tally.counts["cases"] += 1
         tally.counts[verdict] += 1
         tally.counts["whole" if case.is_whole else "disguised" if case.pixels is None else "damaged"] += 1
@@ -301,12 +302,12 @@ def fuzz_images(folder: Path, count: int, rng: random.Random) -> Tally:
     return tally
 
 
-def judge(path: Path, case: Case) -> tuple[str, list[str]]:
-    """Read one image; return what became of it and what was wrong with that."""
+def judge(path: Path, case: Case, resize: str) -> tuple[str, list[str]]:
+    """Read one image under a resize rule; return what became of it and what was wrong with that."""
     path.write_bytes(case.data)
     try:
         with STARTED as started, time_limit(SECONDS_UNTIL_HUNG), little_memory():
-            image = read_image(path, SIDE)
+            image = read_image(path, SIDE, resize=resize)
     except DataError as error:
         message = str(error)
         wrong = [f"refused: {error}"] if case.is_whole else []

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+
+from pipeline.views import per_image
 
 
 def sample_images(height: int, width: int, num_noise: int = 4, seed: int = 0) -> Tensor:
@@ -56,3 +60,11 @@ def on_pil(operation: Callable[..., Image.Image], images: Tensor, *arguments: Se
         operation(to_pil(image), *image_arguments) for image, *image_arguments in zip(images, *arguments, strict=True)
     ]
     return torch.from_numpy(np.stack([np.asarray(result) for result in results])).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def whole_batches() -> Iterator[None]:
+    """Views are made as where there is no compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(per_image, "why_not", lambda: "no compiler")
+        yield

@@ -13,7 +13,14 @@ from tests.support.project import ROOT
 
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 DATA = {"pipeline/config/recipes.py", "pipeline/data/datasets.py", "pipeline/data/arrays.py"}
-VIEWS = {"pipeline/views/views.py", "pipeline/views/policies.py", "pipeline/views/draws.py", "pipeline/views/mixing.py"}
+VIEWS = {
+    "pipeline/system/compiling.py",
+    "pipeline/views/draws.py",
+    "pipeline/views/mixing.py",
+    "pipeline/views/per_image.cpp",
+    "pipeline/views/policies.py",
+    "pipeline/views/views.py",
+}
 TRAINING = {
     "pipeline/losses.py",
     "pipeline/system/runtime.py",  # the precision

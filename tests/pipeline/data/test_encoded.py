@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -9,8 +11,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ import torch
 from PIL import Image
 
 from pipeline.config.recipes import DatasetRecipe, ViewRecipe, deciding_values
-from pipeline.data import collecting
+from pipeline.data import collecting, encoded
 from pipeline.data.copies import find_copies
 from pipeline.data.datasets import Dataset
 from pipeline.data.decoding import cut, decode, decoders, fit, opened
@@ -252,6 +255,28 @@ def test_threads_in_any_order_give_the_same_files(
     monkeypatch.setattr(collecting, "usable_cores", lambda: 5)
     make(photos, tmp_path / "prepared")
     assert contents(tmp_path / "prepared") == contents(stored)
+
+
+def test_ranks_of_a_machine_share_its_cores(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(encoded, "usable_cores", lambda: 8)
+    monkeypatch.setattr(encoded, "_pool", functools.cache(encoded._pool.__wrapped__))
+    running, most, entering = [0], [0], threading.Lock()
+
+    @contextlib.contextmanager
+    def slow(content: bytes) -> Iterator[Image.Image]:
+        with entering:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.01)
+        with opened(content) as image:
+            yield image
+        with entering:
+            running[0] -= 1
+
+    monkeypatch.setattr(encoded, "opened", slow)
+    assert len(Dataset.load(stored / "dataset.json").train.images[:12]) == 12
+    assert most == [2]
 
 
 def test_copies_are_found_by_the_bytes_of_files(photos: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pipeline.errors import UsageError
 from pipeline.models.students import STUDENTS, build_student, use_inner_block
 from pipeline.models.students.fused import inner as inner_cpp
-from pipeline.models.students.fused import library
 from pipeline.models.students.fused.interface import InnerWeights
 from pipeline.models.students.layers import EncoderBlock
 from pipeline.models.students.tnt import inner_weights
+from pipeline.system import compiling
 from tests.whole import test_golden
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_a_library_is_compiled_once_and_a_compiler_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {" ".join(library._compiler())} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {" ".join(compiling._compiler())} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.config.params import load_params
 from pipeline.report import paper
-from pipeline.report.progress import Position, RunWatcher
+from pipeline.report.progress import CountWatcher, Position, RunWatcher
 from pipeline.report.tables import Table, difference, number
 from pipeline.system.stopping import StopSignal
 from pipeline.system.text import counted
@@ -104,6 +104,37 @@ def test_a_line_says_how_long_the_rest_of_the_command_takes(monkeypatch: pytest.
         "",
     ]
     assert lines(None, step=4) == ["", ", about 30 s left", ""], "a part of an epoch tells nothing"
+
+
+def test_a_count_is_told_at_intervals_and_at_the_end_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pipeline.report.progress.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    out, _ = console(terminal=False)
+
+    def lines(seconds: float, **how: Any) -> list[str]:
+        said: list[str] = []
+        with CountWatcher(out, said.append, "reading files", "read", "files", 4, **how) as watcher:
+            for _ in range(4):
+                clock[0] += seconds
+                watcher.advance()
+        return said
+
+    assert lines(2) == []
+    assert lines(2, ends=True) == ["read 4/4 files, 0 files/s"]
+    assert lines(6) == [f"read {done}/4 files, 0 files/s{left}" for done, left in ((2, ", about 12 s left"), (4, ""))]
+    assert lines(8, rate=("images", 80), ends=True) == [
+        "read 2/4 files, 10 images/s, about 16 s left",
+        "read 4/4 files, 10 images/s",
+    ]
+
+
+def test_a_count_is_a_bar_on_a_terminal() -> None:
+    out, file = console(terminal=True)
+    said: list[str] = []
+    with CountWatcher(out, said.append, "reading files", "read", "files", 3) as watcher:
+        for _ in range(3):
+            watcher.advance()
+    assert "reading files" in file.getvalue() and "3/3" in file.getvalue() and not said
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])

@@ -10,7 +10,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from pipeline.views import operations
 from pipeline.views.policies import CIFAR10_POLICY, POLICIES
-from tests.support.pillow_reference import on_pil, sample_images
+from tests.support.pillow_reference import on_pil, sample_images, whole_batches
 
 OURS = POLICIES["cifar10"]
 SIZES = [(32, 32), (28, 28), (9, 17)]
@@ -71,6 +71,8 @@ def test_a_mixed_batch_equals_torchvision() -> None:
     images = sample_images(32, 32, num_noise=30)[torch.arange(1500) % 102]
     expected = on_pil(ReplayedAutoAugment().replay, images, uniform)
     assert torch.equal(apply(images, uniform), expected)
+    with whole_batches():
+        assert torch.equal(apply(images, uniform), expected)
 
 
 def test_an_operation_of_probability_zero_is_never_applied() -> None:

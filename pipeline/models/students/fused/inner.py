@@ -1,15 +1,16 @@
-"""The fused inner block on the CPU: inner.cpp, see pipeline.models.students.fused.library."""
+"""The fused inner block on the CPU: inner.cpp, see pipeline.system.compiling."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.models.students.fused.interface import InnerWeights, register
-from pipeline.models.students.fused.library import NotAvailable, load_library
+from pipeline.system.compiling import NotAvailable, load_library, openmp
 
 
 def why_not(num_pixels: int, width: int, num_heads: int, hidden: int) -> str | None:
@@ -120,7 +121,8 @@ def _geometry_library(pixels: Tensor, weights: list[Tensor], num_heads: int) -> 
 def _library(num_pixels: int, width: int, num_heads: int, hidden: int) -> ctypes.CDLL:
     """Load the library of a geometry, or compile it."""
     sizes = {"TOKENS": num_pixels, "WIDTH": width, "HEADS": num_heads, "HIDDEN": hidden}
-    library = load_library("inner", sizes)
+    source, constants = Path(__file__).with_name("inner.cpp"), (f"-D{key}={size}" for key, size in sizes.items())
+    library = load_library(source, *constants, openmp(), header=source.with_name("vector.h"))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.inner_block_forward.argtypes = [count, ctypes.c_int, *[pointer] * 4]
     library.inner_block_forward.restype = None

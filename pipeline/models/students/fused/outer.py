@@ -1,4 +1,4 @@
-"""The passes of an encoder block on the CPU: outer.cpp, see pipeline.models.students.fused.library.
+"""The passes of an encoder block on the CPU: outer.cpp, see pipeline.system.compiling.
 
 Letters as in pipeline.models.students.fused.passes.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.models.students.fused.library import NotAvailable, load_library
 from pipeline.models.students.fused.passes import Branch, Passes
+from pipeline.system.compiling import NotAvailable, load_library, openmp
 
 CPU = "cpu"
 PRODUCTS = (torch.float32, torch.bfloat16)
@@ -303,7 +304,8 @@ def _how(dtype: torch.dtype) -> tuple[int, int]:
 @functools.cache
 def _library() -> ctypes.CDLL:
     """Load the library, or compile it."""
-    library = load_library("outer", {})
+    source = Path(__file__).with_name("outer.cpp")
+    library = load_library(source, openmp(), header=source.with_name("vector.h"))
     pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.outer_attention_forward.argtypes = [flag, flag, *[pointer] * 9]
     library.outer_attention_backward.argtypes = [flag, flag, *[pointer] * 12]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.models.students.fused import inner as inner_cpp
-from pipeline.models.students.fused import library
+from pipeline.system import compiling
 
 GEOMETRY = (16, 12, 2, 48)
 
@@ -122,7 +122,7 @@ def test_what_others_could_have_written_is_not_loaded(cache: Cache, monkeypatch:
     assert stat.S_IMODE(cache.folder.stat().st_mode) == 0o755
     # Another user's file, then another user's folder.
     foreign = {cache.library.stat().st_ino}
-    monkeypatch.setattr(library, "_is_ours", lambda found: found.st_ino not in foreign)
+    monkeypatch.setattr(compiling, "_is_ours", lambda found: found.st_ino not in foreign)
     assert inner_cpp.why_not(*GEOMETRY) is None and cache.num_compiled == 3
     foreign.add(cache.folder.stat().st_ino)
     advice = f"others can write {cache.folder}; set XDG_CACHE_HOME to a folder that only you can write"
@@ -132,7 +132,7 @@ def test_what_others_could_have_written_is_not_loaded(cache: Cache, monkeypatch:
 @pytest.mark.parametrize(("user", "owner", "is_ours"), [(7, 7, True), (7, 0, True), (7, 8, False), (0, 7, False)])
 def test_a_file_is_ours_or_roots(user: int, owner: int, is_ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    assert library._is_ours(os.stat_result((0o100644, 1, 1, 1, owner, owner, 1, 0, 0, 0))) is is_ours
+    assert compiling._is_ours(os.stat_result((0o100644, 1, 1, 1, owner, owner, 1, 0, 0, 0))) is is_ours
 
 
 def test_a_full_disk_leaves_no_library_and_is_told(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

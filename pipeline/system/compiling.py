@@ -1,4 +1,4 @@
-"""The C++ libraries of the fused blocks, compiled for this processor on first use.
+"""C++ libraries, compiled for this processor on first use.
 
 A compiled library is kept in the user's cache directory. Its name has a digest of all that decides its content, so it
 is compiled once, in a few seconds, and another processor's library is never loaded. Its SHA-256 lies beside it: a
@@ -20,21 +20,19 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from pipeline.errors import StorageError
 from pipeline.system.home import WAY_OUT, cache_folder
 from pipeline.system.storage import read_bytes, read_if_exists, replacing, write_atomic
 
-FOLDER = Path(__file__).parent
-SHARED = "vector.h"
 COMPILERS = ("c++", "g++", "clang++")
 # A compiler in a package of PyPI, which the extra `fast` installs.
 ZIG = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+TWO_ROUNDINGS = "-ffp-contract=off"
+"""Lets products and sums be rounded one after another, as NumPy does."""
 # The OpenMP runtimes that PyTorch may bring.
 OPENMP = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
 SECONDS_TO_COMPILE = 300
@@ -45,24 +43,25 @@ class NotAvailable(Exception):
     """The library cannot be compiled or loaded here; the message says why in a phrase."""
 
 
-def load_library(name: str, sizes: Mapping[str, int]) -> ctypes.CDLL:
+def load_library(source: Path, *options: str, header: Path | None = None) -> ctypes.CDLL:
     """Load a library; compile it first if it is not in the cache.
 
     Args:
-        name: Of the source beside this file, without `.cpp`.
-        sizes: Constants that the source is compiled with.
+        source: The file, `NAME.cpp`.
+        options: Of the compiler, beside FLAGS.
+        header: What the source includes beside the compiler's own headers.
 
     Raises:
-        NotAvailable: There is no compiler, no OpenMP runtime, or the compiler fails.
+        NotAvailable: There is no compiler, or it fails.
     """
-    source, compiler = FOLDER / f"{name}.cpp", _compiler()
-    command = [*compiler, *FLAGS, *(f"-D{key}={size}" for key, size in sizes.items()), str(source), _openmp()]
-    texts = [path.read_text(encoding="utf-8") for path in (source, FOLDER / SHARED)]
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, str(source), *options]  # libraries behind what needs them
+    texts = [path.read_text(encoding="utf-8") for path in (source, header) if path is not None]
     parts = [*texts, " ".join(command), _version(compiler), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     if (cache := cache_folder()) is None:
         raise NotAvailable(f"no home directory to keep the compiled library in; {WAY_OUT}")
-    path = cache / "titn-pipeline" / f"{name}-{digest}.so"
+    path = cache / "titn-pipeline" / f"{source.stem}-{digest}.so"
     try:
         _make_own(path.parent)
         if not _is_sealed(path):
@@ -164,8 +163,14 @@ def _version(compiler: Sequence[str]) -> str:
         raise NotAvailable(f"{' '.join(compiler)} does not run") from error
 
 
-def _openmp() -> str:
-    """Return the path of the OpenMP runtime that PyTorch computes with."""
+def openmp() -> str:
+    """Return the path of the OpenMP runtime that PyTorch computes with, an option for `load_library`.
+
+    Raises:
+        NotAvailable: There is none.
+    """
+    import torch  # takes seconds
+
     directory = Path(torch.__file__).parent / "lib"
     for pattern in OPENMP:
         for path in sorted(directory.glob(pattern)):
