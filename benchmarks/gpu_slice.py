@@ -181,7 +181,7 @@ def parts() -> list[Part]:
             report_of("views", "--quick", "--images", "4096", "--batch-size", "1024"),
             report_of("views", *TOY, "--images", "16", "--batch-size", "8"),
         ),
-        Part("startup", 75, report_of("startup", "--quick", "--rounds", "2"), report_of("startup", *TOY)),
+        Part("startup", 75, report_of("startup", "--quick", "--rounds", "2"), report_of("startup", *TOY, "--only", "help")),
         Part("others", 90, *students("training", AS_TRAINED, "--students", "tnt,deit,vit", *both)),
         Part("compiled", 150, *students("training", COMPILED, "--students", "titn", "--batch-sizes", "1024")),
         Part(
@@ -379,10 +379,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if name == "paper":
                     command += [*given, "--python", options.python]
                 running.run(part, command)
-                console.print(f"{name}: {_ending(extra['parts'][-1])}", soft_wrap=True, highlight=False)
+                ending = _ending(extra["parts"][-1])
+                console.print(f"{name}: {ending}", soft_wrap=True, highlight=False, markup=False)
         finally:
             signal.signal(signal.SIGTERM, former)
-    console.print(f"{options.out / 'slice.json'}, {options.out / 'slice.txt'}", soft_wrap=True)
+    console.print(f"{options.out / 'slice.json'}, {options.out / 'slice.txt'}", soft_wrap=True, markup=False)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

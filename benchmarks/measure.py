@@ -138,10 +138,10 @@ class Report:
             console.print(table)
         if self.missing:
             names = ", ".join(self.missing)
-            console.print(f"missing, so not compared: {names}; pip install -e '.[bench]'", style="yellow")
+            console.print(f"missing, so not compared: {names}; pip install -e '.[bench]'", style="yellow", markup=False)
         if path is not None:
             self.write(path)
-            console.print(f"{path}", soft_wrap=True)
+            console.print(f"{path}", soft_wrap=True, markup=False)
 
     def write(self, path: Path | None) -> None:
         """Write the JSON where a path is given: a benchmark that is cut leaves what it found until then."""

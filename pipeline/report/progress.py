@@ -74,7 +74,8 @@ class RunWatcher:
         """Begin at `step` of `epoch`, both counted from 0."""
         self._epochs, self._epoch_began, self._is_whole = epochs, time.monotonic(), step == 0
         if epoch or step:
-            self._console.print(f"{self.name}: going on from epoch {epoch + 1}, step {step}", highlight=False)
+            where = f"epoch {epoch + 1}, step {step}"
+            self._console.print(f"{self.name}: going on from {where}", highlight=False, markup=False)
         if self._console.is_terminal:
             self._bar = progress_bar(self._console)
             self._task = self._bar.add_task(
@@ -129,7 +130,8 @@ class RunWatcher:
 
     def warned(self, message: str) -> None:
         """Print a warning."""
-        self._console.print(f"{self.name}: warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+        text = f"{self.name}: warning: {message}"
+        self._console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 class CountWatcher:

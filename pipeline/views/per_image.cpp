@@ -2,7 +2,7 @@
 //
 // An image and its copy fit a core's cache, where whole batches do not. Results equal those of pipeline.views.colour and
 // pipeline.views.geometry bit for bit, and so Pillow's: floats are multiplied and added in two roundings, which needs
-// -ffp-contract=off. Most operations are a table of 256 levels. Nothing of the C++ library is used.
+// -ffp-contract=off. Nothing of the C++ library is used.
 //
 // Images are (3, H, W) uint8.
 
@@ -32,7 +32,7 @@ struct Image {
 
 // The room that operations work in.
 struct Room {
-    uint8_t* copy;  // 3 (H W + 1): the image; `move` has a black pixel in front of each channel
+    uint8_t* copy;  // 3 (H W + 1): the image, for what moves pixels with a black one in front of each channel
     int64_t* places;  // H + W
     int32_t* indices;  // W
     int16_t* sums;  // W
@@ -169,26 +169,34 @@ void accumulate(double place, double step, int64_t count, int64_t* places) {
     for (int64_t at = 0; at < count; ++at, place += step) places[at] = (int64_t)floor(place);
 }
 
-void gather_row(Image image, const Room& room, int64_t y) {
-    int64_t width = image.width, size = image.size();
-    const int32_t* __restrict indices = room.indices;
+// Copies the image, with a black pixel in front of each channel.
+void keep(Image image, uint8_t* copy) {
     for (int number = 0; number < 3; ++number) {
-        const uint8_t* __restrict from = room.copy + number * (size + 1);
+        uint8_t* kept = copy + number * (image.size() + 1);
+        kept[0] = 0;
+        memcpy(kept + 1, image.channel(number), image.size());
+    }
+}
+
+// Makes row y of the pixels of the copy that `indices` say, 0 for black.
+void gather_row(Image image, const uint8_t* copy, int64_t y, const int32_t* __restrict indices) {
+    int64_t width = image.width, size = image.size();
+    for (int number = 0; number < 3; ++number) {
+        const uint8_t* __restrict from = copy + number * (size + 1);
         uint8_t* __restrict made = image.channel(number) + y * width;
         for (int64_t x = 0; x < width; ++x) made[x] = from[indices[x]];
     }
 }
 
-// Makes row y of what lies side by side in a row of the copy, `right` of it; what lies outside is black.
-void shift_row(Image image, const Room& room, int64_t y, int64_t row, int64_t right) {
+// Makes row y of a row of the copy, from `right` on; what lies outside is black.
+void shift_row(Image image, const uint8_t* copy, int64_t y, int64_t row, int64_t right) {
     int64_t width = image.width, size = image.size();
     int64_t first = right < 0 ? -right : 0, last = right > 0 ? width - right : width;
     bool inside = row >= 0 && row < image.height && first < last;
     for (int number = 0; number < 3; ++number) {
         uint8_t* made = image.channel(number) + y * width;
         memset(made, 0, width);
-        if (inside)
-            memcpy(made + first, room.copy + number * (size + 1) + 1 + row * width + right + first, last - first);
+        if (inside) memcpy(made + first, copy + number * (size + 1) + 1 + row * width + right + first, last - first);
     }
 }
 
@@ -201,14 +209,14 @@ void move_along_axes(Image image, const double* matrix, const Room& room) {
     for (int64_t y = 0; y < image.height; ++y) {
         bool inside = rows[y] >= 0 && rows[y] < image.height;
         if (shifts || !inside) {
-            shift_row(image, room, y, inside ? rows[y] : -1, columns[0]);
+            shift_row(image, room.copy, y, inside ? rows[y] : NONE, columns[0]);
             continue;
         }
         for (int64_t x = 0; x < width; ++x) {
             bool found = columns[x] >= 0 && columns[x] < width;
             room.indices[x] = found ? (int32_t)(rows[y] * width + columns[x] + 1) : 0;
         }
-        gather_row(image, room, y);
+        gather_row(image, room.copy, y, room.indices);
     }
 }
 
@@ -222,7 +230,7 @@ void move_freely(Image image, const int64_t* fixed, const Room& room) {
     for (Number y = 0; y < height; ++y) {
         Number first_column = y * b + c, first_row = y * e + f;
         if (shifts) {
-            shift_row(image, room, y, first_row >> 16, first_column >> 16);
+            shift_row(image, room.copy, y, first_row >> 16, first_column >> 16);
             continue;
         }
         for (Number x = 0; x < width; ++x) {
@@ -230,17 +238,13 @@ void move_freely(Image image, const int64_t* fixed, const Room& room) {
             bool inside = (column >= 0) & (column < width) & (row >= 0) & (row < height);
             room.indices[x] = inside ? (int32_t)(row * width + column + 1) : 0;
         }
-        gather_row(image, room, y);
+        gather_row(image, room.copy, y, room.indices);
     }
 }
 
 // By Pillow's matrix, see pipeline.views.geometry.
 void move(Image image, const double* matrix, const Room& room) {
-    for (int number = 0; number < 3; ++number) {
-        uint8_t* copy = room.copy + number * (image.size() + 1);
-        copy[0] = 0;
-        memcpy(copy + 1, image.channel(number), image.size());
-    }
+    keep(image, room.copy);
     if (matrix[1] == 0.0 && matrix[3] == 0.0) return move_along_axes(image, matrix, room);
     double a = matrix[0], b = matrix[1], d = matrix[3], e = matrix[4];
     double shifted[6] = {a, b, matrix[2] + a * 0.5 + b * 0.5, d, e, matrix[5] + d * 0.5 + e * 0.5};
@@ -256,28 +260,19 @@ void move(Image image, const double* matrix, const Room& room) {
         move_freely<int64_t>(image, fixed, room);
 }
 
+void reverse(uint8_t* __restrict pixels, int64_t count, uint8_t* __restrict copy) {
+    memcpy(copy, pixels, count);
+    for (int64_t at = 0; at < count; ++at) pixels[at] = copy[count - 1 - at];
+}
+
 // Moves the frame down and right over the image, black outside, then flips it left-right where asked.
 void crop_flip(Image image, int64_t down, int64_t right, bool flipped, uint8_t* copy) {
-    int64_t width = image.width, height = image.height;
-    int64_t first = right < 0 ? -right : 0, last = right > 0 ? width - right : width;
-    bool moves = down != 0 || right != 0;
-    if (moves) memcpy(copy, image.pixels, 3 * image.size());
-    for (int number = 0; number < 3; ++number)
-        for (int64_t y = 0; y < height; ++y) {
-            uint8_t* made = image.channel(number) + y * width;
-            if (moves) {
-                bool inside = y + down >= 0 && y + down < height && first < last;
-                memset(made, 0, width);
-                if (inside)
-                    memcpy(made + first, copy + number * image.size() + (y + down) * width + right + first, last - first);
-            }
-            if (flipped)
-                for (int64_t x = 0; x < width / 2; ++x) {
-                    uint8_t left = made[x];
-                    made[x] = made[width - 1 - x];
-                    made[width - 1 - x] = left;
-                }
-        }
+    if (down != 0 || right != 0) {
+        keep(image, copy);
+        for (int64_t y = 0; y < image.height; ++y) shift_row(image, copy, y, y + down, right);
+    }
+    for (int64_t row = 0; flipped && row < 3 * image.height; ++row)
+        reverse(image.pixels + row * image.width, image.width, copy);
 }
 
 void apply(Image image, int64_t operation, double magnitude, const double* matrix, const Room& room) {
@@ -356,10 +351,10 @@ extern "C" int apply_operations(
 // Returns as apply_operations.
 extern "C" int crop_flip_images(
     uint8_t* images, int64_t count, int64_t height, int64_t width, const int64_t* offsets, const uint8_t* flipped) {
-    int64_t size = 3 * height * width;
-    uint8_t* copy = (uint8_t*)malloc(size);
+    int64_t size = height * width;
+    uint8_t* copy = (uint8_t*)malloc(3 * (size + 1));
     for (int64_t at = 0; copy && at < count; ++at)
-        crop_flip({images + at * size, height, width}, offsets[2 * at], offsets[2 * at + 1], flipped[at], copy);
+        crop_flip({images + at * 3 * size, height, width}, offsets[2 * at], offsets[2 * at + 1], flipped[at], copy);
     free(copy);
     return !copy;
 }

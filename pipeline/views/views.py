@@ -362,18 +362,18 @@ class Views:
         chosen = parcel.add(rows) if resident is not None else None
 
         def work() -> None:
-            images = made[part]
+            images = target = made[part]
             if resident is not None and chosen is not None:
-                torch.index_select(resident, 0, chosen(), out=images)
+                torch.index_select(resident, 0, chosen(), out=target)
             else:
                 assert raw.images is not None and isinstance(self.images, HostImages)
                 if parcel.device.type == "cpu" and per_image.why_not() is None:
-                    per_image.channels_first(raw.images[part], images)
+                    per_image.channels_first(raw.images[part], target)
                 else:
                     images = self.images.place(raw.images[part])
             augmented = augment(images)
-            if augmented.data_ptr() != made[part].data_ptr():
-                made[part] = augmented
+            if augmented is not target:
+                target.copy_(augmented)
 
         return work
 

@@ -113,7 +113,7 @@ def test_views_are_compared_and_a_missing_peer_is_named(
     sizes = ("--images", "64", "--batch-size", "32", "--step-batch", "4", "--depth", "1")
     report = run(views, monkeypatch, tmp_path / "views.json", *sizes, threads=2)
     assert report["missing"] == ["kornia"]
-    assert "missing, so not compared: kornia" in capsys.readouterr().out
+    assert "missing, so not compared: kornia; pip install -e '.[bench]'" in capsys.readouterr().out
     whole = rows(report, "whole cifar view")
     assert whole[PEER_OF_THE_GOAL]["goal"] == 10.0
     assert [row["goal"] for name, row in whole.items() if name != PEER_OF_THE_GOAL] == [None] * (len(whole) - 1)

@@ -18,9 +18,9 @@ from rich.console import Console
 from pipeline.data.images import BadFile
 from pipeline.errors import UsageError
 from pipeline.models.students import build_student
-from pipeline.models.students.fused import inner, library
+from pipeline.models.students.fused import inner
 from pipeline.models.teachers import build_teacher
-from pipeline.system import home
+from pipeline.system import compiling, home
 from pipeline.training.checkpoints import save_checkpoint
 from stages import cli
 from stages.doctor import software
@@ -64,8 +64,8 @@ def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_directory_what_is_kept_there_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_compiler", lambda: ("c++",))
-    monkeypatch.setattr(library, "_version", lambda compiler: "")
+    monkeypatch.setattr(compiling, "_compiler", lambda: ("c++",))
+    monkeypatch.setattr(compiling, "_version", lambda compiler: "")
     assert inner.why_not(5, 6, 3, 7) == "no home directory to keep the compiled library in; " + home.WAY_OUT
     with pytest.raises(UsageError, match="teacher vgg16: no home directory .* set HOME .*, or TORCH_HOME"):
         build_teacher("vgg16", num_classes=2, weights="imagenet")

@@ -106,6 +106,7 @@ def test_only_views_whose_parts_are_damaged_or_belong_to_others_are_labelled_aga
     assert tally.wrong == [] and tally.counts["found"] == tally.counts["parts"]
 
 
+@pytest.mark.slow
 def test_every_call_that_writes_is_among_those_that_are_struck(project: Project) -> None:
     """The interpreter's audit sees every file opened for writing, renamed and so on, whoever asks for it."""
     labelling = Labelling(project, 2)

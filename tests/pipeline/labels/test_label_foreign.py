@@ -143,13 +143,14 @@ def test_a_canary_of_other_pixels_trains_nothing(project, honest) -> None:
 
 def change_one_pixel() -> None:
     """Let the random crop change one bit of the first pixel of each image."""
-    from pipeline.views import geometry
+    from pipeline.views import geometry, per_image
 
-    real = geometry.gather
+    def changing(real):
+        def changed(*args, **kwargs):
+            images = real(*args, **kwargs).clone()
+            images[:, 0, 0, 0] ^= 1
+            return images
 
-    def changed(*args):
-        images = real(*args).clone()
-        images[:, 0, 0, 0] ^= 1
-        return images
+        return changed
 
-    geometry.gather = changed
+    geometry.gather, per_image.crop_flip = changing(geometry.gather), changing(per_image.crop_flip)

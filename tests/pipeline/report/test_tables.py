@@ -72,11 +72,12 @@ def test_a_log_gets_one_plain_line_an_epoch() -> None:
     assert lines[1].endswith(", 240 images/s") and "images/s" not in lines[0]
 
 
-def test_a_resumed_run_says_where_it_goes_on() -> None:
+def test_a_resumed_run_says_where_it_goes_on_and_names_show_their_brackets() -> None:
     out, file = console(terminal=False)
-    with RunWatcher(out, "titn", "val") as watcher:
+    with RunWatcher(out, "titn[red]", "val") as watcher:
         watcher.started(2, 10, 1, 3)
-    assert file.getvalue() == "titn: going on from epoch 2, step 3\n"
+        watcher.warned("at [chance]")
+    assert file.getvalue() == "titn[red]: going on from epoch 2, step 3\ntitn[red]: warning: at [chance]\n"
 
 
 def test_a_line_says_how_long_the_rest_of_the_command_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,6 +53,7 @@ def random_table(rng: np.random.Generator, height: int, width: int) -> Operation
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_operations_equal_those_on_whole_batches(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
