@@ -181,7 +181,12 @@ def parts() -> list[Part]:
             report_of("views", "--quick", "--images", "4096", "--batch-size", "1024"),
             report_of("views", *TOY, "--images", "16", "--batch-size", "8"),
         ),
-        Part("startup", 75, report_of("startup", "--quick", "--rounds", "2"), report_of("startup", *TOY, "--only", "help")),
+        Part(
+            "startup",
+            75,
+            report_of("startup", "--quick", "--rounds", "2"),
+            report_of("startup", *TOY, "--only", "help"),
+        ),
         Part("others", 90, *students("training", AS_TRAINED, "--students", "tnt,deit,vit", *both)),
         Part("compiled", 150, *students("training", COMPILED, "--students", "titn", "--batch-sizes", "1024")),
         Part(

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import itertools
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,10 +33,12 @@ from benchmarks.view_peers import CUTMIX_ALPHA, NUM_WORKERS, Collate, LoaderEpoc
 from benchmarks.views import one_thread
 from pipeline.config.recipes import ViewRecipe
 from pipeline.data.arrays import StoredFile
+from pipeline.data.collecting import Collector
 from pipeline.data.decoding import decode, decoders
 from pipeline.data.encoded import EncodedImages, Index
 from pipeline.data.streaming import HostImages
 from pipeline.inference.speed import interleave
+from pipeline.system.neighbours import usable_cores
 from pipeline.system.runtime import keep_freed_memory
 from pipeline.training.batches import epoch_order
 from pipeline.views.views import Views
@@ -45,7 +48,7 @@ QUALITY = 90
 NOISE = 15  # levels to either side; makes files of about 76 KB
 NUM_DISTINCT = 256
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-GOAL, MIXING_GOAL, BARE_GOAL = 1.2, 1.1, 0.85
+GOAL, MIXING_GOAL, BARE_GOAL, COLLECTING_GOAL = 1.2, 1.1, 0.85, 0.9
 # Without timm's noise of 0.5: a magnitude of 10 then asks for 0 bits of colour, which Pillow 13 refuses.
 TIMM_CONFIG = "rand-m9-inc1"
 OURS, OURS_LIKE_TIMM = "ours", "ours, RandAugment like timm's"
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for mixing in (False, True):
             report.rows += whole_view(report, contents, options, Path(folder), mixing=mixing)
+        report.rows.append(collecting(contents, options, Path(folder)))
     report.rows.append(decoding_alone(contents[: 16 if options.quick else NUM_DISTINCT], options))
     report.finish(Console(), options.json)
 
@@ -239,6 +243,31 @@ def timm_epoch(
             images.to(options.device)
 
     return epoch
+
+
+def collecting(contents: Sequence[bytes], options: argparse.Namespace, folder: Path) -> Row:
+    """Compare what `prepare` does with files of an encoded store with a thread pool that reads and decodes them."""
+    paths, numbers = [folder / f"{number}.jpg" for number in range(len(contents))], itertools.count()
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    pool = ThreadPoolExecutor(usable_cores())
+
+    def ours() -> None:
+        place = folder / f"collected-{next(numbers)}"
+        with Collector(place, image_size=options.side, resize="squeeze", max_side=0) as collector:
+            collector.collect({"train": paths}, folder)
+        shutil.rmtree(place)
+
+    def peer() -> None:
+        for _ in pool.map(lambda path: to_picture(path.read_bytes()), paths):
+            pass
+
+    seconds = interleave({"ours": ours, "peer": peer}, rounds=options.rounds, device=options.device)
+    rates = {name: len(contents) / values for name, values in seconds.items()}
+    what, name = "JPEG files collected by prepare", "read and decoded by Pillow in a thread pool"
+    return compare(
+        what, rates["ours"], rates["peer"], name, unit="files/s", higher_is_better=True, goal=COLLECTING_GOAL
+    )
 
 
 def decoding_alone(contents: Sequence[bytes], options: argparse.Namespace) -> Row:

@@ -198,6 +198,7 @@ def test_a_photographs_view_is_compared_with_every_loader(tmp_path: Path, monkey
     plain = rows(report, "photograph's view of 32x32")
     assert [row["goal"] for row in plain.values()] == [1.2, 1.2, 1.2, 0.85] and photographs.BARE in plain
     assert [row["goal"] for row in rows(report, "photograph's view of 32x32, CutMix").values()] == [1.1] * 3
+    assert [row["goal"] for row in rows(report, "JPEG files collected by prepare").values()] == [0.9]
     assert 70_000 < report["environment"]["bytes_per_file"] < 82_000
 
 

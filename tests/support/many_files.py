@@ -19,7 +19,7 @@ NUM_DIFFERENT, NUM_CLASSES, NUM_TEST = 64, 100, 1000
 LABELS = "labels.npy"
 PARAMS = """
 recipe: many
-teachers: []
+teachers: [squeezenet1_1]
 view_recipes: [default]
 students: {vit: default}
 recipes:
@@ -27,7 +27,7 @@ recipes:
     dataset: {source: folder, path: images, store: encoded, image_size: 16, val_fraction: 0.0}
     views:
       default: {count: 1, seed: 0, operations: {crop: 2, flip: true, partner: paired, mixing: cutmix}}
-    teacher: {weights: none}
+    teacher: {epochs: 1, batch_size: 32, optimizer: adamw, lr: 0.001, weights: none}
     teachers: {squeezenet1_1: {}}
     select: {by: top1}
     label: {}
