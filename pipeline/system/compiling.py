@@ -52,8 +52,10 @@ def load_library(source: Path, *options: str, header: Path | None = None) -> cty
         header: What the source includes beside the compiler's own headers.
 
     Raises:
-        NotAvailable: There is no compiler, or it fails.
+        NotAvailable: There is no compiler, or it fails; or the system is Windows.
     """
+    if not hasattr(os, "fchmod"):
+        raise NotAvailable("nothing is compiled on Windows")
     compiler = _compiler()
     command = [*compiler, *FLAGS, str(source), *options]  # libraries behind what needs them
     texts = [path.read_text(encoding="utf-8") for path in (source, header) if path is not None]

@@ -145,3 +145,8 @@ def test_a_full_disk_leaves_no_library_and_is_told(cache: Cache, monkeypatch: py
     assert why_not is not None and "No space left on device" in why_not and str(cache.folder) in why_not
     assert not list(cache.folder.iterdir()) and not cache.loaded
     assert inner_cpp.why_not(*GEOMETRY) is None
+
+
+def test_nothing_is_compiled_on_windows(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "fchmod")
+    assert inner_cpp.why_not(*GEOMETRY) == "nothing is compiled on Windows" and not cache.calls.exists()
