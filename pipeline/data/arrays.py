@@ -96,7 +96,29 @@ class StoredFile:
         """
         with storage_errors(f"read {self.name}"):
             self._read(parts, view)
-        # Asked afterwards: what was read before a change is good.
+        self.check()  # afterwards: what was read before a change is good
+
+    def part(self, place: int, size: int) -> bytes:
+        """Return a part of the file; whoever reads many asks `check` once, after the last.
+
+        Raises:
+            StorageError: The file has been cut short, or cannot be read.
+        """
+        content = b""
+        with storage_errors(f"read {self.name}"):
+            while len(content) < size:  # once, on nearly all file systems
+                more = os.pread(self._descriptor, size - len(content), place + len(content))
+                if not more:
+                    raise self._changed()
+                content = content + more if content else more
+        return content
+
+    def check(self) -> None:
+        """Ask whether the file is as it was when it was opened.
+
+        Raises:
+            StorageError: It has changed.
+        """
         if self._stat() != self._version:
             raise self._changed()
 

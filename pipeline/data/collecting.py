@@ -231,9 +231,7 @@ class Collector:
             if found.problem is None:
                 if start + found.length > stored.size:
                     return None
-                content = bytearray(found.length)
-                stored.read([(start, found.length)], memoryview(content))
-                if hashlib.sha256(content).hexdigest() != found.sha256:
+                if hashlib.sha256(stored.part(start, found.length)).hexdigest() != found.sha256:
                     return None
             return found, num_bytes
 

@@ -120,6 +120,7 @@ class EncodedImages:
 
         self.file.announce(self._parts(rows))
         _for_each(range(len(rows)), make)
+        self.file.check()
         return images
 
     def verify(self) -> None:
@@ -130,6 +131,7 @@ class EncodedImages:
         """
         for start in range(0, len(self), 4096):
             _for_each(range(start, min(start + 4096, len(self))), self._content)
+            self.file.check()
 
     def too_narrow(self) -> NDArray[np.int64]:
         """Return the rows of images that the resize rule cannot make squares of, see pipeline.data.decoding.fit."""
@@ -155,17 +157,17 @@ class EncodedImages:
         return [(start, stop - start) for start, stop in self.index.offsets[rows].tolist()]
 
     def _content(self, row: int) -> bytes:
-        """Return a file's bytes; verify them unless that has been done."""
+        """Return a file's bytes; verify them unless that has been done. The caller asks whether all has changed."""
         start, stop = self.index.offsets[row].tolist()
-        content = bytearray(stop - start)
-        self.file.read([(start, stop - start)], memoryview(content))
+        content = self.file.part(start, stop - start)
         if not self._is_verified[row]:
             if hashlib.sha256(content).digest() != self.index.sha256[row].tobytes():
                 raise self._damaged(row, "its bytes are not those that were prepared")
             self._is_verified[row] = True
-        return bytes(content)
+        return content
 
     def _damaged(self, row: int, reason: str) -> DataError:
+        self.file.check()
         name = self.index.names[row].decode()
         return DataError(f"{self.file.name}: {name}: damaged ({reason}); run `pipeline prepare` again")
 

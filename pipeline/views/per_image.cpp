@@ -15,6 +15,7 @@ namespace {
 
 constexpr int LEVELS = 256;
 constexpr int64_t NONE = -1;
+constexpr int64_t PAD = 64;  // bytes in front of a copied channel; copying 50 KB to an odd address takes ten times as long
 
 // In the order of operations.OPERATIONS.
 enum Operation : int64_t {
@@ -32,16 +33,17 @@ struct Image {
 
 // The room that operations work in.
 struct Room {
-    uint8_t* copy;  // 3 (H W + 1): the image, for what moves pixels with a black one in front of each channel
+    uint8_t* copy;  // 3 (H W + PAD), see keep
     int64_t* places;  // H + W
     int32_t* indices;  // W
-    int16_t* sums;  // W
+    int16_t* sums;  // W + 2
 };
 
-// Levels of float32 are cut to [0, 255] and truncated.
+// Levels of float32 are truncated and cut to [0, 255]; cutting whole numbers vectorises.
 inline uint8_t level(float value) {
-    value = value < 0.0f ? 0.0f : value;
-    return (uint8_t)(int32_t)(value > 255.0f ? 255.0f : value);
+    int32_t whole = (int32_t)value;
+    whole = whole < 0 ? 0 : whole;
+    return (uint8_t)(whole > 255 ? 255 : whole);
 }
 
 inline float blend(float start, float end, float factor) { return (end - start) * factor + start; }
@@ -99,25 +101,29 @@ void contrast(Image image, float factor) {
     blend_with(image, (float)((2 * total + size) / (2 * size)), factor);
 }
 
-// `middle` is a row within an image, `sums` has room for it.
+// `middle` is a row within an image, `sums` has room for it and for a sum on either side. The first and the last pixel
+// are computed too, and then kept: without them most rows would be no whole number of vectors.
 void sharpen_row(uint8_t* __restrict made, const uint8_t* middle, int64_t width, float factor, int16_t* __restrict sums) {
     const uint8_t *above = middle - width, *below = middle + width;
     for (int64_t x = 0; x < width; ++x) sums[x] = (int16_t)(above[x] + middle[x] + below[x]);
-    for (int64_t x = 1; x < width - 1; ++x) {
+    for (int64_t x = 0; x < width; ++x) {
         int16_t sum = (int16_t)(sums[x - 1] + sums[x] + sums[x + 1] + 4 * middle[x]);
         // Sums over 13 come no closer than 1/26 to a tie, so that rounding in float32 is exact.
         float smooth = (float)(int32_t)((float)sum * (1.0f / 13.0f) + 0.5f);
         made[x] = level(blend(smooth, (float)middle[x], factor));
     }
+    made[0] = middle[0];
+    made[width - 1] = middle[width - 1];
 }
 
 void sharpness(Image image, float factor, uint8_t* copy, int16_t* sums) {
     int64_t width = image.width;
+    sums[0] = sums[width + 1] = 0;
     memcpy(copy, image.pixels, 3 * image.size());
     for (int number = 0; number < 3; ++number)
         for (int64_t y = 1; y < image.height - 1; ++y) {
             int64_t row = number * image.size() + y * width;
-            sharpen_row(image.pixels + row, copy + row, width, factor, sums);
+            sharpen_row(image.pixels + row, copy + row, width, factor, sums + 1);
         }
 }
 
@@ -169,34 +175,37 @@ void accumulate(double place, double step, int64_t count, int64_t* places) {
     for (int64_t at = 0; at < count; ++at, place += step) places[at] = (int64_t)floor(place);
 }
 
-// Copies the image, with a black pixel in front of each channel.
+// Returns where a channel of the image is kept: a black pixel is at NONE.
+uint8_t* kept(Image image, uint8_t* copy, int number) { return copy + number * (image.size() + PAD) + PAD; }
+
 void keep(Image image, uint8_t* copy) {
     for (int number = 0; number < 3; ++number) {
-        uint8_t* kept = copy + number * (image.size() + 1);
-        kept[0] = 0;
-        memcpy(kept + 1, image.channel(number), image.size());
+        uint8_t* channel = kept(image, copy, number);
+        channel[NONE] = 0;
+        memcpy(channel, image.channel(number), image.size());
     }
 }
 
-// Makes row y of the pixels of the copy that `indices` say, 0 for black.
-void gather_row(Image image, const uint8_t* copy, int64_t y, const int32_t* __restrict indices) {
-    int64_t width = image.width, size = image.size();
+// Makes row y of the kept pixels that `indices` say.
+void gather_row(Image image, uint8_t* copy, int64_t y, const int32_t* __restrict indices) {
+    int64_t width = image.width;
     for (int number = 0; number < 3; ++number) {
-        const uint8_t* __restrict from = copy + number * (size + 1);
+        const uint8_t* __restrict from = kept(image, copy, number);
         uint8_t* __restrict made = image.channel(number) + y * width;
         for (int64_t x = 0; x < width; ++x) made[x] = from[indices[x]];
     }
 }
 
-// Makes row y of a row of the copy, from `right` on; what lies outside is black.
-void shift_row(Image image, const uint8_t* copy, int64_t y, int64_t row, int64_t right) {
-    int64_t width = image.width, size = image.size();
+// Makes row y of a kept row, from `right` on; what lies outside is black.
+void shift_row(Image image, uint8_t* copy, int64_t y, int64_t row, int64_t right) {
+    int64_t width = image.width;
     int64_t first = right < 0 ? -right : 0, last = right > 0 ? width - right : width;
-    bool inside = row >= 0 && row < image.height && first < last;
+    if (row < 0 || row >= image.height || first >= last) first = last = 0;
     for (int number = 0; number < 3; ++number) {
         uint8_t* made = image.channel(number) + y * width;
-        memset(made, 0, width);
-        if (inside) memcpy(made + first, copy + number * (size + 1) + 1 + row * width + right + first, last - first);
+        memset(made, 0, first);
+        if (first < last) memcpy(made + first, kept(image, copy, number) + row * width + right + first, last - first);
+        memset(made + last, 0, width - last);
     }
 }
 
@@ -214,7 +223,7 @@ void move_along_axes(Image image, const double* matrix, const Room& room) {
         }
         for (int64_t x = 0; x < width; ++x) {
             bool found = columns[x] >= 0 && columns[x] < width;
-            room.indices[x] = found ? (int32_t)(rows[y] * width + columns[x] + 1) : 0;
+            room.indices[x] = (int32_t)(found ? rows[y] * width + columns[x] : NONE);
         }
         gather_row(image, room.copy, y, room.indices);
     }
@@ -236,7 +245,7 @@ void move_freely(Image image, const int64_t* fixed, const Room& room) {
         for (Number x = 0; x < width; ++x) {
             Number column = (x * a + first_column) >> 16, row = (x * d + first_row) >> 16;
             bool inside = (column >= 0) & (column < width) & (row >= 0) & (row < height);
-            room.indices[x] = inside ? (int32_t)(row * width + column + 1) : 0;
+            room.indices[x] = (int32_t)(inside ? row * width + column : NONE);
         }
         gather_row(image, room.copy, y, room.indices);
     }
@@ -323,10 +332,10 @@ extern "C" int apply_operations(
     const int64_t* operations, const double* magnitudes, const double* matrices) {
     int64_t size = height * width;
     Room room = {
-        (uint8_t*)malloc(3 * (size + 1)),
+        (uint8_t*)malloc(3 * (size + PAD)),
         (int64_t*)malloc((height + width) * sizeof(int64_t)),
         (int32_t*)malloc(width * sizeof(int32_t)),
-        (int16_t*)malloc(width * sizeof(int16_t)),
+        (int16_t*)malloc((width + 2) * sizeof(int16_t)),
     };
     bool fits = room.copy && room.places && room.indices && room.sums;
     for (int64_t at = 0; fits && at < count * places; ++at)
@@ -352,7 +361,7 @@ extern "C" int apply_operations(
 extern "C" int crop_flip_images(
     uint8_t* images, int64_t count, int64_t height, int64_t width, const int64_t* offsets, const uint8_t* flipped) {
     int64_t size = height * width;
-    uint8_t* copy = (uint8_t*)malloc(3 * (size + 1));
+    uint8_t* copy = (uint8_t*)malloc(3 * (size + PAD));
     for (int64_t at = 0; copy && at < count; ++at)
         crop_flip({images + at * 3 * size, height, width}, offsets[2 * at], offsets[2 * at + 1], flipped[at], copy);
     free(copy);
