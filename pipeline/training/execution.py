@@ -15,7 +15,7 @@ from pipeline.config.recipes import FitRecipe, StudentRecipe
 from pipeline.errors import UsageError
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.training.distributed import ALONE, Group
-from pipeline.views import per_image
+from pipeline.views import guard
 
 CPU_MICRO_BATCH = 128
 
@@ -101,7 +101,7 @@ class Execution:
         parts = [device_name(device), *([busy] if busy else []), self.precision]
         blocks = {"inner block": self.inner_block, "outer block": self.outer_block}
         parts += [f"{block} {way}" for block, way in blocks.items() if way != "none"]
-        if device.type == "cpu" and (why_not := per_image.why_not()) is not None:
+        if device.type == "cpu" and (why_not := guard.why_not()) is not None:
             parts.append(f"views plain ({why_not})")
         if self.column_sum:
             parts.append("first linear layer as its column sum")

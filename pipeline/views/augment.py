@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.recipes import ViewRecipe
-from pipeline.views import boxes, draws, geometry, operations, per_image, policies
+from pipeline.views import boxes, draws, geometry, guard, operations, per_image, policies
 from pipeline.views import colour as imageops
 from pipeline.views.grouping import Groups, by_pixels, by_range
 from pipeline.views.parcel import Later, Parcel
@@ -178,7 +178,7 @@ class CropFlip(Moving):
     ) -> Callable[[Tensor], Tensor]:
         """See Moving; without maps it is several times faster."""
         offsets, flips = self._drawn(uniform, recipe, height, width)
-        if parcel.device.type == "cpu" and per_image.why_not() is None:
+        if parcel.device.type == "cpu" and guard.why_not() is None:
             return functools.partial(per_image.crop_flip, offsets=offsets, flipped=flips)
         if recipe.crop:
             return super().plan_alone(uniform, recipe, height, width, parcel)
@@ -329,7 +329,10 @@ class ChosenOperations(Changing):
         self, uniform: Draws, recipe: ViewRecipe, height: int, width: int, parcel: Parcel
     ) -> Callable[[Tensor], Tensor]:
         """See Changing."""
-        return operations.plan(self._choose(uniform, recipe, height, width), parcel)
+        choice = self._choose(uniform, recipe, height, width)
+        if parcel.device.type == "cpu" and guard.why_not() is None:
+            return functools.partial(per_image.apply_operations, choice=choice)
+        return operations.plan(choice, parcel)
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """Group by each operation that was applied, and by sub-policy where there are any."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.views import colour as imageops
-from pipeline.views import geometry, per_image
+from pipeline.views import geometry
 from pipeline.views.parcel import Parcel
 
 # Each takes images and the magnitude of each sample, `(B,)` float64.
@@ -232,20 +232,11 @@ def apply(images: Tensor, choice: OperationChoice) -> Tensor:
     parcel = Parcel(images.device)
     work = plan(choice, parcel)
     parcel.send()
-    return work(images.clone())
+    return work(images)
 
 
 def plan(choice: OperationChoice, parcel: Parcel) -> Callable[[Tensor], Tensor]:
-    """Prepare what `apply` does, perhaps in place; the images can be given when the parcel has been sent."""
-    if parcel.device.type == "cpu" and per_image.why_not() is None:
-        table = choice.table
-        return functools.partial(
-            per_image.apply_operations,
-            rows=choice.rows,
-            operations=table.operations,
-            magnitudes=table.magnitudes,
-            matrices=table.matrices,
-        )
+    """Prepare what `apply` does; the images can be given when the parcel has been sent."""
     order, steps = np.arange(len(choice.rows)), []
     for place in range(choice.rows.shape[1]):
         resorted = np.argsort(choice.rows[order, place], kind="stable")

@@ -1,6 +1,7 @@
 """Crop, flip and the operations of a policy on a CPU, one image after another, in C++: per_image.cpp.
 
-The pixels are those of pipeline.views.colour and pipeline.views.geometry, which work on whole batches everywhere else.
+The pixels are those of pipeline.views.operations and pipeline.views.geometry, which work on whole batches everywhere
+else.
 """
 
 from __future__ import annotations
@@ -16,37 +17,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.system.compiling import TWO_ROUNDINGS, NotAvailable, load_library
+from pipeline.views.operations import OperationChoice
 
 _loading = threading.Lock()
 
 
 def why_not() -> str | None:
-    """Say in a phrase why images cannot be worked on in C++ here; None if they can."""
+    """Say in a phrase why there is no library here; None if there is. See pipeline.views.guard."""
     library = _library()
     return str(library) if isinstance(library, NotAvailable) else None
 
 
-def apply_operations(
-    images: Tensor,
-    rows: NDArray[np.int64],
-    operations: NDArray[np.int64],
-    magnitudes: NDArray[np.float64],
-    matrices: NDArray[np.float64],
-) -> Tensor:
+def apply_operations(images: Tensor, choice: OperationChoice) -> Tensor:
     """Apply the operations chosen for each image, in place; safe in several threads, on other images each.
 
     Args:
         images: `(B, 3, H, W)` uint8 on the CPU.
-        rows: See pipeline.views.operations.OperationChoice; the rest is its table.
-        operations: See pipeline.views.operations.OperationTable, and so are magnitudes and matrices.
-        magnitudes: Likewise.
-        matrices: Likewise.
+        choice: For these B images of H x W pixels.
 
     Returns:
         `images`, or a contiguous copy where they are not.
     """
-    places = ctypes.c_int64(rows.shape[1])
-    return _work("apply_operations", images, rows, places, operations, magnitudes, matrices)
+    table, places = choice.table, ctypes.c_int64(choice.rows.shape[1])
+    return _work("apply_operations", images, choice.rows, places, table.operations, table.magnitudes, table.matrices)
 
 
 def crop_flip(images: Tensor, offsets: NDArray[np.int64], flipped: NDArray[np.bool_]) -> Tensor:

@@ -34,7 +34,7 @@ from pipeline.config.recipes import ViewRecipe
 from pipeline.data.streaming import HostImages
 from pipeline.system.threads import for_each, prefetch
 from pipeline.views import augment as augmentation
-from pipeline.views import draws, mixing, per_image
+from pipeline.views import draws, guard, mixing, per_image
 from pipeline.views.parcel import Parcel, send
 
 # Samples of 32 x 32 pixels made at once; of larger ones fewer. On the CPU an operation's data should fit the cache; a
@@ -367,7 +367,7 @@ class Views:
                 torch.index_select(resident, 0, chosen(), out=target)
             else:
                 assert raw.images is not None and isinstance(self.images, HostImages)
-                if parcel.device.type == "cpu" and per_image.why_not() is None:
+                if parcel.device.type == "cpu" and guard.why_not() is None:
                     per_image.channels_first(raw.images[part], target)
                 else:
                     images = self.images.place(raw.images[part])

@@ -21,7 +21,7 @@ from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
 from pipeline.system.text import counted
 from pipeline.training.execution import Execution
-from pipeline.views import per_image
+from pipeline.views import guard
 from stages.distill import student_recipe
 from stages.doctor.software import FAULTS, OK, PROBLEM, WARNING, Finding, size_text, version_of
 from stages.jobs import LabelJob, StudentJob, TeacherJob, survey, whole_run
@@ -308,7 +308,7 @@ def _views(device: torch.device) -> list[Finding]:
     """Try to make views in C++; the first time it is compiled, and kept."""
     if device.type != "cpu":
         return []
-    why_not = per_image.why_not()
+    why_not = guard.why_not()
     return [Finding("device", WARNING, f"views: plain ({why_not})") if why_not else Finding("device", OK, "views: c++")]
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.views import per_image
+from pipeline.views import guard
 
 
 def sample_images(height: int, width: int, num_noise: int = 4, seed: int = 0) -> Tensor:
@@ -66,5 +66,5 @@ def on_pil(operation: Callable[..., Image.Image], images: Tensor, *arguments: Se
 def whole_batches() -> Iterator[None]:
     """Views are made as where there is no compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(per_image, "why_not", lambda: "no compiler")
+        patch.setattr(guard, "why_not", lambda: "no compiler")
         yield

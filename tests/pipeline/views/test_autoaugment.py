@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from pipeline.views import operations
+from pipeline.views import operations, per_image
 from pipeline.views.policies import CIFAR10_POLICY, POLICIES
-from tests.support.pillow_reference import on_pil, sample_images, whole_batches
+from tests.support.pillow_reference import on_pil, sample_images
 
 OURS = POLICIES["cifar10"]
 SIZES = [(32, 32), (28, 28), (9, 17)]
@@ -71,8 +71,9 @@ def test_a_mixed_batch_equals_torchvision() -> None:
     images = sample_images(32, 32, num_noise=30)[torch.arange(1500) % 102]
     expected = on_pil(ReplayedAutoAugment().replay, images, uniform)
     assert torch.equal(apply(images, uniform), expected)
-    with whole_batches():
-        assert torch.equal(apply(images, uniform), expected)
+    if per_image.why_not() is None:
+        choice = OURS.choose(uniform, 32, 32)
+        assert torch.equal(per_image.apply_operations(images.clone(), choice), expected)
 
 
 def test_an_operation_of_probability_zero_is_never_applied() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from pipeline.config.recipes import ViewRecipe
 from pipeline.data.streaming import HostImages
 from pipeline.training.execution import Execution
-from pipeline.views import geometry, operations, per_image
+from pipeline.views import geometry, guard, operations, per_image
 from pipeline.views.operations import GEOMETRIC_OPERATIONS, NO_OPERATION, OperationChoice, OperationTable
 from pipeline.views.views import Views
 from tests.support.pillow_reference import sample_images, whole_batches
@@ -60,11 +61,10 @@ def test_operations_equal_those_on_whole_batches(height: int, width: int, seed: 
     table = random_table(rng, height, width)
     images = sample_images(height, width, num_noise=8, seed=seed)
     rows = rng.integers(NO_OPERATION, len(table.operations), (len(images), 3))
-    choice, given_images = OperationChoice(table, rows), images.clone()
-    ours = operations.apply(images, choice)
-    assert torch.equal(images, given_images)
-    with whole_batches():
-        assert torch.equal(ours, operations.apply(images, choice))
+    choice = OperationChoice(table, rows)
+    expected = operations.apply(images, choice)
+    assert torch.equal(per_image.apply_operations(images, choice), expected)
+    assert torch.equal(images, expected), "in place"
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -73,9 +73,7 @@ def test_each_operation_alone_equals_that_on_whole_batches(height: int, width: i
     images = sample_images(height, width)
     for row, number in enumerate(table.operations):
         choice = OperationChoice(table, np.full((len(images), 1), row))
-        ours = operations.apply(images, choice)
-        with whole_batches():
-            expected = operations.apply(images, choice)
+        ours, expected = per_image.apply_operations(images.clone(), choice), operations.apply(images, choice)
         assert torch.equal(ours, expected), f"{operations.OPERATIONS[number]} by {table.magnitudes[row]}"
 
 
@@ -117,6 +115,7 @@ def test_views_are_the_same_with_a_compiler_without_one_and_from_the_host(recipe
 @pytest.mark.no_compiler
 def test_without_a_compiler_the_first_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(per_image, "_load", per_image._load.__wrapped__)
+    monkeypatch.setattr(guard, "why_not", guard.why_not.__wrapped__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "views plain (no-such-compiler does not run)" in Execution().describe(CPU, 32)
@@ -125,6 +124,29 @@ def test_without_a_compiler_the_first_line_says_so(monkeypatch: pytest.MonkeyPat
     flipped = torch.from_numpy(views.drawn(0)["flip"])
     expected = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     assert torch.equal(views.batch(0, torch.arange(len(images))).images, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("apply_operations", "gives other pixels for "),
+        ("crop_flip", "gives other pixels for crop and flip"),
+        ("channels_first", "mixes channels up"),
+    ],
+)
+def test_a_library_that_gives_other_pixels_is_not_used(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = getattr(per_image, name)
+
+    def changed(images: Tensor, *arguments: Any) -> Tensor | None:
+        made = real(images, *arguments)
+        (arguments[-1] if name == "channels_first" else made)[7, 1, 3, 5] ^= 1
+        return made
+
+    monkeypatch.setattr(guard, "why_not", guard.why_not.__wrapped__)
+    assert guard.why_not() is None
+    monkeypatch.setattr(per_image, name, changed)
+    assert f"what was compiled {what}" in str(guard.why_not())
+    assert "views plain (what was compiled" in Execution().describe(CPU, 32)
 
 
 def test_threads_load_the_library_once(monkeypatch: pytest.MonkeyPatch) -> None:
