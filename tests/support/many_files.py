@@ -1,84 +1,93 @@
-"""A folder of very many small JPEGs, and what the commands take for it of memory and time."""
+"""What a store of very many small JPEGs takes of memory and time: `python -m tests.support.many_files FOLDER N`.
+
+A few files are listed again and again: it is about what each listed image takes. JSON on standard output has `arrays`,
+the bytes of the arrays that are needed, `peak`, what memory has grown by at most, and seconds.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import os
-import subprocess
+import json
+import resource
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
-from tests.support.project import environment
+from pipeline.config.recipes import DatasetRecipe, ViewRecipe
+from pipeline.data.arrays import StoredFile
+from pipeline.data.datasets import Dataset, Split, assemble
+from pipeline.data.encoded import EncodedImages, Index
+from pipeline.data.streaming import HostImages
+from pipeline.views.views import Views
 
-NUM_DIFFERENT, NUM_CLASSES, NUM_TEST = 64, 100, 1000
-LABELS = "labels.npy"
-PARAMS = """
-recipe: many
-teachers: [squeezenet1_1]
-view_recipes: [default]
-students: {vit: default}
-recipes:
-  many:
-    dataset: {source: folder, path: images, store: encoded, image_size: 16, val_fraction: 0.0}
-    views:
-      default: {count: 1, seed: 0, operations: {crop: 2, flip: true, partner: paired, mixing: cutmix}}
-    teacher: {epochs: 1, batch_size: 32, optimizer: adamw, lr: 0.001, weights: none}
-    teachers: {squeezenet1_1: {}}
-    select: {by: top1}
-    label: {}
-    student: {epochs: 1, batch_size: 1000, optimizer: adamw, lr: 0.001}
-    students: {vit: {patch_size: 16, width: 24, depth: 1, num_heads: 3}}
-"""
+SIDE, NUM_DIFFERENT, NUM_CLASSES, NUM_WALKED, BATCH = 16, 64, 1000, 50_000, 1000
+VIEWS = ViewRecipe(count=1, crop=2, flip=True)
 
 
-class Taken(NamedTuple):
-    """What a command took: the most memory, bytes, and seconds."""
-
-    memory: int
-    seconds: float
-
-
-def write(project: Path, num_images: int) -> None:
-    """Write a project with a folder of N training images, all of other bytes, and labels as a teacher would give."""
-    rng, kinds = np.random.default_rng(0), list[bytes]()
+def write(folder: Path, num_images: int) -> Path:
+    """Write a store that lists N small JPEGs."""
+    rng, files = np.random.default_rng(0), list[bytes]()
     for _ in range(NUM_DIFFERENT):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(buffer, "JPEG")
-        kinds.append(buffer.getvalue())
-    project.mkdir()
-    (project / "params.yaml").write_text(PARAMS)
-    for split, count in (("train", num_images), ("test", NUM_TEST)):
-        folders = [project / "images" / split / f"{number:02}" for number in range(NUM_CLASSES)]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        for number in range(count):  # what follows a JPEG's end is none of its pixels
-            content = kinds[number % NUM_DIFFERENT] + split.encode() + number.to_bytes(4)
-            (folders[number % NUM_CLASSES] / f"{number:08}.jpg").write_bytes(content)
-    np.save(project / LABELS, np.arange(num_images)[None] % NUM_CLASSES)
+        files.append(buffer.getvalue())
+    bytes_of_all = folder / "all"
+    bytes_of_all.write_bytes(b"".join(files))
+    stops, which = np.cumsum([len(file) for file in files]), np.arange(num_images) % NUM_DIFFERENT
+    digests = np.frombuffer(b"".join(hashlib.sha256(file).digest() for file in files), np.uint8).reshape(-1, 32)
+    index = Index(
+        np.stack([stops - [len(file) for file in files], stops], axis=1)[which],
+        np.full((num_images, 2), (24, 20), np.int32),
+        digests[which],
+        np.array([b"train/class/%08d.jpg" % number for number in range(num_images)]),
+        np.zeros((num_images, 6), np.int64),
+    )
+    stored = EncodedImages(StoredFile.opened(bytes_of_all, int(stops[-1])), bytes_of_all, index, image_size=SIDE)
+    train = Split(stored, np.arange(num_images) % NUM_CLASSES, index.names)
+    test = train.take(np.arange(NUM_CLASSES))
+    names = tuple(map(str, range(NUM_CLASSES)))
+    assemble("folder", names, train, test, DatasetRecipe(source="folder")).save(folder / "dataset.json")
+    return folder / "dataset.json"
 
 
-def run(project: Path, *arguments: str) -> Taken:
-    """Run a command."""
-    began = time.monotonic()
-    with (project / "output.txt").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stages.cli", *arguments],
-            cwd=project,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, (project / "output.txt").read_text()[-2000:]
-    return Taken(usage.ru_maxrss * 1024, time.monotonic() - began)
+def peak() -> int:
+    """Return the most memory that this process has had, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def arrays(project: Path) -> int:
-    """Return the bytes of what is known of each image: the arrays beside the files' own bytes."""
-    return sum(path.stat().st_size for path in (project / "data/many/prepared").glob("*.npy"))
+def measure(path: Path) -> dict[str, float]:
+    """Open the store, draw a view, and walk through a part of it as labelling does."""
+    before, started = peak(), time.monotonic()
+    split = Dataset.load(path).train
+    opened = time.monotonic()
+    views = Views(HostImages(split.images, torch.device("cpu")), torch.from_numpy(split.labels), VIEWS)
+    drawn = views.drawn(0)
+    was_drawn = time.monotonic()
+    labels = np.empty(len(split), np.uint16)
+    order = torch.arange(len(split))
+    for batch in views.batches(0, list(order[:NUM_WALKED].split(BATCH))):
+        labels[batch.indices.numpy()] = batch.images[:, 0, 0, 0].numpy()
+    assert isinstance(split.images, EncodedImages)
+    index = split.images.index
+    arrays = [index.offsets, index.sizes, index.sha256, index.names, split.labels, labels, order, *drawn.values()]
+    uniform = list(vars(views)["_opened"].uniform.values())
+    return {
+        "arrays": sum(values.nbytes for values in [*arrays, *uniform]),
+        "peak": peak() - before,
+        "opening": opened - started,
+        "drawing": was_drawn - opened,
+        "walking": time.monotonic() - was_drawn,
+    }
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        write(place, int(sys.argv[2]))
+    else:
+        print(json.dumps(measure(place / "dataset.json")))

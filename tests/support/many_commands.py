@@ -1,0 +1,79 @@
+"""A folder of very many small JPEGs, and what the commands take for it of memory and time."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from tests.support.project import environment
+
+NUM_DIFFERENT, NUM_CLASSES, NUM_TEST = 64, 100, 1000
+LABELS = "labels.npy"
+PARAMS = """
+recipe: many
+teachers: [squeezenet1_1]
+view_recipes: [default]
+students: {vit: default}
+recipes:
+  many:
+    dataset: {source: folder, path: images, store: encoded, image_size: 16, val_fraction: 0.0}
+    views:
+      default: {count: 1, seed: 0, operations: {crop: 2, flip: true, partner: paired, mixing: cutmix}}
+    teacher: {epochs: 1, batch_size: 32, optimizer: adamw, lr: 0.001, weights: none}
+    teachers: {squeezenet1_1: {}}
+    select: {by: top1}
+    label: {}
+    student: {epochs: 1, batch_size: 1000, optimizer: adamw, lr: 0.001}
+    students: {vit: {patch_size: 16, width: 24, depth: 1, num_heads: 3}}
+"""
+
+
+class Taken(NamedTuple):
+    """What a command took: the most memory, bytes, and seconds."""
+
+    memory: int
+    seconds: float
+
+
+def write(project: Path, num_images: int) -> None:
+    """Write a project with a folder of N training images, all of other bytes, and labels as a teacher would give."""
+    rng, kinds = np.random.default_rng(0), list[bytes]()
+    for _ in range(NUM_DIFFERENT):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(buffer, "JPEG")
+        kinds.append(buffer.getvalue())
+    project.mkdir()
+    (project / "params.yaml").write_text(PARAMS)
+    for split, count in (("train", num_images), ("test", NUM_TEST)):
+        folders = [project / "images" / split / f"{number:02}" for number in range(NUM_CLASSES)]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for number in range(count):  # what follows a JPEG's end is none of its pixels
+            content = kinds[number % NUM_DIFFERENT] + split.encode() + number.to_bytes(4)
+            (folders[number % NUM_CLASSES] / f"{number:08}.jpg").write_bytes(content)
+    np.save(project / LABELS, np.arange(num_images)[None] % NUM_CLASSES)
+
+
+def run(project: Path, *arguments: str) -> Taken:
+    """Run a command."""
+    began = time.monotonic()
+    with (project / "output.txt").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stages.cli", *arguments],
+            cwd=project,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, (project / "output.txt").read_text()[-2000:]
+    return Taken(usage.ru_maxrss * 1024, time.monotonic() - began)
