@@ -108,6 +108,7 @@ def test_slices_of_time_end_as_an_unbroken_run(
     assert max(record["seconds"] for record in records(project)) >= 200, "the sessions' seconds add up"
 
 
+@pytest.mark.slow
 def test_ablations_leave_their_runs_beside_the_recipes_own(project: Project) -> None:
     for ablation in ("labels", "views", "drop_path", "ensemble"):
         invoke(project, "reproduce", "--recipe", "smoke", "--ablation", ablation, "--student", "deit")

@@ -68,7 +68,10 @@ def test_shares_are_contiguous_and_equal_but_for_one(size: int, world_size: int,
     assert len(used) < 2 or min(used) >= least
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch", "ema"), [(2, None, 0.0), (2, None, 0.8), (3, 5, 0.0)])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "ema"),
+    [(2, None, 0.0), (2, None, 0.8), pytest.param(3, 5, 0.0, marks=pytest.mark.slow)],
+)
 def test_the_number_of_ranks_changes_neither_losses_nor_weights(
     tmp_path: Path, world_size: int, micro_batch: int | None, ema: float
 ) -> None:
