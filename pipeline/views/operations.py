@@ -37,6 +37,7 @@ COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 GEOMETRIC_OPERATIONS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 UNSIGNED_OPERATIONS = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert", "SolarizeAdd")
+# per_image.cpp has the same, in this order; where it lacks one, pipeline.views.guard finds other pixels.
 OPERATIONS = (*GEOMETRIC_OPERATIONS, *COLOUR_OPERATIONS)
 WITHOUT_MAGNITUDE = ("Identity", "AutoContrast", "Equalize", "Invert")
 # What RandAugment and TrivialAugment draw from, evenly; in torchvision's order.

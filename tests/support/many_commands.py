@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from tests.support.many_files import small_jpegs
 from tests.support.project import environment
 
-NUM_DIFFERENT, NUM_CLASSES, NUM_TEST = 64, 100, 1000
+NUM_CLASSES, NUM_TEST = 100, 1000
 LABELS = "labels.npy"
 PARAMS = """
 recipe: many
@@ -45,11 +44,7 @@ class Taken(NamedTuple):
 
 def write(project: Path, num_images: int) -> None:
     """Write a project with a folder of N training images, all of other bytes, and labels as a teacher would give."""
-    rng, kinds = np.random.default_rng(0), list[bytes]()
-    for _ in range(NUM_DIFFERENT):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(buffer, "JPEG")
-        kinds.append(buffer.getvalue())
+    kinds = small_jpegs()
     project.mkdir()
     (project / "params.yaml").write_text(PARAMS)
     for split, count in (("train", num_images), ("test", NUM_TEST)):
@@ -57,7 +52,7 @@ def write(project: Path, num_images: int) -> None:
         for folder in folders:
             folder.mkdir(parents=True)
         for number in range(count):  # what follows a JPEG's end is none of its pixels
-            content = kinds[number % NUM_DIFFERENT] + split.encode() + number.to_bytes(4)
+            content = kinds[number % len(kinds)] + split.encode() + number.to_bytes(4)
             (folders[number % NUM_CLASSES] / f"{number:08}.jpg").write_bytes(content)
     np.save(project / LABELS, np.arange(num_images)[None] % NUM_CLASSES)
 

@@ -29,13 +29,19 @@ SIDE, NUM_DIFFERENT, NUM_CLASSES, NUM_WALKED, BATCH = 16, 64, 1000, 50_000, 1000
 VIEWS = ViewRecipe(count=1, crop=2, flip=True)
 
 
-def write(folder: Path, num_images: int) -> Path:
-    """Write a store that lists N small JPEGs."""
+def small_jpegs() -> list[bytes]:
+    """Return NUM_DIFFERENT files of 24 x 20 pixels."""
     rng, files = np.random.default_rng(0), list[bytes]()
     for _ in range(NUM_DIFFERENT):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(buffer, "JPEG")
         files.append(buffer.getvalue())
+    return files
+
+
+def write(folder: Path, num_images: int) -> Path:
+    """Write a store that lists N small JPEGs."""
+    files = small_jpegs()
     bytes_of_all = folder / "all"
     bytes_of_all.write_bytes(b"".join(files))
     stops, which = np.cumsum([len(file) for file in files]), np.arange(num_images) % NUM_DIFFERENT
