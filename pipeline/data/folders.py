@@ -129,9 +129,9 @@ def _read_split(
     shape = (len(paths), image_size, image_size, 3)
     if collected is not None:
         images: Images = collected.images
-        named = [relative_name(path, listing.root) for path in paths]
-        undecoded = {row: BadFile(named[row], reason) for row, reason in collected.bad.items()}
-        findings.unused_alpha += (named[row] for row in collected.noted)
+        names = collected.images.index.names
+        undecoded = {row: BadFile(names[row].decode(), reason) for row, reason in collected.bad.items()}
+        findings.unused_alpha += (names[row].decode() for row in collected.noted)
     elif spill is None or not paths:
         images = np.empty(shape, np.uint8)
         undecoded = _decode(listing, paths, image_size, resize, images, findings, advance)
@@ -139,8 +139,10 @@ def _read_split(
         with SpilledImages(spill.folder, shape) as spilled:
             undecoded = _decode(listing, paths, image_size, resize, spilled, findings, advance)
             images = spilled.read()
+    if collected is None:
+        names = np.array([relative_name(path, listing.root).encode() for path in paths], np.bytes_)
     findings.bad += undecoded.values()
-    split = Split(images, labels, np.array([relative_name(path, listing.root).encode() for path in paths], np.bytes_))
+    split = Split(images, labels, names)
     return split.take(np.setdiff1d(np.arange(len(paths)), list(undecoded))) if undecoded else split
 
 

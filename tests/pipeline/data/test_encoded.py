@@ -409,7 +409,9 @@ class Counting:
 
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One core, and files too large to be read several at a time."""
     monkeypatch.setattr(collecting, "usable_cores", lambda: 1)
+    monkeypatch.setattr(collecting, "GROUP_BYTES", 1)
 
 
 def interrupted(photos: Path, out: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -468,6 +470,9 @@ def test_a_killed_run_goes_on_where_it_was_to_the_same_files(
     assert contents(tmp_path / "prepared") == contents(stored)
 
 
+KILLED_GROUP = 2
+
+
 class Killing(Counting):
     """Kills its process at a number."""
 
@@ -479,6 +484,7 @@ class Killing(Counting):
 
 def make_and_die(photos: Path, out: Path) -> None:
     collecting.opened = Killing()  # type: ignore[assignment]
+    collecting.GROUP = KILLED_GROUP
     make(photos, out)
 
 
@@ -489,7 +495,7 @@ def test_a_process_that_is_killed_is_gone_on_with(
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "prepared").exists()
-    ahead = 4 * usable_cores()  # decoded, and not appended yet
+    ahead = 4 * usable_cores() * KILLED_GROUP  # decoded, and not appended yet
     assert 42 - 25 <= resumed(photos, tmp_path / "prepared", monkeypatch) <= 42 - 25 + ahead
     assert contents(tmp_path / "prepared") == contents(stored)
 
@@ -574,8 +580,35 @@ def test_the_disk_holds_each_file_once_while_preparing(tmp_path: Path, monkeypat
     assert total < most <= 1.02 * total and used() <= 1.02 * total
 
 
+def test_files_read_together_are_lost_together_and_the_end_is_the_same(
+    photos: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "usable_cores", lambda: 1)
+    monkeypatch.setattr(collecting, "GROUP", 4)
+    monkeypatch.setattr(collecting, "FLUSHED", 10_000)  # brought to the disk many times meanwhile
+    interrupted(photos, tmp_path / "prepared", 20, monkeypatch)
+    assert 42 - 19 < resumed(photos, tmp_path / "prepared", monkeypatch) <= 42 - 19 + 4
+    assert contents(tmp_path / "prepared") == contents(stored)
+
+
+def test_a_disk_that_fails_while_others_are_read_is_a_storage_error(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_core: None
+) -> None:
+    failures = [OSError(5, "Input/output error")]  # the system tells of it once
+
+    def fail(descriptor: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(collecting, "FLUSHED", 10_000)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match=r"cannot write .*files.bin: Input/output error"):
+        make(photos, tmp_path / "prepared")
+    assert not failures
+
+
 def test_a_full_disk_is_a_storage_error_and_what_is_there_is_gone_on_with(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_core: None
 ) -> None:
     real = collecting._write
     written: list[int] = []
