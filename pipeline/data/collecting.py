@@ -14,11 +14,11 @@ import os
 import stat
 import warnings
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,16 +30,12 @@ from pipeline.data.digests import NOT_A_FILE, Seen
 from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
 from pipeline.data.listing import relative_path
 from pipeline.errors import DataError, printable
-from pipeline.system.neighbours import usable_cores
 from pipeline.system.storage import FULL, sha256_file, storage_errors
-from pipeline.system.threads import prefetch
-
-Part = TypeVar("Part")
-Made = TypeVar("Made")
+from pipeline.system.threads import GROUP, grouped, in_order
 
 MAX_BYTES = 2**29  # of a file, which is read whole
 FORMAT = 1
-GROUP, GROUP_BYTES = 8, 2**22  # files that a thread reads before it hands them on, as far as they are so small
+GROUP_BYTES = 2**22  # of files that a thread reads before it hands them on, unless one has more
 FLUSHED = 2**23  # bytes that the system is asked to bring to the disk while others are read
 GRID = 8  # the mean and std of an image are those of at most so many rows and columns of it
 _BYTES, _JOURNAL = "files.bin", "files.jsonl"
@@ -210,8 +206,8 @@ class Collector:
         def group_size() -> int:
             return min(GROUP, max(1, GROUP_BYTES * done // max(1, self._size)))
 
-        groups = _groups(paths[done:], group_size)
-        with contextlib.closing(_in_order(groups, lambda group: self._read_group(group, root))) as read:
+        groups = grouped(paths[done:], group_size)
+        with contextlib.closing(in_order(groups, lambda group: self._read_group(group, root))) as read:
             for every, content, lines in read:
                 with storage_errors(f"write {self._path}", FULL):
                     _write(self._bytes, content)
@@ -254,8 +250,8 @@ class Collector:
                     return None
             return found, num_bytes
 
-        groups = _groups(parts(), lambda: GROUP)
-        with contextlib.closing(_in_order(groups, lambda group: [check(*part) for part in group])) as checked:
+        groups = grouped(parts())
+        with contextlib.closing(in_order(groups, lambda group: [check(*part) for part in group])) as checked:
             for found in itertools.chain.from_iterable(checked):
                 if found is None:
                     return
@@ -305,8 +301,12 @@ class Collector:
 
 def grid_of(image: Image.Image) -> bytes:
     """Return pixels of an image of mode RGB: GRID rows and columns evenly apart, or all where it has no more."""
-    size = min(image.width, GRID), min(image.height, GRID)
-    return image.resize(size, Image.Resampling.NEAREST).tobytes()
+    pixels: Any = image.load()  # resizing would give the interpreter's lock away, and wait for it as long as this takes
+    rows, columns = (
+        [(2 * step + 1) * side // (2 * count) for step in range(count)]
+        for side, count in ((image.height, min(image.height, GRID)), (image.width, min(image.width, GRID)))
+    )
+    return bytes(itertools.chain.from_iterable(pixels[column, row] for row in rows for column in columns))
 
 
 def moments(grids: Sequence[bytes]) -> NDArray[np.int64]:
@@ -322,18 +322,6 @@ def moments(grids: Sequence[bytes]) -> NDArray[np.int64]:
     sums = np.add.reduceat(np.concatenate([pixels, pixels**2], axis=1), np.cumsum(counts) - counts)
     means: NDArray[np.int64] = (sums << FIXED_POINT) // counts[:, None]
     return means
-
-
-def _groups(parts: Iterable[Part], size: Callable[[], int]) -> Iterator[list[Part]]:
-    """Yield parts together, each time as many as `size` says then."""
-    left = iter(parts)
-    while group := list(itertools.islice(left, size())):
-        yield group
-
-
-def _in_order(parts: Iterable[Part], work: Callable[[Part], Made]) -> Generator[Made, None, None]:
-    """Work on parts on all cores, and yield the results in order; a few are made ahead."""
-    return prefetch(parts, work, depth=3 * usable_cores(), num_threads=usable_cores())
 
 
 def _parsed(line: bytes) -> _Found | None:

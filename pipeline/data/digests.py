@@ -6,21 +6,22 @@ again only where size or time differ from what is remembered.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import stat
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.data.listing import Listing, relative_path
 from pipeline.system.storage import sha256_file
+from pipeline.system.threads import grouped, in_order
 
 Seen = tuple[int, int, str]
 """Size in bytes, time of the last change in nanoseconds, SHA-256."""
 
 NOT_A_FILE: Seen = (-1, 0, "")
-READ_AT_ONCE = 4096
 
 
 def digest_listing(listing: Listing, remembered: Mapping[str, Seen]) -> tuple[str, dict[str, Seen]]:
@@ -41,24 +42,25 @@ def digest_listing(listing: Listing, remembered: Mapping[str, Seen]) -> tuple[st
         digest.update(_line("", "", file.path))
     seen: dict[str, Seen] = {}
 
-    def look(path: Path) -> Seen:
-        return _look(path, remembered.get(relative_path(path, listing.root)))
+    def look(files: list[tuple[str, str, Path]]) -> list[tuple[str, Seen, bytes]]:
+        looked = []
+        for split, name, path in files:
+            relative = relative_path(path, listing.root)
+            found = _look(path, remembered.get(relative))
+            looked.append((relative, found, _line(split, name, relative, found[0], found[2])))
+        return looked
 
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        for split, name, paths in _blocks(listing):
-            for path, found in zip(paths, pool.map(look, paths), strict=True):
-                relative = relative_path(path, listing.root)
-                seen[relative] = found
-                digest.update(_line(split, name, relative, found[0], found[2]))
+    files = (
+        (split, name, path)
+        for split, classes in listing.splits.items()
+        for name, paths in classes.items()
+        for path in paths
+    )
+    with contextlib.closing(in_order(grouped(files), look)) as groups:  # hashing releases the interpreter's lock
+        for relative, found, line in itertools.chain.from_iterable(groups):
+            seen[relative] = found
+            digest.update(line)
     return digest.hexdigest(), seen
-
-
-def _blocks(listing: Listing) -> Iterator[tuple[str, str, list[Path]]]:
-    """Yield a split, a class and some of its images at a time: the pool makes a record for each."""
-    for split, classes in listing.splits.items():
-        for name, paths in classes.items():
-            for start in range(0, len(paths), READ_AT_ONCE):
-                yield split, name, paths[start : start + READ_AT_ONCE]
 
 
 def _look(path: Path, former: Seen | None) -> Seen:

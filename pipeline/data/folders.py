@@ -38,10 +38,9 @@ from pipeline.data.listing import (
     relative_name,
 )
 from pipeline.errors import DataError, UsageError
-from pipeline.system.threads import prefetch
+from pipeline.system.threads import grouped, in_order, prefetch
 
 MAX_CLASSES_NAMED = 10
-READ_AT_ONCE = 4096
 
 
 @dataclass
@@ -171,14 +170,14 @@ def _decode(
         return None
 
     # Decoding releases the interpreter's lock. Pillow's warnings, of damaged metadata, do not concern the pixels.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        # In blocks: the pool makes a record of a kilobyte for each image that it is to read.
-        for start in range(0, len(paths), READ_AT_ONCE):
-            block = range(start, min(start + READ_AT_ONCE, len(paths)))
-            for index, problem in zip(block, pool.map(read, block), strict=True):
-                advance()
-                if problem is not None:
-                    bad[index] = problem
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.closing(in_order(grouped(range(len(paths))), lambda group: list(map(read, group)))) as groups,
+    ):
+        for index, problem in enumerate(itertools.chain.from_iterable(groups)):
+            advance()
+            if problem is not None:
+                bad[index] = problem
     findings.unused_alpha += (relative_name(paths[index], listing.root) for index in sorted(notes))
     return bad
 

@@ -9,11 +9,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from pipeline.system.neighbours import usable_cores
+
+GROUP = 8
+"""Files that a thread takes at a time: to hand one over takes as long as to read a small one."""
 
 Read = TypeVar("Read")
 Part = TypeVar("Part")
@@ -125,3 +131,15 @@ def prefetch(
             yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_order(parts: Iterable[Part], read: Callable[[Part], Read]) -> Generator[Read, None, None]:
+    """Read parts on all cores, and yield the results in order; see `prefetch`. A few are read ahead."""
+    return prefetch(parts, read, depth=3 * usable_cores(), num_threads=usable_cores())
+
+
+def grouped(parts: Iterable[Part], size: Callable[[], int] = lambda: GROUP) -> Iterator[list[Part]]:
+    """Yield parts together in lists, each time as many as `size` says then."""
+    left = iter(parts)
+    while group := list(itertools.islice(left, size())):
+        yield group

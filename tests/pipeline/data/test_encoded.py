@@ -31,6 +31,7 @@ from pipeline.data.decoding import cut, decode, decoders, fit, opened
 from pipeline.data.encoded import QUALITY, EncodedImages
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.system import threads
 from pipeline.system.canonical import seal
 from pipeline.system.neighbours import usable_cores
 from pipeline.system.storage import to_json
@@ -252,7 +253,7 @@ def test_threads_in_any_order_give_the_same_files(
         return opened(*arguments)
 
     monkeypatch.setattr(collecting, "opened", slow)
-    monkeypatch.setattr(collecting, "usable_cores", lambda: 5)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 5)
     make(photos, tmp_path / "prepared")
     assert contents(tmp_path / "prepared") == contents(stored)
 
@@ -410,7 +411,7 @@ class Counting:
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """One core, and files too large to be read several at a time."""
-    monkeypatch.setattr(collecting, "usable_cores", lambda: 1)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
     monkeypatch.setattr(collecting, "GROUP_BYTES", 1)
 
 
@@ -583,7 +584,7 @@ def test_the_disk_holds_each_file_once_while_preparing(tmp_path: Path, monkeypat
 def test_files_read_together_are_lost_together_and_the_end_is_the_same(
     photos: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collecting, "usable_cores", lambda: 1)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
     monkeypatch.setattr(collecting, "GROUP", 4)
     monkeypatch.setattr(collecting, "FLUSHED", 10_000)  # brought to the disk many times meanwhile
     interrupted(photos, tmp_path / "prepared", 20, monkeypatch)
