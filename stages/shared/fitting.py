@@ -26,6 +26,7 @@ from pipeline.labels.cache import LabelCache
 from pipeline.labels.source import TeacherLabels
 from pipeline.losses import objective
 from pipeline.report.progress import RunWatcher
+from pipeline.report.watching import RunLog
 from pipeline.system.runtime import (
     RESIDENT_VARIABLE,
     environment,
@@ -232,32 +233,46 @@ def carry_out(
                 execution=execution,
                 session=Session(state, watchers, context.stop),
             )
-            result = fit.run()
-            last = _take_best(run, group, model, result)
-            test = evaluation_data(dataset, dataset.test, device, run.description, teaching.clean.get("test"))
-            predictions = Predictions.of(test)
-            try:
-                scores = evaluate(model, test, precision=execution.precision, group=group, predictions=predictions)
-            except NumericalError as error:
-                raise NumericalError(f"test split, {error}; {keep_best(state, result, group)}") from None
-
-            def end() -> None:
-                metrics = _metrics(run, dataset, teaching, result, scores, execution.precision)
-                where = {**environment(device), "ranks": group.world_size, "execution": fit.execution.as_json()}
-                where["seconds"] = round(fit.progress.seconds, 1)
-                table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
-                if log is not None:  # first, so that a kill in between leaves it to the run that goes on
-                    log.finished(metrics, fit.progress.seconds, run.out)
-                decoded = {} if dataset.rendition is None else {"exif": EXIF_RULE, "decoders": decoders()}
-                _write(run, result, last, metrics, table, where, decoded)
-                if run.result is not None:
-                    kept.keep(context, run.result)
-                state.delete()
-                watchers.ended(metrics)
-
-            group.on_main(end)
+            _train_and_write(context, run, fit, dataset, teaching, state, log)
     if run.stage is not None:
         context.changed(run.stage)
+
+
+def _train_and_write(
+    context: Context,
+    run: Run,
+    fit: Fit,
+    dataset: Dataset,
+    teaching: Teaching,
+    state: RunState,
+    log: RunLog | None,
+) -> None:
+    """Train, score the best epoch on the test split, and write the outputs in place of the resumable state."""
+    result, model, device = fit.run(), fit.model, context.device
+    execution, group = fit.execution, fit.execution.group
+    last = _take_best(run, group, model, result)
+    test = evaluation_data(dataset, dataset.test, device, run.description, teaching.clean.get("test"))
+    predictions = Predictions.of(test)
+    try:
+        scores = evaluate(model, test, precision=execution.precision, group=group, predictions=predictions)
+    except NumericalError as error:
+        raise NumericalError(f"test split, {error}; {keep_best(state, result, group)}") from None
+
+    def write() -> None:
+        metrics = _metrics(run, dataset, teaching, result, scores, execution.precision)
+        where = {**environment(device), "ranks": group.world_size, "execution": execution.as_json()}
+        where["seconds"] = round(fit.progress.seconds, 1)
+        table = predictions.as_csv(dataset.class_names, test, dataset.test.names)
+        if log is not None:  # first, so that a kill in between leaves it to the run that goes on
+            log.finished(metrics, fit.progress.seconds, run.out)
+        decoded = {} if dataset.rendition is None else {"exif": EXIF_RULE, "decoders": decoders()}
+        _write(run, result, last, metrics, table, where, decoded)
+        if run.result is not None:
+            kept.keep(context, run.result)
+        state.delete()
+        fit.session.watcher.ended(metrics)
+
+    group.on_main(write)
 
 
 def _say_how(context: Context, run: Run, model: nn.Module, execution: Execution, name: str, ema: float) -> None:

@@ -1,8 +1,13 @@
-"""A folder of very many small JPEGs, and what the commands take for it of memory and time."""
+"""What the commands take for a folder of N small JPEGs: `python -m tests.support.many_commands FOLDER N...`.
+
+JSON on standard output has, for each N and command, the most memory, bytes, and seconds.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +40,13 @@ recipes:
 """
 
 
+COMMANDS = {
+    "prepare": (),
+    "label": ("--from", LABELS, "--as", "given"),
+    "distill": ("--student", "vit", "--teacher-labels", "given"),
+}
+
+
 class Taken(NamedTuple):
     """What a command took: the most memory, bytes, and seconds."""
 
@@ -57,18 +69,32 @@ def write(project: Path, num_images: int) -> None:
     np.save(project / LABELS, np.arange(num_images)[None] % NUM_CLASSES)
 
 
-def run(project: Path, *arguments: str) -> Taken:
-    """Run a command."""
+def measure(project: Path, num_images: int) -> dict[str, Taken]:
+    """Run all commands on N images in a new folder, and remove it."""
+    write(project, num_images)
+    taken = {command: _run(project, command, *arguments) for command, arguments in COMMANDS.items()}
+    shutil.rmtree(project)
+    return taken
+
+
+def _run(project: Path, *arguments: str) -> Taken:
+    """Run a command; images are decoded for every batch, as those of photographs, which are more than memory holds."""
     began = time.monotonic()
     with (project / "output.txt").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "stages.cli", *arguments],
             cwd=project,
-            env=environment(),
+            env=environment() | {"TITN_MAX_RESIDENT_BYTES": "0"},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        _, status, usage = os.wait4(process.pid, 0)  # of this process alone, not of all that have ended
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (project / "output.txt").read_text()[-2000:]
     return Taken(usage.ru_maxrss * 1024, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    measured = {count: measure(Path(sys.argv[1]) / count, int(count)) for count in sys.argv[2:]}
+    plain = {count: {name: taken._asdict() for name, taken in every.items()} for count, every in measured.items()}
+    print(json.dumps(plain, indent=2))
