@@ -335,11 +335,11 @@ def _parsed(line: bytes) -> _Found | None:
 
 def _status(path: Path) -> tuple[int, int]:
     """Return a file's size and time of change, or those of NOT_A_FILE."""
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode):
-            return status.st_size, status.st_mtime_ns
-    return NOT_A_FILE[:2]
+    try:
+        status = os.stat(path)  # noqa: PTH116 - half the time, for a million files
+    except OSError:
+        return NOT_A_FILE[:2]
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else NOT_A_FILE[:2]
 
 
 def _write(file: Any, data: bytes) -> None:

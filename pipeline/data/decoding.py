@@ -102,8 +102,10 @@ def _decode(source: Path | bytes, notes: list[str] | None, held: contextlib.Exit
                 raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if max(image.size) > MAX_SIDE:
                 raise DataError(f"{image.width} x {image.height} pixels, a side of more than {MAX_SIDE}")
-            if start is not None and not _has_one_scan(content, start, image):
-                _check_scans(content, *image.size)
+            if start is not None:
+                image.decodermaxblock = len(content)  # by default the interpreter's lock is waited for every 64 KiB
+                if not _has_one_scan(content, start, image):
+                    _check_scans(content, *image.size)
             held.enter_context(_budget().take(image.width * image.height * BYTES_PER_PIXEL))
             return in_rgb(upright(image), notes)
     except UnidentifiedImageError:
