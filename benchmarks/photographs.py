@@ -46,6 +46,7 @@ PHOTOGRAPH = (500, 375)  # width and height, ImageNet's most frequent
 QUALITY = 90
 NOISE = 15  # levels to either side; makes files of about 76 KB
 NUM_DISTINCT = 256
+COLLECTED = 4  # times the photographs of an epoch
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 GOAL, MIXING_GOAL, BARE_GOAL, COLLECTING_GOAL = 1.2, 1.1, 0.85, 0.9
 # Without timm's noise of 0.5: a magnitude of 10 then asks for 0 bits of colour, which Pillow 13 refuses.
@@ -246,6 +247,7 @@ def timm_epoch(
 
 def collecting(contents: Sequence[bytes], options: argparse.Namespace, folder: Path) -> Row:
     """Compare what `prepare` does with files of an encoded store with a thread pool that reads and decodes them."""
+    contents = list(contents) * COLLECTED  # waiting for the disk at the end is no work, and a folder has thousands
     paths, numbers = [folder / f"{number}.jpg" for number in range(len(contents))], itertools.count()
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)

@@ -73,9 +73,12 @@ def printable(text: str | os.PathLike[str]) -> str:
     Terminal escapes, line breaks, invisible characters and those that change the direction of text are escaped as in
     Python; a file name's bytes that are not UTF-8 as `\xff`. Markdown and HTML need their own escaping after it.
     """
+    line = os.fspath(text)
+    if line.isprintable():  # a million names are
+        return line
 
     def escaped(char: str) -> str:
         is_byte = "\udc80" <= char <= "\udcff"  # see os.fsdecode
         return f"\\x{ord(char) - 0xDC00:02x}" if is_byte else repr(char)[1:-1]
 
-    return "".join(char if char.isprintable() else escaped(char) for char in os.fspath(text))
+    return "".join(char if char.isprintable() else escaped(char) for char in line)
