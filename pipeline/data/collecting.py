@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import os
-import stat
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from PIL import Image
 
 from pipeline.data.arrays import StoredFile
 from pipeline.data.decoding import EXIF_RULE, decoders, opened
-from pipeline.data.digests import NOT_A_FILE, Seen
+from pipeline.data.digests import NOT_A_FILE, Seen, status_of
 from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
 from pipeline.data.listing import relative_path
 from pipeline.errors import DataError, printable
@@ -241,7 +240,7 @@ class Collector:
                 start += found.length if found is not None else 0
 
         def check(path: Path, found: _Found | None, start: int, num_bytes: int) -> tuple[_Found, int] | None:
-            if found is None or found.name != relative_path(path, root) or found.seen[:2] != _status(path):
+            if found is None or found.name != relative_path(path, root) or found.seen[:2] != status_of(path):
                 return None
             if found.problem is None:
                 if start + found.length > stored.size:
@@ -268,7 +267,7 @@ class Collector:
 
     def _read(self, path: Path, root: Path) -> tuple[_Found, bytes, bytes]:
         """Read and decode one file; return what is found but for the moments, the bytes to keep, and its grid."""
-        name, status, notes = relative_path(path, root), _status(path), list[str]()
+        name, status, notes = relative_path(path, root), status_of(path), list[str]()
         if status == NOT_A_FILE[:2]:
             return _Found(name, NOT_A_FILE, "not a regular file"), b"", b""
         if status[0] > MAX_BYTES:
@@ -331,15 +330,6 @@ def _parsed(line: bytes) -> _Found | None:
         if line.endswith(b"\n"):
             return _Found(name, (size, time, digest), *others)
     return None
-
-
-def _status(path: Path) -> tuple[int, int]:
-    """Return a file's size and time of change, or those of NOT_A_FILE."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 - half the time, for a million files
-    except OSError:
-        return NOT_A_FILE[:2]
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else NOT_A_FILE[:2]
 
 
 def _write(file: Any, data: bytes) -> None:
