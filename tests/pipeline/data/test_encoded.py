@@ -205,6 +205,17 @@ def test_mean_and_std_count_each_image_alike(photos: Path, stored: Path) -> None
 # --- identity --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 700), (8, 8), (9, 7), (31, 20), (500, 375)])
+def test_the_grid_of_an_image_is_pillows_nearest_and_its_moments_are_means(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    few = image.resize((min(size[0], collecting.GRID), min(size[1], collecting.GRID)), Image.Resampling.NEAREST)
+    assert collecting.grid_of(image) == few.tobytes()
+    pixels = np.asarray(few).reshape(-1, 3).astype(object)  # exact
+    sums = [*pixels.sum(axis=0), *(pixels**2).sum(axis=0)]
+    expected = [(total << 20) // len(pixels) for total in sums]
+    assert collecting.moments([bytes(6), few.tobytes(), bytes(3)]).tolist() == [[0] * 6, expected, [0] * 6]
+
+
 def test_the_sha256_is_of_names_splits_files_labels_and_rules_by_hand(photos: Path, stored: Path) -> None:
     dataset, content = Dataset.load(stored / "dataset.json"), (stored / "files.bin").read_bytes()
     header = {
