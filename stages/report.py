@@ -22,6 +22,7 @@ from pipeline.training.manifest import MANIFEST
 from stages.reports import compare, tables, verdict
 from stages.reports.conditions import LEFT_OUT, NOT_RUN
 from stages.reports.figures import figures
+from stages.reports.pairs import Pair, pair_items, students_in_pairs
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
 from stages.shared.options import PATH, open_context, recipe_option
@@ -81,10 +82,12 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
         context.say(f"without {MANIFEST}, as older versions wrote none, so that damage is not told: {which}")
     comparisons = compare.find_comparisons(runs)
     opening, closing = opening_section(context, runs, with_figures=with_figures), closing_section(runs)
-    main = main_sections(runs, comparisons, with_figures=with_figures)
+    pairs = students_in_pairs(runs)
+    main = main_sections(runs, pairs, comparisons, with_figures=with_figures)
     written = [item for section in (opening, *main) for item in section.items if isinstance(item, Table)]
     sections = [opening, *main, *detail_sections(context, runs, with_figures=with_figures), closing]
-    content = {**_as_json(runs), "comparisons": compare.as_json(comparisons)}
+    compared = {**compare.as_json(comparisons), "students": [pair.as_json() for pair in pairs]}
+    content = {**_as_json(runs), "comparisons": compared}
     text = verdict.lead(runs, comparisons, tracked_only=tracked_only)
     # A folder that --out names may lie where no lock can be kept.
     with lock(context.paths.work("report.lock")) if directory == context.paths.reports else contextlib.nullcontext():
@@ -113,7 +116,7 @@ def opening_section(context: Context, runs: FinishedRuns, *, with_figures: bool 
 
 
 def main_sections(
-    runs: FinishedRuns, comparisons: Sequence[compare.Comparison], *, with_figures: bool = True
+    runs: FinishedRuns, pairs: Sequence[Pair], comparisons: Sequence[compare.Comparison], *, with_figures: bool = True
 ) -> list[Section]:
     """Return the report's sections whose tables the terminal shows too.
 
@@ -123,7 +126,8 @@ def main_sections(
     teachers, optimizers, _ = figures(runs, with_figures=with_figures)
     outcomes = tables.optimizer_runs(runs)
     others = compare.others_table(runs)
-    shown_students: list[Item] = [*tables.students_tables(runs), *compare.variants_tables(runs)]
+    shown_students: list[Item] = [*tables.students_tables(runs), *pair_items(runs, pairs, with_figures=with_figures)]
+    shown_students += compare.variants_tables(runs)
     shown_students += [tables.drops_table(runs), *([others] if others else [])]
     shown_teachers: list[Item] = [tables.all_teachers(runs), teachers]
     if isinstance(optimizers, Figure) or runs.recipe.dataset.source in paper.TABLES:

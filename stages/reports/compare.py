@@ -29,6 +29,7 @@ from stages.reports.conditions import (
     missing,
     why_apart,
 )
+from stages.reports.pairs import Pair, interval_text
 from stages.reports.runs import FinishedRun, FinishedRuns, one_for_each_seed, pools
 from stages.shared.runs import LESSON, changes, differences
 
@@ -165,6 +166,14 @@ class Comparison:
         loss = ["last_train_loss"] if self.question == "views" else []
         return [*self.top1, *loss, *(["agreement"] if len(teachers) == 1 else [])]
 
+    def pair(self, arm: Arm) -> Pair | None:
+        """Compare an arm with the reference on the same test images; None where predictions are missing.
+
+        Raises:
+            DataError: Predictions are damaged.
+        """
+        return None if arm is self.arms[0] else Pair.of(list(arm.runs.values()), list(self.arms[0].runs.values()))
+
     def of(self, score: str, names: Mapping[str, str] = TOP1) -> str:
         """Return a score's name for people, of top-1 with the split that it is on."""
         split = "test" if score == "test" else evaluated_on(self.runs)
@@ -278,6 +287,8 @@ def _arm_as_json(arm: Arm, comparison: Comparison) -> dict[str, Any]:
         if arm is not comparison.arms[0]:
             minus = arm.minus(comparison.arms[0], score)
             figures[score]["difference"] = minus and dataclasses.asdict(minus)
+    pair = comparison.pair(arm)
+    figures["over_images"] = None if pair is None else list(pair.over_images)
     return figures | {score: list(arm.scores(score).values()) for score in ("last_train_loss", "agreement")}
 
 
@@ -405,7 +416,7 @@ def _note(comparison: Comparison) -> str:
 
 
 def _change(comparison: Comparison, arm: Arm, what: str) -> str:
-    """Say whether an arm's top-1 differs from the reference's by more than the seeds scatter."""
+    """Say whether an arm's top-1 differs from the reference's by more than the seeds and the test images scatter."""
     parts = []
     for score in comparison.top1:
         minus = arm.minus(comparison.arms[0], score)
@@ -417,7 +428,9 @@ def _change(comparison: Comparison, arm: Arm, what: str) -> str:
             False: "no more than the seeds scatter: the interval includes 0",
         }[minus.excludes_zero]
         parts.append(f"{comparison.of(score)} {minus.mean:+.2f} points ({verdict})")
-    return f"{what}: {'; '.join(parts)}."
+    pair = comparison.pair(arm)
+    over = f" Over the test images, best epoch: {interval_text(pair.over_images)} (95 % interval)." if pair else ""
+    return f"{what}: {'; '.join(parts)}.{over}"
 
 
 # The recipe's variants, and all other runs

@@ -14,6 +14,7 @@ from pipeline.report.tables import Figure, Table, difference, number, spread
 from pipeline.system.neighbours import load_average
 from stages.reports.compare import Comparison
 from stages.reports.conditions import conditions, copies
+from stages.reports.pairs import interval_text
 from stages.reports.runs import FinishedRun, FinishedRuns
 from stages.shared.context import Context
 from stages.shared.params import own_code
@@ -157,8 +158,9 @@ def _helped(runs: FinishedRuns, student: FinishedRun, comparisons: Sequence[Comp
             score = comparison.top1[-1] if comparison.top1[-1] == "test" else "best"
             minus = taught[0].minus(comparison.controls[0], score)
             if minus is not None:
-                ends = minus.interval and " to ".join(f"{end:+.2f}" for end in minus.interval)
-                interval = f" (95 % interval {ends})" if ends else ""
+                interval = f" (95 % interval {interval_text(minus.interval)})" if minus.interval else ""
+                if not interval and (pair := comparison.pair(taught[0])):
+                    interval = f" (95 % interval over test images {interval_text(pair.over_images)})"
                 seeds = "1 seed" if minus.count == 1 else f"{minus.count} seeds"
                 return f"The teacher's label changed its top-1 by {minus.mean:+.2f} points{interval}, {seeds}."
     command = f"pipeline distill --recipe {runs.recipe.name} --student {student.name} --labels none"
