@@ -180,7 +180,9 @@ def _figure(pairs: Sequence[Pair]) -> Figure:
         )
         for pair in pairs
     ]
-    png = dots(rows, ["difference, 95 % interval over images"], x_label="difference of top-1, points", overall=[0.0])
+    png = dots(
+        rows, ["difference"], x_label="difference of top-1, points", origin="no difference", remarks="95 % interval"
+    )
     alt = (
         "Dots: difference of top-1 of each two students, the better one first; lines: 95 % intervals over test images."
     )
@@ -192,5 +194,5 @@ def _figure(pairs: Sequence[Pair]) -> Figure:
             for pair in pairs
         ],
     )
-    note = "The dotted line is no difference."
+    note = "Lines are 95 % intervals over the choice of test images."
     return Figure("students-in-pairs", FIGURE, png, alt, note, data)

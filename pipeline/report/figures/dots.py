@@ -42,6 +42,7 @@ def dots(
     x_label: str,
     y_label: str = "",
     overall: Sequence[float | None] = (),
+    origin: str = "",
     remarks: str = "",
 ) -> bytes:
     """Draw a dot for each row and series.
@@ -52,6 +53,7 @@ def dots(
         x_label: With unit.
         y_label: What the rows are.
         overall: Value of each series over everything, drawn as a dotted line.
+        origin: What a dotted line at 0 means; empty draws none.
         remarks: Heading of the rows' remarks.
 
     Returns:
@@ -65,6 +67,8 @@ def dots(
         axes.hlines(places, 0, 1, transform=axes.get_yaxis_transform(), color=FAINT, linewidth=0.7, zorder=0)
         for index, name in enumerate(series):
             _draw(axes, rows, places, index, name, overall[index] if index < len(overall) else None)
+        if origin:
+            axes.axvline(0.0, color=INK, linestyle=(0, (1, 2)), linewidth=1.0, zorder=1, label=origin)
         axes.set_yticks(places, [shown(row.name, LABEL_LENGTH) for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
