@@ -30,6 +30,12 @@ INLINE void store(Short* memory, Lanes values) {
     *(LooseShorts*)memory = __builtin_convertvector(kept, Shorts);
 }
 
+// Asks for memory that a pass over rows will soon read or write. Without it an Intel Xeon with AMX, whose tensors lie in a
+// far cache, waited for a third of the time that GELU took.
+constexpr int64_t AHEAD = 1024;  // bytes
+INLINE void will_read(const void* memory) { __builtin_prefetch((const char*)memory + AHEAD, 0); }
+INLINE void will_write(void* memory) { __builtin_prefetch((char*)memory + AHEAD, 1); }
+
 using Four = Count<4>::Numbers;
 
 template <int FIRST, int... I>
@@ -241,6 +247,8 @@ void gelu_forward(int64_t rows, int64_t width, int num_threads, const Type* in, 
     for_each_share(rows, num_threads, [&](int, int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r)
             for (int64_t c = 0; c < width; c += LANES) {
+                will_read(in + r * width + c);
+                will_write(out + r * width + c);
                 Lanes x = load(in + r * width + c) + load(bias + c), cumulative, density;
                 normal(x, cumulative, density);
                 store(out + r * width + c, x * cumulative);
@@ -257,6 +265,9 @@ void gelu_backward(int64_t rows, int64_t width, int num_threads, const Type* in,
         memset(sum, 0, size_t(width) * sizeof(float));
         for (int64_t r = first; r < last; ++r)
             for (int64_t c = 0; c < width; c += LANES) {
+                will_read(in + r * width + c);
+                will_read(out_gradient + r * width + c);
+                will_write(in_gradient + r * width + c);
                 Lanes x = load(in + r * width + c) + load(bias + c), cumulative, density;
                 normal(x, cumulative, density);
                 Lanes gradient = load(out_gradient + r * width + c) * (cumulative + x * density);
@@ -283,7 +294,10 @@ struct Residual {
 
 INLINE void statistics(const float* row, int64_t width, float& mean, float& rate) {
     Lanes total{}, squares{};
-    for (int64_t c = 0; c < width; c += LANES) total += load(row + c);
+    for (int64_t c = 0; c < width; c += LANES) {
+        will_read(row + c);
+        total += load(row + c);
+    }
     mean = sum_of(total) / float(width);
     for (int64_t c = 0; c < width; c += LANES) {
         Lanes off = load(row + c) - mean;
@@ -306,17 +320,23 @@ void residual_forward(const Residual& z, int num_threads, const float* tokens, c
                     memcpy(out, row, size_t(width) * sizeof(float));
                 else {
                     const float factor = z.factor(r);
-                    for (int64_t c = 0; c < width; c += LANES)
+                    for (int64_t c = 0; c < width; c += LANES) {
+                        will_read(row + c);
+                        will_read(branch + from * width + c);
+                        will_write(out + c);
                         store(out + c, load(row + c) + factor * (load(branch + from * width + c) + load(z.bias + c)));
+                    }
                 }
                 row = out;
             }
             if (!normed) continue;
             float mean, rate;
             statistics(row, width, mean, rate);
-            for (int64_t c = 0; c < width; c += LANES)
+            for (int64_t c = 0; c < width; c += LANES) {
+                will_write(normed + r * width + c);
                 store(normed + r * width + c,
                       (load(row + c) - mean) * rate * load(z.norm_weight + c) + load(z.norm_bias + c));
+            }
         }
     });
 }
@@ -343,6 +363,9 @@ void residual_backward(const Residual& z, int num_threads, const float* tokens, 
                 statistics(row, width, mean, rate);
                 Lanes total{}, along{};
                 for (int64_t c = 0; c < width; c += LANES) {
+                    will_read(given + c);
+                    will_write(out + c);
+                    if (passed) will_read(passed + c);
                     Lanes gradient = load(given + c), standard = (load(row + c) - mean) * rate;
                     store(weight_sum + c, load(weight_sum + c) + gradient * standard);
                     store(norm_sum + c, load(norm_sum + c) + gradient);
@@ -363,6 +386,7 @@ void residual_backward(const Residual& z, int num_threads, const float* tokens, 
             const float factor = z.factor(r);
             for (int64_t c = 0; c < width; c += LANES) {
                 Lanes gradient = load(gradients + c) * factor;
+                if (branch_gradient) will_write(branch_gradient + to * width + c);
                 if (branch_gradient) store(branch_gradient + to * width + c, gradient);
                 store(bias_sum + c, load(bias_sum + c) + gradient);
             }
