@@ -33,7 +33,6 @@ def test_every_recipe_of_the_project_loads() -> None:
         "cifar100-final",
         "cifar100-cpu",
         "cifar100-small",
-        "cifar100-teachers",
         "mnist-small",
         "folder",
         "folder-small",
