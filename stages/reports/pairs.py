@@ -20,7 +20,6 @@ from pipeline.report.figures import DotRow, dots
 from pipeline.report.intervals import Estimate, matched_difference, paired_difference
 from pipeline.report.page import Item, Missing
 from pipeline.report.tables import Figure, Table, difference, number
-from stages.reports.classes import Answers
 from stages.reports.conditions import LEFT_OUT
 from stages.reports.runs import FinishedRun, FinishedRuns
 
@@ -108,6 +107,8 @@ def _difference(first: FinishedRun, second: FinishedRun) -> NDArray[np.float64] 
 
     None where one has no predictions.
     """
+    from stages.reports.classes import Answers  # imports PyTorch, for which --help does not wait
+
     answers = [Answers.read(run) for run in (first, second)]
     rights = [one.predictions == one.targets for one in answers if one is not None]
     if len(rights) < 2:

@@ -246,9 +246,11 @@ def test_a_line_that_was_cut_is_left_out_and_another_that_is_none_is_refused(pro
         Records(file).add(project.data / "students/deit")
 
 
-def test_the_records_of_this_repository_are_read_and_have_no_description() -> None:
+def test_the_records_of_this_repository_are_read_the_former_ones_without_a_description() -> None:
     kept = Records(ROOT / RECORDS).read()
-    assert len(kept) == 28 and not any("description" in record for record in kept)
+    former = [record["recipe"] for record in kept if "description" not in record]
+    assert len(former) == 28 and set(former) == {"cifar100-small", "mnist-small"}
+    assert [record["recipe"] for record in kept if "description" in record] == ["cifar100-cpu"] * 6
 
 
 def test_a_run_that_was_trained_again_is_another_record(project: Project) -> None:
