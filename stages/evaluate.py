@@ -293,7 +293,8 @@ def mend_run(context: Context, classifier: Classifier) -> None:
             if (former := kept.find(result, any_code=True)) is not None:  # its copy may be the same damaged file
                 kept.keep(context, dataclasses.replace(result, code=former.code))
             context.changed(result.stage)
-    how = "byte for byte as before" if digests == manifest.files else "with other last digits, as another machine has"
+    is_same = digests == manifest.files
+    how = "byte for byte as before" if is_same else "with other last digits, as another machine or run may have"
     context.say(f"{directory}: {' and '.join(broken)} written again, {how}")
 
 

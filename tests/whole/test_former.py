@@ -207,8 +207,12 @@ def test_distill_goes_on_from_the_saved_state_to_the_same_student(project: Proje
     for name in written:
         (student / name).write_bytes(b"")
     said = invoke(project, "evaluate", str(FOLDER / "students" / STUDENT), "--mend", *CPU)
-    assert "predictions.csv and metrics.json written again, byte for byte as before" in said
-    assert {name: (student / name).read_bytes() for name in written} == written, "with its teacher's answers"
+    assert "predictions.csv and metrics.json written again" in said
+    assert (student / "predictions.csv").read_bytes() == written["predictions.csv"], "with its teacher's answers"
+    before, again = json.loads(written["metrics.json"]), json.loads((student / "metrics.json").read_text())
+    # On an Intel Xeon with AMX the mean loss differs in the last digit of float32 from that of the end of training.
+    assert again["test"].pop("loss") == pytest.approx(before["test"].pop("loss"), rel=1e-6)
+    assert again == before
     if machine() == FACTS["machine"]:
         assert meta["sha256"] == FACTS["student_weights_sha256"]
         ours, theirs = (without_times(contents(folder)) for folder in (student, former))
