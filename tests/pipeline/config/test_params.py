@@ -33,6 +33,7 @@ def test_every_recipe_of_the_project_loads() -> None:
         "cifar100-final",
         "cifar100-cpu",
         "cifar100-small",
+        "mnist-cpu",
         "mnist-small",
         "folder",
         "folder-small",

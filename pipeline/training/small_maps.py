@@ -1,0 +1,79 @@
+"""Convolutions of small feature maps with many weights, as matrix products on a CPU.
+
+At 32x32 pixels the last stages of torchvision's models convolve maps of 2x2 and 1x1 with millions of weights. There the
+convolutions of oneDNN, which PyTorch calls, take a multiple of what their arithmetic needs, most of all for the
+gradient of the weights. `SmallMapConv2d` gathers what an output sees in one row and multiplies all rows by the weights.
+Weights that see nothing but padding are left out: of a 3x3 kernel on a 1x1 map, eight of nine.
+
+These are the same sums in another order, so results differ by rounding only. In evaluation mode nothing differs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEWEST_WEIGHTS = 1024
+"""A convolution with as many weights for each of a batch's output positions is a matrix product."""
+FEWEST_WEIGHTS_POINTWISE = 128
+"""The same for 1x1 kernels, whose inputs need not be copied."""
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A convolution that is trained as a matrix product where it has far more weights than output positions."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the convolution `(B, out_channels, H', W')` of maps `(B, in_channels, H, W)`."""
+        if not self.training or images.device.type != "cpu":
+            return super().forward(images)
+        rows, columns = (self._seen(axis, images.shape[2 + axis]) for axis in (0, 1))
+        positions = len(images) * rows.outputs * columns.outputs
+        fewest = FEWEST_WEIGHTS_POINTWISE if self.kernel_size == (1, 1) else FEWEST_WEIGHTS
+        if self.weight.numel() < fewest * positions:
+            return super().forward(images)
+        seen = F.pad(images.permute(0, 2, 3, 1), (0, 0, *columns.padding, *rows.padding))
+        parts = [seen[:, row][:, :, column] for row in rows.slices for column in columns.slices]
+        weight = self.weight[:, :, rows.kernel, columns.kernel].permute(0, 2, 3, 1)
+        outputs = F.linear(torch.cat(parts, 3), weight.reshape(self.out_channels, -1), self.bias)
+        return outputs.permute(0, 3, 1, 2)
+
+    def _seen(self, axis: int, size: int) -> _Seen:
+        kernel, stride, before = self.kernel_size[axis], self.stride[axis], int(self.padding[axis])
+        outputs = (size + 2 * before - kernel) // stride + 1
+        reach = stride * (outputs - 1) + 1
+        sees = [index for index in range(kernel) if index < before + size and index + reach > before] or [0]
+        first, last = sees[0], sees[-1]
+        padding = max(0, before - first), max(0, last - before + reach - size)
+        starts = [index - before + padding[0] for index in sees]
+        return _Seen(outputs, slice(first, last + 1), padding, [slice(at, at + reach, stride) for at in starts])
+
+
+class _Seen(NamedTuple):
+    """What a kernel sees along one axis of a map.
+
+    Attributes:
+        outputs: Number of output positions.
+        kernel: The part of the kernel that ever sees more than padding.
+        padding: Zeros needed before and after the map for this part.
+        slices: Of the padded map, for each place in this part: what the outputs see there.
+    """
+
+    outputs: int
+    kernel: slice
+    padding: tuple[int, int]
+    slices: list[slice]
+
+
+def multiply_small_maps(model: nn.Module) -> None:
+    """Let each plain convolution of a model be a `SmallMapConv2d`: the same module with the same parameters."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _is_plain(module):
+            module.__class__ = SmallMapConv2d
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    is_dense = layer.groups == 1 and layer.dilation == (1, 1)
+    return is_dense and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
