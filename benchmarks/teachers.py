@@ -22,8 +22,8 @@ from pipeline.models.teachers import repeated_pooling
 from pipeline.system.runtime import keep_freed_memory, resolve_precision
 from pipeline.training.batches import Batch
 from pipeline.training.column_sum import ColumnSum
+from pipeline.training.cpu_convolutions import use_cpu_convolutions
 from pipeline.training.optimization import build_optimizer
-from pipeline.training.small_maps import multiply_small_maps
 
 QUICK = "squeezenet1_1"
 
@@ -122,7 +122,7 @@ def our_turn(
     if operation == "forward":
         return steps.forward_pass(copied.eval(), batch, precision=precision)
     recipe = _recipe(name)
-    multiply_small_maps(copied)
+    use_cpu_convolutions(copied)
     optimizer = steps.at_rest(build_optimizer(copied.train(), recipe))
     loss = objective(recipe)
     return steps.our_step(copied, batch, recipe=recipe, objective=loss, optimizer=optimizer, precision=precision)

@@ -62,7 +62,6 @@ def train_teacher(
     from pipeline.training.checkpoints import RunState
     from pipeline.training.column_sum import SUMMABLE, ColumnSum
     from pipeline.training.execution import Execution
-    from pipeline.training.small_maps import multiply_small_maps
     from stages.shared.fitting import carry_out, make_views, require_same_run, up_to_date
 
     with context.joined() as group:
@@ -94,7 +93,6 @@ def train_teacher(
         if repeated is not None and column_sum:
             repeated.see_once(ColumnSum(repeated.layer, repeated.copies))
         model.to(device).to(memory_format=torch.channels_last)
-        multiply_small_maps(model)
         execution = Execution.of(recipe, device, group, column_sum=column_sum)
         carry_out(context, run, model, dataset=dataset, views=views, execution=execution, fresh=fresh)
     return run.out

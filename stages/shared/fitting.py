@@ -40,6 +40,7 @@ from pipeline.system.text import counted, to_csv
 from pipeline.training.batches import EvaluationData, TrainingData
 from pipeline.training.checkpoints import RunState, checkpoint_files
 from pipeline.training.column_sum import published
+from pipeline.training.cpu_convolutions import use_cpu_convolutions
 from pipeline.training.distributed import Group, has_batch_norm
 from pipeline.training.evaluation import Predictions, evaluate
 from pipeline.training.execution import Execution
@@ -203,6 +204,7 @@ def carry_out(
     ema = recipe.ema if isinstance(recipe, StudentRecipe) else 0.0
     if device.type == "cpu":
         keep_freed_memory()
+        use_cpu_convolutions(model)
     # The ranks agree on whether the time is up, because their clocks differ.
     if code := int(group.max_(torch.tensor(context.stop.before_step(), device=device))):
         raise stopped(code, f"before {run.name}")

@@ -11,14 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.training import small_maps
-from pipeline.training.small_maps import SmallMapConv2d, multiply_small_maps
+from pipeline.training import cpu_convolutions
+from pipeline.training.cpu_convolutions import CpuConv2d, use_cpu_convolutions
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_maps, "FEWEST_WEIGHTS", 0)
-    monkeypatch.setattr(small_maps, "FEWEST_WEIGHTS_POINTWISE", 0)
+    monkeypatch.setattr(cpu_convolutions, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(cpu_convolutions, "FEWEST_WEIGHTS_POINTWISE", 0)
 
 
 def gradients(layer: nn.Module, images: Tensor) -> list[Tensor]:
@@ -59,10 +59,10 @@ def test_it_is_the_convolution(
     plain.to(memory_format=layout)
     images = torch.randn(2, 3, *size, dtype=torch.float64).to(memory_format=layout)
     ours = copy.deepcopy(plain)
-    multiply_small_maps(ours)
+    use_cpu_convolutions(ours)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_maps, "FEWEST_WEIGHTS", 0)
-        patch.setattr(small_maps, "FEWEST_WEIGHTS_POINTWISE", 0)
+        patch.setattr(cpu_convolutions, "FEWEST_WEIGHTS", 0)
+        patch.setattr(cpu_convolutions, "FEWEST_WEIGHTS_POINTWISE", 0)
         actual = gradients(ours, images)
     expected = gradients(plain, images)
     assert len(actual) == len(expected) == 3 + bias
@@ -74,7 +74,7 @@ def test_it_has_the_outputs_and_dtype_of_autocast(always: None) -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 16, 3, padding=1)
     ours = copy.deepcopy(plain)
-    multiply_small_maps(ours)
+    use_cpu_convolutions(ours)
     images = torch.randn(2, 8, 2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = ours(images), plain(images)
@@ -83,11 +83,27 @@ def test_it_has_the_outputs_and_dtype_of_autocast(always: None) -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_convolution_has_float32s_gradients_in_bfloat16(stride: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(24, 24, 5, stride, 2, groups=24, bias=False)
+    ours = copy.deepcopy(plain)
+    use_cpu_convolutions(ours)
+    images = torch.randn(4, 24, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, images_gradient, weight_gradient = gradients(ours, images)
+    assert outputs.dtype == images_gradient.dtype == torch.bfloat16
+    expected = gradients(plain, images.float())
+    assert torch.equal(outputs, expected[0].bfloat16())
+    torch.testing.assert_close(images_gradient.float(), expected[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(weight_gradient, expected[2], rtol=1e-2, atol=1e-1)
+
+
 def test_large_maps_and_evaluation_are_pytorchs_own() -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(64, 64, 3, padding=1)
     ours = copy.deepcopy(plain)
-    multiply_small_maps(ours)
+    use_cpu_convolutions(ours)
     large, small = torch.randn(2, 64, 16, 16), torch.randn(1, 64, 1, 1)
     assert torch.equal(ours(large), plain(large))
     assert torch.equal(ours.eval()(small), plain.eval()(small))
@@ -96,14 +112,15 @@ def test_large_maps_and_evaluation_are_pytorchs_own() -> None:
 def test_a_model_keeps_its_weights_and_its_other_convolutions() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 4, 3, groups=4),
         nn.Conv2d(4, 4, 3, groups=2),
         nn.Conv2d(4, 4, 3, dilation=2),
         nn.Conv2d(4, 4, 3, padding="same"),
         nn.Conv2d(4, 4, 3, padding_mode="reflect", padding=1),
     )
     before = model.state_dict()
-    multiply_small_maps(model)
-    assert [type(layer) for layer in model] == [SmallMapConv2d, *4 * [nn.Conv2d]]
+    use_cpu_convolutions(model)
+    assert [type(layer) for layer in model] == [*2 * [CpuConv2d], *4 * [nn.Conv2d]]
     after = model.state_dict()
     assert list(before) == list(after)
     assert all(before[name] is not None and torch.equal(before[name], after[name]) for name in before)
@@ -113,7 +130,7 @@ def test_a_resnet_trains_as_without(always: None) -> None:
     torch.manual_seed(0)
     plain = torchvision.models.resnet18(num_classes=5).double()
     ours = copy.deepcopy(plain)
-    multiply_small_maps(ours)
+    use_cpu_convolutions(ours)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     for actual, expected in zip(gradients(ours, images), gradients(plain, images), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)

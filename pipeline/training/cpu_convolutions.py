@@ -1,11 +1,15 @@
-"""Convolutions of small feature maps with many weights, as matrix products on a CPU.
+"""Convolutions that a CPU trains faster by other means than PyTorch's, oneDNN.
 
-At 32x32 pixels the last stages of torchvision's models convolve maps of 2x2 and 1x1 with millions of weights. There the
-convolutions of oneDNN, which PyTorch calls, take a multiple of what their arithmetic needs, most of all for the
-gradient of the weights. `SmallMapConv2d` gathers what an output sees in one row and multiplies all rows by the weights.
-Weights that see nothing but padding are left out: of a 3x3 kernel on a 1x1 map, eight of nine.
+At 32x32 pixels the last stages of torchvision's models convolve maps of 2x2 and 1x1 with millions of weights. There
+oneDNN takes a multiple of what the arithmetic needs, most of all for the gradient of the weights. Such a convolution is
+a matrix product here: what an output sees is gathered in one row, and all rows are multiplied by the weights. Weights
+that see nothing but padding are left out: of a 3x3 kernel on a 1x1 map, eight of nine.
 
-These are the same sums in another order, so results differ by rounding only. In evaluation mode nothing differs.
+A depthwise convolution is computed in float32 under autocast, too: oneDNN's gradients of it take up to twenty times as
+long in bfloat16.
+
+These are the same sums in another order or with more digits, so results differ by rounding only. In evaluation mode
+nothing differs.
 """
 
 from __future__ import annotations
@@ -22,13 +26,16 @@ FEWEST_WEIGHTS_POINTWISE = 128
 """The same for 1x1 kernels, whose inputs need not be copied."""
 
 
-class SmallMapConv2d(nn.Conv2d):
-    """A convolution that is trained as a matrix product where it has far more weights than output positions."""
+class CpuConv2d(nn.Conv2d):
+    """A convolution that is trained on a CPU as it is fastest there; elsewhere and in evaluation, a plain one."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the convolution `(B, out_channels, H', W')` of maps `(B, in_channels, H, W)`."""
         if not self.training or images.device.type != "cpu":
             return super().forward(images)
+        if self.groups > 1:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(images.to(self.weight.dtype)).to(images.dtype)
         rows, columns = (self._seen(axis, images.shape[2 + axis]) for axis in (0, 1))
         positions = len(images) * rows.outputs * columns.outputs
         fewest = FEWEST_WEIGHTS_POINTWISE if self.kernel_size == (1, 1) else FEWEST_WEIGHTS
@@ -56,7 +63,7 @@ class _Seen(NamedTuple):
 
     Attributes:
         outputs: Number of output positions.
-        kernel: The part of the kernel that ever sees more than padding.
+        kernel: The part of the kernel that sees more than padding.
         padding: Zeros needed before and after the map for this part.
         slices: Of the padded map, for each place in this part: what the outputs see there.
     """
@@ -67,13 +74,17 @@ class _Seen(NamedTuple):
     slices: list[slice]
 
 
-def multiply_small_maps(model: nn.Module) -> None:
-    """Let each plain convolution of a model be a `SmallMapConv2d`: the same module with the same parameters."""
+def use_cpu_convolutions(model: nn.Module) -> None:
+    """Let a model's convolutions, dense or depthwise, be `CpuConv2d`: the same modules with the same parameters."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and _is_plain(module):
-            module.__class__ = SmallMapConv2d
+        if type(module) is nn.Conv2d and _is_dense(module) | _is_depthwise(module):
+            module.__class__ = CpuConv2d
 
 
-def _is_plain(layer: nn.Conv2d) -> bool:
-    is_dense = layer.groups == 1 and layer.dilation == (1, 1)
-    return is_dense and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def _is_dense(layer: nn.Conv2d) -> bool:
+    is_zero_padded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return layer.groups == 1 and layer.dilation == (1, 1) and is_zero_padded
+
+
+def _is_depthwise(layer: nn.Conv2d) -> bool:
+    return 1 < layer.groups == layer.in_channels
