@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,8 +191,6 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     where = environment(options.device)
-    if where["commit"] is not None and not where["commit"].endswith("+") and has_untracked_code(ROOT):
-        where["commit"] += "+"
     where |= {
         "threads": torch.get_num_threads(),
         "cores": usable_cores(),
@@ -205,13 +202,6 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
         },
     }
     return Report(title, where)
-
-
-def has_untracked_code(root: Path) -> bool:
-    """Whether a checkout has modules that are not committed, which `git describe --dirty` overlooks."""
-    paths = [f"{package}/*.py" for package in ("pipeline", "stages", "benchmarks")]
-    command = ["git", "-C", str(root), "ls-files", "--others", "--", *paths]
-    return bool(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip())
 
 
 def positive(text: str) -> int:

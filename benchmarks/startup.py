@@ -20,6 +20,7 @@ from pipeline.config.params import load_params
 from pipeline.data.datasets import Dataset
 from pipeline.inference.speed import Seconds, interleave
 from pipeline.models.students import build_student
+from pipeline.system.runtime import commit_of
 from pipeline.training.checkpoints import save_checkpoint
 from stages import cli
 from stages.shared.runs import describe, student_arguments
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     report = begin("Starting", options)
     names = tuple(options.only or (QUICK if options.quick else COMMANDS))
-    checkouts = {"ours": ROOT} | ({_commit(options.beside): options.beside.resolve()} if options.beside else {})
+    checkouts = {"ours": ROOT} | ({str(commit_of(options.beside)): options.beside.resolve()} if options.beside else {})
     with tempfile.TemporaryDirectory() as folder:
         make_project(Path(folder), names)
         scripts = {TORCH: ("-c", TORCH), FORWARD: ("-c", PLAIN)}
@@ -136,11 +137,6 @@ def start(folder: Path, root: Path, arguments: Sequence[str]) -> None:
     """Run a process of Python with the code of a checkout, to its end."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-
-
-def _commit(root: Path) -> str:
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

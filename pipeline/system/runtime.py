@@ -22,6 +22,7 @@ from pipeline.system.neighbours import num_ranks_here
 if TYPE_CHECKING:
     import torch
 
+CODE = ("pipeline", "stages", "benchmarks")
 RESIDENT_VARIABLE = "TITN_MAX_RESIDENT_BYTES"
 AT_ONCE = {"cpu": 256, "cuda": 4096}
 """Kind of device to images of a batch without gradients: it should fit a CPU's cache, a GPU is best with large ones."""
@@ -256,22 +257,31 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "device_type": device.type,
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parents[2]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
-def _commit() -> str | None:
-    """Return the checkout's commit, with `+` when tracked files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+def commit_of(checkout: Path) -> str | None:
+    """Return a checkout's commit, with `+` where code, also of new files, differs from it.
+
+    Results and dvc.lock change whenever a run ends, and a run records its recipe, so they are no part of it.
+
+    Args:
+        checkout: The folder that holds pipeline/.
+
+    Returns:
+        Twelve hexadecimal digits, or None where git does not keep pipeline/, as in a virtual environment.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        if not git("ls-files", "--", "pipeline/__init__.py"):
+            return None
+        head = git("rev-parse", "--short=12", "HEAD")
+        return f"{head}+" if git("status", "--porcelain", "--", *CODE) else head
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip()

@@ -49,21 +49,6 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert "is not a file in an existing folder" in capsys.readouterr().err
 
 
-def test_a_module_that_is_not_committed_is_noticed(tmp_path: Path) -> None:
-    def git(*arguments: str) -> None:
-        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "pipeline" / "students").mkdir(parents=True)
-    (tmp_path / "notes.py").touch()
-    (tmp_path / "pipeline" / "notes.txt").touch()
-    assert not measure.has_untracked_code(tmp_path)
-    (tmp_path / "pipeline" / "students" / "new.py").touch()
-    assert measure.has_untracked_code(tmp_path)
-    git("add", "pipeline")
-    assert not measure.has_untracked_code(tmp_path)
-
-
 @pytest.mark.parametrize("name", views.policy_operations())
 def test_an_operation_alone_does_what_its_peer_does(name: str) -> None:
     images = sample_images(synthetic.SIZE, synthetic.SIZE)

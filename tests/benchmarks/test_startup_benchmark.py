@@ -24,7 +24,7 @@ def test_commands_are_compared_with_plain_pytorch_and_with_another_checkout(
         started.append((root, arguments))
 
     monkeypatch.setattr(startup, "start", start)
-    monkeypatch.setattr(startup, "_commit", lambda root: COMMIT)
+    monkeypatch.setattr(startup, "commit_of", lambda checkout: COMMIT)
     report = run(startup, monkeypatch, tmp_path / "startup.json", "--beside", str(tmp_path))
     ours, other = ((root, ("-m", "stages.cli", *startup.COMMANDS["predict"])) for root in (ROOT, tmp_path.resolve()))
     assert started.count(ours) == started.count(other) == 2, "once to warm up, once timed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -20,6 +21,7 @@ from pipeline.errors import Interrupted, UsageError
 from pipeline.system.runtime import (
     Ranks,
     autocast,
+    commit_of,
     current_ranks,
     deciding,
     environment,
@@ -240,3 +242,36 @@ def test_a_signal_is_told_as_such_where_a_reader_makes_another_error_of_it(
 def test_torchvisions_version_is_what_it_says_itself() -> None:
     assert versions()["torchvision"] == torchvision.__version__
     assert versions()["torch"] == torch.__version__
+
+
+def test_a_commit_is_marked_where_code_differs_and_not_where_results_do(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        author = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        done = subprocess.run(["git", *author, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    code = ("pipeline/__init__.py", "stages/cli.py", "benchmarks/views.py")
+    files = (*code, "results/runs.jsonl", "params.yaml", "dvc.lock")
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1\n")
+    (tmp_path / ".gitignore").write_text(".venv/\n")
+    assert commit_of(tmp_path) is None, "there is no checkout"
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "state")
+    head = git("rev-parse", "HEAD")[:12]
+    assert commit_of(tmp_path) == head
+    for file in files[len(code) :]:
+        (tmp_path / file).write_text("2\n")
+    assert commit_of(tmp_path) == head
+    for file in code:
+        (tmp_path / file).write_text("2\n")
+        assert commit_of(tmp_path) == f"{head}+"
+        git("checkout", "-q", file)
+    (tmp_path / "pipeline/new.py").write_text("1\n")
+    assert commit_of(tmp_path) == f"{head}+"
+    installed = tmp_path / ".venv/lib/pipeline/__init__.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert commit_of(tmp_path / ".venv/lib") is None, "another project's repository"
