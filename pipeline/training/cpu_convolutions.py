@@ -77,7 +77,7 @@ class _Seen(NamedTuple):
 def use_cpu_convolutions(model: nn.Module) -> None:
     """Let a model's convolutions, dense or depthwise, be `CpuConv2d`: the same modules with the same parameters."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and _is_dense(module) | _is_depthwise(module):
+        if type(module) is nn.Conv2d and (_is_dense(module) or _is_depthwise(module)):
             module.__class__ = CpuConv2d
 
 
