@@ -123,7 +123,7 @@ def test_a_model_keeps_its_weights_and_its_other_convolutions() -> None:
     assert [type(layer) for layer in model] == [*2 * [CpuConv2d], *4 * [nn.Conv2d]]
     after = model.state_dict()
     assert list(before) == list(after)
-    assert all(before[name] is not None and torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_resnet_trains_as_without(always: None) -> None:
