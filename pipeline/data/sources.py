@@ -23,7 +23,7 @@ from pipeline.data.datasets import Dataset, Split, assemble
 from pipeline.data.decoding import fit, in_rgb
 from pipeline.data.folders import Findings, read_folder
 from pipeline.data.listing import Listing
-from pipeline.errors import DataError, StorageError, UsageError
+from pipeline.errors import DataError, StorageError, UsageError, printable
 from pipeline.system.storage import remove_leftovers, sha256_file, write_atomic
 
 TORCHVISION_CLASSES = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -35,6 +35,13 @@ MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+# Their downloads: the archive or archives, and what is unpacked from them.
+ARCHIVES = {
+    "mnist": [f"{name}.gz" for name in MNIST_SHA256],
+    "cifar10": ["cifar-10-python.tar.gz"],
+    "cifar100": ["cifar-100-python.tar.gz"],
+}
+UNPACKED = {"mnist": list(MNIST_SHA256), "cifar10": ["cifar-10-batches-py"], "cifar100": ["cifar-100-python"]}
 # Numbers of training images, test images and classes of the sources that never change.
 KNOWN_SIZES = {
     "digits": (1797, 0, 10),
@@ -198,14 +205,22 @@ def _read_torchvision(recipe: Recipe, raw: Path, download: bool) -> tuple[tuple[
             )
     except (OSError, RuntimeError, HTTPException) as error:
         if isinstance(error, RuntimeError) and not download:
-            raise DataError(f"{source}: not found in {raw}, or damaged; run {_ways(recipe)}") from error
+            raise DataError(f"{source}: not found in {raw}, or damaged; {_ways(recipe, raw)}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise StorageError(f"{source}: cannot be fetched to {raw} ({reason}); try again: {_ways(recipe)}") from error
+        raise StorageError(f"{source}: cannot be fetched to {raw} ({reason}); {_ways(recipe, raw)}") from error
     return tuple(train.classes), _make_split(train, image_size, resize), _make_split(test, image_size, resize)
 
 
-def _ways(recipe: Recipe) -> str:
-    return f"`pipeline prepare --recipe {recipe.name} --download`, or `--from FOLDER` for an image folder"
+def _ways(recipe: Recipe, raw: Path) -> str:
+    command = f"`pipeline prepare --recipe {recipe.name} --download`, or `--from FOLDER` for an image folder"
+    return f"put {_own_files(recipe.dataset.source, raw)}, or run {command}"
+
+
+def _own_files(source: str, raw: Path) -> str:
+    """Say which files of a source belong where."""
+    first, *others = ARCHIVES[source]
+    what = f"{first} and the {len(others)} files beside it" if others else first
+    return f"{what} in {raw / 'MNIST' / 'raw' if source == 'mnist' else raw}"
 
 
 def _unnamed_folder(recipe: Recipe) -> UsageError:
@@ -258,7 +273,27 @@ def check_source(recipe: Recipe, raw: Path) -> None:
         is_unpacked = all((raw / source_class.base_folder / name).is_file() for name in names)
         is_there = is_unpacked or (raw / source_class.filename).is_file()
     if not is_there:
-        raise DataError(f"{source}: not found in {raw}; run {_ways(recipe)}")
+        raise DataError(f"{source}: not found in {raw}; {_ways(recipe, raw)}")
+
+
+def check_folder(recipe: Recipe, raw: Path, folder: Path) -> None:
+    """Refuse a folder that holds the source's own files, which are no images, and say where they belong.
+
+    Args:
+        recipe: The recipe.
+        raw: Folder of torchvision's downloads.
+        folder: What `--from` names.
+
+    Raises:
+        UsageError: It is such a folder, or one of these files.
+    """
+    source = recipe.dataset.source
+    own = [*ARCHIVES.get(source, []), *UNPACKED.get(source, [])]
+    if folder.name in own or any((folder / name).exists() for name in own):
+        raise UsageError(
+            f"--from {printable(folder)}: these are {source}'s own files, and no image folder; put "
+            f"{_own_files(source, raw)}, and leave --from out"
+        )
 
 
 def _unpack_mnist(folder: Path) -> None:

@@ -205,9 +205,11 @@ def find_place(recipe: Recipe, folder: Path | None, *, download: bool) -> Path |
 def list_place(recipe: Recipe, place: Path, raw: Path, *, is_named: bool) -> Listing:
     """List a folder or CSV file, which --from names or else the recipe's `path`."""
     from pipeline.data.listing import list_source
-    from pipeline.data.sources import check_source
+    from pipeline.data.sources import check_folder, check_source
 
-    if not is_named:
+    if is_named:
+        check_folder(recipe, raw, place)
+    else:
         check_source(recipe, raw)
     return list_source(place)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.config.recipes import DatasetRecipe, LabelRecipe, Recipe, SelectRecipe
 from pipeline.data import sources
 from pipeline.data.listing import list_source
-from pipeline.data.sources import KNOWN_CLASSES, KNOWN_SIZES, check_known, load_digits, read_source
+from pipeline.data.sources import KNOWN_CLASSES, KNOWN_SIZES, check_folder, check_known, load_digits, read_source
 from pipeline.errors import DataError, StorageError, UsageError
 
 DIGITS_SHA256 = "67f9bfeb5259416f071d9d2623d1ef6b9b4ca13bf19ef4afa285c9c7bb03c7d5"
@@ -302,7 +302,34 @@ def test_what_is_not_there_is_named_with_both_ways_to_get_it(tmp_path, source):
     message = str(caught.value)
     assert f"{source}: not found in {tmp_path / 'raw'}" in message and "\n" not in message
     assert "`pipeline prepare --recipe own --download`" in message and "`--from FOLDER`" in message
+    archive, folder = {
+        "mnist": ("train-images-idx3-ubyte.gz and the 3 files beside it", tmp_path / "raw" / "MNIST" / "raw"),
+        "cifar10": ("cifar-10-python.tar.gz", tmp_path / "raw"),
+        "cifar100": ("cifar-100-python.tar.gz", tmp_path / "raw"),
+    }[source]
+    assert f"put {archive} in {folder}, or run" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("mnist", "t10k-labels-idx1-ubyte.gz"),
+        ("mnist", "train-images-idx3-ubyte"),
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python/train"),
+    ],
+)
+def test_a_source_as_downloaded_is_no_image_folder(tmp_path, source, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    for place in (tmp_path, tmp_path / file.split("/")[0]):
+        with pytest.raises(
+            UsageError, match=f"--from .*: these are {source}'s own files.*put .* in raw.*leave --from out"
+        ):
+            check_folder(make_recipe(source), Path("raw"), place)
+    check_folder(make_recipe("folder"), Path("raw"), tmp_path)
+    check_folder(make_recipe("mnist" if source != "mnist" else "cifar10"), Path("raw"), tmp_path)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.training import cpu_convolutions
 from pipeline.training.cpu_convolutions import CpuConv2d, use_cpu_convolutions
+from tests.support.in_process import invoke
+from tests.support.project import Project
 
 
 @pytest.fixture
@@ -134,3 +137,17 @@ def test_a_resnet_trains_as_without(always: None) -> None:
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     for actual, expected in zip(gradients(ours, images), gradients(plain, images), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_teacher_is_trained_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project.create(tmp_path / "project", alone=True)
+    invoke(project, "prepare")
+    trained, forward = [], CpuConv2d.forward
+
+    def recording(self: CpuConv2d, images: Tensor) -> Tensor:
+        trained.append(self.training)
+        return forward(self, images)
+
+    monkeypatch.setattr(CpuConv2d, "forward", recording)
+    invoke(project, "teacher", "squeezenet1_1", "--device", "cpu", "--set", "epochs=1")
+    assert any(trained)
