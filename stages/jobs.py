@@ -33,6 +33,8 @@ ELSEWHERE = State("done elsewhere; its labels are here", is_done=True)
 # Rates for Figure 5 where an optimiser is not the recipe's; the paper gives one rate, SGD's.
 # Differs: Adam and RMSprop learn nothing at 0.1, so each gets a customary rate.
 SWEEP_RATES = {"sgd": "0.1", "adam": "0.001", "adamw": "0.001", "rmsprop": "0.0001"}
+# AdamW takes some hundred times as much weight decay as optimisers that add it to the gradient: theirs is the paper's.
+SWEEP_DECAYS = {"sgd": "0.0001", "adam": "0.0001", "adamw": "0.05", "rmsprop": "0.0001"}
 
 
 @dataclass(frozen=True)
@@ -396,7 +398,12 @@ def survey(
 
 def sweep_settings(teacher: TeacherRecipe, optimizer: str) -> dict[str, str]:
     """Return what Figure 5 replaces in a teacher's recipe for an optimiser; nothing for the recipe's own."""
-    return {} if optimizer == teacher.optimizer else {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
+    if optimizer == teacher.optimizer:
+        return {}
+    settings = {"optimizer": optimizer, "lr": SWEEP_RATES[optimizer]}
+    if "adamw" in (optimizer, teacher.optimizer):
+        settings["weight_decay"] = SWEEP_DECAYS[optimizer]
+    return settings
 
 
 def labels_of(context: Context, view_recipe: str) -> LabelCache | None:

@@ -24,7 +24,8 @@ from stages.shared.trained import SHORT
 
 Form = Mapping[str, Any]
 SWEPT = ("training.optimizer", "training.lr")
-"""The places in a description in which runs of Figure 5 differ."""
+DECAY = "training.weight_decay"
+"""The places in a description in which runs of Figure 5 differ, in the second only those of two optimisers."""
 SAME = ("dataset_sha256", "rules")
 """The places in which even the runs of two models must be equal, or their scores say nothing of each other."""
 SHOWN = 40  # characters of a wrong value
@@ -158,6 +159,12 @@ class FinishedRun:
         """Whether both runs' scores are of the same images and by the same rules, so that they may be subtracted."""
         first, second = self.description, other.description
         return first is not None and second is not None and all(first[key] == second[key] for key in SAME)
+
+    @property
+    def weight_decay(self) -> float | None:
+        """Its weight decay; None without a description."""
+        decay: float | None = self.settings().get("training", {}).get("weight_decay")
+        return decay
 
     @property
     def labels(self) -> str:
@@ -354,13 +361,18 @@ class FinishedRuns:
     def sweep(self) -> list[list[FinishedRun]]:
         """Return the selected teacher's runs by optimiser and learning rate, in which alone they differ, its own first.
 
-        Each list has a run for each seed. Empty before `select`.
+        Those of another optimiser may differ in weight decay, too. Each list has a run for each seed. Empty before
+        `select`.
         """
         selected = self.seeds(self.winner or "")
         if not selected:
             return []
-        alike = selected[0].key(*SWEPT)
-        others = [run for run in self.others.values() if run.key(*SWEPT) == alike]
+        own = selected[0]
+        others = []
+        for run in self.others.values():
+            but = SWEPT if run.metrics["optimizer"] == own.metrics["optimizer"] else (*SWEPT, DECAY)
+            if run.key(*but) == own.key(*but):
+                others.append(run)
         return [one_for_each_seed(group) for group in pools([*selected, *others])]
 
     def apart(self, name: str) -> list[FinishedRun]:

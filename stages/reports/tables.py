@@ -409,18 +409,19 @@ def optimizers_table(
     reported = paper.OPTIMIZERS if recipe.dataset.source == "cifar100" else {}
     trained = [outcome for outcome in outcomes.values() if isinstance(outcome, FinishedRun)]
     split = evaluated_on(trained)
-    columns = ["optimiser", "lr", f"best {split} top-1 %", "test top-1 %"]
+    columns = ["optimiser", "lr", "weight decay", f"best {split} top-1 %", "test top-1 %"]
     columns += ["paper: top-1 %", "difference"] if reported else []
     columns += [f"last {split} top-1 %", "top-5 %", "best epoch"]
     rows = []
     for optimizer, outcome in outcomes.items():
         value = reported.get(optimizer)
         if isinstance(outcome, str):
-            cells = [f"{rates[optimizer]:g}" if optimizer in rates else "-", outcome, "-"]
+            cells = [f"{rates[optimizer]:g}" if optimizer in rates else "-", "-", outcome, "-"]
             papers, rest = [number(value), "-"], ["-", "-", "-"]
         else:
             best, last, test = (outcome.metrics[key] for key in ("best", "last", "test"))
-            cells = [f"{outcome.metrics['lr']:g}", number(best["top1"]), number(test["top1"])]
+            decay = "-" if outcome.weight_decay is None else f"{outcome.weight_decay:g}"
+            cells = [f"{outcome.metrics['lr']:g}", decay, number(best["top1"]), number(test["top1"])]
             papers = [number(value), difference(test["top1"], value)]
             rest = [number(last["top1"]), number(test["top5"]), f"{best['epoch']} of {outcome.metrics['epochs']}"]
         rows.append([optimizer, *cells, *(papers if reported else []), *rest])

@@ -342,7 +342,12 @@ def test_mixup_and_large_patches_train_on_demand(project: Project) -> None:
 def test_the_optimiser_sweep_trains_the_winner_apart(project: Project) -> None:
     out = project.run("teacher-select", "--teachers", "squeezenet1_1", "--optimizers", "adamw,sgd")
     assert "squeezenet1_1 by optimiser" in out
-    assert (project.path / "data/runs/smoke/squeezenet1_1-optimizer-sgd-lr-0.1/metrics.json").is_file()
+    (run,) = (project.path / "data/runs/smoke").iterdir()
+    assert json.loads((run / "metrics.json").read_text())["differs"] == {
+        "optimizer": "sgd",
+        "lr": "0.1",
+        "weight_decay": "0.0001",
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

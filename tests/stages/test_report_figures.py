@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.report.tables import Figure
 from stages.reports.figures import figures
+from stages.reports.runs import FinishedRun
 from tests.pipeline.report.test_figures import check
 from tests.support.finished_runs import finished, finished_runs, recipe
 
@@ -82,6 +83,20 @@ def test_the_winners_optimisers_are_figure_5(tmp_path: Path) -> None:
         [["1", "30.0000", "20.0000", "20.0000"], ["2", "70.0000", "58.0000", "55.0000"]],
     )
     assert "figure-5" not in draw(winner, loser, longer, winner="vgg16_bn"), "the sweep was not run"
+
+
+def test_optimisers_beside_adamw_have_a_weight_decay_of_their_own(tmp_path: Path) -> None:
+    def run(optimizer: str, lr: float, decay: float, /, **differs: str) -> FinishedRun:
+        trained, top1 = {"weight_decay": decay}, {"sgd": 40.0, "adamw": 50.0}[optimizer]
+        return finished(
+            tmp_path, "vgg16_bn", [top1], kind="teacher", optimizer=optimizer, lr=lr, trained=trained, differs=differs
+        )
+
+    winner = run("adamw", 0.001, 0.05)
+    sgd = run("sgd", 0.1, 0.0001, optimizer="sgd", lr="0.1", weight_decay="0.0001")
+    other = run("adamw", 0.001, 0.3, weight_decay="0.3")
+    figure = draw(winner, sgd, other, winner="vgg16_bn")["figure-5"]
+    assert rows(figure)[0] == ["epoch", "sgd, lr 0.1, decay 0.0001", "adamw, lr 0.001, decay 0.05"]
 
 
 def test_accuracy_is_said_to_be_of_the_split_that_it_is_of(tmp_path: Path) -> None:

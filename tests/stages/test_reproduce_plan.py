@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.config.params import load_params
+from pipeline.config.recipes import TeacherRecipe
 from pipeline.errors import UsageError
+from stages.jobs import sweep_settings
 from stages.reproduce import Scope, plan
 from tests.support.in_process import invoke
 from tests.support.project import ROOT, Project
@@ -137,3 +139,18 @@ def test_data_that_are_not_there_are_named_with_the_command_and_nothing_is_writt
     for name in ("cifar100", "cifar10", "mnist"):
         assert f"recipe {name} left out" in out and f"`pipeline prepare --recipe {name} --download`" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "expected"),
+    [
+        ("sgd", "sgd", {}),
+        ("sgd", "adam", {"optimizer": "adam", "lr": "0.001"}),
+        ("sgd", "adamw", {"optimizer": "adamw", "lr": "0.001", "weight_decay": "0.05"}),
+        ("adamw", "sgd", {"optimizer": "sgd", "lr": "0.1", "weight_decay": "0.0001"}),
+        ("adamw", "rmsprop", {"optimizer": "rmsprop", "lr": "0.0001", "weight_decay": "0.0001"}),
+    ],
+)
+def test_adamws_weight_decay_is_not_taken_for_an_l2_penalty(own: str, other: str, expected: dict[str, str]) -> None:
+    teacher = TeacherRecipe(model="vgg16", epochs=1, batch_size=8, lr=0.1, optimizer=own, weight_decay=0.03)
+    assert sweep_settings(teacher, other) == expected
