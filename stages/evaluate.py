@@ -21,7 +21,7 @@ from pipeline.errors import DataError, UsageError, printable
 from pipeline.report.tables import Table, number
 from pipeline.system.storage import lock, read_if_exists, remove_leftovers, to_json, write_atomic, write_together
 from pipeline.system.text import counted
-from pipeline.training.manifest import EVALUATED, MANIFEST, check_all, read_manifest, refuse_writing
+from pipeline.training.manifest import EVALUATED, MANIFEST, Manifest, check_all, read_manifest, refuse_writing
 from stages.shared import kept, options
 from stages.shared.context import Context
 from stages.shared.params import own_code_here
@@ -245,45 +245,59 @@ def mend_run(context: Context, classifier: Classifier) -> None:
         UsageError: The directory is no run's with a manifest.
         DataError: Other files are damaged too; other data are prepared; or the teacher's labels are not here.
     """
-    import torch
-
-    from pipeline.training.evaluation import Predictions, evaluate
-    from stages.shared.fitting import evaluation_data
-
     assert classifier.file is not None, "it has been loaded"
-    directory, meta, paths = classifier.file.parent, classifier.config, context.paths
+    directory, meta = classifier.file.parent, classifier.config
     manifest = read_manifest(directory)
     if manifest is None or classifier.file.name != "best.safetensors" or not set(EVALUATED) <= manifest.files.keys():
         raise UsageError(f"--mend: {directory} has no {MANIFEST} of a run; name what `teacher` or `distill` wrote")
     check_all(directory, but=EVALUATED)
     broken = [name for name in EVALUATED if _digest(read_if_exists(directory / name)) != manifest.files[name]]
-    record, dataset = meta.get("metrics"), context.dataset()
     if not broken:
         context.say(f"{directory}: nothing to mend")
         return
-    if record is None and "metrics.json" in broken:
+    if meta.get("metrics") is None and "metrics.json" in broken:
         raise DataError(f"{directory}: of an older version, whose best.json lacks what metrics.json said; train again")
+    contents = _evaluated(context, classifier, classifier.file)
+    digests = {**manifest.files, **{name: _digest(contents[name]) for name in broken}}
+    mended = manifest._replace(files=digests)
+    _replace(context, directory, str(meta["kind"]), {name: contents[name] for name in broken}, mended)
+    is_same = mended == manifest
+    how = "byte for byte as before" if is_same else "with other last digits, as another machine or run may have"
+    context.say(f"{directory}: {' and '.join(broken)} written again, {how}")
+
+
+def _evaluated(context: Context, classifier: Classifier, file: Path) -> dict[str, bytes]:
+    """Return what evaluating a run's weights writes, by name: EVALUATED; `file` is what they were loaded from."""
+    import torch
+
+    from pipeline.training.evaluation import Predictions, evaluate
+    from stages.shared.fitting import evaluation_data
+
+    meta, dataset = classifier.config, context.dataset()
     way_out = "name its own recipe, or prepare its data again"
-    require_same_data(meta, classifier.file, paths, way_out, dataset=dataset)
+    require_same_data(meta, file, context.paths, way_out, dataset=dataset)
     teacher_labels = _teacher_labels(context, meta.get("teacher"))
     data = evaluation_data(dataset, dataset.test, classifier.device, meta, teacher_labels)
-    predictions = Predictions.of(data)
+    predictions, record = Predictions.of(data), meta.get("metrics")
     precision = classifier.precision if record is None else record["precision"]
     # Teachers are trained in this layout; in another one the last digits differ.
     layout = torch.channels_last if meta["kind"] == "teacher" else torch.preserve_format
     module = classifier.module.to(memory_format=layout)
     scores = evaluate(module, data, precision=precision, predictions=predictions)
     test = {"epoch": meta["epoch"], **dataclasses.asdict(scores)}
-    contents = {
+    return {
         "predictions.csv": predictions.as_csv(classifier.class_names, data, dataset.test.names),
         "metrics.json": to_json({**(record or {}), "test": test}),
     }
-    digests = {**manifest.files, **{name: _digest(contents[name]) for name in broken}}
-    kind, name = str(meta["kind"]), directory.name
+
+
+def _replace(context: Context, directory: Path, kind: str, contents: dict[str, bytes], manifest: Manifest) -> None:
+    """Write a run's files and its manifest together, and keep the run again if it is the recipe's own."""
+    paths, name = context.paths, directory.name
     differs = directory.resolve().parent == paths.run("").resolve()
     with lock(paths.work("runs" if differs else f"{kind}s", f"{name}.lock")):
-        new = {directory / file: contents[file] for file in broken}
-        write_together({**new, directory / MANIFEST: manifest._replace(files=digests).to_bytes()})
+        new = {directory / file: content for file, content in contents.items()}
+        write_together({**new, directory / MANIFEST: manifest.to_bytes()})
         own = paths.teacher(name) if kind == "teacher" else paths.student(name)
         if directory.resolve() == own.resolve():
             files = tuple(own / file for file in (*manifest.files, MANIFEST))
@@ -293,9 +307,6 @@ def mend_run(context: Context, classifier: Classifier) -> None:
             if (former := kept.find(result, any_code=True)) is not None:  # its copy may be the same damaged file
                 kept.keep(context, dataclasses.replace(result, code=former.code))
             context.changed(result.stage)
-    is_same = digests == manifest.files
-    how = "byte for byte as before" if is_same else "with other last digits, as another machine or run may have"
-    context.say(f"{directory}: {' and '.join(broken)} written again, {how}")
 
 
 def _digest(data: bytes | None) -> str:
