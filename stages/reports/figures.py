@@ -83,11 +83,11 @@ def figures(runs: FinishedRuns, *, with_figures: bool = True) -> list[Figure | M
 def _optimizer_curves(runs: FinishedRuns) -> list[Curve]:
     """Return a curve for each optimiser and rate of the selected teacher; none unless several optimisers were run."""
     swept = runs.sweep()
-    several = len({of[0].weight_decay for of in swept}) > 1
-    by_name = {}
-    for of in swept:
-        name = f"{of[0].metrics['optimizer']}, lr {of[0].metrics['lr']:g}"
-        by_name[f"{name}, decay {of[0].weight_decay:g}" if several else name] = of
+    names = [f"{of[0].metrics['optimizer']}, lr {of[0].metrics['lr']:g}" for of in swept]
+    by_name = {
+        f"{name}, decay {of[0].weight_decay:g}" if names.count(name) > 1 else name: of
+        for name, of in zip(names, swept, strict=True)
+    }
     if len({of[0].metrics["optimizer"] for of in by_name.values()}) < 2:
         return []
     reported = paper.OPTIMIZERS if runs.recipe.dataset.source == "cifar100" else {}
