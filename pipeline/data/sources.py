@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -277,7 +278,7 @@ def check_source(recipe: Recipe, raw: Path) -> None:
 
 
 def check_folder(recipe: Recipe, raw: Path, folder: Path) -> None:
-    """Refuse a folder that holds the source's own files, which are no images, and say where they belong.
+    """Refuse a folder that holds the source's own files and no folder of images, and say where they belong.
 
     Args:
         recipe: The recipe.
@@ -289,7 +290,13 @@ def check_folder(recipe: Recipe, raw: Path, folder: Path) -> None:
     """
     source = recipe.dataset.source
     own = [*ARCHIVES.get(source, []), *UNPACKED.get(source, [])]
-    if folder.name in own or any((folder / name).exists() for name in own):
+    names, has_folders = {folder.name} if folder.is_file() else set(), False
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # `list_source` says what cannot be listed
+        names.add(folder.name)
+        for entry in entries:
+            names.add(entry.name)
+            has_folders |= entry.is_dir() and entry.name not in own
+    if not has_folders and not names.isdisjoint(own):
         raise UsageError(
             f"--from {printable(folder)}: these are {source}'s own files, and no image folder; put "
             f"{_own_files(source, raw)}, and leave --from out"

@@ -330,6 +330,8 @@ def test_a_source_as_downloaded_is_no_image_folder(tmp_path, source, file):
             check_folder(make_recipe(source), Path("raw"), place)
     check_folder(make_recipe("folder"), Path("raw"), tmp_path)
     check_folder(make_recipe("mnist" if source != "mnist" else "cifar10"), Path("raw"), tmp_path)
+    (tmp_path / "train").mkdir()
+    check_folder(make_recipe(source), Path("raw"), tmp_path)
 
 
 @pytest.fixture
