@@ -289,14 +289,12 @@ def check_folder(recipe: Recipe, raw: Path, folder: Path) -> None:
         UsageError: It is such a folder, or one of these files.
     """
     source = recipe.dataset.source
-    own = [*ARCHIVES.get(source, []), *UNPACKED.get(source, [])]
-    names, has_folders = {folder.name} if folder.is_file() else set(), False
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # `list_source` says what cannot be listed
-        names.add(folder.name)
-        for entry in entries:
-            names.add(entry.name)
-            has_folders |= entry.is_dir() and entry.name not in own
-    if not has_folders and not names.isdisjoint(own):
+    own = {*ARCHIVES.get(source, ()), *UNPACKED.get(source, ())}
+    entries: list[os.DirEntry[str]] = []
+    with contextlib.suppress(OSError):  # `list_source` says what cannot be listed
+        entries += os.scandir(folder)
+    has_folders = any(entry.is_dir() and entry.name not in own for entry in entries)
+    if not has_folders and not own.isdisjoint([folder.name, *(entry.name for entry in entries)]):
         raise UsageError(
             f"--from {printable(folder)}: these are {source}'s own files, and no image folder; put "
             f"{_own_files(source, raw)}, and leave --from out"

@@ -24,8 +24,9 @@ from stages.shared.trained import SHORT
 
 Form = Mapping[str, Any]
 SWEPT = ("training.optimizer", "training.lr")
+"""The places in a description in which runs of Figure 5 differ."""
 DECAY = "training.weight_decay"
-"""The places in a description in which runs of Figure 5 differ, in the second only those of two optimisers."""
+"""Another place, in which runs of two optimisers may differ."""
 SAME = ("dataset_sha256", "rules")
 """The places in which even the runs of two models must be equal, or their scores say nothing of each other."""
 SHOWN = 40  # characters of a wrong value
