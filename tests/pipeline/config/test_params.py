@@ -32,6 +32,7 @@ def test_every_recipe_of_the_project_loads() -> None:
         "cifar100-best",
         "cifar100-final",
         "cifar100-cpu",
+        "cifar100-cpu-long",
         "cifar100-teachers",
         "cifar100-small",
         "mnist-cpu",
