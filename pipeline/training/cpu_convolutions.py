@@ -14,7 +14,7 @@ nothing differs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,14 @@ class CpuConv2d(nn.Conv2d):
         fewest = FEWEST_WEIGHTS_POINTWISE if self.kernel_size == (1, 1) else FEWEST_WEIGHTS
         if self.weight.numel() < fewest * positions:
             return super().forward(images)
-        seen = F.pad(images.permute(0, 2, 3, 1), (0, 0, *columns.padding, *rows.padding))
-        parts = [seen[:, row][:, :, column] for row in rows.slices for column in columns.slices]
+        seen = images.permute(0, 2, 3, 1)
+        parts = [(row, column) for row in rows.slices for column in columns.slices]
+        if any(rows.padding + columns.padding):
+            seen = F.pad(seen, (0, 0, *columns.padding, *rows.padding))
+        if len(parts) > 1 or seen.shape[1:3] != (rows.outputs, columns.outputs):
+            seen = _Gather.apply(seen, parts)
         weight = self.weight[:, :, rows.kernel, columns.kernel].permute(0, 2, 3, 1)
-        outputs = F.linear(torch.cat(parts, 3), weight.reshape(self.out_channels, -1), self.bias)
-        return outputs.permute(0, 3, 1, 2)
+        return F.linear(seen, weight.reshape(self.out_channels, -1), self.bias).permute(0, 3, 1, 2)
 
     def _seen(self, axis: int, size: int) -> _Seen:
         kernel, stride, before = self.kernel_size[axis], self.stride[axis], int(self.padding[axis])
@@ -56,6 +59,25 @@ class CpuConv2d(nn.Conv2d):
         padding = max(0, before - first), max(0, last - before + reach - size)
         starts = [index - before + padding[0] for index in sees]
         return _Seen(outputs, slice(first, last + 1), padding, [slice(at, at + reach, stride) for at in starts])
+
+
+class _Gather(torch.autograd.Function):
+    """What each output sees, side by side: of padded maps `(B, H, W, C)`, `(B, H', W', parts * C)`.
+
+    PyTorch's own gradient of so many slices fills and adds a whole map for each, twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, parts: list[tuple[slice, slice]]) -> Tensor:
+        ctx.shape, ctx.parts = padded.shape, parts
+        return torch.cat([padded[:, row, column] for row, column in parts], 3)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.new_zeros(ctx.shape)
+        for (row, column), part in zip(ctx.parts, gradient.chunk(len(ctx.parts), 3), strict=True):
+            total[:, row, column] += part
+        return total, None
 
 
 class _Seen(NamedTuple):
