@@ -164,7 +164,7 @@ def _helped(runs: FinishedRuns, student: FinishedRun, comparisons: Sequence[Comp
                 seeds = "1 seed" if minus.count == 1 else f"{minus.count} seeds"
                 return f"The teacher's label changed its top-1 by {minus.mean:+.2f} points{interval}, {seeds}."
     command = f"pipeline distill --recipe {runs.recipe.name} --student {student.name} --labels none"
-    return f"Whether the teacher's label helped is not known without a control: {command}."
+    return f"Whether the teacher's label helped it is not known without a control: {command}."
 
 
 def worst_mistakes(context: Context, runs: FinishedRuns) -> list[Figure | Table]:
