@@ -184,6 +184,9 @@ def main() -> None:
         code = run(arguments)
     except Interrupted as error:  # before the command began, or while its error was being told
         code = _tell_stop(error)
+    except OSError as error:  # before the command began
+        code = StorageError.exit_code
+        click.echo(one_line(f"Error: {_reason(error)}"), err=True)
     finally:
         STOP.end()
     gc.freeze()  # or the interpreter's last collection walks through all of PyTorch, which takes a second or two
@@ -227,7 +230,7 @@ def run(arguments: Sequence[str]) -> int:
                 return _tell_stop(stop)
             message, code = str(error), error.exit_code
         elif isinstance(error, OSError):
-            message, code = f"{error.filename or 'reading or writing'}: {error.strerror or error}", 4
+            message, code = _reason(error), StorageError.exit_code
         elif STOP.received is not None:  # a signal came, and the code it reached made another error of it
             return _tell_stop(STOP.error("stopped; run the same command again"))
         else:
@@ -247,6 +250,10 @@ def _stop_behind(error: BaseException) -> Interrupted | None:
     if cause is None or isinstance(cause, Interrupted):
         return cause
     return _stop_behind(cause)
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
 
 
 def _tell_stop(error: Interrupted) -> int:

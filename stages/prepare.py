@@ -17,6 +17,7 @@ from pipeline.errors import DataError, UsageError, printable
 from pipeline.system.storage import lock, remove_leftovers, write_json
 from pipeline.system.text import counted
 from stages.shared import kept, prepared
+from stages.shared.dvc_file import code_digest
 from stages.shared.options import PATH, dry_run_option, open_context, recipe_option
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def prepare_unless_done(
         StorageError: See `prepare`.
     """
     paths = context.paths
+    code_digest("prepare")  # now, since the files may be edited while images are read; it stays for this process
     if not fresh:
         prepared.put_back_prepared(context, folder=folder, download=download)
         state = prepared.check_prepared(context.recipe, paths, folder=folder, download=download)
@@ -215,7 +217,7 @@ def prepare(
             summary |= {"folder": printable(place.resolve().name), "source_sha256": digest, "reader": prepared.READER}
         if collector is None:
             held.enter_context(lock(prepared.lock_of(out)))
-        _write(out, dataset, summary)
+        _write(out, dataset, summary, may_move=collector is not None)
     if listing is not None and memory is not None:
         prepared.remember_files(listing, seen, memory)
     return summary
@@ -242,6 +244,7 @@ def _shown_anew(
         Its summary; None where something else has changed, or is damaged.
     """
     from pipeline.data.datasets import Dataset
+    from pipeline.data.decoding import TOO_NARROW
     from pipeline.data.encoded import EncodedImages
     from pipeline.data.file import FILE
 
@@ -252,6 +255,8 @@ def _shown_anew(
     changed = {key for key in {*settings, *former} if settings.get(key) != former.get(key)}
     if not changed or changed - {"image_size", "resize"} or (summary.get("num_skipped") != 0 and not skip_bad):
         return None
+    if any(TOO_NARROW in file["reason"] for file in summary["skipped"]):
+        return None  # it may fit now, and is not in the store
     digest, seen = prepared.digest_files(listing, memory)
     try:
         dataset = Dataset.load(out / FILE).shown(shown.image_size, shown.resize)
@@ -267,12 +272,12 @@ def _shown_anew(
     return summary
 
 
-def _write(out: Path, dataset: Dataset, summary: Mapping[str, Any]) -> None:
-    """Write the files of a data set, for a caller that holds their lock."""
+def _write(out: Path, dataset: Dataset, summary: Mapping[str, Any], *, may_move: bool = False) -> None:
+    """Write the files of a data set, for a caller that holds their lock; those collected for it may be moved."""
     from pipeline.data.file import FILE
 
     remove_leftovers(out)
-    dataset.save(out / FILE)
+    dataset.save(out / FILE, may_move=may_move)
     write_json(out / "summary.json", summary)
     shutil.rmtree(prepared.part_of(out), ignore_errors=True)
 

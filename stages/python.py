@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.inference.classifier import AnyImage, Classifier, Prediction, Transform
     from pipeline.labels.cache import LabelCache
 
-    Arrays: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.integer[Any]], Sequence[str]]
+    Arrays: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.integer[Any]], Sequence[str] | Sequence[int]]
 
 RECIPE = "folder"
 """The recipe of the package's params.yaml that is changed, and the name of the result."""
@@ -275,7 +275,13 @@ def _open(
 ) -> Context:  # fmt: skip
     """Check the arguments, make the recipe of them, write it into the folder, and return the setting."""
     tree = _tree(teacher, student, epochs, teacher_epochs, weights, epochs if views is None else views, settings)
-    tree["recipes"][RECIPE]["dataset"] |= _described(data, image_size)
+    described, asked = _described(data, image_size), settings.get("dataset", {}).get("resize")
+    if asked not in (None, described.get("resize", asked)):
+        raise UsageError(
+            f"settings: dataset.resize: {asked!r}: the Dataset's images become squares by {described['resize']!r}; "
+            "leave it out"
+        )
+    tree["recipes"][RECIPE]["dataset"] |= described
     try:
         params = parse_params(tree)
         check_models(params)
@@ -369,7 +375,7 @@ def _described(data: Path | str | Dataset | Arrays, image_size: int | None) -> d
     if isinstance(data, tuple):
         if len(data) != 3 or getattr(data[0], "ndim", 0) != 4:
             raise UsageError("data: a tuple must hold images (N, S, S, 3) uint8, labels (N,) and class names")
-        source, size = RECIPE, int(data[0].shape[1])
+        described = {"source": RECIPE, "image_size": int(data[0].shape[1])}
     else:
         from pipeline.data.datasets import Dataset
 
@@ -377,10 +383,13 @@ def _described(data: Path | str | Dataset | Arrays, image_size: int | None) -> d
             raise UsageError(
                 f"data: a {type(data).__name__}; give a folder, a Dataset, or (images, labels, class names)"
             )
-        source, size = data.source, data.image_size
-    if image_size not in (None, size):
-        raise UsageError(f"image_size={image_size}: the images have {size} pixels; leave it out, or resize them before")
-    return {"source": source, "image_size": size}
+        described = {"source": data.source, "image_size": data.image_size, "resize": data.resize}
+    if image_size not in (None, described["image_size"]):
+        raise UsageError(
+            f"image_size={image_size}: the images have {described['image_size']} pixels; leave it out, or resize them "
+            "before"
+        )
+    return described
 
 
 def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
@@ -400,6 +409,7 @@ def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
                 val_fraction=recipe.val_fraction,
                 test_fraction=recipe.test_fraction,
                 split_seed=recipe.split_seed,
+                resize=recipe.resize,
             )
         take_dataset(context, dataset)
 

@@ -183,6 +183,8 @@ class StoredImages:
         Raises:
             StorageError: The file has changed since it was opened, or cannot be read.
         """
+        if isinstance(rows, slice) and rows.step not in (None, 1):
+            rows = np.arange(len(self))[rows]
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
             firsts, ends = np.array([start]), np.array([max(start, stop)])

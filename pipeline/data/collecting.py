@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.arrays import StoredFile
-from pipeline.data.decoding import EXIF_RULE, decoders, opened
+from pipeline.data.decoding import EXIF_RULE, TOO_NARROW, decoders, opened
 from pipeline.data.digests import NOT_A_FILE, Seen, status_of
 from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
 from pipeline.data.listing import relative_path
@@ -182,7 +182,7 @@ class Collector:
         images, start, collected = EncodedImages(file, self._path, index, **self._rules), 0, {}
         for place in images.too_narrow().tolist():
             width, height = images.sizes[place]
-            bad[place] = f"{width} x {height} pixels, too narrow to be cut to a square of {images.image_size}"
+            bad[place] = f"{width} x {height} pixels, {TOO_NARROW} {images.image_size}"
         for name, paths in groups.items():
             stop = start + len(paths)
             collected[name] = Collected(

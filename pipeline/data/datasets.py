@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.recipes import SQUEEZE, DatasetRecipe
+from pipeline.config.recipes import RESIZES, SQUEEZE, DatasetRecipe
 from pipeline.data.arrays import Images, chunks, select
 from pipeline.data.encoded import FIXED_POINT, EncodedImages
 from pipeline.data.file import Channels as Channels
 from pipeline.data.file import Content, damaged_array, encoding, read_content, write_content
+from pipeline.data.listing import by_one_form
 from pipeline.errors import DataError
 
 # In the SHA-256 of pixels and in that of files, however they are stored.
@@ -152,51 +153,61 @@ class Dataset:
             splits[name] = replace(split, images=split.images.shown(image_size, resize))
         return replace(self, train=splits["train"], val=splits.get("val"), test=splits["test"], resize=resize)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, may_move: bool = False) -> None:
         """Write the data set as `path`, a dataset.json, and what belongs beside it; equal data sets give equal bytes.
+
+        Args:
+            path: The file dataset.json; missing folders above it are made.
+            may_move: Whether the file of encoded images is nobody else's, see `write_together`.
 
         Raises:
             StorageError: A file cannot be written.
         """
         splits = {name: (split.images, split.labels, split.paths) for name, split in self.splits.items()}
         statistics = self._statistics if isinstance(self.train.images, EncodedImages) else None
-        write_content(path, Content(self.source, self.class_names, splits, self.sha256, statistics))
+        content = Content(self.source, self.class_names, splits, self.sha256, statistics, self.resize)
+        write_content(path, content, may_move=may_move)
 
     @classmethod
     def from_arrays(
         cls,
         images: NDArray[np.uint8],
         labels: NDArray[np.integer[Any]],
-        class_names: Sequence[str],
+        class_names: Sequence[str] | Sequence[int],
         *,
         test: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]] | None = None,
         val_fraction: float = 0.0,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        resize: str = SQUEEZE,
     ) -> Dataset:
         """Make a data set from arrays, as in a notebook.
 
         Args:
-            images: `(N, S, S, 3)` uint8 RGB.
+            images: `(N, S, S, 3)` uint8 RGB, N and S at least 1.
             labels: `(N,)` integers in [0, K).
-            class_names: K names.
+            class_names: K names that differ; whole numbers are written out.
             test: Images and labels of the test split; None cuts `test_fraction` off.
             val_fraction: See `DatasetRecipe`.
             test_fraction: See `DatasetRecipe`.
             split_seed: See `DatasetRecipe`.
+            resize: How the images became squares, and those must that are asked about later; see `DatasetRecipe`.
 
         Raises:
-            DataError: The arrays are not as above, or there are too few samples to split.
+            DataError: An argument is not as above, or there are too few samples to split.
         """
+        if resize not in RESIZES:
+            raise DataError(f"resize: {resize!r}; choose from {', '.join(RESIZES)}")
         recipe = DatasetRecipe(
-            source="folder", val_fraction=val_fraction, test_fraction=test_fraction, split_seed=split_seed
-        )
-        names = tuple(class_names)
+            source="folder", val_fraction=val_fraction, test_fraction=test_fraction, split_seed=split_seed,
+            resize=resize,
+        )  # fmt: skip
+        names = _checked_names(class_names)
         train, held_out = _checked(images, labels, len(names)), None
         if test is not None:
             held_out = _checked(*test, len(names))
-            if held_out.images.shape[1:] != images.shape[1:]:
-                raise DataError(f"test images are of shape {held_out.images.shape}, the others {images.shape}")
+            if held_out.images.shape[1:] != train.images.shape[1:]:
+                raise DataError(f"test images are of shape {held_out.images.shape}, the others {train.images.shape}")
         return assemble("folder", names, train, held_out, recipe)
 
     @classmethod
@@ -215,8 +226,9 @@ class Dataset:
         content = read_content(path, max_bytes)
         splits = {name: Split(*arrays) for name, arrays in content.splits.items()}
         dataset = _make(
-            content.source, content.class_names, splits["train"], splits.get("val"), splits["test"], content.statistics
-        )
+            content.source, content.class_names, splits["train"], splits.get("val"), splits["test"],
+            content.resize, content.statistics,
+        )  # fmt: skip
         if dataset.sha256 != content.sha256:
             raise DataError(
                 f"{damaged_array(path)}: damaged: the SHA-256 of the data set is {dataset.sha256}, not "
@@ -225,13 +237,32 @@ class Dataset:
         return dataset
 
 
+def _checked_names(class_names: Iterable[object]) -> tuple[str, ...]:
+    """Return a user's class names as texts, after checking them."""
+    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+        raise DataError(f"class names are {class_names!r}; give a list with a text for each class")
+    names: list[str] = []
+    for name in class_names:
+        is_number = isinstance(name, int | np.integer) and not isinstance(name, bool)
+        if not (is_number or (isinstance(name, str) and name.strip())):
+            raise DataError(f"class name {len(names)} is {name!r}; give a text that is not empty, or a whole number")
+        names.append(str(name))
+    if len(by_one_form(names, "class names")) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"class names have {repeated!r} more than once; give each class a name of its own")
+    return tuple(names)
+
+
 def _checked(images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], num_classes: int) -> Split:
     """Make a split from a user's arrays, after checking them."""
+    images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise DataError(f"images are {images.dtype} of shape {images.shape}; give uint8 RGB, (N, S, S, 3)")
+    if not images.size:
+        raise DataError(f"images are of shape {images.shape}; give at least one, of at least one pixel")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"labels are {labels.dtype} of shape {labels.shape}; give {len(images)} integers")
-    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+    if not (0 <= labels.min() and labels.max() < num_classes):
         raise DataError(f"labels go from {labels.min()} to {labels.max()}; there are {num_classes} class names")
     return Split(images, labels.astype(np.int64))
 
@@ -299,7 +330,8 @@ def assemble(
         class_names: K names.
         train: The source's training samples.
         test: Its test samples; None cuts `recipe.test_fraction` off train.
-        recipe: Gives the fractions; `val_fraction` is cut off the rest of train.
+        recipe: Gives the fractions, of which `val_fraction` is cut off the rest of train, and `resize`, the rule under
+            which the images are squares.
         val: The source's validation samples; `recipe.val_fraction` is not applied then.
 
     Raises:
@@ -313,7 +345,7 @@ def assemble(
     if val is None and recipe.val_fraction > 0:
         rest, cut = stratified_split(train.labels, recipe.val_fraction, recipe.split_seed, class_names)
         train, val = train.take(rest), train.take(cut)
-    return _make(source, class_names, train, val, test)
+    return _make(source, class_names, train, val, test, recipe.resize)
 
 
 def _make(
@@ -322,11 +354,11 @@ def _make(
     train: Split,
     val: Split | None,
     test: Split,
+    resize: str,
     recorded: tuple[Channels, Channels] | None = None,
 ) -> Dataset:
     """Make a data set with the SHA-256 of its content."""
     sha256 = _content_sha256(class_names, _splits(train, val, test))
-    resize = train.images.resize if isinstance(train.images, EncodedImages) else SQUEEZE
     return Dataset(source, class_names, train, val, test, sha256, recorded, resize)
 
 

@@ -56,6 +56,7 @@ MAX_LEVEL = 65_535  # of 16 bits
 BYTES_PER_PIXEL = 20  # the most that decoding, turning and compositing take at once, measured for all modes and formats
 SHARE_OF_RAM = 4  # a machine's threads decode at once what takes a quarter of the memory
 UNUSED_ALPHA = "alpha is 0 everywhere, and ignored"
+TOO_NARROW = "too narrow to be cut to a square of"
 
 
 def decode(content: bytes, notes: list[str] | None = None) -> Image.Image:
@@ -266,7 +267,7 @@ def fit(image: Image.Image, image_size: int, resize: str = SQUEEZE) -> NDArray[n
     shorter, (width, height) = shorter_side(image_size), image.size
     longer = shorter * max(image.size) // min(image.size)
     if shorter * longer > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels, too narrow to be cut to a square of {image_size}")
+        raise DataError(f"{width} x {height} pixels, {TOO_NARROW} {image_size}")
     image = _resized(image, *((shorter, longer) if width <= height else (longer, shorter)))
     left, top = (round((side - image_size) / 2) for side in image.size)
     return np.array(image.crop((left, top, left + image_size, top + image_size)))

@@ -4,7 +4,8 @@ Of `store: pixels` the arrays are `images` (N, S, S, 3) uint8 and `labels` (N,) 
 all files lie one after the other in files.bin, and the arrays are `labels`, `offsets` (N, 2) int64, where each file
 begins and ends there, `sizes` (N, 2) int32, width and height of the upright image, and `sha256` (N, 32) uint8. Where
 images come from a folder, `paths` (N,) are relative to it. dataset.json has the SHA-256 of every array, and that of the
-content as a whole. No file is mapped into memory: reading a mapped file that is cut short ends the process.
+content as a whole; and the rule by which images become squares, `resize`, of pixels only where it is not `squeeze`. No
+file is mapped into memory: reading a mapped file that is cut short ends the process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline.config.recipes import ENCODED, PIXELS, RESIZES
+from pipeline.config.recipes import ENCODED, PIXELS, RESIZES, SQUEEZE
 from pipeline.data.arrays import Images, StoredFile, StoredImages, chunks
 from pipeline.data.decoding import EXIF_RULE
 from pipeline.data.encoded import QUALITY, EncodedImages, Index
@@ -62,6 +63,7 @@ class Content:
         splits: By name, in the order of SPLITS: images `(N, S, S, 3)`, labels `(N,)` int64, and paths `(N,)` or None.
         sha256: The SHA-256 of the content without the paths; as it is read, the recorded one, not verified.
         statistics: Of an encoded store, mean and standard deviation of each channel over train.
+        resize: How images become squares, or became them where pixels are stored.
     """
 
     source: str
@@ -69,14 +71,16 @@ class Content:
     splits: Mapping[str, tuple[Images, NDArray[np.int64], NDArray[np.bytes_] | None]]
     sha256: str
     statistics: tuple[Channels, Channels] | None = None
+    resize: str = SQUEEZE
 
 
-def write_content(path: Path, content: Content) -> None:
+def write_content(path: Path, content: Content, *, may_move: bool = False) -> None:
     """Write the files, a few images at a time, and then let them replace what is there; equal contents, equal bytes.
 
     Args:
         path: The file dataset.json; missing folders above it are made.
         content: What to write.
+        may_move: See `write_together`.
 
     Raises:
         StorageError: A file cannot be written.
@@ -91,6 +95,8 @@ def write_content(path: Path, content: Content) -> None:
         "sha256": content.sha256,
         "files": {},
     }
+    if content.resize != SQUEEZE:  # the rule of pixels that name none
+        description["resize"] = content.resize
     for split, (images, labels, paths) in content.splits.items():
         parts: dict[str, Any] = {"images": images}
         if isinstance(images, EncodedImages):
@@ -105,7 +111,7 @@ def write_content(path: Path, content: Content) -> None:
     if content.statistics is not None:
         description["mean"], description["std"] = content.statistics
     files[path] = (to_json(seal(description)) for _ in range(1))  # in its turn, when all arrays are described
-    write_together(files)
+    write_together(files, may_move=may_move)
     with storage_errors(f"clean up in {folder}"):
         for name in NAMES:
             if folder / name not in files:
@@ -181,6 +187,8 @@ def _read(description: dict[str, Any], folder: Path, max_bytes: int | None) -> C
         raise ValueError(f"source {source!r}, {len(class_names)} class names")
     if not {"train", "test"} <= counts.keys() <= set(SPLITS) or not is_sha256(description["sha256"]):
         raise ValueError(f"splits {', '.join(counts)}, SHA-256 {description['sha256']!r}")
+    if (resize := description.get("resize", SQUEEZE)) not in RESIZES:
+        raise ValueError(f"resize {resize!r}")
     arrays: dict[str, dict[str, _Array]] = {split: {} for split in SPLITS if split in counts}
     for split, parts in arrays.items():
         for part in dict.fromkeys((*_PARTS[store], "paths")):
@@ -204,7 +212,7 @@ def _read(description: dict[str, Any], folder: Path, max_bytes: int | None) -> C
         if "paths" in parts and paths is None:
             paths = parts["paths"].load()
         splits[split] = images, labels, paths
-    return Content(source, tuple(class_names), splits, description["sha256"], statistics)
+    return Content(source, tuple(class_names), splits, description["sha256"], statistics, resize)
 
 
 def _encoded(
@@ -213,7 +221,7 @@ def _encoded(
     """Open the images of an encoded store."""
     path, size = folder / BYTES, description["bytes"]
     rules = {key: description[key] for key in ("image_size", "resize", "max_side")}
-    if rules["resize"] not in RESIZES or not (0 < rules["image_size"] <= MAX_SIDE and 0 <= rules["max_side"]):
+    if not (0 < rules["image_size"] <= MAX_SIDE and 0 <= rules["max_side"]):
         raise ValueError(", ".join(f"{key} {value!r}" for key, value in rules.items()))
     file = StoredFile.opened(path, size)
     images: dict[str, Images] = {}

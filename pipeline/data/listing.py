@@ -277,12 +277,12 @@ def _under_names_of_train(listing: Listing, split: str, listed: Mapping[str, Cla
     """Return a split's classes in the order of `train`, under the names that these have there."""
     known = by_one_form(listed["train"], listing.source)
     classes: Classes = {}
-    for name, paths in listed[split].items():
-        if one_form(name) not in known:
+    for form, name in by_one_form(listed[split], f"{listing.source}: {split}").items():
+        if form not in known:
             raise DataError(
                 f"{listing.source}: {split}/{name}: a class that `train` does not have; rename it or remove it"
             )
-        classes[known[one_form(name)]] = paths
+        classes[known[form]] = listed[split][name]
     return {name: classes[name] for name in known.values() if name in classes}
 
 

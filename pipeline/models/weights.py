@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.system.home import WAY_OUT
+from pipeline.system.storage import has_file
 
 if TYPE_CHECKING:
     from torchvision import models
@@ -85,7 +86,7 @@ def download(model: str, weights: models.WeightsEnum, cached: Path) -> StateDict
     """
     if cached.parts[0] == "~":  # torch.hub would make a folder of that name here
         raise UsageError(f"teacher {model}: no home directory to keep ImageNet's weights in; {WAY_OUT}, or TORCH_HOME")
-    was_cached = cached.exists()
+    was_cached = has_file(cached)
     try:
         # torch.hub announces the download on stdout, which belongs to the caller's own output.
         with contextlib.redirect_stdout(sys.stderr):

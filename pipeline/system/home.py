@@ -34,7 +34,12 @@ def can_keep() -> bool:
     folder = cache_folder()
     if folder is None:
         return False
-    return os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK | os.X_OK)
+    with contextlib.suppress(OSError):  # a folder that cannot be searched, or a relative one where there is none
+        for path in (folder, *folder.absolute().parents):
+            with contextlib.suppress(FileNotFoundError):
+                path.stat()
+                return os.access(path, os.W_OK | os.X_OK)
+    return False
 
 
 def lend_caches() -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,9 @@ def append_line(path: Path, line: bytes) -> None:
         os.close(descriptor)
 
 
-def write_together(files: Mapping[Path, bytes | Path | Iterable[bytes | memoryview]]) -> None:
+def write_together(
+    files: Mapping[Path, bytes | Path | Iterable[bytes | memoryview]], *, may_move: bool = False
+) -> None:
     """Write files that belong together: all of them beside their destinations, and only then in their places.
 
     So a full disk, or a kill before all are written, leaves every old file. A kill in the instant of the renames leaves
@@ -121,24 +123,32 @@ def write_together(files: Mapping[Path, bytes | Path | Iterable[bytes | memoryvi
 
     Args:
         files: By destination their contents, in the order in which they take their places: bytes, parts that are made
-            when it is a file's turn, or a finished file, which gets a second name (where there are no links, another).
+            when it is a file's turn, or a finished file, which gets a second name (where there are no links, a copy).
+        may_move: Whether finished files are nobody else's: where there are no links they are moved rather than copied,
+            once all else is written.
 
     Raises:
         StorageError: The disk is full, rights are missing, or the device failed.
     """
-    token = secrets.token_hex(8)
+    token, moved = secrets.token_hex(8), dict[Path, Path]()
     with contextlib.ExitStack() as undone:
         for path, content in files.items():
             with storage_errors(f"write {path}", FULL):
                 _make_directory(path.parent)
                 undone.callback(_remove, beside(path, token))
                 if isinstance(content, Path):
-                    if not (path.exists() and path.samefile(content)):  # a rename between its names would leave both
-                        _link(content, beside(path, token), Path.replace)
+                    if path.exists() and path.samefile(content):  # a rename between its names would leave both
+                        continue
+                    if not _link(content, beside(path, token), may_move=may_move):
+                        moved[path] = content
                     continue
                 with _new_file(beside(path, token)) as descriptor:
                     for part in [content] if isinstance(content, bytes) else content:
                         _write_all(descriptor, part)
+        for path, content in moved.items():
+            with storage_errors(f"write {path}", FULL):
+                content.replace(beside(path, token))
+                undone.callback(beside(path, token).replace, content)
         undone.pop_all()
     put_in_place(files, token)
 
@@ -196,7 +206,7 @@ def duplicate(source: Path, path: Path) -> None:
         if path.exists() and path.samefile(source):
             return  # a rename between two names of one file would leave both
         try:
-            _link(source, temporary, _copy)
+            _link(source, temporary)
             temporary.replace(path)
         except BaseException:
             _remove(temporary)
@@ -204,14 +214,21 @@ def duplicate(source: Path, path: Path) -> None:
         _sync_directory(path.parent)
 
 
-def _link(source: Path, path: Path, otherwise: Callable[[Path, Path], object]) -> None:
-    """Make a hard link; where links fail, do something else."""
+def _link(source: Path, path: Path, *, may_move: bool = False) -> bool:
+    """Make a hard link, or a copy where links fail.
+
+    Returns:
+        Whether it is made. Not so where links fail on the same disk and the file may be moved: that is left to do.
+    """
     try:
         os.link(source.resolve(strict=True), path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        otherwise(source, path)
+        if may_move and error.errno != errno.EXDEV:
+            return False
+        _copy(source, path)
+    return True
 
 
 def _copy(source: Path, path: Path) -> None:
@@ -242,6 +259,14 @@ def remove_leftovers(path: Path) -> None:
         for entry in folder.iterdir():
             if re.fullmatch(rf"\.{name}\.[0-9a-f]+\.tmp", entry.name):
                 entry.unlink(missing_ok=True)
+
+
+def has_file(path: Path) -> bool:
+    """Tell whether a file is there as far as this user can see: not so where a folder of its path may not be searched.
+
+    `Path.is_file` raises PermissionError then, before Python 3.14.
+    """
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def read_bytes(path: Path) -> bytes:

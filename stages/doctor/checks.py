@@ -18,7 +18,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.models.students import Student, build_student, is_foreign, use_inner_block, use_outer_block
 from pipeline.models.teachers import is_torchvision, weights_file
 from pipeline.system.runtime import device_name, resolve_precision
-from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, uses_locks
+from pipeline.system.storage import NO_LOCKS_VARIABLE, has_file, is_locked, uses_locks
 from pipeline.system.text import counted
 from pipeline.training.execution import Execution
 from pipeline.views import guard
@@ -200,9 +200,9 @@ def weights(context: Context, tasks: list[Task]) -> list[Finding]:
     sources = {name: recipes[name].weights for name in names}
     for name, source in sources.items():
         model = recipes[name].model
-        if source == "imagenet" and is_torchvision(model) and not weights_file(model).is_file():
+        if source == "imagenet" and is_torchvision(model) and not has_file(weights_file(model)):
             missing.append(name)
-        elif source not in ("imagenet", "none") and not Path(source).is_file():
+        elif source not in ("imagenet", "none") and not has_file(Path(source)):
             text = f"teachers.{name}: weights {source!r} does not exist"
             findings.append(Finding("data", PROBLEM, text, "choose imagenet, none or the path of a state dict"))
     if missing:

@@ -20,6 +20,7 @@ from pipeline.models.students import has_distillation_head, is_foreign
 from pipeline.models.teachers import is_torchvision, weights_file
 from pipeline.system.memory import available_ram
 from pipeline.system.runtime import RESIDENT_VARIABLE, resident_limit
+from pipeline.system.storage import has_file
 from stages.doctor.checks import DVC, Task, dvc_setting, has_source
 from stages.doctor.software import OK, PROBLEM, WARNING, Finding, size_text
 from stages.shared import kept
@@ -164,7 +165,7 @@ def _downloads(context: Context, teachers: Mapping[str, int]) -> list[Artefact]:
         if teacher.weights == "imagenet" and is_torchvision(teacher.model)
     }
     if weights:
-        missing = sum(size for file, size in weights.items() if not file.is_file())
+        missing = sum(size for file, size in weights.items() if not has_file(file))
         downloads.append(Artefact("ImageNet weights", next(iter(weights)).parent, sum(weights.values()), missing))
     return downloads
 

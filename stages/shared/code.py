@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pipeline
@@ -13,6 +14,8 @@ WAY_OUT = "`pip install -e .` installs this one; `python -m stages.cli` runs it 
 
 def other_code() -> Path | None:
     """Return this folder if it has code of its own, which is not what runs; else None."""
-    here = Path.cwd()
-    is_clone = (here / "pipeline" / "__init__.py").is_file() and (here / "stages" / "cli.py").is_file()
-    return here if is_clone and here.resolve() != ROOT else None
+    with contextlib.suppress(OSError):  # this folder is gone, or may not be searched
+        here = Path.cwd()
+        is_clone = (here / "pipeline" / "__init__.py").is_file() and (here / "stages" / "cli.py").is_file()
+        return here if is_clone and here.resolve() != ROOT else None
+    return None

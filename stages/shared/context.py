@@ -168,6 +168,7 @@ class Context:
         version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._loaded is None or self._loaded[0] != version:
             dataset = Dataset.load(self.paths.dataset, resident_limit())
+            # Pixels that a former version prepared do not name their rule.
             self._loaded = (version, replace(dataset, resize=self.recipe.dataset.resize))
         return self._loaded[1]
 

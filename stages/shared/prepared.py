@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.recipes import Recipe, deciding_values
 from pipeline.errors import DataError, PipelineError, UsageError, printable
 from pipeline.system.canonical import canonical_json, fingerprint, is_sha256
-from pipeline.system.storage import read_json, remove_leftovers, write_atomic
+from pipeline.system.storage import lock, read_json, remove_leftovers, write_atomic
 from pipeline.system.text import counted
 from stages.shared import kept
 from stages.shared.paths import Paths
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Raised where the same folder gives other images, splits or classes: what was prepared before is then made again.
 READER = 2
+# Half a minute, for another process that writes what it remembers.
+LOCK_ATTEMPTS = 600
 
 
 def check_prepared(
@@ -249,9 +251,11 @@ def digest_files(listing: Listing, memory: Path | None) -> tuple[str, dict[str, 
 def remember_files(listing: Listing, seen: Mapping[str, Seen], memory: Path) -> None:
     """Write sizes, times and SHA-256 of a folder's files, unless they are there."""
     if seen != _recall(memory, listing):
-        remove_leftovers(memory)
         root = os.fspath(listing.root.resolve())
-        write_atomic(memory, canonical_json({"root": root, "files": dict(seen)}).encode())
+        content = canonical_json({"root": root, "files": dict(seen)}).encode()
+        with lock(lock_of(memory), attempts=LOCK_ATTEMPTS):
+            remove_leftovers(memory)
+            write_atomic(memory, content)
 
 
 def _recall(memory: Path, listing: Listing) -> dict[str, Seen]:
@@ -266,7 +270,7 @@ def _recall(memory: Path, listing: Listing) -> dict[str, Seen]:
 
 
 def lock_of(out: Path) -> Path:
-    """Return the lock of prepared data."""
+    """Return the lock of prepared data, or of what is remembered of their files."""
     return out.with_name(f"{out.name}.lock")
 
 

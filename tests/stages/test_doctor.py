@@ -19,6 +19,7 @@ from stages.doctor import checks
 from stages.doctor.software import OK, PROBLEM, WARNING, extras, size_text, software
 from tests.support.in_process import invoke
 from tests.support.project import Project
+from tests.whole.test_other_machines import unsearchable
 
 
 def small(project: Project) -> Project:
@@ -176,6 +177,8 @@ def test_weights_to_be_downloaded_are_a_warning(
 ) -> None:
     empty.edit("squeezenet1_1: {epochs: 8}", "squeezenet1_1: {weights: imagenet}")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "ImageNet weights of squeezenet1_1 are not in" in lines(examine(empty), WARNING)
+    unsearchable(monkeypatch, tmp_path / "hub")
     assert "ImageNet weights of squeezenet1_1 are not in" in lines(examine(empty), WARNING)
 
 

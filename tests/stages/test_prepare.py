@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,13 @@ from PIL import Image
 
 from pipeline.config.recipes import DatasetRecipe, LabelRecipe, Recipe, SelectRecipe, deciding_values
 from pipeline.data.datasets import Dataset
+from pipeline.data.listing import Listing
 from pipeline.data.sources import load_digits
 from pipeline.errors import DataError, UsageError
+from pipeline.system import storage
 from pipeline.system.storage import sha256_file
 from stages.prepare import prepare, remarks
+from stages.shared import prepared
 from stages.shared.prepared import READER
 from tests.support.in_process import invoke
 from tests.support.project import Project
@@ -52,6 +57,16 @@ def test_digits_are_prepared_and_summarized(tmp_path):
     assert (summary["evaluation"], summary["settings"]["image_size"], summary["num_skipped"]) == ("test", 32, 0)
     assert summary["class_counts"]["test"] == np.bincount(dataset.test.labels).tolist()
     assert (summary["mean"], summary["std"]) == (list(dataset.mean), list(dataset.std))
+
+
+def test_pixels_are_kept_with_the_rule_by_which_they_became_squares(tmp_path):
+    digests = []
+    for resize in ("squeeze", "crop"):
+        prepare(make_recipe("digits", resize=resize), out=tmp_path / resize, raw=tmp_path / "raw")
+        dataset = Dataset.load(tmp_path / resize / "dataset.json")
+        assert dataset.resize == resize
+        digests.append(dataset.sha256)
+    assert digests[0] != digests[1]
 
 
 def test_preparing_again_gives_the_same_bytes(tmp_path):
@@ -208,6 +223,29 @@ def test_contents_are_read_again_only_where_size_or_time_changed(project, monkey
     assert "up to date" in invoke(project, "prepare") and read == ["02.png"]
     (project.path / "data/work/smoke/prepare.json").write_bytes(b"{")
     assert "up to date" in invoke(project, "prepare") and len(read) == 41
+
+
+def test_two_processes_may_remember_at_once(tmp_path, monkeypatch):
+    memory, real, others = tmp_path / "prepare.json", storage._new_file, []
+
+    def remember(name):
+        prepared.remember_files(Listing(tmp_path), {name: (1, 2, "0" * 64)}, memory)
+
+    @contextlib.contextmanager
+    def slow(path):
+        with real(path) as descriptor:
+            yield descriptor
+            monkeypatch.setattr(storage, "_new_file", real)
+            others.append(threading.Thread(target=remember, args=("second",)))
+            others[0].start()
+            others[0].join(0.3)
+
+    monkeypatch.setattr(storage, "_new_file", slow)
+    (tmp_path / ".prepare.json.0123.tmp").touch()  # of a process that was killed
+    remember("first")
+    others[0].join()
+    assert list(json.loads(memory.read_text())["files"]) == ["second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepare.json", "prepare.json.lock"]
 
 
 def test_data_whose_source_is_not_here_are_kept_and_that_is_said(project):

@@ -220,6 +220,32 @@ def test_arrays_and_data_sets_are_prepared_once(tmp_path: Path, capsys: pytest.C
     assert other.sha256 != dataset.sha256 and "another data set than before" in capsys.readouterr().out
 
 
+def test_the_rule_by_which_images_became_squares_is_that_of_the_data(tmp_path: Path) -> None:
+    def taken(data: Any, name: str, **settings: Any) -> titn.Dataset:
+        context = python._open(
+            data, "resnet50", "titn", epochs=1, teacher_epochs=1, weights="none", views=1, image_size=None,
+            device="cpu", settings={"dataset": settings}, folder=tmp_path / name, quiet=True,
+        )  # fmt: skip
+        python._prepare(context, data)
+        kept = titn.Dataset.load(context.paths.dataset)
+        assert context.dataset().resize == kept.resize == context.recipe.dataset.resize
+        return kept
+
+    arrays = coloured(30)
+    cropped = titn.Dataset.from_arrays(*arrays, resize="crop")
+    assert taken(arrays, "arrays").resize == "squeeze"
+    assert taken(arrays, "cropped arrays", resize="crop").resize == "crop"
+    assert taken(cropped, "set").resize == taken(cropped, "set", resize="crop").resize == "crop"
+    with pytest.raises(UsageError, match=r"settings: dataset.resize: 'squeeze': .* by 'crop'; leave it out"):
+        taken(cropped, "other", resize="squeeze")
+    for number, image in enumerate(arrays[0]):
+        file = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    files = taken(tmp_path / "images", "files", store="encoded", resize="crop")
+    assert taken(files, "files again").resize == "crop"
+
+
 def test_the_defaults_are_the_recipes() -> None:
     recipe = load_params(PROJECT / PARAMS).recipes["folder"]
     defaults = {name: one.default for name, one in inspect.signature(titn.distill).parameters.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -16,10 +17,11 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.data.images import BadFile
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.models.students import build_student
 from pipeline.models.students.fused import inner
 from pipeline.models.teachers import build_teacher
+from pipeline.models.weights import download
 from pipeline.system import compiling, home
 from pipeline.training.checkpoints import save_checkpoint
 from stages import cli
@@ -88,6 +90,56 @@ def test_a_home_directory_that_cannot_be_written_to_is_none_for_libraries(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert not home.can_keep()
     assert f"{tmp_path / 'cache'} cannot be written to" in software._home()[0].text
+
+
+def unsearchable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Refuse to look into a folder, as for a user who may not: these tests may run as root, who may."""
+    real = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if folder in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+
+def test_a_home_directory_that_cannot_be_searched_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    assert home.can_keep()
+    unsearchable(monkeypatch, tmp_path / "home")
+    assert not home.can_keep()
+    cli._settle()
+
+    def refuse(**options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "home/.cache"))
+
+    with pytest.raises(StorageError, match=r"no weights from url \(.*\.cache'\); `weights: none` trains"):
+        download("vgg16", SimpleNamespace(url="url", get_state_dict=refuse), tmp_path / "home/.cache/vgg16.pth")
+
+
+def test_a_working_directory_that_is_gone_is_no_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert not home.can_keep()
+    cli._settle()
+
+
+def test_what_the_system_refuses_before_a_command_begins_is_one_line_with_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/root")
+
+    monkeypatch.setattr(cli, "_settle", refuse)
+    monkeypatch.setattr(cli, "STOP", SimpleNamespace(install=lambda **_: None, end=lambda: None))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (4, "Error: /root: Permission denied\n")
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"\xb1 \xe9 \u732b"), ("cp1252", b"\xb1 \xe9 \\u732b")])

@@ -208,6 +208,19 @@ def test_numpy_and_json_read_the_documented_layout(saved):
             assert np.array_equal(stored, getattr(dataset.splits[split], part))
 
 
+def test_the_rule_by_which_pixels_became_squares_is_kept_beside_them_and_decides_nothing_else(tmp_path, saved):
+    recipe = DatasetRecipe(source="folder", val_fraction=0.2, resize="crop")
+    assemble("folder", NAMES, make_split(60), make_split(30, first=1000), recipe).save(tmp_path / "crop/dataset.json")
+    cropped, squeezed = Dataset.load(tmp_path / "crop/dataset.json"), Dataset.load(saved)
+    assert (cropped.resize, squeezed.resize) == ("crop", "squeeze") and cropped.sha256 == squeezed.sha256
+    described = json.loads((tmp_path / "crop/dataset.json").read_bytes())
+    assert described.pop("resize") == "crop"
+    assert to_json(seal(described)) == saved.read_bytes()
+    (tmp_path / "crop/dataset.json").write_bytes(to_json(seal({**described, "resize": "other"})))
+    with pytest.raises(DataError, match=r"not a prepared data set \(resize 'other'\)"):
+        Dataset.load(tmp_path / "crop/dataset.json")
+
+
 def test_what_belongs_to_a_former_data_set_is_removed(saved):
     for name in ("dataset.h5", "notes.txt", "train-paths.npy"):
         saved.with_name(name).write_bytes(b"")
@@ -386,12 +399,51 @@ ARRAYS, CLASSES = np.zeros((6, 4, 4, 3), np.uint8), np.array([0, 1] * 3)
         (ARRAYS, CLASSES.astype(float), "float64"),
         (ARRAYS, CLASSES + 1, "from 1 to 2; there are 2"),
         (ARRAYS, CLASSES - 1, "from -1 to 0"),
+        (ARRAYS.tolist(), CLASSES, "images are int64"),
+        (ARRAYS[:0], CLASSES[:0], "images are of shape (0, 4, 4, 3); give at least one"),
+        (ARRAYS[:, :0, :0], CLASSES, "images are of shape (6, 0, 0, 3)"),
     ],
 )
 def test_arrays_that_are_no_data_set_are_refused(images, labels, words):
     with pytest.raises(DataError) as error:
         Dataset.from_arrays(images, labels, ["a", "b"])
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("ab", "class names are 'ab'; give a list with a text for each class"),
+        (2, "class names are 2"),
+        (["a", None], "class name 1 is None; give a text that is not empty, or a whole number"),
+        ([0.5, "b"], "class name 0 is 0.5"),
+        ([False, True], "class name 0 is False"),
+        ([b"a", b"b"], "class name 0 is b'a'"),
+        (["a", " "], "class name 1 is ' '"),
+        (["a", "b", "a"], "class names have 'a' more than once; give each class a name of its own"),
+        ([1, "1"], "class names have '1' more than once"),
+        (["\u00e9", "e\u0301"], "one name in two Unicode forms"),
+    ],
+)
+def test_class_names_that_cannot_be_kept_are_refused(names, words):
+    with pytest.raises(DataError) as error:
+        Dataset.from_arrays(ARRAYS, CLASSES, names)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [range(2), np.arange(2), np.array(["0", "1"]), ("0", "1")])
+def test_class_names_may_be_whole_numbers_and_labels_a_list(tmp_path, names):
+    dataset = Dataset.from_arrays(ARRAYS, CLASSES.tolist(), names)
+    assert list(map(type, dataset.class_names)) == [str, str]
+    dataset.save(tmp_path / "dataset.json")
+    assert Dataset.load(tmp_path / "dataset.json").class_names == ("0", "1")
+
+
+def test_the_rule_by_which_arrays_became_squares_may_be_named():
+    assert Dataset.from_arrays(ARRAYS, CLASSES, ["a", "b"]).resize == "squeeze"
+    assert Dataset.from_arrays(ARRAYS, CLASSES, ["a", "b"], resize="crop").resize == "crop"
+    with pytest.raises(DataError, match="resize: 'middle'; choose from squeeze, crop"):
+        Dataset.from_arrays(ARRAYS, CLASSES, ["a", "b"], resize="middle")
 
 
 def test_a_test_split_of_arrays_is_kept_and_must_fit():

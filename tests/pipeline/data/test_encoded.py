@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -568,7 +569,29 @@ def test_what_has_another_name_is_never_written_into(photos: Path, tmp_path: Pat
     assert contents(out) == before
 
 
-def test_the_disk_holds_each_file_once_while_preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", fail)
+
+
+def test_where_there_are_no_links_a_data_set_is_saved_elsewhere_as_a_copy(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_links(monkeypatch)
+    before = contents(own)
+    Dataset.load(own / "dataset.json").save(tmp_path / "other/dataset.json")
+    assert contents(own) == before
+    assert contents(tmp_path / "other").items() == before.items() - {("summary.json", before["summary.json"])}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_disk_holds_each_file_once_while_preparing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        refuse_links(monkeypatch)
     folder, generator, most = tmp_path / "photos", np.random.default_rng(0), 0
     for number in range(30):
         path = folder / "train" / "ab"[number % 2] / f"{number}.jpg"
@@ -669,3 +692,13 @@ def test_what_is_too_narrow_for_the_middle_is_a_bad_file(photos: Path, tmp_path:
         DataError, match=r"1 bad: train/cat/line.png \(20000 x 1 pixels, too narrow to be cut to a square"
     ):
         make(folder, tmp_path / "prepared", resize="crop", image_size=64)
+
+
+def test_what_was_too_narrow_is_taken_where_it_fits(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    Image.new("L", (20_000, 1)).save(folder / "train/cat/line.png")
+    out, settings = tmp_path / "prepared", {"skip_bad": True, "image_size": 64}
+    assert len(files_of(make(folder, out, resize="crop", **settings))) == 42
+    assert len(files_of(make(folder, out, resize="squeeze", **settings))) == 43
+    assert json.loads((out / "summary.json").read_text())["skipped"] == []

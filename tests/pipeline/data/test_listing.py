@@ -156,6 +156,10 @@ def test_without_a_split_all_images_of_a_csv_file_are_training_images(tmp_path: 
         ("path,label,split\nx.png,a,test\n", "no training image in it; each line is path,label"),
         ("path,label,split\nx.png,a,train\nx.png,b,test\n", "test/b: a class that `train` does not have"),
         (f"path,label\nx.png,{NFC}\ny.png,{NFD}\n", "one name in two Unicode forms"),
+        (
+            f"path,label,split\nx.png,{NFC},train\ny.png,{NFC},test\nz.png,{NFD},test\n",
+            "list.csv: test: the classes .* are one name in two Unicode forms .*; merge them",
+        ),
         ('path,label\n"x.png,a\n', "line 2: not a CSV file"),
     ],
 )

@@ -46,6 +46,19 @@ def on_host(images: Tensor, device: torch.device = CPU, path: Path | None = None
         return HostImages(StoredImages(file.fileno(), array.shape, len(b"something before them")), device)
 
 
+@pytest.mark.parametrize(
+    "rows", [slice(None), slice(2, 9, 3), slice(None, None, -1), slice(8, 2, -2), slice(5, 2), slice(5, 2, 2)]
+)
+def test_a_slice_of_images_in_a_file_is_that_of_an_array(tmp_path: Path, rows: slice) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
+    images.tofile(tmp_path / "images")
+    with (tmp_path / "images").open("rb") as file:
+        stored = StoredImages(file.fileno(), images.shape)
+    assert np.array_equal(stored[rows], images[rows])
+    chosen = np.array([7, 1, 4, 5, 9, 0])
+    assert np.array_equal(stored.select(chosen)[rows], images[chosen][rows])
+
+
 def streamed(views: Views, **kwargs: Any) -> Views:
     return Views(on_host(views.images, **kwargs), views.labels, views.recipe, key=views.key)
 

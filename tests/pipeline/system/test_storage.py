@@ -28,6 +28,7 @@ from pipeline.system.storage import (
     sha256_file,
     write_atomic,
     write_json,
+    write_together,
 )
 
 FAILING_CALLS = ("open", "write", "fsync", "replace")
@@ -177,6 +178,64 @@ def test_an_interrupt_leaves_the_earlier_file_and_no_leftover(tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             write_atomic(path, b"later")
     assert path.read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 1
+
+
+def refuse_links(monkeypatch, number):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", fail)
+
+
+@pytest.mark.parametrize(
+    ("number", "may_move", "stays"),
+    [(errno.EPERM, False, True), (errno.EXDEV, False, True), (errno.EPERM, True, False), (errno.EXDEV, True, True)],
+)
+def test_where_there_are_no_links_a_finished_file_is_copied_or_moved_on_its_disk_if_it_may_be(
+    tmp_path, monkeypatch, number, may_move, stays
+):
+    source, path = tmp_path / "source", tmp_path / "folder" / "file"
+    source.write_bytes(b"finished")
+    inode = source.stat().st_ino
+    refuse_links(monkeypatch, number)
+    write_together({path: source, path.with_name("last"): b"last"}, may_move=may_move)
+    assert path.read_bytes() == b"finished" and source.exists() == stays
+    assert (path.stat().st_ino == inode) != stays
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["file", "last"]
+
+
+@pytest.mark.parametrize("may_move", [False, True])
+def test_a_finished_file_stays_where_it_was_if_the_files_after_it_cannot_be_written(tmp_path, monkeypatch, may_move):
+    source, path = tmp_path / "source", tmp_path / "folder" / "file"
+    source.write_bytes(b"finished")
+    refuse_links(monkeypatch, errno.EPERM)
+
+    def full():
+        yield b"header"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match="No space left"):
+        write_together({path: source, path.with_name("last"): full()}, may_move=may_move)
+    assert source.read_bytes() == b"finished" and list(path.parent.iterdir()) == []
+
+
+def test_of_several_finished_files_those_already_moved_are_put_back(tmp_path, monkeypatch):
+    sources = [tmp_path / name for name in ("one", "two")]
+    for source in sources:
+        source.write_bytes(source.name.encode())
+    refuse_links(monkeypatch, errno.EPERM)
+    real = os.replace
+
+    def replace(source, path, **options):
+        if Path(source).name == "two":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, path, **options)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(StorageError, match=r"cannot write .*folder/two: Input/output error"):
+        write_together({tmp_path / "folder" / source.name: source for source in sources}, may_move=True)
+    assert [source.read_bytes() for source in sources] == [b"one", b"two"]
+    assert list((tmp_path / "folder").iterdir()) == []
 
 
 def test_leftovers_of_killed_writers_are_removed_and_only_those(tmp_path):
