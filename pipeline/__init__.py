@@ -40,9 +40,9 @@ def load(
     file's code runs, except TorchScript: such an archive is a program, so it is loaded only if `format` asks for it.
 
     Args:
-        path: A directory that `pipeline export` or a stage wrote, or a file in it.
+        path: A directory that `pipeline export` or a stage wrote, or a file in it, whose name says its format.
         format: Of an export: `safetensors`, `safetensors-bf16`, `onnx`, `onnx-int8` or `torchscript`; None takes the
-            first that exists, but never `torchscript`.
+            file that the path names or the first that exists, but never `torchscript`.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one. ONNX files run on the CPU.
         own_code: Your own functions, `FILE.py:FUNCTION`, that may be run to build a model that has been trained from
             one of them; without it such a checkpoint is refused.
@@ -52,7 +52,8 @@ def load(
         the nn.Module that was trained; and the transform, a PIL image or a path to `(3, H, W)` uint8.
 
     Raises:
-        UsageError: The path or the format does not exist, or the device can't be used.
+        UsageError: The path or the format does not exist, the path names a file of another format or a program that
+            `format` does not ask for, or the device can't be used.
         DataError: The file is damaged, or no model.
     """
     from pipeline.inference.loading import load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import click
 from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.inference.card import ROUNDED
+from pipeline.models.own import is_own
 from pipeline.report.tables import Table, number
 from pipeline.system.neighbours import load_average
 from stages.shared.options import PATH, any_device_option, json_option, open_console, parse_batch_sizes, tell_plain
@@ -53,20 +54,23 @@ def command(
     """
     import torch
 
-    from pipeline.inference.loading import load
+    from pipeline.inference.loading import format_named, load
     from pipeline.inference.speed import measure_speed, shared_device
     from pipeline.system.runtime import environment
 
     console = open_console()
     models: dict[str, Classifier] = {}
+    own_code = own_code_here()
     with cpu_threads(threads):
         for path in checkpoints:
             if str(path) in models:
                 raise UsageError(f"{path}: named twice; name each checkpoint once")
-            models[str(path)] = model = load(path, device=device, precision=precision, own_code=own_code_here())
+            models[str(path)] = model = load(
+                path, format=format_named(path), device=device, precision=precision, own_code=own_code
+            )
             tell_plain(model)
             check_data(model)
-        costs = [{"checkpoint": name, **costs_of(model)} for name, model in models.items()]
+        costs = [{"checkpoint": name, **costs_of(model, own_code)} for name, model in models.items()]
         on = shared_device(models.values())
         where = {**environment(on), "threads": torch.get_num_threads(), "load_average": load_average()}
         where["rounds"] = rounds
@@ -93,22 +97,31 @@ def check_data(classifier: Classifier) -> None:
         require_same_data(classifier.config, classifier.file, Paths(recipe), way_out)
 
 
-def costs_of(classifier: Classifier) -> dict[str, Any]:
+def costs_of(classifier: Classifier, own_code: Collection[str] = ()) -> dict[str, Any]:
     """Count what a model costs.
+
+    Args:
+        classifier: The model.
+        own_code: Functions of the user's that may be run to build it, see pipeline.inference.loading.load.
 
     Returns:
         Plain JSON values: model, kind, format, precision, device, inner_block, outer_block, image_size, num_classes,
-        parameters,
-        file_bytes, paper_macs and flops_per_image (of one image), top1 (percent; None of a quantised one) and
-        top1_split (`test` where its score there is known, else the split that chose the checkpoint; None if unknown).
+        parameters, file_bytes, paper_macs and flops_per_image (of one image), top1 (percent; None of a quantised one)
+        and top1_split (`test` where its score there is known, else the split that chose the checkpoint; None if
+        unknown). Of an export's program whose model is other code than `own_code`, paper_macs and flops_per_image are
+        None, and parameters is what the export says.
     """
     from pipeline.inference.loading import build_unfilled
     from pipeline.models.counting import flops_per_image, num_parameters, paper_macs
 
     config, size = classifier.config, classifier.image_size
     assert classifier.file is not None, "it has been loaded"
-    # The user's own code has been run already, to load the model.
-    plain = build_unfilled(config["kind"], config["model"], config["arguments"], own_code=(config["model"],))
+    # An export's program has been loaded without the code that its model was built by.
+    built = None
+    model = config["model"]
+    if not is_own(model) or model in own_code:
+        built = build_unfilled(config["kind"], model, config["arguments"], own_code=own_code)
+    parameters = config.get("parameters") if built is None else num_parameters(built)
     judged = Judged.of(config, classifier.file)
     return {
         "model": config["model"],
@@ -120,10 +133,10 @@ def costs_of(classifier: Classifier) -> dict[str, Any]:
         "outer_block": classifier.outer_block if classifier.format == "checkpoint" else None,
         "image_size": size,
         "num_classes": len(classifier.class_names),
-        "parameters": num_parameters(plain),
+        "parameters": parameters if type(parameters) is int else None,
         "file_bytes": classifier.file.stat().st_size,
-        "paper_macs": paper_macs(plain, size),
-        "flops_per_image": flops_per_image(plain, size),
+        "paper_macs": None if built is None else paper_macs(built, size),
+        "flops_per_image": None if built is None else flops_per_image(built, size),
         "top1": judged.scores.get("top1") if classifier.format not in ROUNDED else None,
         "top1_split": judged.split,
     }
@@ -154,10 +167,10 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 f"{split or 'unknown split'} top-1 %": number(row["top1"] if row["top1_split"] == split else None)
                 for split in splits
             },
-            "parameters": f"{row['parameters']:,}",
-            "file, MB": number(row["file_bytes"] / 1e6, 1),
-            "MACs, M": number(row["paper_macs"] / 1e6, 1),
-            "FLOPs, M": number(row["flops_per_image"] / 1e6, 1),
+            "parameters": "-" if row["parameters"] is None else f"{row['parameters']:,}",
+            "file, MB": _millions(row["file_bytes"]),
+            "MACs, M": _millions(row["paper_macs"]),
+            "FLOPs, M": _millions(row["flops_per_image"]),
             "inner block": (row["inner_block"] or "-").partition(" ")[0],
             "outer block": (row["outer_block"] or "-").partition(" ")[0],
             "precision": row["precision"],
@@ -171,6 +184,10 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "counter, both of one image and the plain formulation."
     )
     return Table("What they cost", list(cells[0]), [list(row.values()) for row in cells], note)
+
+
+def _millions(count: int | None) -> str:
+    return number(None if count is None else count / 1e6, 1)
 
 
 def speed_table(speeds: Sequence[Speed], where: Mapping[str, Any]) -> Table:

@@ -22,6 +22,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.recipes import CROP
+from pipeline.data.decoding import shorter_side
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, StorageError, UsageError, one_line, printable
 from pipeline.inference.card import SCORES
@@ -69,10 +71,12 @@ def command(checkpoint: Path, port: int, topk: int, device: str | None, precisio
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError("the demo needs Starlette and uvicorn; pip install 'titn-pipeline[demo]'") from error
-    from pipeline.inference.loading import load
+    from pipeline.inference.loading import format_named, load
 
     with listening(port) as listener:
-        classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
+        classifier = load(
+            checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
+        )
         tell_plain(classifier)
         with serving(Demo(classifier, topk), listener) as (address, served):
             click.echo(address)
@@ -111,6 +115,8 @@ class Demo:
             "classes": list(classifier.class_names),
             "heads": list(heads),
             "size": side,
+            "resize": classifier.resize,
+            "shorter_side": shorter_side(side) if classifier.resize == CROP else None,
             "scores": {key: judged.scores[key] for key in SCORES if _is_number(judged.scores.get(key))},
             "scores_split": judged.split,
             "attention": self._student is not None,

@@ -65,14 +65,16 @@ def command(
     Without --recipe it is scored on the data that it was trained on. With --data neither recipe nor prepared data are
     needed: folders are matched with the checkpoint's classes by name; classes may be absent, others are refused.
     """
-    from pipeline.inference.loading import load
+    from pipeline.inference.loading import format_named, load
 
     if predictions is not None:
         refuse_writing(predictions)
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
-        classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
+        classifier = load(
+            checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
+        )
         options.tell_plain(classifier)
         context = options.open_context(recipe, named_by=lambda params: classifier.config.get("recipe"))
         if mend:
@@ -84,7 +86,9 @@ def command(
         if recipe is not None or split is not None or mend:
             given = "--recipe" if recipe is not None else "--mend" if mend else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
-        classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
+        classifier = load(
+            checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
+        )
         options.tell_plain(classifier)
         result = evaluate_folder(classifier, data, skip_bad=skip_bad, per_class=per_class, rows=predictions)
     if as_json:

@@ -43,6 +43,7 @@ NUM_CHECKED = 256
 BATCH = 64
 DESCRIBED = (
     "kind", "model", "arguments", "recipe", "epoch", "seed", "dataset_sha256", "views", "soft", "confidence",
+    "evaluated_on",
 )  # fmt: skip
 RESULTS = ("top1", "top5", "precision", "recall", "f1", "class_top1", "distillation_top1", "agreement")
 
@@ -417,14 +418,21 @@ def _config(
 
 def _results(classifier: Classifier, real: RealImages) -> dict[str, Any]:
     """Return the model's scores: on the test split if its metrics.json is there, else on the split that chose it."""
-    assert classifier.file is not None, "it has been loaded"
-    judged, run = Judged.of(classifier.config, classifier.file), read_beside(classifier.file, "run.json")
+    meta, file = classifier.config, classifier.file
+    assert file is not None, "it has been loaded"
+    judged, run = Judged.of(meta, file), read_beside(file, "run.json")
     metrics, scores, split = judged.metrics, judged.scores, judged.split or real.evaluated_on
+    selected_on = metrics.get("evaluated_on") if metrics else split
+    if file.stem == "last":
+        # Nothing chose it. The metrics.json beside it is its run's if it has its scores.
+        selected_on, beside = None, read_beside(file, "metrics.json")
+        if (beside.get("seed"), beside.get("last")) == (meta.get("seed"), meta.get("scores")):
+            metrics = beside
     return {
         "scores": {key: scores[key] for key in RESULTS if type(scores.get(key)) in (int, float)},
         "scores_split": split,
         "scores_precision": metrics.get("precision"),
-        "selected_on": metrics.get("evaluated_on") if metrics else split,
+        "selected_on": selected_on,
         "num_train": metrics.get("num_train"),
         "num_test": metrics.get("num_test"),
         "trained": {key: run.get(key) for key in ("device", "date", "commit", "versions", "seconds")} if run else None,

@@ -66,11 +66,13 @@ def command(
     --threshold a prediction below it is named unsure, with the class that it would have been. What can't be read is
     named on standard error, the rest is answered, and the exit code is 1.
     """
-    from pipeline.inference.loading import load
+    from pipeline.inference.loading import format_named, load
 
     if as_json and csv_file is not None:
         raise UsageError(f"--json --csv {csv_file}: give one of them")
-    classifier = load(checkpoint, device=device, precision=precision, own_code=own_code_here())
+    classifier = load(
+        checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
+    )
     tell_plain(classifier)
     topk = min(topk or (5 if csv_file is None else 1), len(classifier.class_names))
     # A heading as wide as its columns.

@@ -44,6 +44,13 @@ SCORES = {
 """Score to its title and its metric on the hub."""
 PERCENT = ("top1", "top5", "class_top1", "distillation_top1")
 NUM_NAMED = 20
+READING = """if image.mode.startswith("I"):  # 16-bit grey
+    image = Image.fromarray(((np.asarray(image, np.int32) + 128) // 257).astype(np.uint8))
+if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[1]:  # laid on white
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+image = image.convert("RGB")"""
+"""What pipeline.data.decoding.in_rgb does, as a card's example writes it."""
 CITATION = """@article{rahman2025titn,
   title         = {A Transformer-in-Transformer Network Utilizing Knowledge Distillation for Image Recognition},
   author        = {Rahman, Dewan Tauhid and Sarker, Yeahia and Mazumder, Antar and Anower, Md. Shamim},
@@ -142,7 +149,8 @@ from PIL import Image, ImageOps
 
 names = json.loads(pathlib.Path("config.json").read_text())["class_names"]
 session = onnxruntime.InferenceSession("model.onnx")
-image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.png"))
+{READING}
 {_square(config)}
 batch = np.asarray(image).transpose(2, 0, 1)[None]  # uint8
 probabilities = session.run(["probabilities"], {{"images": batch}})[0][0]
@@ -210,7 +218,8 @@ def _training(config: Mapping[str, Any]) -> str:
         rows.append(("decoded by", ", ".join(f"{_text(name)} {_text(value)}" for name, value in decoders.items())))
     if teacher:
         on_test = isinstance(teacher.get("test_top1"), float)
-        top1, split = (teacher["test_top1"], "test") if on_test else (teacher.get("top1"), config["selected_on"])
+        evaluated_on = config["selected_on"] or config["evaluated_on"]
+        top1, split = (teacher["test_top1"], "test") if on_test else (teacher.get("top1"), evaluated_on)
         accuracy = f", top-1 {top1:.2f} % on {_split(split)}" if isinstance(top1, float) else ""
         labels = f", labels `{_text(teacher['labels'])}`" if teacher.get("labels") else ""
         rows.append(("teacher", f"`{_text(teacher.get('name'))}`{accuracy}{labels}"))

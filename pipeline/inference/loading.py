@@ -56,30 +56,41 @@ def load(
 
     Args:
         path: A directory that a stage wrote, or a .safetensors file in it; or one that `pipeline export` wrote, or a
-            file in it, whose name says what format to take.
+            file in it.
         format: Of an export; see pipeline.load.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; None takes a GPU where there is one, but the CPU for ONNX files.
         precision: `auto`, `fp32` or `bf16`; None takes that of the training. Exports compute as they were exported.
         own_code: Functions of the user's, `FILE.py:FUNCTION`, that may be run to build the model.
 
     Raises:
-        UsageError: The path, the format or the device does not exist, or the precision is not the export's.
+        UsageError: The path, the format or the device does not exist, the precision is not the export's, or the model
+            is a program that `format` does not ask for.
         DataError: There is no valid model.
     """
     path = Path(path)
-    named = next((name for name, file in FILES.items() if file == path.name), None)
+    named = format_named(path)
     directory = path.parent if named else path
     if device is not None:
         resolve_device(device)
     if (directory / CONFIG).is_file():
         if precision == "bf16":
             raise UsageError(f"--precision bf16: {path} is an export, which computes in fp32 or int8; leave it out")
-        return _load_export(directory, named or format, device, own_code)
+        if named and format not in (None, named):
+            raise UsageError(f"format {format!r}: {path} is of format {named!r}; give that, or name {directory}")
+        return _load_export(directory, named, format, device, own_code)
     if not path.exists():
         raise UsageError(f"{path}: no such model; name what `pipeline export` wrote, or a stage's checkpoint")
-    if format not in (None, "checkpoint"):
+    if format not in (None, "checkpoint", named):
         raise UsageError(f"format {format!r}: {path} is no export, it has no {CONFIG}; leave it out")
     return from_checkpoint(load_checkpoint(path), resolve_device(device), precision=precision, own_code=own_code)
+
+
+def format_named(path: Path) -> str | None:
+    """Return the format of the export's file that a path names; None of any other path.
+
+    Commands ask `load` for it: who names a program on the command line wants that one.
+    """
+    return next((name for name, file in FILES.items() if file == path.name), None)
 
 
 def load_checkpoint_of(path: Path, kind: str) -> Checkpoint:
@@ -259,8 +270,18 @@ class _Undrawn(TorchFunctionMode):
         return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
-def _load_export(directory: Path, format: str | None, device: str | None, own_code: Collection[str]) -> Classifier:
-    """Load a file of a directory that `pipeline export` wrote: that of the format, or the first without a program."""
+def _load_export(
+    directory: Path, named: str | None, format: str | None, device: str | None, own_code: Collection[str]
+) -> Classifier:
+    """Load a file of a directory that `pipeline export` wrote.
+
+    Args:
+        directory: The directory.
+        named: The format that the path names; None takes that of `format`, or the first of FILES.
+        format: What the caller asks for; without it no program is loaded.
+        device: See `load`.
+        own_code: See `load`.
+    """
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict) or config.get("schema") != SCHEMA or not isinstance(config.get("files"), dict):
         raise DataError(f"{directory / CONFIG}: not that of an export ({SCHEMA}); run `pipeline export` again")
@@ -272,24 +293,23 @@ def _load_export(directory: Path, format: str | None, device: str | None, own_co
             f"{directory / CONFIG}: changed since `pipeline export` wrote it; export again, or delete its `{SEAL}` to "
             "trust it as it is"
         )
-    if format is None:
-        format = available[0]  # TorchScript is the last of FILES
-        if format == "torchscript":
-            raise UsageError(
-                f"{directory} holds a TorchScript archive, which is a program that could read and write files here; "
-                "if you trust its source, load it with format='torchscript'"
-            )
-    elif format not in available:
-        raise UsageError(f"format {format!r}: {directory} has {', '.join(available)}")
-    is_onnx, file = format.startswith("onnx"), directory / FILES[format]
+    chosen = format if format is not None else named or available[0]  # TorchScript is the last of FILES
+    if chosen not in available:
+        raise UsageError(f"format {chosen!r}: {directory} has {', '.join(available)}")
+    if chosen == "torchscript" and format is None:
+        raise UsageError(
+            f"{directory / FILES[chosen]} is a TorchScript archive, a program that could read and write files here; if "
+            "you trust its source, load it with format='torchscript', or give a command the file's path"
+        )
+    is_onnx, file = chosen.startswith("onnx"), directory / FILES[chosen]
     target = resolve_device("cpu" if is_onnx and device is None else device)
     if is_onnx and target.type != "cpu":
         raise UsageError(f"device {target}: ONNX files run on the CPU here; use format='safetensors', or onnxruntime")
-    content, entry = read_bytes(file), config["files"][format]
+    content, entry = read_bytes(file), config["files"][chosen]
     digest = hashlib.sha256(content).hexdigest()
     if not isinstance(entry, dict) or entry.get("sha256") != digest:
         raise DataError(f"{file}: SHA-256 {digest[:12]}... is not what {CONFIG} says; export again")
-    return from_file(format, content, config, file, target, own_code)
+    return from_file(chosen, content, config, file, target, own_code)
 
 
 @dataclass(frozen=True)

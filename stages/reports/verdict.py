@@ -47,10 +47,12 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
     models = [teacher, student]
     seeds = [[teacher] if teacher else [], runs.seeds(student.name) if student else []]
 
+    def ratio(values: Sequence[float | None]) -> str:
+        return f"{values[1] / values[0]:.2f} times" if values[0] and values[1] is not None else "-"
+
     def row(what: str, values: Sequence[float | None], digits: int, *, scale: float = 1.0) -> list[str]:
         known = [None if value is None else value / scale for value in values]
-        ratio = f"{known[1] / known[0]:.2f} times" if known[0] and known[1] is not None else "-"
-        return [what, *(number(value, digits) for value in known), ratio]
+        return [what, *(number(value, digits) for value in known), ratio(known)]
 
     def of_metrics(key: str) -> list[float | None]:
         return [float(model.metrics[key]) if model else None for model in models]
@@ -60,6 +62,8 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
     if teacher and student and teacher.is_comparable(student):
         change = f"{difference(fmean(top1[1]), fmean(top1[0]))} points"
     agreement = spread([run.metrics["test"]["agreement"] for run in seeds[1]])
+    seconds = [[float(run.environment["seconds"]) for run in of_model] for of_model in seeds]
+    times = ratio([fmean(of_model) if of_model else None for of_model in seconds])
     rows = [
         ["test top-1, %", *map(spread, top1), change],
         ["agreement with the teacher on test, %", "-", agreement, "-"],
@@ -67,7 +71,7 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
         row("FLOPs of one image, M", of_metrics("flops_per_image"), 1, scale=1e6),
         row("file of weights, MB", [_file_bytes(model) for model in models], 1, scale=1e6),
         row("images/s here", [speeds.get(kind) for kind in KINDS], 0),
-        row("training, s", [float(model.environment["seconds"]) if model else None for model in models], 0),
+        ["training, s", *(spread(of_model, 0) for of_model in seconds), times],
     ]
     columns = ["", *(f"{kind} {model.name if model else '-'}" for kind, model in zip(KINDS, models, strict=True))]
     shown = [*runs.teachers.values(), *(run for name in runs.recipe.students for run in runs.seeds(name))]

@@ -41,7 +41,7 @@ CLASSES = ("<img src=x onerror=alert(1)>", "café", "猫", "=SUM(1+1)", "\u202er
 SIDE = 16
 
 
-def save(folder: Path, model: str, kind: str = "student") -> Path:
+def save(folder: Path, model: str, kind: str = "student", **extra: Any) -> Path:
     """Save an untrained model's checkpoint."""
     arguments: dict[str, Any] = {"num_classes": len(CLASSES)}
     if kind == "student":
@@ -51,7 +51,7 @@ def save(folder: Path, model: str, kind: str = "student") -> Path:
     meta = {
         "kind": kind, "model": model, "arguments": arguments, "class_names": list(CLASSES), "image_size": side,
         "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "training": {"precision": "fp32"}, "recipe": "photos",
-        "scores": {"top1": 87.5, "loss": 0.5, "f1": "high"}, "evaluated_on": "val",
+        "scores": {"top1": 87.5, "loss": 0.5, "f1": "high"}, "evaluated_on": "val", **extra,
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -162,6 +162,12 @@ def test_the_model_says_what_it_is(page: str) -> None:
     assert status == 200 and about["classes"] == list(CLASSES)
     assert (about["name"], about["kind"], about["size"], about["heads"]) == ("titn", "student", SIDE, [*about["heads"]])
     assert (about["scores"], about["scores_split"]) == ({"top1": 87.5}, "val")
+    assert (about["resize"], about["shorter_side"]) == ("squeeze", None)
+
+
+def test_a_model_of_cropped_images_says_what_it_sees(tmp_path: Path) -> None:
+    about = Demo(load(save(tmp_path, "vit", resize="crop"))).about
+    assert (about["resize"], about["size"], about["shorter_side"]) == ("crop", 16, 18)  # int(16 / 0.875)
 
 
 def test_what_there_is_to_say_of_a_picture_is_said(place: Project, page: str) -> None:
@@ -390,3 +396,38 @@ def test_a_dropped_picture_shows_the_answer_of_predict(place: Project, page: str
     assert {re.sub(r"^(data|blob):.*", r"\1", name) for name in shown["fetched"]} <= {
         f"{page}model", f"{page}predict", "data", "blob",
     }  # fmt: skip
+
+
+LAID = """[...document.querySelectorAll("article")].map((card) => {
+  const [over, original] = [".attention", ".original"].map((one) => card.querySelector(one).getBoundingClientRect());
+  const shares = [(over.left - original.left) / original.width, (over.top - original.top) / original.height];
+  return [...shares, over.width / original.width, over.height / original.height];
+})"""
+
+
+@pytest.mark.browser
+def test_attention_lies_over_what_the_model_saw(place: Project, titn: Classifier, tmp_path: Path) -> None:
+    cropping = load(save(tmp_path / "crop", "titn", resize="crop"))
+    names = ("glass.png", "turned.jpg", "unused.tif")  # 60 x 40, 40 x 60, and one that the browser cannot show
+    contents = [[name, base64.b64encode((place.path / name).read_bytes()).decode()] for name in names]
+    laid, said = [], []
+    with open_tab(tmp_path) as tab:
+        for classifier in (titn, cropping):
+            with served(classifier) as address:
+                tab.open(address)
+                cards = tab.evaluate(DROP.replace("FILES", json.dumps(contents)))["cards"]
+                by_name = zip([card["file"] for card in cards], tab.evaluate(LAID), strict=True)
+                laid.append(dict(by_name))
+                said.append(tab.evaluate("document.getElementById('resized').textContent"))
+    whole, side = [0.0, 0.0, 1.0, 1.0], 16 / 18  # of the shorter side
+    longer = side * 40 / 60
+    expected = {
+        "glass.png": [(1 - longer) / 2, (1 - side) / 2, longer, side],
+        "turned.jpg": [(1 - side) / 2, (1 - longer) / 2, side, longer],
+        "unused.tif": whole,
+    }
+    for found, shares in zip(laid, (dict.fromkeys(names, whole), expected), strict=True):
+        for name in names:
+            np.testing.assert_allclose(found[name], shares[name], atol=0.01, err_msg=name)
+    assert said[0] == "resized to the model\u2019s square without keeping its shape"
+    assert "shorter side has 18 pixels" in said[1] and "16 × 16 in the middle" in said[1]

@@ -29,7 +29,7 @@ from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, StorageError, UsageError
 from pipeline.inference import exporting
 from pipeline.inference.card import FILES, model_card
-from pipeline.inference.classifier import Classifier, PixelsToOutputs
+from pipeline.inference.classifier import Classifier, PixelsToOutputs, Transform
 from pipeline.losses import probabilities
 from pipeline.models import TEACHERS
 from pipeline.models.network import Network
@@ -324,6 +324,28 @@ def test_a_model_of_cropped_images_crops_them_and_its_card_says_so_in_code_and_w
         load(project)
 
 
+@pytest.mark.parametrize("resize", ["squeeze", "crop"])
+def test_the_cards_example_without_pytorch_reads_odd_images_as_the_transform_does(
+    exported: Project, tmp_path: Path, resize: str
+) -> None:
+    card, transform = model_card({**config(exported), "resize": resize}), Transform(32, resize)
+    start, end = card.index("image = ImageOps"), card.index("probabilities = session")
+    draws = np.random.default_rng(0)
+    glass = Image.fromarray(draws.integers(0, 256, (40, 60, 4), np.uint8))
+    unused = Image.fromarray(draws.integers(0, 256, (40, 60, 3), np.uint8))
+    unused.putalpha(0)
+    palette = glass.convert("RGB").quantize(8)
+    palette.info["transparency"] = 3
+    deep = Image.fromarray(draws.integers(0, 2**16, (40, 60), np.uint16))
+    for image in (glass, glass.convert("LA"), unused, palette, deep, deep.convert("L")):
+        image.save(tmp_path / "image.png")
+        names: dict[str, Any] = {"Image": Image, "ImageOps": ImageOps, "np": np}
+        with contextlib.chdir(tmp_path):
+            exec(card[start:end], names)
+        expected = transform(tmp_path / "image.png").numpy()
+        np.testing.assert_array_equal(names["batch"], expected[None], err_msg=image.mode)
+
+
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 32, 32), torch.zeros(0, 3, 32, 32), torch.zeros(1, 3, 32, 31)])
 def test_wrong_images_are_refused_with_what_is_needed(exported: Project, wrong: torch.Tensor) -> None:
     for images in (wrong.byte(), torch.zeros(1, 3, 32, 32)):
@@ -368,6 +390,25 @@ def test_torchscript_is_loaded_only_by_name(project: Project) -> None:
     with pytest.raises(UsageError, match="torchscript"):
         load(project, "onnx")
     assert load(project, "torchscript").format == "torchscript"
+    file, image = "exported/model.torchscript", project.path / "grey.png"
+    with pytest.raises(UsageError, match=r"model.torchscript is a TorchScript archive, a program .* format='torch"):
+        pipeline.load(project.path / file)
+    assert pipeline.load(project.path / file, format="torchscript")[0].format == "torchscript"
+    Image.new("L", (9, 9), 200).save(image)
+    for command in (("predict", file, str(image)), ("bench", file, "--batch-sizes", "1", "--rounds", "1")):
+        run(project, *command)
+        run(project, command[0], "exported", *command[2:], code=2)
+    run(project, "evaluate", file)
+
+
+def test_a_file_is_not_loaded_as_another_format(exported: Project) -> None:
+    folder = exported.path / "exported"
+    for format, asked in (("torchscript", "safetensors"), ("onnx", "torchscript"), ("safetensors", "checkpoint")):
+        with pytest.raises(UsageError, match=rf"format '{asked}': \S+ is of format '{format}'; give that, or name \S+"):
+            pipeline.load(folder / FILES[format], format=asked)
+    for format in ("safetensors", "onnx"):
+        assert pipeline.load(folder / FILES[format])[0].format == format
+        assert pipeline.load(folder / FILES[format], format=format)[0].format == format
 
 
 @pytest.mark.parametrize(
@@ -428,6 +469,26 @@ def test_a_directory_of_other_files_is_left_alone(project: Project) -> None:
     for out in ("mine", "params.yaml", STUDENT):
         assert "--out" in run(project, "export", STUDENT, "--format", "safetensors", "--out", out, code=2)
     assert snapshot(project.path) == before
+
+
+def test_the_last_epochs_weights_are_told_as_those_of_a_run_that_nothing_chose(project: Project) -> None:
+    source = project.path / STUDENT
+    last, metrics = load_checkpoint(source / "last.safetensors"), json.loads((source / "metrics.json").read_text())
+    scores = {**last.meta["scores"], "epoch": 3, "top1": 12.5}
+    save_checkpoint(project.path / "run", "last", last.tensors, {**last.meta, "epoch": 3, "scores": scores})
+    told = []
+    for name, changes in (("its", {"last": scores, "epochs": 3}), ("other", {})):
+        (project.path / "run/metrics.json").write_text(json.dumps({**metrics, **changes}))
+        run(project, "export", "run/last.safetensors", "--format", "safetensors", "--out", name)
+        described = json.loads((project.path / name / "config.json").read_text())
+        assert (described["selected_on"], described["scores_split"], described["scores"]["top1"]) == (None, "val", 12.5)
+        assert "epoch was chosen" not in (project.path / name / "README.md").read_text()
+        told.append([described[key] for key in ("num_train", "num_test", "scores_precision")])
+    assert told == [[metrics[key] for key in ("num_train", "num_test", "precision")], [None] * 3]
+    run(project, "export", f"{STUDENT}/last.safetensors", "--format", "safetensors", "--out", "also")
+    also = json.loads((project.path / "also/config.json").read_text())
+    assert (also["selected_on"], also["scores_split"]) == (None, "test"), "it is the best epoch too"
+    assert (config(project)["selected_on"], also["num_test"]) == ("val", metrics["num_test"])
 
 
 def test_a_former_export_is_replaced_whole(project: Project) -> None:

@@ -154,6 +154,20 @@ def test_a_checkpoint_alone_has_no_code_run(trained: Project, tmp_path: Path) ->
         assert ("its model is your own code, my_student.py:build, which is run only where you" in answer) == bool(code)
 
 
+def test_an_exported_program_is_benched_without_the_code_of_its_model(trained: Project, tmp_path: Path) -> None:
+    exported, elsewhere = tmp_path / "exported", Project(tmp_path)
+    invoke(trained, "export", "data/smoke/students/mine", "--format", "torchscript", "--out", str(exported))
+    (tmp_path / "my_student.py").write_text("from pathlib import Path\nPath('ran').touch()\n" + OWN)
+    bench = ("bench", str(exported / "model.torchscript"), "--rounds", "1", "--batch-sizes", "1")
+    keys = ("parameters", "paper_macs", "flops_per_image")
+    there, here = (json.loads(invoke(at, *bench, "--json"))["models"][0] for at in (elsewhere, trained))
+    parameters = json.loads((trained.data / "students/mine/metrics.json").read_text())["parameters"]
+    assert [there[key] for key in keys] == [parameters, None, None]
+    assert here["parameters"] == parameters and here["paper_macs"] > 0 and here["flops_per_image"] > 0
+    assert "What they cost" in invoke(elsewhere, *bench)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
