@@ -197,6 +197,8 @@ class SelectJob(Job):
 
     def state(self, context: Context, *, fresh: bool = False) -> State:
         """Return that it is done if the best candidate is selected, or the selected one stays."""
+        if not context.paths.is_prepared:
+            return State(f"{self.amount(context)} (no data yet)")
         paths, cache = context.paths, any_labels(context) if self.keeps else None
         maker = None if cache is None else _maker(context, cache)
         makers = None if maker is None else read_meta(paths.teacher(maker))

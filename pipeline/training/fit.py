@@ -375,19 +375,22 @@ class Fit:
         return int((self.evaluation.labels.bincount() > 0).sum())
 
     def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
-        """Warn of an epoch after warm-up that gives one class for all, or whose loss is still that of guessing, ln K.
+        """Warn of an epoch after warm-up that gives one class for all, or whose loss and recall are those of guessing.
 
-        The next good epoch clears it.
+        That is a loss of ln K, which mixing and smoothing keep others near too, and a recall that chance explains. It
+        is said once; the last such epoch is what the result tells of, and the next good one clears it.
         """
-        result, recall = self.progress.result, row["recall"]
-        num_present = self._num_present
-        stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes) and recall < 1.5 / num_present
+        result, recall, num_present = self.progress.result, row["recall"], self._num_present
+        guessed = 1 / num_present
+        error = math.sqrt(guessed * (1 - guessed) / len(self.evaluation.labels))  # of its recall, in even classes
+        stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes)
+        stuck &= recall < guessed + min(guessed / 2, 3 * error)
         result.at_chance = (stuck or is_chance(recall, num_present)) and row["epoch"] > self.recipe.warmup_epochs
-        if not result.at_chance:
-            result.warnings.clear()
-        elif not result.warnings:
+        is_first = not result.warnings
+        result.warnings.clear()
+        if result.at_chance:
             figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, macro recall {recall:.3f}"
             advice = "if it stays there, lower lr, add warmup_epochs, or set clip to 1.0"
-            message = f"epoch {row['epoch']} is still at chance ({figures}); {advice}"
-            result.warnings.append(message)
-            self.session.watcher.warned(message)
+            result.warnings.append(f"epoch {row['epoch']} is still at chance ({figures}); {advice}")
+            if is_first:
+                self.session.watcher.warned(result.warnings[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,15 +65,19 @@ def decayed(model: nn.Module) -> set[str]:
     """Return the names of the parameters that weight decay acts on where it leaves all but matrices alone.
 
     They have two or more dimensions and a name that ends in `weight`: those of linear, convolution and attention
-    layers. So norms, biases, tokens, positions and scales are left out, and with them embeddings and what the model's
-    own `no_weight_decay` names, as timm's models do.
+    layers. So norms, biases, tokens, positions and scales are left out, and with them embeddings and what
+    `no_weight_decay` names, which timm's models have: of the model, or of one that is a part of it.
     """
     tables = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)}
-    named: Iterable[str] = getattr(model, "no_weight_decay", set)()
+    own = {
+        f"{part}.{name}" if part else name
+        for part, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", set)()
+    }
     return {
         name
         for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and name.endswith("weight") and name not in tables.union(named)
+        if parameter.ndim > 1 and name.endswith("weight") and name not in tables | own
     }
 
 

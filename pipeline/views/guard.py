@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from pipeline.views import geometry, operations, per_image
-from pipeline.views.policies import POLICIES
+from pipeline.views.policies import POLICIES, TimmRandAugment
 
+CHECKED = (*POLICIES.values(), TimmRandAugment(9))
+"""Together they draw every operation."""
 NUM_CHECKED = 96
 HEIGHT, WIDTH = 19, 37  # no whole number of vectors
 
@@ -29,10 +31,10 @@ def _difference() -> str | None:
     levels = rng.integers(0, 256, (NUM_CHECKED, 3, HEIGHT, WIDTH))
     levels[::3] = 90 + levels[::3] // 5  # little contrast
     images = torch.from_numpy(levels.astype(np.uint8))
-    for name, policy in POLICIES.items():
+    for policy in CHECKED:
         choice = policy.choose(rng.random((NUM_CHECKED, policy.num_draws)), HEIGHT, WIDTH)
         if not torch.equal(per_image.apply_operations(images.clone(), choice), operations.apply(images, choice)):
-            return f"what was compiled gives other pixels for {name}"
+            return f"what was compiled gives other pixels for {policy.title}"
     offsets, flipped = rng.integers(-9, 10, (NUM_CHECKED, 2)), rng.random(NUM_CHECKED) < 0.5
     maps = geometry.crop_flip_maps(torch.from_numpy(offsets), torch.from_numpy(flipped), HEIGHT, WIDTH)
     if not torch.equal(per_image.crop_flip(images.clone(), offsets, flipped), geometry.gather(images, maps)):

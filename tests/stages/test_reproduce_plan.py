@@ -135,6 +135,8 @@ def test_data_that_are_not_there_are_named_with_the_command_and_nothing_is_writt
     out = invoke(project, "reproduce", "--table", "4", "--dry-run")
     assert "cifar10 teacher vgg16_bn: needs data" in out and "0 of 8 jobs are done" in out
     assert "no run decides" in invoke(project, "reproduce", "--table", "1")
+    out = invoke(project, "reproduce", "--recipe", "smoke", "--dry-run")
+    assert "selection from 2 teachers: select by top1 (no data yet)" in out and "cannot run" not in out
     out = invoke(project, "reproduce", code=3).splitlines()[-1]
     for name in ("cifar100", "cifar10", "mnist"):
         assert f"recipe {name} left out" in out and f"`pipeline prepare --recipe {name} --download`" in out

@@ -23,6 +23,7 @@ VIEWS = {
 }
 TRAINING = {
     "pipeline/losses.py",
+    "pipeline/models/network.py",  # the precision of the last layer
     "pipeline/system/runtime.py",  # the precision
     "pipeline/training/column_sum.py",
     "pipeline/training/distributed.py",
@@ -48,6 +49,7 @@ DECIDING = {
         *VIEWS,
         "pipeline/labels/teacher.py",
         "pipeline/models/folding.py",
+        "pipeline/models/network.py",
         "pipeline/models/own.py",
         "pipeline/models/weights.py",
         "pipeline/system/canonical.py",

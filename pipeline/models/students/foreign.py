@@ -83,10 +83,6 @@ class ForeignStudent(Student):
         named = [child for name, child in self.module.named_children() if name.endswith("head")]
         return [layer for head in known or named or [self.module] for layer in last_layers(head)]
 
-    def no_weight_decay(self) -> set[str]:
-        """The parameters that weight decay is not meant for, as timm's models say."""
-        return {f"module.{name}" for name in getattr(self.module, "no_weight_decay", set)()}
-
 
 def is_foreign(model: str) -> bool:
     """Return whether a student's model is one of timm or of a user's function."""

@@ -538,6 +538,36 @@ def test_a_run_that_stays_at_chance_is_warned_about_once_and_marked(tmp_path: Pa
     assert not learned.at_chance
 
 
+@pytest.mark.parametrize(
+    ("share", "number", "at_chance"), [(0.36, 600, True), (0.40, 600, False), (0.40, 60, True), (0.55, 60, False)]
+)
+def test_what_is_better_than_chance_explains_is_not_at_chance_whatever_its_loss(
+    tmp_path: Path, share: float, number: int, at_chance: bool
+) -> None:
+    """Mixing and smoothing keep a loss near ln K. Chance explains 0.058 more than 1/3 of 600 images, 0.167 of 60."""
+
+    class Faint(nn.Module):
+        """Sees the class, and hardly says so."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1e-3))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean((1, 3))[:, [1, 3, 5]] * self.scale
+
+    images, seen = images_and_labels(number, seed=3)
+    labels = torch.where(torch.arange(number) < share * number, seen, (seen + 1) % NUM_CLASSES)
+    watcher, scored_on = Watcher(), EvaluationData(images, labels, MEAN, STD, NUM_CLASSES)
+    result, _ = run(tmp_path, model=Faint(), watcher=watcher, scored_on=scored_on, lr=1e-9)
+    last = result.curve[-1]
+    assert last["train_loss"] > 0.98 * math.log(NUM_CLASSES) and last["top1"] == pytest.approx(100 * share, abs=0.2)
+    assert result.at_chance == at_chance
+    told = [f"epoch {last['epoch']} is still at chance"] if at_chance else []
+    assert [warning.partition(" (")[0] for warning in result.warnings] == told
+    assert len(watcher.warnings) == len(told)
+
+
 def test_a_model_that_gives_one_class_for_all_is_at_chance_however_common_that_class_is(tmp_path: Path) -> None:
     """Of 95/5 data it has 95 % top-1 and a loss far below ln K; its macro recall is 1 / K all the same."""
 

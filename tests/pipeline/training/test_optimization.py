@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from pipeline.config.recipes import FitRecipe
 from pipeline.models.students import build_student
+from pipeline.models.students.foreign import ForeignStudent
+from pipeline.models.teachers import ResizedInput
 from pipeline.training.optimization import build_optimizer, decayed, learning_rate, set_learning_rate
 
 
@@ -92,6 +96,16 @@ def test_what_decays_of_timms_models_is_what_timm_says(name: str) -> None:
     assert {names[id(parameter)] for parameter in with_decay["params"]} == decayed(model) and not without[
         "weight_decay"
     ]
+
+
+@pytest.mark.parametrize("wrap", [lambda module: ResizedInput(module, 32), ForeignStudent])
+def test_what_a_model_names_within_another_does_not_decay(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    class Model(torch.nn.Sequential):
+        def no_weight_decay(self) -> set[str]:
+            return {"1.weight"}
+
+    model = Model(torch.nn.Linear(2, 3), torch.nn.Linear(3, 3))
+    assert decayed(model) == {"0.weight"} and decayed(wrap(model)) == {"module.0.weight"}
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -169,3 +169,11 @@ def test_threads_load_the_library_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("name", operations.COLOUR_OPERATIONS)
+def test_the_guard_compares_every_colour_operation(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(guard, "why_not", guard.why_not.__wrapped__)
+    assert guard.why_not() is None
+    monkeypatch.setitem(operations.COLOUR_OPERATIONS, name, lambda images, magnitudes: images)
+    assert "what was compiled gives other pixels for " in str(guard.why_not())
