@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from pipeline.training.manifest import EVALUATED, MANIFEST, Manifest, check_all,
 from stages.shared import kept, options
 from stages.shared.context import Context
 from stages.shared.params import own_code_here
+from stages.shared.runs import kept_as
 from stages.shared.trained import require_same_data
 
 if TYPE_CHECKING:
@@ -264,7 +266,7 @@ def mend_run(context: Context, classifier: Classifier) -> None:
     contents = _evaluated(context, classifier, classifier.file)
     digests = {**manifest.files, **{name: _digest(contents[name]) for name in broken}}
     mended = manifest._replace(files=digests)
-    _replace(context, directory, str(meta["kind"]), {name: contents[name] for name in broken}, mended)
+    _replace(context, directory, meta, {name: contents[name] for name in broken}, mended)
     is_same = mended == manifest
     how = "byte for byte as before" if is_same else "with other last digits, as another machine or run may have"
     context.say(f"{directory}: {' and '.join(broken)} written again, {how}")
@@ -280,7 +282,7 @@ def _evaluated(context: Context, classifier: Classifier, file: Path) -> dict[str
     meta, dataset = classifier.config, context.dataset()
     way_out = "name its own recipe, or prepare its data again"
     require_same_data(meta, file, context.paths, way_out, dataset=dataset)
-    teacher_labels = _teacher_labels(context, meta.get("teacher"))
+    teacher_labels = _teacher_labels(context, meta)
     data = evaluation_data(dataset, dataset.test, classifier.device, meta, teacher_labels)
     predictions, record = Predictions.of(data), meta.get("metrics")
     precision = classifier.precision if record is None else record["precision"]
@@ -295,9 +297,11 @@ def _evaluated(context: Context, classifier: Classifier, file: Path) -> dict[str
     }
 
 
-def _replace(context: Context, directory: Path, kind: str, contents: dict[str, bytes], manifest: Manifest) -> None:
+def _replace(
+    context: Context, directory: Path, meta: Mapping[str, Any], contents: dict[str, bytes], manifest: Manifest
+) -> None:
     """Write a run's files and its manifest together, and keep the run again if it is the recipe's own."""
-    paths, name = context.paths, directory.name
+    paths, name, kind = context.paths, directory.name, str(meta["kind"])
     differs = directory.resolve().parent == paths.run("").resolve()
     with lock(paths.work("runs" if differs else f"{kind}s", f"{name}.lock")):
         new = {directory / file: content for file, content in contents.items()}
@@ -305,9 +309,8 @@ def _replace(context: Context, directory: Path, kind: str, contents: dict[str, b
         own = paths.teacher(name) if kind == "teacher" else paths.student(name)
         if directory.resolve() == own.resolve():
             files = tuple(own / file for file in (*manifest.files, MANIFEST))
-            result = kept.Result(
-                context.recipe.name, f"{kind}@{name}", str(manifest.fingerprint), own, files, project=context.project
-            )
+            decided = kept_as(str(manifest.fingerprint), meta.get("labels_sha256"))
+            result = kept.Result(context.recipe.name, f"{kind}@{name}", decided, own, files, project=context.project)
             if (former := kept.find(result, any_code=True)) is not None:  # its copy may be the same damaged file
                 kept.keep(context, dataclasses.replace(result, code=former.code))
             context.changed(result.stage)
@@ -317,15 +320,19 @@ def _digest(data: bytes | None) -> str:
     return "" if data is None else hashlib.sha256(data).hexdigest()
 
 
-def _teacher_labels(context: Context, teacher: Any) -> np.ndarray[Any, Any] | None:
+def _teacher_labels(context: Context, meta: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
     """Return a run's teacher's labels of the test images, `(N,)` integers; None where it had no teacher.
+
+    Args:
+        context: The command's setting.
+        meta: The checkpoint's JSON. Older versions did not say which labels it learned from, only by which teacher.
 
     Raises:
         DataError: No label file here is this teacher's.
     """
     from pipeline.labels.cache import LabelCache
 
-    if not teacher:
+    if not (teacher := meta.get("teacher")):
         return None
     if teacher.get("test_top1", 0.0) is None:  # labels that were given, without those of test images
         return None
@@ -334,7 +341,11 @@ def _teacher_labels(context: Context, teacher: Any) -> np.ndarray[Any, Any] | No
         if path.is_file():
             cache = LabelCache.open(path)
             is_its = cache.provenance["checkpoint_sha256"] == teacher["sha256"]
-            if is_its and cache.identity["dataset_sha256"] == dataset.sha256 and "test" in cache.clean:
+            if is_its and (learned := meta.get("labels_sha256")) is not None:
+                count, topk = meta["views"], bool(meta["soft"] or meta["confidence"])
+                is_its = cache.num_views >= count and cache.digest(count, topk=topk) == learned
+            of = cache.identity["dataset_sha256"], cache.identity.get("rendition")
+            if is_its and of == (dataset.sha256, dataset.rendition) and "test" in cache.clean:
                 return cache.clean["test"]
     folder, name = context.paths.labels("default").parent, printable(teacher["name"])
     raise DataError(f"{folder}: no labels by its teacher, {name}, which the files have too; get them back first")

@@ -26,7 +26,7 @@ from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
 from stages.shared import kept, options
 from stages.shared.context import Context
-from stages.shared.paths import labels_name
+from stages.shared.paths import label_command, labels_name, relabel
 from stages.shared.teacher_labels import check_label_name
 from stages.shared.trained import SHORT
 
@@ -241,7 +241,8 @@ def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | N
     dataset, labeller, path, views, fresh = target.dataset, target.labeller, target.path, target.views, request.fresh
     identity, inode = identity_of(dataset, context.recipe.views[request.view_recipe]), _inode(path)
     cache = None if fresh else _reusable_cache(context, target, identity)
-    topk = labeller.topk(_topk(context, path, cache, dataset.num_classes, request.keep))
+    topk = labeller.topk
+    topk = _topk(context, target, cache, request.keep) if topk is None else topk
     parts = LabelParts(
         context.paths.work("labels", target.name), identity=identity, provenance=labeller.provenance(context, topk)
     )
@@ -252,7 +253,7 @@ def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | N
     if cache is not None:
         missing = [view for view in missing if view >= cache.num_views]
         if cache.num_views < views.stop:
-            parts.adopt(cache)
+            parts.adopt(cache, relabel(target.name, given="given" in cache.provenance))
     by = labeller.sha256 if labeller.is_usual else labeller.deciding
     result = kept.Result(
         context.recipe.name, f"label@{target.name}", fingerprint({**identity, "teacher": by}), path, (path,),
@@ -305,12 +306,15 @@ def _reusable_cache(context: Context, target: LabelTarget, identity: Mapping[str
     Raises:
         DataError: It has a name of its own, and another teacher's labels of the same views.
     """
+    from stages.shared.labellers import what_decides
+
     path, expected = target.path, target.labeller.deciding
     if not path.exists():
         return None
     try:
         cache = LabelCache.open(path, expected_identity=identity)
-        require_equal(f"{path}", {key: cache.provenance.get(key) for key in expected}, expected, RELABEL)
+        actual = what_decides(cache.provenance)
+        require_equal(f"{path}", {key: actual[key] for key in expected}, expected, RELABEL)
         return cache
     except DataError as error:
         if not target.is_selected:
@@ -327,7 +331,7 @@ def _refuse_anothers(path: Path, identity: Mapping[str, Any]) -> None:
         raise UsageError(f"{path}: labels by {by} have this name; choose another with --as, or replace them by --fresh")
 
 
-def _topk(context: Context, path: Path, cache: LabelCache | None, num_classes: int, keep: int | None) -> int:
+def _topk(context: Context, target: LabelTarget, cache: LabelCache | None, keep: int | None) -> int:
     """Return how many classes to keep of each sample, K; 0 for the argmax alone.
 
     A sealed file that the run extends never loses what it keeps. Without `keep` the recipe decides.
@@ -336,16 +340,17 @@ def _topk(context: Context, path: Path, cache: LabelCache | None, num_classes: i
         UsageError: There are fewer classes.
         DataError: The sealed file keeps fewer.
     """
-    recipe = context.recipe
+    recipe, num_classes = context.recipe, target.dataset.num_classes
     asked, key = (recipe.label.topk, f"recipes.{recipe.name}.label.topk") if keep is None else (keep, "--keep")
     if asked > num_classes:
         raise UsageError(f"{key}: topk={asked}, but the data set has {num_classes} classes; keep at most that many")
     if cache is None or cache.topk == asked:
         return asked
-    kept, name = f"{path}: keeps {options.kept_name(cache.topk)}", options.kept_name(asked)
+    kept, name = f"{target.path}: keeps {options.kept_name(cache.topk)}", options.kept_name(asked)
     if cache.topk < asked:
         option = "" if keep is None else f" --keep {name}"
-        raise DataError(f"{kept}, {key} asks for {name}; `pipeline label{option} --fresh` labels every view again")
+        command = label_command(target.name, f"{option} --fresh")
+        raise DataError(f"{kept}, {key} asks for {name}; {command} labels every view again")
     context.say(f"{kept} and goes on with it; {name} was asked for")
     return cache.topk
 
@@ -389,7 +394,28 @@ class _Labelling:
         self._context, self._request, self._plan = context, request, plan
         self._parts, self._ranks = plan.parts, context.ranks
         self._views = make_views(context, plan.target.dataset, request.view_recipe)
+        self._require_same_pixels()
         self._source = plan.target.labeller.open(context, self._views)
+
+    def _require_same_pixels(self) -> None:
+        """Refuse to add views to a file of other pixels, and delete the parts of such.
+
+        The sealed file's digests of pixels are made at the end, for all of its views.
+
+        Raises:
+            DataError: Today's views are not those that were labelled.
+        """
+        from pipeline.labels.replay import check_canaries, make_canaries, other_pixels
+
+        plan, [first] = self._plan, make_canaries(self._views, 1)
+        if plan.cache is not None and (view := check_canaries(plan.cache, self._views)) is not None:
+            way_out = relabel(plan.target.name, given="given" in plan.cache.provenance)
+            raise DataError(f"{plan.path}: {other_pixels(plan.cache, view)}; {way_out}")
+        if num_deleted := self._parts.keep_only(first.sha256):
+            others = counted(num_deleted, "finished view")
+            self._context.say(f"{self._parts.directory}: {others} of other pixels; labelling again")
+            missing = self._parts.missing(plan.asked.stop, plan.asked.start)
+            self._plan = dataclasses.replace(plan, missing=missing)
 
     def label_share(self) -> None:
         """Label this rank's share of the missing views and show the progress."""

@@ -14,7 +14,7 @@ from pipeline.system.storage import read_json
 from pipeline.system.text import counted
 from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.paths import Paths
+from stages.shared.paths import Paths, relabel
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
@@ -96,7 +96,13 @@ def verify(
         context.say(f"{file}: probabilities differ by at most {replayed.probability_error:.2g}")
     if num_failed:
         wrong = counted(num_failed, "label")
-        raise PipelineError(f"{file}: the teacher gives {wrong} otherwise; run `pipeline label --fresh`")
+        raise PipelineError(f"{file}: the teacher gives {wrong} otherwise; {_way_out(context, file, given=False)}")
+
+
+def _way_out(context: Context, file: Path, *, given: bool | None = None) -> str:
+    """Return how a label file is made again; of one that lies elsewhere, how the selected teacher's is."""
+    is_ours = file.absolute().parent == context.paths.labels("default").absolute().parent
+    return relabel(file.stem if is_ours else "default", given=given)
 
 
 def _recipe_of(params: Params, file: Path) -> str:
@@ -134,7 +140,7 @@ def _replay(
     """
     import numpy as np
 
-    from pipeline.labels.cache import RELABEL, LabelCache
+    from pipeline.labels.cache import LabelCache
     from pipeline.labels.replay import OTHER_MARGIN, SAME_MARGIN, check_canaries, other_pixels, replay
     from pipeline.system.canonical import require_equal
     from stages.shared.fitting import make_views
@@ -143,12 +149,13 @@ def _replay(
 
     for what in teachers:
         require_teacher(context, what)
-    cache, dataset = LabelCache.open(path), context.dataset()
+    dataset, cache = context.dataset(), LabelCache.open(path, way_out=_way_out(context, path))
+    way_out = _way_out(context, path, given="given" in cache.provenance)
     names = [name for name, recipe in context.recipe.views.items() if identity_of(dataset, recipe) == cache.identity]
     if not names:
         named, default = path.stem.partition("@")[0], context.recipe.views["default"]
         require_equal(
-            str(path), cache.identity, identity_of(dataset, context.recipe.views.get(named, default)), RELABEL
+            str(path), cache.identity, identity_of(dataset, context.recipe.views.get(named, default)), way_out
         )
     recorded, is_given = cache.provenance, "given" in cache.provenance
     if is_given and teachers:
@@ -158,7 +165,7 @@ def _replay(
     changed = check_canaries(cache, views)
     if labeller is None:
         if changed is not None:
-            raise DataError(f"{path}: {other_pixels(cache, changed)}; label again")
+            raise DataError(f"{path}: {other_pixels(cache, changed)}; {way_out}")
         return None, 0.0
     model = labeller.ready()
     if margin is None:
@@ -171,5 +178,5 @@ def _replay(
     replayed = replay(cache, model, views, pairs)
     if changed is not None:
         num_changed = f"{len(replayed.differences)} of {counted(len(pairs), 'label')} replayed"
-        raise DataError(f"{path}: {other_pixels(cache, changed)}; {num_changed} would change: {RELABEL}")
+        raise DataError(f"{path}: {other_pixels(cache, changed)}; {num_changed} would change: {way_out}")
     return replayed, margin

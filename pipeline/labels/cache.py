@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, StorageError
-from pipeline.labels.answers import PROBABILITY_DTYPE
+from pipeline.labels.answers import PROBABILITY_DTYPE, ViewLabels
 from pipeline.labels.file import SEAL_SIZE, Canary, Contents, check_beginning, decode, encode
 from pipeline.labels.identity import (
     SCHEMA_VERSION,
@@ -132,9 +132,15 @@ class LabelCache(Contents):
         """SHA-256 of the identity, 64 hexadecimal digits."""
         return fingerprint(self.identity)
 
-    def digest(self, num_views: int) -> str:
-        """Return SHA-256 of what a student reads, 64 hexadecimal digits: the first views' answers, and clean labels."""
-        sha256 = hashlib.sha256(b"".join(self.view(index).digest() for index in range(num_views)))
+    def digest(self, num_views: int, *, topk: bool) -> str:
+        """Return SHA-256 of what a student reads, 64 hexadecimal digits: the first views' answers, and clean labels.
+
+        Args:
+            num_views: How many views it reads, from the first; 0 where it does not learn from the labels.
+            topk: Whether it reads the kept classes and probabilities too.
+        """
+        views = (self.view(index) for index in range(num_views))
+        sha256 = hashlib.sha256(b"".join((view if topk else ViewLabels(view.labels)).digest() for view in views))
         for split, labels in sorted(self.clean.items()):
             sha256.update(split.encode() + labels.tobytes())
         return sha256.hexdigest()
@@ -145,14 +151,14 @@ class LabelCache(Contents):
         path: Path,
         *,
         expected_identity: Mapping[str, Any] | None = None,
-        expected_provenance: Mapping[str, Any] | None = None,
+        way_out: str = RELABEL,
     ) -> LabelCache:
         """Read a label cache into read-only arrays, trusting nothing in the file.
 
         Args:
             path: The sealed file.
             expected_identity: Every field of the identity that it must have; None accepts any.
-            expected_provenance: Those fields of the provenance that must agree; None accepts any.
+            way_out: What an error advises.
 
         Raises:
             DataError: The file is missing, damaged, not a label cache, or belongs to something else; the
@@ -172,12 +178,9 @@ class LabelCache(Contents):
             if is_busy(path):
                 raise busy(path) from error
             reason = " ".join(str(error if isinstance(error, ValueError) else repr(error)).split())
-            raise DataError(f"{path} is not a valid label cache: {reason}; {RELABEL}") from error
+            raise DataError(f"{path} is not a valid label cache: {reason}; {way_out}") from error
         if expected_identity is not None:
-            require_equal(f"{path}", cache.identity, expected_identity, RELABEL)
-        if expected_provenance is not None:
-            compared = {name: cache.provenance[name] for name in expected_provenance if name in cache.provenance}
-            require_equal(f"{path}", compared, expected_provenance, RELABEL)
+            require_equal(f"{path}", cache.identity, expected_identity, way_out)
         return cache
 
     @classmethod

@@ -30,6 +30,7 @@ from pipeline.system.storage import busy, is_busy, read_if_exists, remove_leftov
 _OWNER = struct.Struct("<32s32sQ")
 _HEADER_SIZE = _OWNER.size + 32
 _NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp")
+_PIXELS = "pixels.sha256"
 
 
 class LabelParts:
@@ -65,14 +66,18 @@ class LabelParts:
         """Classes kept of each sample with their probabilities, K; 0 where only labels are."""
         return self._sizes["topk"]
 
-    def adopt(self, cache: LabelCache) -> None:
+    def adopt(self, cache: LabelCache, way_out: str = RELABEL) -> None:
         """Count the views of a sealed cache as labelled, so that extending it labels only the new ones.
+
+        Args:
+            cache: The cache.
+            way_out: What an error advises.
 
         Raises:
             DataError: Another teacher, device or data set made it; the message names each differing field.
         """
-        require_equal("the sealed label cache", cache.identity, self.identity, RELABEL)
-        require_equal("the sealed label cache", cache.provenance, self.provenance, RELABEL)
+        require_equal("the sealed label cache", cache.identity, self.identity, way_out)
+        require_equal("the sealed label cache", cache.provenance, self.provenance, way_out)
         self._sealed = cache
 
     @property
@@ -143,11 +148,33 @@ class LabelParts:
         """Count the views with an invalid part: damaged, or of another teacher, data set or K."""
         return sum(self._path(view).exists() and self.answers(view) is None for view in views)
 
+    def keep_only(self, pixels: str) -> int:
+        """Delete the parts that were labelled from other pixels than today's, and return how many they were.
+
+        Neither identity nor provenance tells: the pixels follow from the code too. Parts of older versions, which wrote
+        no digest of them, stand.
+
+        Args:
+            pixels: SHA-256 of some of the pixels, 64 hexadecimal digits.
+
+        Raises:
+            StorageError: The file system refuses.
+        """
+        file, deleted = self.directory / _PIXELS, 0
+        former = read_if_exists(file)
+        if former is not None and former != pixels.encode():
+            deleted = len(list(self.directory.glob("*.part")))
+            self.delete()
+        if former != pixels.encode():
+            write_atomic(file, pixels.encode())
+        return deleted
+
     def delete(self, *, below: int | None = None) -> None:
         """Delete the parts of any run and the temporary files of killed writers; needs the run's lock.
 
         Args:
-            below: Keep the valid parts of this view and of later ones.
+            below: Keep the whole parts of this view and of later ones, also those that another teacher or device made:
+                it may come back, and whoever labels these views writes them anew.
 
         Raises:
             StorageError: The file system refuses.
@@ -155,13 +182,17 @@ class LabelParts:
         try:
             if not self.directory.is_dir():
                 return
+            num_kept = 0
             for entry in self.directory.iterdir():
                 name = _NAME.fullmatch(entry.name)
                 if name is None:
                     continue
-                kept = below is not None and name[1] is not None and int(name[1]) >= below
-                if not (kept and self.answers(int(name[1])) is not None):
+                if below is not None and name[1] is not None and int(name[1]) >= below and _is_whole(entry):
+                    num_kept += 1
+                else:
                     entry.unlink(missing_ok=True)
+            if not num_kept:
+                (self.directory / _PIXELS).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete the parts in {self.directory}: {error.strerror}") from error
         with contextlib.suppress(OSError):  # other files, such as the run's lock, may live there
@@ -173,6 +204,13 @@ class LabelParts:
     def _header(self, view: int, content: bytes) -> bytes:
         owner = _OWNER.pack(*self._owner, view)
         return owner + hashlib.sha256(owner + content).digest()
+
+
+def _is_whole(part: Path) -> bool:
+    """Return whether a part is as it was written, whoever labelled it."""
+    data = read_if_exists(part) or b""
+    owner, digest, content = data[: _OWNER.size], data[_OWNER.size : _HEADER_SIZE], data[_HEADER_SIZE:]
+    return digest == hashlib.sha256(owner + content).digest()
 
 
 def seal(

@@ -98,9 +98,9 @@ def replay(cache: LabelCache, teacher: Teacher, views: Views, chosen: Sequence[t
             logits = teacher(views.batch(view, part).images).cpu()
             differences += _differences(kept, view, part, logits)
             if kept.classes is not None and kept.probabilities is not None:
-                now = logits.softmax(1).numpy()
-                again = np.take_along_axis(now, kept.classes[part].astype(np.int64), axis=1)
-                error = max(error, float(np.abs(again - kept.probabilities[part]).max()))
+                rows = part.numpy()  # NumPy would take a tensor of one index for a number, and drop the axis
+                again = np.take_along_axis(logits.softmax(1).numpy(), kept.classes[rows].astype(np.int64), axis=1)
+                error = max(error, float(np.abs(again - kept.probabilities[rows]).max()))
     return Replay(len(chosen), differences, error if cache.topk else None)
 
 

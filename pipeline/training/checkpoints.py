@@ -201,7 +201,10 @@ class RunState:
 
     Args:
         directory: Used by this run alone.
-        fingerprint: Digest of everything that decides the run's result; a state with another one is never resumed.
+        fingerprint: Digest of the settings and inputs that decide the run's result; a state with another one is never
+            resumed.
+        labels_sha256: Digest of the stored labels that the run learns from; a state of other labels is never resumed,
+            but for those of older versions, which do not name it. None where it reads none.
 
     Attributes:
         seconds: How long the last write took; None before the first.
@@ -210,9 +213,10 @@ class RunState:
 
     _SLOTS = ("state-a", "state-b")
 
-    def __init__(self, directory: Path, fingerprint: str) -> None:
+    def __init__(self, directory: Path, fingerprint: str, labels_sha256: str | None = None) -> None:
         self._directory = directory
         self._fingerprint = fingerprint
+        self._labels = labels_sha256
         self._serial = 0
         # The best that is on disk, and its SHA-256.
         self._best: tuple[Mapping[str, Tensor], str] | None = None
@@ -285,7 +289,8 @@ class RunState:
         from pipeline.views.parcel import fetch
 
         copies = dict(zip(tensors, fetch([*tensors.values()]), strict=True))
-        meta = copy.deepcopy({**meta, "fingerprint": self._fingerprint, "serial": self._serial})
+        labels = {} if self._labels is None else {"labels_sha256": self._labels}
+        meta = copy.deepcopy({**meta, **labels, "fingerprint": self._fingerprint, "serial": self._serial})
         self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta, best)
 
     def wait(self) -> None:
@@ -336,8 +341,12 @@ class RunState:
     def _newest_first(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the slots with a state of this run, as their JSON says, and that JSON; note what is damaged."""
         self.damaged = []
-        states = [(slot, meta) for slot, meta in self._states() if meta["fingerprint"] == self._fingerprint]
+        states = [(slot, meta) for slot, meta in self._states() if self._is_of_this_run(meta)]
         return sorted(states, key=lambda state: int(state[1]["serial"]), reverse=True)
+
+    def _is_of_this_run(self, meta: Mapping[str, Any]) -> bool:
+        is_other = self._labels is not None and meta.get("labels_sha256", self._labels) != self._labels
+        return bool(meta["fingerprint"] == self._fingerprint) and not is_other
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the slots with a state of any run, as their JSON says, and that JSON."""

@@ -20,14 +20,14 @@ from pipeline.system.storage import read_json
 from pipeline.training.manifest import MANIFEST, read_checked, read_json_checked
 from stages.shared.paths import Paths
 from stages.shared.runs import OUTPUTS, describe_finished, differences
-from stages.shared.trained import SHORT
+from stages.shared.trained import SHORT, prepared_rendition, rendition, shown_otherwise
 
 Form = Mapping[str, Any]
 SWEPT = ("training.optimizer", "training.lr")
 """The places in a description in which runs of Figure 5 differ."""
 DECAY = "training.weight_decay"
 """Another place, in which runs of two optimisers may differ."""
-SAME = ("dataset_sha256", "rules")
+SAME = ("dataset_sha256", "rendition", "rules")
 """The places in which even the runs of two models must be equal, or their scores say nothing of each other."""
 SHOWN = 40  # characters of a wrong value
 NUMBER = (int, float)
@@ -159,7 +159,7 @@ class FinishedRun:
     def is_comparable(self, other: FinishedRun) -> bool:
         """Whether both runs' scores are of the same images and by the same rules, so that they may be subtracted."""
         first, second = self.description, other.description
-        return first is not None and second is not None and all(first[key] == second[key] for key in SAME)
+        return first is not None and second is not None and all(first.get(key) == second.get(key) for key in SAME)
 
     @property
     def weight_decay(self) -> float | None:
@@ -293,8 +293,8 @@ class FinishedRuns:
         students: The runs that follow the recipe, with seed 0, in its order.
         others: Runs that differ from the recipe or have another seed, by their directories' names.
         winner: The selected teacher's name; None before `select`.
-        left_out: Finished runs on other data than are prepared now, which are in none of the above: directory to which
-            data. Where nothing is prepared, the data of most runs count.
+        left_out: Finished runs on other data than are prepared now, or on other pixels of the same files, which are in
+            none of the above: directory to which data. Where nothing is prepared, the data of most runs count.
     """
 
     recipe: Recipe
@@ -328,9 +328,11 @@ class FinishedRuns:
         left_out: dict[str, str] = {}
         for run in every:
             trained, of = _data_of(run), printable(str(run.metrics["recipe"]))
-            if trained is not None and trained != data:
-                which = f"recipe {of}, SHA-256 {printable(trained[:SHORT])}"
-                left_out[str(run.directory)] = f"trained on other data ({which}) than {these}"
+            if trained is not None and data is not None and trained != data:
+                which = f"recipe {of}, SHA-256 {printable(trained[0][:SHORT])}"
+                why = f"trained on other data ({which}) than {these}"
+                is_same = trained[0] == data[0]
+                left_out[str(run.directory)] = shown_otherwise(trained[1], these, data[1]) if is_same else why
         kept = [{name: run for name, run in group.items() if str(run.directory) not in left_out} for group in finished]
         return cls(recipe, paths, kept[0], kept[1], kept[2], _winner(paths.selection), left_out)
 
@@ -411,17 +413,18 @@ class FinishedRuns:
         return differences(run.meta, {"training": deciding_values(now)})
 
 
-def _data_of(run: FinishedRun) -> str | None:
-    """Return the SHA-256 of a run's data; None where it is not known."""
-    data = (run.meta or {}).get("dataset_sha256")
-    return None if data is None else str(data)
+def _data_of(run: FinishedRun) -> tuple[str, str | None] | None:
+    """Return the SHA-256 of a run's data, and of an encoded store the rendition; None where it is not known."""
+    data, shown = (run.meta or {}).get("dataset_sha256"), (run.description or {}).get("rendition")
+    return None if data is None else (str(data), None if shown is None else rendition(shown))
 
 
-def _data(paths: Paths, runs: Iterable[FinishedRun]) -> tuple[str | None, str]:
-    """Return the SHA-256 of the prepared data, and their name; where there are none, of the data of most runs."""
+def _data(paths: Paths, runs: Iterable[FinishedRun]) -> tuple[tuple[str, str | None] | None, str]:
+    """Return what `_data_of` does of the prepared data, and their name; where there are none, of most runs' data."""
     summary: Any = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
     if misfit(summary, {"sha256": str}) is None:
-        return summary["sha256"], f"{paths.dataset} (SHA-256 {printable(summary['sha256'][:SHORT])})"
+        these = f"{paths.dataset} (SHA-256 {printable(summary['sha256'][:SHORT])})"
+        return (summary["sha256"], prepared_rendition(summary)), these
     known = Counter(data for run in runs if (data := _data_of(run)) is not None)
     return known.most_common(1)[0][0] if known else None, "most runs of this recipe"
 

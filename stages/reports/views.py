@@ -25,6 +25,7 @@ from stages.reports.conditions import MIXINGS
 from stages.reports.runs import FinishedRuns
 from stages.shared.context import Context
 from stages.shared.fitting import make_views
+from stages.shared.paths import relabel
 from stages.shared.teacher_labels import open_labels
 
 NUM_VIEWS = 8
@@ -88,7 +89,7 @@ def teacher_on_views(context: Context, runs: FinishedRuns) -> list[Figure | Tabl
         labelled = Labelled(name, dataset, cache, make_views(context, dataset, name))
         view = check_canaries(cache, labelled.views)
         if view is not None:
-            raise DataError(f"{runs.paths.labels(name)}: {other_pixels(cache, view)}; run `pipeline label --fresh`")
+            raise DataError(f"{runs.paths.labels(name)}: {other_pixels(cache, view)}; {relabel(name)}")
         shown += [*by_operation(labelled), sample_views(labelled)]
     return shown
 

@@ -22,7 +22,6 @@ from pipeline.data.datasets import Dataset, Split
 from pipeline.data.decoding import EXIF_RULE, decoders
 from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, NumericalError
-from pipeline.labels.cache import LabelCache
 from pipeline.labels.source import TeacherLabels
 from pipeline.losses import objective
 from pipeline.report.progress import RunWatcher
@@ -103,7 +102,7 @@ def evaluation_data(
     )
 
 
-def require_same_run(group: Group, run: Run, *, fresh: bool, cache: LabelCache | None = None) -> None:
+def require_same_run(group: Group, run: Run, *, fresh: bool, labels_sha256: str | None = None) -> None:
     """Check that all ranks are about to train the same run, on the same labels, before one of them begins.
 
     Each machine reads its own files, and gradients of different runs can be added up: nothing else would tell.
@@ -112,7 +111,7 @@ def require_same_run(group: Group, run: Run, *, fresh: bool, cache: LabelCache |
         group: The ranks.
         run: What this rank is about to train.
         fresh: Whether it is to start over.
-        cache: Its label cache, if it has one.
+        labels_sha256: Digest of all that it reads of a label cache, the labels of clean images too.
 
     Raises:
         DataError: Another rank's differ; the message, the same on every rank, names what.
@@ -120,7 +119,7 @@ def require_same_run(group: Group, run: Run, *, fresh: bool, cache: LabelCache |
     if group.device is None:
         return
     mine = {"name": run.name, "fresh": fresh, "precision": resolve_precision(run.recipe.precision, group.device)}
-    mine["labels_sha256"] = None if cache is None else cache.digest(run.num_views or cache.num_views)
+    mine["labels_sha256"] = labels_sha256
     first, *others = group.gather_json({**run.decided_by, **mine})
     for rank, other in enumerate(others, start=1):
         if other != first:
@@ -136,12 +135,13 @@ def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool
     Raises:
         DataError: It is this run's and damaged, and no whole copy of it is kept.
     """
+    result = run.result  # also for --fresh: the digest of its code is of the files as they are before the work
     if fresh:
         return False
 
     def look() -> str | None:
         run.finish_replacing()
-        why = kept.mend(context, run.result, run.why_stale())
+        why = kept.mend(context, result, run.why_stale())
         if why is not None:
             run.refuse_damage()
         elif run.adopt():
@@ -295,7 +295,7 @@ def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState | None
 
     Another run may have held the lock since `up_to_date` looked, and have finished.
     """
-    state = RunState(run.work, run.fingerprint)
+    state = run.resumable
     with contextlib.ExitStack() as held:
 
         def claim() -> bool:
@@ -376,7 +376,8 @@ def _write(
     decoded: Mapping[str, Any],
 ) -> None:
     """Write the outputs in place of former ones, together, their manifest last."""
-    meta = {**run.decided_by, "fingerprint": run.fingerprint, **decoded}
+    labels = {} if run.labels_sha256 is None else {"labels_sha256": run.labels_sha256}
+    meta = {**run.decided_by, "fingerprint": run.fingerprint, **labels, **decoded}
     meta |= {key: metrics[key] for key in DESCRIBED}
     of_best = {"epoch": result.best_epoch, "scores": metrics["best"], "metrics": without_test(metrics)}
     written = {"best": checkpoint_files("best", result.best, {**meta, **of_best})}

@@ -39,7 +39,34 @@ if TYPE_CHECKING:
     from torch import nn
 
 DECIDING = ("checkpoint_sha256", "mean", "std", "input_size", "code_sha256")
-"""The fields of a provenance that decide a teacher's labels, beside how they were computed."""
+"""The fields of a provenance that decide a teacher's labels, beside its name and how they were computed."""
+
+
+def what_decides(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a teacher's labels, beside how they are computed; None for what it has not.
+
+    Args:
+        described: A provenance, or what describes a member.
+    """
+    teacher = str(described["teacher"])
+    # Of the user's own code the function's name counts: the file has its digest, and may be named in several ways.
+    name = teacher.rpartition(":")[2] if is_own(teacher) else teacher
+    return {"teacher": name, **{key: described.get(key) for key in DECIDING}}
+
+
+def as_member(meta: Mapping[str, Any], sha256: str, code: str | None, *, folded: bool = True) -> dict[str, Any]:
+    """Return what a provenance says of a teacher, see `make_member`.
+
+    Args:
+        meta: What describes it, as the JSON of a checkpoint.
+        sha256: Of its weights.
+        code: Digest of its file, if it is the user's own code.
+        folded: See `make_provenance`.
+    """
+    return make_member(
+        teacher=str(meta["model"]), checkpoint_sha256=sha256, mean=meta["mean"], std=meta["std"], folded=folded,
+        input_size=meta["arguments"].get("input_size"), code_sha256=code,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +103,8 @@ class Member:
     @cached_property
     def fields(self) -> dict[str, Any]:
         """What the provenance says of it, see `make_member`."""
-        return make_member(
-            teacher=self.model,
-            checkpoint_sha256=self.sha256,
-            mean=self.meta["mean"],
-            std=self.meta["std"],
-            folded=self.model in TEACHERS or self._folded[1],  # the eight can be folded, which need not be tried
-            input_size=self.meta["arguments"].get("input_size"),
-            code_sha256=code_sha256(self.model),
-        )
+        folded = self.model in TEACHERS or self._folded[1]  # the eight can be folded, which need not be tried
+        return as_member(self.meta, self.sha256, code_sha256(self.model), folded=folded)
 
     def ready(self) -> Teacher:
         """Make it ready to label, see `teacher_of`."""
@@ -113,8 +133,9 @@ class Labeller(Protocol):
     def is_of(self, checkpoint: Mapping[str, Any]) -> bool:
         """Tell whether it is the teacher of a checkpoint, by the checkpoint's JSON."""
 
-    def topk(self, asked: int) -> int:
-        """Return how many classes it keeps with their probabilities where `asked` are asked for."""
+    @property
+    def topk(self) -> int | None:
+        """How many classes its answers have with their probabilities; None for as many as are asked for."""
 
     def provenance(self, context: Context, topk: int) -> dict[str, Any]:
         """Return the provenance of its labels, see `make_provenance`."""
@@ -145,6 +166,7 @@ class TeacherLabeller:
     """
 
     members: Sequence[Member]
+    topk: None = None
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -169,8 +191,8 @@ class TeacherLabeller:
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """The weights, and what the teacher sees."""
-        return {key: self.fields.get(key) for key in DECIDING}
+        """The model, its weights, and what it sees."""
+        return what_decides(self.fields)
 
     def is_of(self, checkpoint: Mapping[str, Any]) -> bool:
         """By weights, model and input."""
@@ -178,10 +200,6 @@ class TeacherLabeller:
         keys = ("model", "arguments", "mean", "std")
         is_same = first.sha256 == checkpoint["sha256"] and all(first.meta[key] == checkpoint.get(key) for key in keys)
         return is_same and not others
-
-    def topk(self, asked: int) -> int:
-        """As asked."""
-        return asked
 
     def provenance(self, context: Context, topk: int) -> dict[str, Any]:
         """Return the provenance of the labels that it makes here."""
@@ -258,7 +276,8 @@ class GivenLabeller:
         """Never."""
         return False
 
-    def topk(self, asked: int) -> int:
+    @property
+    def topk(self) -> int:
         """As many as the file has, whatever is asked for."""
         return self.given.topk
 
@@ -455,8 +474,8 @@ def find_labeller(
             f"{path}: labelled by checkpoint {recorded['checkpoint_sha256'][:SHORT]}..., not by "
             f"{labeller.title} ({labeller.sha256[:SHORT]}...); name the right one with --teacher"
         )
-    what_decides = {key: recorded.get(key) for key in DECIDING}
-    require_equal(f"{path}", what_decides, labeller.deciding, f"{labeller.title} has changed since; label again")
+    changed = f"{labeller.title} has changed since; label again"
+    require_equal(f"{path}", what_decides(recorded), labeller.deciding, changed)
     return labeller
 
 

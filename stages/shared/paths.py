@@ -21,6 +21,26 @@ def labels_name(view_recipe: str, teacher: str | None = None) -> str:
     return view_recipe if teacher is None else f"{view_recipe}@{teacher}"
 
 
+def label_command(name: str, options: str = "", *, given: bool = False) -> str:
+    """Return the command that makes a label file, in backticks.
+
+    Args:
+        name: The file's, see `labels_name`.
+        options: More options, with a space before each.
+        given: Whether something else has computed its labels.
+    """
+    view_recipe, _, teacher = name.partition("@")
+    views = "" if view_recipe == "default" else f" --view-recipe {view_recipe}"
+    source = f" {'--from FILE' if given else '--teacher WHAT'} --as {teacher}" if teacher else ""
+    return f"`pipeline label{views}{source}{options}`"
+
+
+def relabel(name: str, *, given: bool | None = None) -> str:
+    """Return the way out where a label file does not fit; `given` as for `label_command`, None if it is not known."""
+    either = ", or with --from FILE" if given is None and "@" in name else ""
+    return f"label again with {label_command(name, ' --fresh', given=bool(given))}{either}"
+
+
 @dataclass(frozen=True)
 class Paths:
     """The files of one recipe.

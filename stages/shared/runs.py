@@ -84,6 +84,8 @@ class Run:
         soft: Temperature of soft distillation; None for hard labels and without a teacher.
         confidence: Whether the teacher's confidence weighs the samples.
         keep_last: Whether the last epoch's weights are kept beside the best's.
+        labels_sha256: Digest of the stored labels that it learns from, see LabelCache.digest; None where it reads none.
+            It is no part of `inputs`: results of older versions do not name it, and stand.
         project: The project's folder, see Paths.
     """
 
@@ -101,6 +103,7 @@ class Run:
     soft: float | None = None
     confidence: bool = False
     keep_last: bool = False
+    labels_sha256: str | None = None
     project: Path = Path()
 
     @classmethod
@@ -134,11 +137,10 @@ class Run:
         run = cls(name, out, work, stage, description, recipe, seed, differs=differs, project=project, **fields)
         if not (differs or seed):
             return run
-        digest = run.fingerprint
         folder = Place(kind, name, differs, seed).find(
             paths,
-            has_ended=lambda out: why_other(out, digest, {}) is None,
-            is_under_way=lambda work: RunState(work, digest).peek() is not None,
+            has_ended=lambda out: why_other(out, run.fingerprint, {}) is None,
+            is_under_way=lambda work: RunState(work, run.fingerprint).peek() is not None,
         )
         return dataclasses.replace(run, out=paths.run(folder), work=paths.work("runs", folder), stage=None)
 
@@ -168,7 +170,12 @@ class Run:
 
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run, or not whole; None if they are."""
-        return why_stale(self.out, self.fingerprint, self.decided_by)
+        return why_stale(self.out, self.fingerprint, self.decided_by, self.labels_sha256)
+
+    @property
+    def resumable(self) -> RunState:
+        """Its state while it is under way."""
+        return RunState(self.work, self.fingerprint, self.labels_sha256)
 
     def refuse_damage(self) -> None:
         """Refuse to train again, which may take days, where the outputs are this run's and some are damaged.
@@ -204,7 +211,7 @@ class Run:
             return State(f"put back what was finished on {second.when} ({why}); writes {self.out}")
         if not fresh:
             self.refuse_damage()
-        state = RunState(self.work, self.fingerprint)
+        state = self.resumable
         saved = None if fresh else state.peek()
         if saved is None:
             state.require_whole()
@@ -232,7 +239,8 @@ class Run:
             self.out / name for name in (*log, *checkpoints, *OUTPUTS, MANIFEST)
         )  # the last makes it complete
         recipe = str(self.description["recipe"])
-        return kept.Result(recipe, self.stage, self.fingerprint, self.out, paths, lock=self.lock, project=self.project)
+        decided = kept_as(self.fingerprint, self.labels_sha256)
+        return kept.Result(recipe, self.stage, decided, self.out, paths, lock=self.lock, project=self.project)
 
     @property
     def lock(self) -> Path:
@@ -249,15 +257,20 @@ class Run:
         if self.work.exists():
             with contextlib.suppress(StorageError), lock(self.lock):
                 self.remove_leftovers()
-                RunState(self.work, self.fingerprint).delete()
+                self.resumable.delete()
 
 
-def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
+def kept_as(decided: str, labels_sha256: str | None) -> str:
+    """Return the fingerprint under which a run's outputs are kept, from the run's own and from what it learned."""
+    return decided if labels_sha256 is None else fingerprint({"run": decided, "labels_sha256": labels_sha256})
+
+
+def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any], labels_sha256: str | None = None) -> str | None:
     """Say in a phrase why a directory does not hold a run's outputs, or not as they were written; None if it does.
 
     All files are compared with the manifest's SHA-256; the arguments are those of `why_other`.
     """
-    why = why_other(out, fingerprint, expected)
+    why = why_other(out, fingerprint, expected, labels_sha256)
     if why is None:
         try:
             check_all(out)
@@ -266,13 +279,15 @@ def why_stale(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str |
     return why
 
 
-def why_other(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str | None:
+def why_other(out: Path, fingerprint: str, expected: Mapping[str, Any], labels_sha256: str | None = None) -> str | None:
     """Say in a phrase why a directory's files are not a run's outputs; None if they are, as far as their JSON tells.
 
     Args:
         out: The run's directory.
-        fingerprint: The run's. It alone decides whether the outputs are the run's.
+        fingerprint: The run's.
         expected: The run's `decided_by`, which explains a difference.
+        labels_sha256: The run's, which differs from that of the outputs if they were learned from other labels; None
+            takes any.
     """
     try:
         meta = read_meta(out)
@@ -284,7 +299,8 @@ def why_other(out: Path, fingerprint: str, expected: Mapping[str, Any]) -> str |
     if missing:
         return f"{', '.join(missing)} missing"
     if meta.get("fingerprint") == fingerprint:
-        return None
+        is_other = labels_sha256 is not None and meta.get("labels_sha256", labels_sha256) != labels_sha256
+        return _PHRASES["labels_sha256"] if is_other else None
     named = differences(meta, expected)
     more = f", {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
     return ", ".join(named[:MAX_NAMED]) + more if named else "trained under other settings, or by another version"
@@ -303,7 +319,8 @@ def describe_finished(meta: object, metrics: Mapping[str, Any]) -> dict[str, Any
     Returns:
         kind, model, arguments, dataset_sha256, training (the recipe as trained, with the precision that was used),
         inputs (`views`, the view recipe; `teacher`, its SHA-256; `labels` and whatever else), seed, version and rules;
-        None where the checkpoint does not say: such a run can be shown, and compared with no other.
+        of an encoded store also rendition (`image_size` and `resize`), which its SHA-256 leaves open. None where the
+        checkpoint does not say: such a run can be shown, and compared with no other.
     """
     if not isinstance(meta, dict):
         return None
@@ -313,8 +330,10 @@ def describe_finished(meta: object, metrics: Mapping[str, Any]) -> dict[str, Any
     inputs = dict(meta["inputs"])
     if meta["kind"] == "student" and not metrics["distilled"]:
         inputs = {key: value for key, value in inputs.items() if key not in LESSON} | {"labels": "none"}
+    shown = {"image_size": meta.get("image_size"), "resize": meta.get("resize", SQUEEZE)}
     return {
         **{key: meta[key] for key in kinds},
+        **({"rendition": shown} if "decoders" in meta else {}),  # only such data are decoded while a model trains
         "training": {**meta["training"], "precision": metrics["precision"]},
         "inputs": inputs,
         "seed": metrics["seed"],

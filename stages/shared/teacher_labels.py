@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.recipes import Recipe, StudentRecipe
 from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.labels.cache import RELABEL, LabelCache
+from pipeline.labels.cache import LabelCache
+from pipeline.models.own import code_sha256
 from pipeline.system.canonical import require_equal
 from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
 from stages.shared.context import Context
 from stages.shared.options import kept_name
-from stages.shared.paths import Paths
+from stages.shared.paths import Paths, label_command, labels_name, relabel
 from stages.shared.places import settings_as_written
 
 if TYPE_CHECKING:
@@ -96,29 +99,25 @@ class Distillation:
         Raises:
             DataError: Too few views, or no probabilities.
         """
-        view_recipe = student.views
-        command = f"pipeline label --recipe {recipe.name}"
-        command += "" if view_recipe == "default" else f" --view-recipe {view_recipe}"
-        if self.teacher_labels is not None:
-            source = "--from FILE" if "given" in cache.provenance else "--teacher WHAT"
-            command += f" {source} --as {self.teacher_labels}"
+        view_recipe, given = student.views, "given" in cache.provenance
+        command = functools.partial(label_command, labels_name(view_recipe, self.teacher_labels), given=given)
         count = recipe.views[view_recipe].count
         if self.num_views is not None and cache.num_views < self.num_views:
             raise DataError(
                 f"{path}: {counted(cache.num_views, 'view')}, --views asks for {self.num_views}; "
-                f"run `{command} --views :{self.num_views}`"
+                f"run {command(f' --views :{self.num_views}')}"
             )
         if self.num_views is None and cache.num_views < count:
             raise DataError(
                 f"{path}: {counted(cache.num_views, 'view')}, the recipe asks for {count} "
-                f"(recipes.{recipe.name}.views.{view_recipe}.count); run `{command}`, or train on fewer with --views"
+                f"(recipes.{recipe.name}.views.{view_recipe}.count); run {command()}, or train on fewer with --views"
             )
         if cache.topk == 0 and (student.soft or self.confidence):
             option = soft_name(student, name, given=self.soft_given) if student.soft else "--confidence"
             keep = "" if recipe.label.topk else f" --keep {kept_name(min(USUAL_TOPK, cache.num_classes))}"
             raise DataError(
                 f"{path}: keeps {kept_name(cache.topk)}, {option} needs the teacher's probabilities; "
-                f"run `{command}{keep} --fresh`"
+                f"run {command(f'{keep} --fresh')}"
             )
 
 
@@ -181,6 +180,17 @@ class TeacherSource:
     digest: str | None = None
     cache: LabelCache | None = None
 
+    def labels_sha256(self, num_views: int) -> str | None:
+        """Return SHA-256 of what the student reads of its cache, see LabelCache.digest; None without one.
+
+        Args:
+            num_views: Views that its epochs cycle through. One that does not learn from them reads clean labels alone.
+        """
+        if self.cache is None:
+            return None
+        topk = self.recipe.soft > 0 or self.distillation.confidence
+        return self.cache.digest(num_views if self.is_distilled else 0, topk=topk)
+
     @classmethod
     def find(
         cls,
@@ -218,17 +228,18 @@ class TeacherSource:
             if not source.is_distilled:
                 return source
             if distillation.teacher_labels is not None:
-                command = f"pipeline label --recipe {context.recipe.name} --view-recipe {recipe.views}"
+                command = label_command(labels_name(recipe.views, distillation.teacher_labels))
                 raise DataError(
-                    f"{path}: no labels of this name, there are {named_labels(path) or 'none'}; run `{command} "
-                    f"--teacher WHAT --as {distillation.teacher_labels}`, or with --from FILE"
+                    f"{path}: no labels of this name, there are {named_labels(path) or 'none'}; run {command}, or "
+                    "with --from FILE"
                 )
             raise DataError(
                 f"{path}: no cached labels; run `pipeline teacher-select --recipe {context.recipe.name}`, or "
                 f"`pipeline label --view-recipe {recipe.views}` where a teacher is selected"
             )
         cache = open_labels(context.paths, context.recipe, dataset, recipe.views, distillation.teacher_labels)
-        distillation.check_cache(cache, path, context.recipe, name, recipe)
+        if source.is_distilled:
+            distillation.check_cache(cache, path, context.recipe, name, recipe)
         return replace(source, cache=cache, digest=str(cache.provenance["checkpoint_sha256"]))
 
     def open(self, context: Context, views: Views) -> Teaching:
@@ -254,10 +265,11 @@ class TeacherSource:
             labels: TeacherLabels | None = OnlineLabels(teacher, **kind) if self.is_distilled else None
             clean, name = label_clean(context, dataset, teacher), str(checkpoint.meta["model"])
         elif self.cache is not None:
-            view = check_canaries(self.cache, views)
+            view, given = check_canaries(self.cache, views), "given" in self.cache.provenance
             if view is not None:
+                name = labels_name(self.recipe.views, self.distillation.teacher_labels)
                 raise DataError(
-                    f"{other_pixels(self.cache, view)}; run `pipeline label --fresh`, or see how many labels change by "
+                    f"{other_pixels(self.cache, view)}; {relabel(name, given=given)}, or see how many labels change by "
                     "`pipeline labels verify`"
                 )
             labels = cached_labels(self.cache, context.device, **kind) if self.is_distilled else None
@@ -293,15 +305,22 @@ def open_labels(
         DataError: It is not valid, or belongs to other data, views or evaluation images; or, where it has no name of
             its own, to another teacher than the selected one.
     """
+    from stages.shared.labellers import as_member, what_decides
     from stages.shared.labelling import identity_of
 
     identity, path = identity_of(dataset, recipe.views[view_recipe]), paths.labels(view_recipe, teacher)
-    winner = read_meta(paths.winner) if teacher is None else None
-    provenance = None if winner is None else {"checkpoint_sha256": winner["sha256"]}
-    cache = LabelCache.open(path, expected_identity=identity, expected_provenance=provenance)
+    cache = LabelCache.open(path, way_out=relabel(path.stem))
+    way_out = relabel(path.stem, given="given" in cache.provenance)
+    require_equal(f"{path}", cache.identity, identity, way_out)
+    if teacher is None and (winner := read_meta(paths.winner)) is not None:
+        actual, code = what_decides(cache.provenance), None
+        with contextlib.suppress(UsageError):  # students need no teacher, and the file of one may not be here
+            code = code_sha256(str(winner["model"]))
+        expected = what_decides(as_member(winner, winner["sha256"], code or actual["code_sha256"]))
+        require_equal(f"{path}", actual, expected, way_out)
     labelled = {split: len(labels) for split, labels in cache.clean.items()}
-    expected = {split: len(part) for split, part in dataset.splits.items() if split != "train"}
+    to_label = {split: len(part) for split, part in dataset.splits.items() if split != "train"}
     if "given" in cache.provenance:  # of what its maker knew
-        expected = {split: size for split, size in expected.items() if split in labelled}
-    require_equal(f"{path}", {"clean": labelled}, {"clean": expected}, RELABEL)
+        to_label = {split: size for split, size in to_label.items() if split in labelled}
+    require_equal(f"{path}", {"clean": labelled}, {"clean": to_label}, way_out)
     return cache

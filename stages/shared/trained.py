@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.recipes import ENCODED, SQUEEZE
 from pipeline.errors import DataError, printable
 from pipeline.system.storage import read_json
 from pipeline.training.manifest import read_json_checked
@@ -23,21 +24,27 @@ def other_data(meta: Mapping[str, Any], paths: Paths, dataset: Dataset | None = 
     """Say in a phrase on which data a model was trained, if not on a recipe's prepared data; None if on these.
 
     Labels that were corrected, or another split, make other data of the same images: what were training images may be
-    test images now. Where nothing is prepared there is nothing to compare.
+    test images now. Other pixels of an encoded store's files are other data too, though the SHA-256 stays. Where
+    nothing is prepared there is nothing to compare.
 
     Args:
         meta: The JSON of the model's checkpoint or export.
         paths: The recipe's.
         dataset: The prepared data, where they have been loaded; None takes what their summary.json says.
     """
-    prepared = _prepared(paths) if dataset is None else (dataset.sha256, list(dataset.class_names))
+    if dataset is None:
+        prepared = _prepared(paths)
+    else:
+        shown = None if dataset.rendition is None else rendition(dataset.rendition)
+        prepared = dataset.sha256, list(dataset.class_names), shown
     if prepared is None:
         return None
-    sha256, class_names = prepared
+    sha256, class_names, shown = prepared
     trained, these = meta.get("dataset_sha256"), f"{paths.dataset} (SHA-256 {sha256[:SHORT]})"
     if trained == sha256:  # these names are then part of the digest, so that others are damage
-        damaged = f"names other classes than {these}, on which it was trained; it is damaged"
-        return None if meta.get("class_names", class_names) == class_names else damaged
+        if meta.get("class_names", class_names) != class_names:
+            return f"names other classes than {these}, on which it was trained; it is damaged"
+        return None if shown in (None, rendition(meta)) else shown_otherwise(rendition(meta), these, shown)
     if not isinstance(trained, str):
         return f"names no data that it was trained on, so that it cannot be compared with {these}"
     recipe = printable(str(meta.get("recipe")))
@@ -65,8 +72,28 @@ def require_same_data(
         raise DataError(f"{file}: {difference}; {way_out}")
 
 
-def _prepared(paths: Paths) -> tuple[str, list[str]] | None:
-    """Return SHA-256 and class names by summary.json; None without prepared data, or where it is damaged.
+def rendition(values: Mapping[str, Any]) -> str:
+    """Return in words by what the files of an encoded store become pixels, which is no part of their SHA-256.
+
+    Args:
+        values: A checkpoint's or an export's JSON, the settings of prepared data, or Dataset.rendition.
+    """
+    return printable(f"image_size {values.get('image_size')}, resize {values.get('resize', SQUEEZE)}")
+
+
+def prepared_rendition(summary: Mapping[str, Any]) -> str | None:
+    """Return the `rendition` of prepared data by their summary.json; None where pixels are stored."""
+    settings = summary.get("settings")
+    return rendition(settings) if isinstance(settings, dict) and settings.get("store") == ENCODED else None
+
+
+def shown_otherwise(trained: str | None, these: str, shown: str | None) -> str:
+    """Say in a phrase that a model was trained on the same files under another `rendition`."""
+    return f"trained on the same files as {these}, but with {trained} in place of {shown}"
+
+
+def _prepared(paths: Paths) -> tuple[str, list[str], str | None] | None:
+    """Return SHA-256, class names and `rendition` by summary.json; None without prepared data, or where it is damaged.
 
     Loading the data will say what is wrong.
     """
@@ -76,7 +103,8 @@ def _prepared(paths: Paths) -> tuple[str, list[str]] | None:
             sha256, names = (
                 summary.get(key) if isinstance(summary, dict) else None for key in ("sha256", "class_names")
             )
-            return (sha256, names) if isinstance(sha256, str) and isinstance(names, list) else None
+            if isinstance(sha256, str) and isinstance(names, list):
+                return sha256, names, prepared_rendition(summary)
     return None
 
 

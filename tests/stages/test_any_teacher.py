@@ -172,6 +172,23 @@ def test_students_learn_from_teachers_of_timm_and_torchvision(project: Project, 
     invoke(copy, "labels", "verify", str(Path("data/smoke/labels/default.h5")))
 
 
+def test_labels_by_the_teacher_as_it_was_are_not_learned_from(project: Project, tmp_path: Path) -> None:
+    """The weights are the same, so that their SHA-256 does not tell."""
+    shutil.copytree(project.path, tmp_path / "project")
+    copy = Project(tmp_path / "project")
+    invoke(copy, "distill", "--student", "deit", "--dry-run")
+    copy.edit("epochs: 0, weights", "epochs: 0, input_size: 40, weights")
+    invoke(copy, "teacher", "finished")
+    invoke(copy, "select", "--teachers", "finished")
+    refusal = invoke(copy, "distill", "--student", "deit", code=3)
+    assert "labels/default.h5 does not fit: input_size is 24, expected 40; label again with `pipeline label" in refusal
+    (copy.path / "mine.py").unlink()  # as on a machine that has the labels and not the teacher's code
+    copy.edit("epochs: 0, input_size: 40, weights", "epochs: 0, weights")
+    shutil.rmtree(copy.data / "teacher")
+    shutil.copytree(project.data / "teacher", copy.data / "teacher")
+    invoke(copy, "distill", "--student", "deit", "--dry-run")
+
+
 def test_a_changed_file_of_the_users_trains_again(project: Project) -> None:
     file = project.path / "mine.py"
     file.write_text(MINE + "# changed\n")

@@ -10,6 +10,7 @@ from stages.shared.runs import changes, describe_finished, differences
 
 META: dict[str, Any] = {
     "kind": "student", "model": "titn", "arguments": {"num_classes": 10}, "recipe": "digits", "mean": [0.5],
+    "image_size": 32,
     "dataset_sha256": "d" * 64, "training": {"lr": 0.2, "precision": "auto"}, "seed": 3, "version": "0.1.0",
     "inputs": {"views": {"count": 4}, "labels": "cached", "teacher": "t" * 64}, "fingerprint": "f" * 64,
 }  # fmt: skip
@@ -31,6 +32,13 @@ def test_it_holds_what_decides_and_nothing_else() -> None:
 def test_a_student_without_a_teachers_labels_has_no_teacher() -> None:
     described = describe_finished(META, {**METRICS, "distilled": False})
     assert described is not None and described["inputs"] == {"views": {"count": 4}, "labels": "none"}
+
+
+def test_photographs_shown_otherwise_are_another_setting_though_their_files_are_the_same() -> None:
+    photographs = {**META, "exif": "upright", "decoders": {"pillow": "12.0.0"}}
+    squeezed, cropped = (describe_finished(meta, METRICS) for meta in (photographs, {**photographs, "resize": "crop"}))
+    assert squeezed is not None and squeezed["rendition"] == {"image_size": 32, "resize": "squeeze"}
+    assert cropped is not None and differences(squeezed, cropped) == ["resize squeeze -> crop"]
 
 
 def test_students_of_two_label_files_are_never_seeds_of_one_setting() -> None:

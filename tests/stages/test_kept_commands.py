@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from pipeline.config.params import load_params
-from stages.shared import kept
+from pipeline.system.storage import read_json
+from stages.shared import dvc_file, kept
 from stages.shared.dvc_file import can_commit
 from tests.support.in_process import invoke
 from tests.support.project import ROOT, Project
@@ -23,6 +27,14 @@ PREPARE = ("prepare", "--recipe", "folder-small")
 def project(taught: Project, tmp_path: Path) -> Project:
     shutil.copytree(taught.path, tmp_path / "project")
     return Project(tmp_path / "project")
+
+
+@pytest.fixture
+def undigested() -> Iterator[None]:
+    """No stage's code has been digested by this process yet."""
+    dvc_file.code_digest.cache_clear()
+    yield
+    dvc_file.code_digest.cache_clear()
 
 
 @pytest.fixture
@@ -58,6 +70,33 @@ def test_fresh_and_another_recipe_put_nothing_back(project: Project) -> None:
 def test_other_code_makes_it_again(project: Project) -> None:
     shutil.rmtree(project.data / "teachers/squeezenet1_1")
     assert "train 8 epochs (not trained)" in invoke(project, *TEACHER, "--dry-run")
+
+
+@pytest.mark.usefixtures("undigested")
+@pytest.mark.parametrize(
+    ("work", "command", "stage"),
+    [
+        ("pipeline.training.fit.Fit.run", TEACHER, "teacher@squeezenet1_1"),
+        ("stages.prepare._write", ("prepare",), "prepare"),
+    ],
+)
+def test_code_that_is_edited_while_the_work_goes_on_did_not_make_the_result(
+    project: Project, monkeypatch: pytest.MonkeyPatch, work: str, command: tuple[str, ...], stage: str
+) -> None:
+    project.edit("squeezenet1_1: {epochs: 8}", "squeezenet1_1: {epochs: 1}")
+    code, done = ["made it"], pkgutil.resolve_name(work)
+    monkeypatch.setattr(dvc_file, "_digests", lambda path: code[-1])
+
+    def edited(*given: Any) -> Any:
+        code.append("edited")
+        return done(*given)
+
+    monkeypatch.setattr(work, edited)
+    invoke(project, *command, "--fresh")
+    assert code[1:], "the work was done"
+    code.append("made it")
+    dvc_file.code_digest.cache_clear()
+    assert read_json(project.path / f"data/work/kept/smoke/{stage}.json")["code"] == dvc_file.code_digest(stage)
 
 
 def test_the_selection_comes_back_where_its_candidates_are_gone(project: Project) -> None:

@@ -37,6 +37,14 @@ def build(num_classes):
 
 build.mean, build.std = (0.25, 0.5, 0.75), (0.5, 0.5, 0.25)
 """
+FLIPPED = """
+def flipped(num_classes):
+    net = build(num_classes)
+    net.register_forward_pre_hook(lambda module, inputs: (inputs[0].flip(3),))
+    return net
+
+flipped.mean, flipped.std = build.mean, build.std
+"""
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +149,17 @@ def test_a_teacher_that_sees_otherwise_is_another(labelled: Project, tmp_path: P
     assert "input_size is 48, expected 64" in invoke(project, *verify, code=3)
     project.edit("weights: resnet.pth", "weights: theirs.pth")
     assert "name the right one with --teacher" in invoke(project, *verify, code=3)
+
+
+def test_another_function_of_the_same_file_is_another_teacher(labelled: Project, tmp_path: Path) -> None:
+    """Its weights are the same, and so is the file."""
+    shutil.copytree(labelled.path, tmp_path / "project")
+    project = Project(tmp_path / "project")
+    (project.path / "two.py").write_text(OWN + FLIPPED)
+    label = ("label", *ONE, "--as", "two", "--teacher")
+    assert "sealed" in invoke(project, *label, "two.py:build")
+    assert "up to date" in invoke(project, *label, "./two.py:build"), "the same, spelled otherwise"
+    assert "labels by two.py:build (SHA-256 " in invoke(project, *label, "two.py:flipped", code=2)
 
 
 @pytest.mark.parametrize("name", ["small", "mine"])

@@ -169,6 +169,27 @@ def test_given_labels_are_sealed_with_the_canaries_of_the_views(project: Project
     assert opened(project, "mine").num_views == 3 and opened(project, "mine").accuracy == {}
 
 
+@pytest.mark.parametrize("topk", [5, 200])
+def test_given_labels_keep_what_they_keep_whatever_the_recipe_asks_for(project: Project, topk: int) -> None:
+    project.edit("label: {", f"label: {{topk: {topk}, ")
+    for words in ("sealed", "up to date"):
+        assert words in invoke(project, "label", "--from", "plain.npy", "--as", "mine")
+    assert opened(project, "mine").topk == 0
+
+
+def test_the_way_out_makes_the_file_that_it_is_about(project: Project) -> None:
+    invoke(project, "label", "--from", "labels.npz")
+    project.edit("count: 2\n        seed: 0", "count: 2\n        seed: 5")
+    for name, source in (("other", "--teacher WHAT"), ("given", "--from FILE")):
+        command = f"label again with `pipeline label --recipe smoke {source} --as {name} --fresh`"
+        assert command in invoke(project, "distill", "--student", "deit", "--teacher-labels", name, code=3)
+        assert command in invoke(project, "labels", "verify", f"{LABELS}/default@{name}.h5", code=3)
+    assert invoke(project, "distill", "--student", "deit", code=3).endswith("label --recipe smoke --fresh`")
+    (project.path / LABELS / "default@other.h5").write_bytes(b"damaged")
+    line = invoke(project, "distill", "--student", "deit", "--teacher-labels", "other", code=3)
+    assert line.endswith("--teacher WHAT --as other --fresh`, or with --from FILE")
+
+
 def test_given_labels_that_do_not_fit_are_refused(project: Project) -> None:
     np.save(project.path / "plain.npy", opened(project).labels[:, 1:])
     assert "plain.npy: no labels of these data" in invoke(project, "label", "--from", "plain.npy", code=3)

@@ -141,6 +141,22 @@ def test_a_canary_of_other_pixels_trains_nothing(project, honest) -> None:
         assert f"view {last.view}" in refuse(project, *command)
 
 
+def test_no_view_is_added_to_labels_of_other_pixels(project, honest) -> None:
+    line = refuse(project, "label", "--views", ":3", before=change_one_pixel)
+    assert "the pixels of view 0 are not those that were labelled" in line and "--fresh`" in line
+    assert run(project.path, "label", "--views", "3:4").code == 0
+    folder = project.path / "data/work/smoke/labels/default"
+    [part] = folder.glob("*.part")
+    content, said = part.read_bytes(), "1 finished view of other pixels; labelling again"
+    again = run(project.path, "label", "--fresh", before=change_one_pixel)
+    assert again.code == 0 and not folder.exists()
+    folder.mkdir()
+    part.write_bytes(content)
+    (folder / "pixels.sha256").write_text("0" * 64)
+    ended = run(project.path, "label", "--views", "3:4", before=change_one_pixel)
+    assert said in ended.out and "labelled 1/1 views" in ended.out and part.exists()
+
+
 def change_one_pixel() -> None:
     """Let the random crop change one bit of the first pixel of each image."""
     from pipeline.views import geometry, per_image

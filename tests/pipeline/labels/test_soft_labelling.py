@@ -105,6 +105,13 @@ def test_a_replay_tells_the_largest_difference_of_a_probability() -> None:
     assert again.probability_error == honest.probability_error
 
 
+@pytest.mark.parametrize("pairs", [[(1, 5)], [(0, 3), (1, 5), (2, 0)]])
+def test_a_single_label_of_a_view_is_replayed(pairs: list[tuple[int, int]]) -> None:
+    replayed = replay(make_cache(3), make_teacher(), make_views(), pairs)
+    assert replayed.num_samples == len(pairs) and replayed.differences == []
+    assert replayed.probability_error is not None and replayed.probability_error <= 2**-12
+
+
 def batches(teacher_labels: Any) -> list[Any]:
     data = TrainingData(make_views(), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 3, teacher_labels)
     order = torch.randperm(NUM_SAMPLES, generator=torch.Generator().manual_seed(0))
