@@ -87,9 +87,9 @@ def test_code_that_is_edited_while_the_work_goes_on_did_not_make_the_result(
     code, done = ["made it"], pkgutil.resolve_name(work)
     monkeypatch.setattr(dvc_file, "_digests", lambda path: code[-1])
 
-    def edited(*given: Any) -> Any:
+    def edited(*given: Any, **more: Any) -> Any:
         code.append("edited")
-        return done(*given)
+        return done(*given, **more)
 
     monkeypatch.setattr(work, edited)
     invoke(project, *command, "--fresh")

@@ -199,14 +199,14 @@ def test_every_flipped_bit_and_every_truncation_of_a_part_counts_as_missing(tmp_
     assert np.array_equal(parts.read(5), answers_of(5).labels)
 
 
-def test_sealing_keeps_the_finished_parts_of_later_views_and_no_others(tmp_path):
+def test_sealing_keeps_the_finished_parts_of_later_views_whatever_they_keep(tmp_path):
     parts = parts_in(tmp_path / "parts")
     for view in (0, 1, 3):
         parts.write(view, answers_of(view))
     parts_in(tmp_path / "parts", topk=2).write(4, answers_of(4, 2))
     (tmp_path / "parts/.000005.part.0123456789abcdef.tmp").write_bytes(b"half")
     seal(tmp_path / "labels.h5", parts=parts, count=2, clean=clean_of(), canaries=CANARIES)
-    assert [entry.name for entry in (tmp_path / "parts").iterdir()] == ["000003.part"]
+    assert sorted(entry.name for entry in (tmp_path / "parts").iterdir()) == ["000003.part", "000004.part"]
     again = parts_in(tmp_path / "parts")
     again.adopt(LabelCache.open(tmp_path / "labels.h5"))
     assert again.missing(5) == [2, 4] and again.missing(4, 3) == []
