@@ -26,6 +26,11 @@ from stages.shared.code import ROOT, WAY_OUT, other_code
 from stages.shared.hints import with_recipe
 from stages.shared.options import STOP
 
+LESS_MEMORY = (
+    "a student takes less with `micro_batch: 256`, labels with a smaller `label.batch_size`, a teacher with a smaller "
+    "`batch_size`; docs/devices.md says more"
+)
+
 # A command's name, the module below stages/ that defines it as `command`, and one line of help.
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "This machine": (
@@ -233,6 +238,8 @@ def run(arguments: Sequence[str]) -> int:
             message, code = _reason(error), StorageError.exit_code
         elif STOP.received is not None:  # a signal came, and the code it reached made another error of it
             return _tell_stop(STOP.error("stopped; run the same command again"))
+        elif (asked := _out_of_memory(error)) is not None:
+            message, code = f"{asked}; {LESS_MEMORY}", 1
         else:
             hint = "" if debug else "; --debug in front of the command shows where"
             message, code = f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", 1
@@ -250,6 +257,14 @@ def _stop_behind(error: BaseException) -> Interrupted | None:
     if cause is None or isinstance(cause, Interrupted):
         return cause
     return _stop_behind(cause)
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """Return how much more memory of the GPU was asked for, in PyTorch's words; None of another error."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return None
+    return ". ".join(" ".join(str(error).split()).split(". ")[:2]).rstrip(".") or "out of the device's memory"
 
 
 def _reason(error: OSError) -> str:

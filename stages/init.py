@@ -69,7 +69,7 @@ def init(directory: Path) -> None:
         directory: The project's folder, made if missing.
 
     Raises:
-        UsageError: One of the files is there, or `directory` is a file; nothing is written then.
+        UsageError: One of the files is there, but for README.md, or `directory` is a file; nothing is written then.
         StorageError: Writing failed.
     """
     if _ADDRESS.match(directory.as_posix()):
@@ -78,6 +78,9 @@ def init(directory: Path) -> None:
         raise UsageError(f"{directory}: a file; name a new folder")
     files = {directory / name: content for name, content in project_files().items()}
     there = [str(path) for path in files if path.exists() or path.is_symlink()]
+    if str(directory / "README.md") in there:  # a repository has its own, and no command reads it
+        there.remove(str(directory / "README.md"))
+        del files[directory / "README.md"]
     if there:
         raise UsageError(f"{', '.join(there)}: there already, and never overwritten; move away, or name another folder")
     write_together(files)

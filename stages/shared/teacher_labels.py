@@ -233,10 +233,10 @@ class TeacherSource:
                     f"{path}: no labels of this name, there are {named_labels(path) or 'none'}; run {command}, or "
                     "with --from FILE"
                 )
-            raise DataError(
-                f"{path}: no cached labels; run `pipeline teacher-select --recipe {context.recipe.name}`, or "
-                f"`pipeline label --view-recipe {recipe.views}` where a teacher is selected"
-            )
+            both, alone = "`pipeline teacher-select`", label_command(recipe.views)
+            if recipe.views in context.params.labelled(context.recipe):
+                raise DataError(f"{path}: no cached labels; run {both}, or {alone} where a teacher is selected")
+            raise DataError(f"{path}: no cached labels; run {alone}, after {both} where no teacher is selected yet")
         cache = open_labels(context.paths, context.recipe, dataset, recipe.views, distillation.teacher_labels)
         if source.is_distilled:
             distillation.check_cache(cache, path, context.recipe, name, recipe)

@@ -63,7 +63,13 @@ def test_here_is_the_default_and_a_git_repository_stays_one(here: Path) -> None:
     assert files(here) == FILES and ": dvc init && dvc repro" in said
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_repositorys_own_readme_stays(here: Path) -> None:
+    (here / "README.md").write_text("mine")
+    init()
+    assert files(here) == FILES and (here / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"README.md"}))
 def test_a_file_that_is_there_is_named_and_nothing_is_written(here: Path, name: str) -> None:
     (here / name).parent.mkdir(exist_ok=True)
     (here / name).write_text("mine")

@@ -26,7 +26,8 @@ from pipeline.inference.classifier import Answer, Classifier
 from pipeline.inference.loading import build_model, load
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.views.colour import autocontrast
-from stages.cli import cli
+from stages.cli import LESS_MEMORY, cli
+from stages.cli import run as run_command
 from stages.demo import Demo
 from stages.export import from_folder
 from tests.support.project import Project
@@ -495,6 +496,22 @@ def test_a_batch_too_large_for_the_device_is_named(place: Path, monkeypatch: pyt
 
     monkeypatch.setattr(speed.Classifier, "answer", answer)
     assert "batch size 8: vit" in run(place, "bench", "vit", "--batch-sizes", "4,8", code=2).err
+
+
+def test_a_gpu_without_enough_memory_is_one_line_with_the_ways_out(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predictions(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB\n..."
+        )
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(speed.Classifier, "answer", predictions)
+    assert run_command(["predict", "vit", "images/bee"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"Error: CUDA out of memory. Tried to allocate 2.50 GiB; {LESS_MEMORY}"
+    ]
 
 
 # Apple's GPUs
