@@ -76,7 +76,8 @@ def distill(
 
     with context.joined() as group:
         run, source = plan_student(context, name, distillation, seed=seed)
-        require_same_run(group, run, fresh=fresh, labels_sha256=source.labels_sha256(run.num_views or 0))
+        clean = None if source.cache is None else source.cache.clean_digest
+        require_same_run(group, run, fresh=fresh, clean_sha256=clean)
         if up_to_date(context, run, group, fresh=fresh):
             return run.out
         device, dataset, recipe = context.device, context.dataset(), source.recipe
@@ -127,7 +128,7 @@ def plan_student(
         dataset, context.recipe.name, "student", name, recipe, seed, differs, model=recipe.model, arguments=arguments,
         inputs=inputs, num_views=view_recipe.count, soft=recipe.soft or None, confidence=distillation.confidence,
         keep_last=True, project=context.project,
-        labels_sha256=source.labels_sha256(view_recipe.count) if source.is_distilled else None,
+        labels_sha256=source.labels_sha256(view_recipe.count),
     )  # fmt: skip
     return run, source
 

@@ -341,7 +341,8 @@ def _teacher_labels(context: Context, meta: Mapping[str, Any]) -> np.ndarray[Any
         if path.is_file():
             cache = LabelCache.open(path)
             is_its = cache.provenance["checkpoint_sha256"] == teacher["sha256"]
-            if is_its and (learned := meta.get("labels_sha256")) is not None:
+            is_cached = meta["inputs"].get("labels") == "cached"
+            if is_its and is_cached and (learned := meta.get("labels_sha256")) is not None:
                 count, topk = meta["views"], bool(meta["soft"] or meta["confidence"])
                 is_its = cache.num_views >= count and cache.digest(count, topk=topk) == learned
             of = cache.identity["dataset_sha256"], cache.identity.get("rendition")

@@ -394,11 +394,11 @@ class _Labelling:
         self._context, self._request, self._plan = context, request, plan
         self._parts, self._ranks = plan.parts, context.ranks
         self._views = make_views(context, plan.target.dataset, request.view_recipe)
-        self._require_same_pixels()
+        self._mind_pixels()
         self._source = plan.target.labeller.open(context, self._views)
 
-    def _require_same_pixels(self) -> None:
-        """Refuse to add views to a file of other pixels, and delete the parts of such.
+    def _mind_pixels(self) -> None:
+        """Refuse to add views to a file of other pixels, and count parts of such as missing.
 
         The sealed file's digests of pixels are made at the end, for all of its views.
 
@@ -411,19 +411,17 @@ class _Labelling:
         if plan.cache is not None and (view := check_canaries(plan.cache, self._views)) is not None:
             way_out = relabel(plan.target.name, given="given" in plan.cache.provenance)
             raise DataError(f"{plan.path}: {other_pixels(plan.cache, view)}; {way_out}")
-        if num_deleted := self._parts.keep_only(first.sha256):
-            others = counted(num_deleted, "finished view")
-            self._context.say(f"{self._parts.directory}: {others} of other pixels; labelling again")
-            missing = self._parts.missing(plan.asked.stop, plan.asked.start)
-            self._plan = dataclasses.replace(plan, missing=missing)
+        self._parts.pixels = bytes.fromhex(first.sha256)
+        unsealed = range(max(plan.asked.start, self._parts.num_sealed), plan.asked.stop)
+        self._plan = dataclasses.replace(plan, missing=sorted({*plan.missing, *self._parts.invalid(unsealed)}))
 
     def label_share(self) -> None:
         """Label this rank's share of the missing views and show the progress."""
         context, ranks, parts = self._context, self._ranks, self._parts
         mine = [view for view in self._plan.missing if view % ranks.world_size == ranks.rank]
-        if num_invalid := parts.num_invalid(mine):
+        if num_invalid := len(parts.invalid(mine)):
             found = f"{counted(num_invalid, 'finished view')} {'is' if num_invalid == 1 else 'are'} damaged"
-            what = "or of another teacher, precision, device, version or --keep; labelling again"
+            what = "or of another teacher, precision, device, version or --keep, or of other pixels; labelling again"
             context.say(f"{parts.directory}: {found}, {what}")
         console = context.console if ranks.is_main else None
         images = "images", self._views.num_samples

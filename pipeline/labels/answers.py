@@ -59,6 +59,12 @@ class ViewLabels:
         """Return all arrays' bytes in C order, one after the other."""
         return b"".join(array.tobytes() for array in self.arrays)
 
+    @staticmethod
+    def num_bytes(*, num_samples: int, num_classes: int, topk: int) -> int:
+        """Return how many bytes `to_bytes` gives."""
+        size = label_dtype(num_classes).itemsize
+        return num_samples * (size + topk * (size + PROBABILITY_DTYPE.itemsize))
+
     @classmethod
     def from_bytes(cls, data: bytes, *, num_samples: int, num_classes: int, topk: int) -> ViewLabels:
         """Read what `to_bytes` wrote into read-only arrays, without checking the values.

@@ -133,17 +133,22 @@ class LabelCache(Contents):
         return fingerprint(self.identity)
 
     def digest(self, num_views: int, *, topk: bool) -> str:
-        """Return SHA-256 of what a student reads, 64 hexadecimal digits: the first views' answers, and clean labels.
+        """Return SHA-256 of what a student learns from, 64 hexadecimal digits: the answers to the first views.
 
         Args:
-            num_views: How many views it reads, from the first; 0 where it does not learn from the labels.
+            num_views: How many views.
             topk: Whether it reads the kept classes and probabilities too.
         """
         views = (self.view(index) for index in range(num_views))
-        sha256 = hashlib.sha256(b"".join((view if topk else ViewLabels(view.labels)).digest() for view in views))
-        for split, labels in sorted(self.clean.items()):
-            sha256.update(split.encode() + labels.tobytes())
-        return sha256.hexdigest()
+        return hashlib.sha256(
+            b"".join((view if topk else ViewLabels(view.labels)).digest() for view in views)
+        ).hexdigest()
+
+    @property
+    def clean_digest(self) -> str:
+        """SHA-256 of the labels of unaugmented images, 64 hexadecimal digits."""
+        rows = (split.encode() + labels.tobytes() for split, labels in sorted(self.clean.items()))
+        return hashlib.sha256(b"".join(rows)).hexdigest()
 
     @classmethod
     def open(

@@ -25,12 +25,12 @@ from pipeline.labels.identity import label_dtype, to_labels
 from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.storage import busy, is_busy, read_if_exists, remove_leftovers, write_atomic
 
-# SHA-256 of identity and provenance, and the view index; then the SHA-256 of these and of the answers that follow
-# (ViewLabels.to_bytes), so that answers and their digest cannot be moved to another view's part.
+# SHA-256 of identity and provenance, and the view index; then the SHA-256 of these and of what follows, so that answers
+# and their digest cannot be moved to another view's part. That is the answers (ViewLabels.to_bytes) and the SHA-256 of
+# some of the pixels that were labelled; parts of older versions have no pixels' digest.
 _OWNER = struct.Struct("<32s32sQ")
 _HEADER_SIZE = _OWNER.size + 32
 _NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp")
-_PIXELS = "pixels.sha256"
 
 
 class LabelParts:
@@ -42,6 +42,10 @@ class LabelParts:
         directory: Where the part files lie; made by the first write.
         identity: What the labels are for, see `make_identity`.
         provenance: Who labels and how, see `make_provenance`.
+
+    Attributes:
+        pixels: SHA-256 of some of today's pixels, which follow from the code too, not from the other two alone. None
+            until the views are made: parts of any pixels are valid then.
 
     Raises:
         DataError: More classes than a label cache can hold.
@@ -60,6 +64,7 @@ class LabelParts:
         }
         self._owner = bytes.fromhex(fingerprint(identity)), bytes.fromhex(fingerprint(provenance))
         self._sealed: LabelCache | None = None
+        self.pixels: bytes | None = None
 
     @property
     def topk(self) -> int:
@@ -101,7 +106,7 @@ class LabelParts:
             stored = answers.stored(**self._sizes)
         except ValueError as error:
             raise DataError(f"view {view}: {error}; check that the teacher was trained for this data set") from error
-        content = stored.to_bytes()
+        content = stored.to_bytes() + (self.pixels or b"")
         write_atomic(self._path(view), self._header(view, content) + content)
 
     def read(self, view: int) -> NDArray[Any] | None:
@@ -129,6 +134,10 @@ class LabelParts:
         content = data[_HEADER_SIZE:]
         if data[:_HEADER_SIZE] != self._header(view, content):
             return None
+        size = ViewLabels.num_bytes(**self._sizes)
+        content, pixels = content[:size], content[size:]
+        if pixels and self.pixels not in (None, pixels):
+            return None
         try:
             answers = ViewLabels.from_bytes(content, **self._sizes)
         except ValueError:
@@ -144,30 +153,9 @@ class LabelParts:
         """
         return [view for view in range(start, count) if self.answers(view) is None]
 
-    def num_invalid(self, views: Iterable[int]) -> int:
-        """Count the views with an invalid part: damaged, or of another teacher, data set or K."""
-        return sum(self._path(view).exists() and self.answers(view) is None for view in views)
-
-    def keep_only(self, pixels: str) -> int:
-        """Delete the parts that were labelled from other pixels than today's, and return how many they were.
-
-        Neither identity nor provenance tells: the pixels follow from the code too. Parts of older versions, which wrote
-        no digest of them, stand.
-
-        Args:
-            pixels: SHA-256 of some of the pixels, 64 hexadecimal digits.
-
-        Raises:
-            StorageError: The file system refuses.
-        """
-        file, deleted = self.directory / _PIXELS, 0
-        former = read_if_exists(file)
-        if former is not None and former != pixels.encode():
-            deleted = len(list(self.directory.glob("*.part")))
-            self.delete()
-        if former != pixels.encode():
-            write_atomic(file, pixels.encode())
-        return deleted
+    def invalid(self, views: Iterable[int]) -> list[int]:
+        """Return the views with an invalid part: damaged, or of another teacher, data set, K or other pixels."""
+        return [view for view in views if self._path(view).exists() and self.answers(view) is None]
 
     def delete(self, *, below: int | None = None) -> None:
         """Delete the parts of any run and the temporary files of killed writers; needs the run's lock.
@@ -182,17 +170,13 @@ class LabelParts:
         try:
             if not self.directory.is_dir():
                 return
-            num_kept = 0
             for entry in self.directory.iterdir():
                 name = _NAME.fullmatch(entry.name)
                 if name is None:
                     continue
-                if below is not None and name[1] is not None and int(name[1]) >= below and _is_whole(entry):
-                    num_kept += 1
-                else:
+                later = below is not None and name[1] is not None and int(name[1]) >= below
+                if not (later and _is_whole(entry)):
                     entry.unlink(missing_ok=True)
-            if not num_kept:
-                (self.directory / _PIXELS).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete the parts in {self.directory}: {error.strerror}") from error
         with contextlib.suppress(OSError):  # other files, such as the run's lock, may live there

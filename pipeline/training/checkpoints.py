@@ -203,8 +203,8 @@ class RunState:
         directory: Used by this run alone.
         fingerprint: Digest of the settings and inputs that decide the run's result; a state with another one is never
             resumed.
-        labels_sha256: Digest of the stored labels that the run learns from; a state of other labels is never resumed,
-            but for those of older versions, which do not name it. None where it reads none.
+        labels_sha256: Digest of the labels that the run learns from; a state of other labels is never resumed, but for
+            those of older versions, which do not name it. None where it learns from none.
 
     Attributes:
         seconds: How long the last write took; None before the first.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import DataError
 from pipeline.training.checkpoints import RunState, SavedState
 from pipeline.training.column_sum import column_sums
 from pipeline.training.distributed import Group
@@ -185,13 +186,22 @@ def load_progress(
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load an optimiser's moments."""
+    """Load an optimiser's moments, which are kept by their parameters' places in its groups.
+
+    Raises:
+        DataError: They are of other parameters, because another version grouped these otherwise.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()
     state["state"] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         parameter = parameters[int(index)]
+        if tensor.ndim and tensor.shape != parameter.shape:  # a fused step would write beyond its end
+            raise DataError(
+                f"saved state: {name} is of shape {tuple(tensor.shape)}, its parameter of {tuple(parameter.shape)}: "
+                "another version has grouped the parameters otherwise; --fresh starts over"
+            )
         if tensor.shape == parameter.shape:
             # A fused update goes through memory in order: moments must lie there as their weights do.
             tensor = torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)

@@ -102,7 +102,7 @@ def evaluation_data(
     )
 
 
-def require_same_run(group: Group, run: Run, *, fresh: bool, labels_sha256: str | None = None) -> None:
+def require_same_run(group: Group, run: Run, *, fresh: bool, clean_sha256: str | None = None) -> None:
     """Check that all ranks are about to train the same run, on the same labels, before one of them begins.
 
     Each machine reads its own files, and gradients of different runs can be added up: nothing else would tell.
@@ -111,7 +111,7 @@ def require_same_run(group: Group, run: Run, *, fresh: bool, labels_sha256: str 
         group: The ranks.
         run: What this rank is about to train.
         fresh: Whether it is to start over.
-        labels_sha256: Digest of all that it reads of a label cache, the labels of clean images too.
+        clean_sha256: Digest of the teacher's labels of unaugmented images, if it is measured against them.
 
     Raises:
         DataError: Another rank's differ; the message, the same on every rank, names what.
@@ -119,7 +119,7 @@ def require_same_run(group: Group, run: Run, *, fresh: bool, labels_sha256: str 
     if group.device is None:
         return
     mine = {"name": run.name, "fresh": fresh, "precision": resolve_precision(run.recipe.precision, group.device)}
-    mine["labels_sha256"] = labels_sha256
+    mine |= {"labels_sha256": run.labels_sha256, "clean_sha256": clean_sha256}
     first, *others = group.gather_json({**run.decided_by, **mine})
     for rank, other in enumerate(others, start=1):
         if other != first:

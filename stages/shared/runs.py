@@ -42,6 +42,7 @@ MAX_NAMED = 3
 _PHRASES = {
     "dataset_sha256": "other data", "teacher": "another teacher", "weights_sha256": "other initial weights",
     "rules": "judged by other rules", "labels_sha256": "other labels", "code_sha256": "other code",
+    "clean_sha256": "other labels of unaugmented images",
 }  # fmt: skip
 # Fields that follow from the data.
 _CONSEQUENCES = ("class_names", "image_size", "resize", "mean", "std", "num_classes")
@@ -84,7 +85,7 @@ class Run:
         soft: Temperature of soft distillation; None for hard labels and without a teacher.
         confidence: Whether the teacher's confidence weighs the samples.
         keep_last: Whether the last epoch's weights are kept beside the best's.
-        labels_sha256: Digest of the stored labels that it learns from, see LabelCache.digest; None where it reads none.
+        labels_sha256: Digest of the labels that it learns from, see TeacherSource.labels_sha256; None where from none.
             It is no part of `inputs`: results of older versions do not name it, and stand.
         project: The project's folder, see Paths.
     """

@@ -18,7 +18,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.labels.cache import LabelCache
 from pipeline.models.own import code_sha256
-from pipeline.system.canonical import require_equal
+from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
 from stages.shared.context import Context
@@ -172,6 +172,7 @@ class TeacherSource:
         is_distilled: Whether the student learns from the teacher's labels.
         digest: SHA-256 of the teacher's checkpoint; None without a teacher.
         cache: The label cache, if there is one; a student that does not learn from it is still measured against it.
+        asked: Of a teacher that is asked online, what decides its answers.
     """
 
     recipe: StudentRecipe
@@ -179,17 +180,21 @@ class TeacherSource:
     is_distilled: bool
     digest: str | None = None
     cache: LabelCache | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def labels_sha256(self, num_views: int) -> str | None:
-        """Return SHA-256 of what the student reads of its cache, see LabelCache.digest; None without one.
+        """Return a digest of the labels that the student learns from, 64 hexadecimal digits; None where from none.
+
+        That is LabelCache.digest, or of what decides the answers of a teacher that is asked online.
 
         Args:
-            num_views: Views that its epochs cycle through. One that does not learn from them reads clean labels alone.
+            num_views: Views that its epochs cycle through.
         """
-        if self.cache is None:
+        if not self.is_distilled:
             return None
-        topk = self.recipe.soft > 0 or self.distillation.confidence
-        return self.cache.digest(num_views if self.is_distilled else 0, topk=topk)
+        if self.cache is None:
+            return fingerprint(self.asked)
+        return self.cache.digest(num_views, topk=self.recipe.soft > 0 or self.distillation.confidence)
 
     @classmethod
     def find(
@@ -214,6 +219,7 @@ class TeacherSource:
             DataError: It is missing, damaged, belongs to something else or holds too little.
         """
         from pipeline.models.students import has_distillation_head
+        from stages.shared.labellers import as_member, what_decides
         from stages.shared.labelling import read_teacher
 
         dataset, path = context.dataset(), context.paths.labels(recipe.views, distillation.teacher_labels)
@@ -223,7 +229,10 @@ class TeacherSource:
             require_distillation_head(option, name, recipe, arguments)
         source = cls(recipe=recipe, distillation=distillation, is_distilled=is_distilled)
         if distillation.teacher is not None:
-            return replace(source, digest=read_teacher(context, dataset, distillation.teacher).sha256)
+            checkpoint = read_teacher(context, dataset, distillation.teacher)
+            member = as_member(checkpoint.meta, checkpoint.sha256, code_sha256(str(checkpoint.meta["model"])))
+            asked = {**what_decides(member), "precision": context.recipe.label.precision}
+            return replace(source, digest=checkpoint.sha256, asked=asked)
         if not path.exists():
             if not source.is_distilled:
                 return source

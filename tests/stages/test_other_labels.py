@@ -79,6 +79,22 @@ def test_further_views_and_labels_that_it_does_not_read_change_nothing(project: 
     assert "vit: up to date" in invoke(project, "distill", "--student", "vit"), "it learns from no label"
 
 
+def test_one_learned_from_a_teacher_that_is_asked_belongs_to_how_it_answers(project: Project) -> None:
+    online = (*DISTILL, "--labels", "online", "--teacher", "data/smoke/teacher", "--set", "epochs=1")
+    invoke(project, *online)
+    assert "deit: up to date" in invoke(project, *online, "--dry-run")
+    project.edit("batch_size: 256, precision: fp32", "batch_size: 256, precision: bf16")
+    assert "deit: train 1 epoch (other labels)" in invoke(project, *online, "--dry-run")
+
+
+def test_labels_of_unaugmented_images_teach_nothing(project: Project) -> None:
+    file = project.data / "labels/default.h5"
+    cache = LabelCache.open(file)
+    clean = {split: (row + 1) % cache.num_classes for split, row in cache.clean.items()}
+    file.write_bytes(dataclasses.replace(cache, clean=clean).to_bytes())
+    assert "deit: up to date" in invoke(project, *DISTILL)
+
+
 def test_one_of_an_older_version_which_named_no_labels_stands(project: Project) -> None:
     file = unseal(project.data / "students/deit") / "best.json"
     meta = read_json(file)

@@ -243,15 +243,23 @@ def test_whole_parts_of_later_views_can_be_kept_whoever_labelled_them(tmp_path):
     assert parts.missing(5) == [0, 1, 3, 4], "the last counts for its own device alone"
 
 
-def test_parts_of_other_pixels_are_deleted(tmp_path):
-    parts = parts_in(tmp_path / "parts")
-    for view in range(2):
-        parts.write(view, row_of(view))  # as older versions did, which noted no pixels
-    assert parts.keep_only("a" * 64) == 0 and parts.missing(2) == []
-    assert parts.keep_only("a" * 64) == 0 and parts.missing(2) == []
-    assert parts.keep_only("b" * 64) == 2 and parts.missing(2) == [0, 1]
-    label(tmp_path / "parts", tmp_path / "labels.h5", 2)
+def test_parts_of_other_pixels_count_as_missing(tmp_path):
+    parts, pixels = parts_in(tmp_path / "parts"), hashlib.sha256(b"pixels").digest()
+    parts.write(0, row_of(0))  # as older versions did, which noted no pixels
+    parts.pixels = pixels
+    parts.write(1, row_of(1))
+    assert parts.missing(2) == []
+    later = parts_in(tmp_path / "parts")
+    assert later.missing(2) == [], "the views are not made yet"
+    later.pixels = hashlib.sha256(b"other").digest()
+    assert later.missing(2) == later.invalid(range(2)) == [1]
+    whole, path = label(tmp_path / "whole", tmp_path / "whole.h5", 2), tmp_path / "labels.h5"
+    assert label(tmp_path / "parts", path, 2, parts=later).to_bytes() == whole.to_bytes()
     assert not (tmp_path / "parts").exists()
+    part = tmp_path / "parts/000000.part"
+    parts.write(0, row_of(0))
+    part.write_bytes(part.read_bytes()[:-32] + later.pixels)
+    assert parts.invalid([0]) == [0], "its digest covers the pixels'"
 
 
 def test_sealing_removes_what_a_killed_sealing_left(tmp_path):

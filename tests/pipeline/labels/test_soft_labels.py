@@ -170,7 +170,7 @@ def test_parts_of_another_k_count_as_missing_and_a_cache_of_another_k_is_not_ado
     assert parts_in(tmp_path / "parts").missing(1) == []
     for other in (0, 2):
         assert parts_in(tmp_path / "parts", other).missing(1) == [0]
-        assert parts_in(tmp_path / "parts", other).num_invalid([0, 1]) == 1
+        assert parts_in(tmp_path / "parts", other).invalid([0, 1]) == [0]
     label(tmp_path / "others", tmp_path / "labels.h5", 1)
     with pytest.raises(DataError, match="topk is 3, expected 2"):
         parts_in(tmp_path / "parts", 2).adopt(LabelCache.open(tmp_path / "labels.h5"))

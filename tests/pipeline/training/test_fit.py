@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.recipes import FitRecipe, ViewRecipe
-from pipeline.errors import Interrupted, NumericalError
+from pipeline.errors import DataError, Interrupted, NumericalError
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
 from pipeline.labels.teacher import Teacher, label_view
@@ -282,6 +282,17 @@ def test_a_channels_last_model_is_resumed_with_its_moments_in_the_same_layout(tm
         run(tmp_path / "cut", model=model(), stop=stop, watcher=Watcher(stop, 6), optimizer="adamw", lr=0.01)
     _, resumed = run(tmp_path / "cut", model=model(), optimizer="adamw", lr=0.01)
     assert all(torch.equal(resumed[name], last[name]) for name in last)
+
+
+def test_moments_of_a_version_that_grouped_the_parameters_otherwise_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, settings = StopSignal(), {"optimizer": "adamw", "decay": "matrices"}
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=stop, watcher=Watcher(stop, 6), **settings)
+    monkeypatch.setattr("pipeline.training.optimization.decayed", lambda model: {"0.weight"})
+    with pytest.raises(DataError, match=r"is of shape .* grouped the parameters otherwise; --fresh starts over"):
+        run(tmp_path, **settings)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
