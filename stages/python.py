@@ -1,13 +1,14 @@
 """Both stages from Python, without a params.yaml: `distill` and `label` of the module titn.
 
 They call what the commands call, on a recipe made of the package's recipe `folder`, in a folder that is a project: the
-commands work there too.
+commands work there too, except where the recipe names own files by relative paths, which are the caller's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from pipeline.config.params import load_yaml, parse_params
+from pipeline.config.recipes import RESIZES, SQUEEZE
 from pipeline.errors import UsageError, printable
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_if_exists, write_atomic
 from stages.shared.context import Context
-from stages.shared.options import make_console
+from stages.shared.options import MAX_SEED, make_console
 from stages.shared.params import check_models, own_code
 from stages.shared.paths import PARAMS, PROJECT
 
@@ -43,6 +45,8 @@ OWN_ARGUMENTS = {
     ("teacher", "weights"): "weights", ("student", "model"): "student", ("student", "epochs"): "epochs",
 }  # fmt: skip
 """The fields of a recipe that have an argument of their own."""
+CUTS = ("val_fraction", "test_fraction", "split_seed")
+"""The fields of a recipe that say how splits are cut, which a Dataset has."""
 SECTIONS = ("dataset", "views", "teacher", "select", "label", "student")
 WARM_UP = 0.1  # the most that warming up takes of few epochs
 
@@ -54,7 +58,7 @@ class TrainedModel:
     Attributes:
         classifier: The model with its class names; images to probabilities, see Classifier.
         metrics: What metrics.json says: scores, costs, settings.
-        folder: The run's directory, which the commands `predict`, `bench`, `evaluate` and `export` take.
+        folder: The run's directory, an absolute path; the commands `predict`, `bench`, `evaluate` and `export` take it.
     """
 
     classifier: Classifier
@@ -174,7 +178,8 @@ def distill(
     Called again, it goes on where it was interrupted, keeps what is up to date, and returns at once what is finished.
     Ctrl-C ends it once the current step is saved; after a kill, up to a minute's training is done again. Results lie in
     `folder`, which holds one teacher's labels: another teacher's, or those of other views, take their place. The
-    commands work in that folder, as `pipeline report` and `pipeline bench`.
+    commands work in that folder, as `pipeline report` and `pipeline bench`. They read relative paths from there: a
+    model `FILE.py:FUNCTION` and `weights` of your own are found only if you give them as absolute paths.
 
     Args:
         data: A folder of images (`train/<class>/*`, perhaps with `val` and `test`, or `<class>/*`) or a CSV file, as
@@ -187,7 +192,7 @@ def distill(
         weights: The teacher's at the start: `imagenet` (downloaded once), `none` (random), or the path of a state dict.
         views: Augmented versions of the training set that the teacher labels; None takes one for each epoch.
         image_size: Side of the images, pixels; None takes 32 for files, else the images' own.
-        seed: Of the student's initialisation and order.
+        seed: Of the student's initialisation and order, from 0 to 2**31 - 1.
         device: `cpu`, `cuda` or `cuda:1`; None takes a GPU where there is one.
         settings: Any other field of the recipe, by its section in params.yaml, as `{"student": {"lr": 0.05, "width":
             96}, "views": {"operations": {"flip": False}}}`; docs/recipes.md lists them.
@@ -213,6 +218,7 @@ def distill(
     from stages.shared.teacher_labels import require_distillation_head
     from stages.teacher_select import teacher_select
 
+    seed = _checked_seed(seed)
     context = _open(
         data, teacher, student, epochs=epochs, teacher_epochs=teacher_epochs, weights=weights,
         views=views, image_size=image_size, device=device, settings=settings or {},
@@ -229,9 +235,9 @@ def distill(
         teacher_select(context)
         if not plan_student(context, name, seed=seed)[1].is_distilled:  # a model that had to be tried first
             raise UsageError(f"student={student!r}: it has one head, and none for the teacher's labels; return two")
-        out = train_student(context, name, seed=seed)
+        out = train_student(context, name, seed=seed).absolute()  # the caller may change the working directory
     model = load(out, device=str(context.device), own_code=own_code(context.params))
-    own = dataclasses.replace(context, _loaded=None)  # the images need not stay in memory
+    own = dataclasses.replace(context, _loaded=None, project=context.project.absolute())  # images need not stay in RAM
     return TrainedModel(model, read_json_checked(out / "metrics.json"), out, own)
 
 
@@ -265,7 +271,23 @@ def label(
     with context.stop.taking_ctrl_c():
         _prepare(context, data)
         teacher_select(context)
-    return open_labels(context.paths, context.recipe, context.dataset(), "default")
+    (used,) = context.params.view_recipes
+    return open_labels(context.paths, context.recipe, context.dataset(), used)
+
+
+def _checked_seed(seed: Any) -> int:
+    """Return a seed as the commands take it, also where it is one of NumPy's integers.
+
+    Raises:
+        UsageError: It is none.
+    """
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MAX_SEED:
+        raise UsageError(f"seed={printable(repr(seed))}: write a whole number from 0 to {MAX_SEED}")
+    return number
 
 
 def _open(
@@ -275,13 +297,7 @@ def _open(
 ) -> Context:  # fmt: skip
     """Check the arguments, make the recipe of them, write it into the folder, and return the setting."""
     tree = _tree(teacher, student, epochs, teacher_epochs, weights, epochs if views is None else views, settings)
-    described, asked = _described(data, image_size), settings.get("dataset", {}).get("resize")
-    if asked not in (None, described.get("resize", asked)):
-        raise UsageError(
-            f"settings: dataset.resize: {asked!r}: the Dataset's images become squares by {described['resize']!r}; "
-            "leave it out"
-        )
-    tree["recipes"][RECIPE]["dataset"] |= described
+    tree["recipes"][RECIPE]["dataset"] |= _described(data, image_size, settings.get("dataset", {}))
     try:
         params = parse_params(tree)
         check_models(params)
@@ -366,8 +382,13 @@ def _name_of(model: str) -> str:
     return name.lstrip("-_")[:64] or "model"
 
 
-def _described(data: Path | str | Dataset | Arrays, image_size: int | None) -> dict[str, Any]:
-    """Return what the recipe's `dataset` says of the images; an existing folder, arrays and sizes are checked later."""
+def _described(
+    data: Path | str | Dataset | Arrays, image_size: int | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the recipe's `dataset` says of the images; an existing folder, arrays and sizes are checked later.
+
+    `fields` are the caller's settings of `dataset`.
+    """
     if isinstance(data, str | Path):
         if not str(data):
             raise UsageError("data: an empty path; name a folder of images")
@@ -383,13 +404,30 @@ def _described(data: Path | str | Dataset | Arrays, image_size: int | None) -> d
             raise UsageError(
                 f"data: a {type(data).__name__}; give a folder, a Dataset, or (images, labels, class names)"
             )
-        described = {"source": data.source, "image_size": data.image_size, "resize": data.resize}
+        for key in CUTS:
+            if key in fields:
+                raise UsageError(f"settings: dataset.{key}: {fields[key]!r}: the Dataset has its splits; leave it out")
+        described = {"source": data.source, "image_size": data.image_size, "resize": _resize_of(data, fields)}
     if image_size not in (None, described["image_size"]):
         raise UsageError(
             f"image_size={image_size}: the images have {described['image_size']} pixels; leave it out, or resize them "
             "before"
         )
     return described
+
+
+def _resize_of(data: Dataset, fields: Mapping[str, Any]) -> Any:
+    """Return how a Dataset's images became squares: as it states, else as the caller's settings of `dataset` say."""
+    asked = fields.get("resize", data.resize)
+    # Pixels that a former version prepared name no rule, and read as squeezed; what is no rule is refused later.
+    states_none = data.rendition is None and data.resize == SQUEEZE
+    if asked == data.resize or states_none or asked not in RESIZES:
+        return asked
+    way_out = f", or make the Dataset by Dataset.from_arrays(..., resize={asked!r})" if data.rendition is None else ""
+    raise UsageError(
+        f"settings: dataset.resize: {asked!r}: the Dataset's images become squares by {data.resize!r}; "
+        f"leave it out{way_out}"
+    )
 
 
 def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
@@ -411,6 +449,8 @@ def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
                 split_seed=recipe.split_seed,
                 resize=recipe.resize,
             )
+        elif dataset.resize != recipe.resize:  # it states none
+            dataset = dataclasses.replace(dataset, resize=recipe.resize)
         take_dataset(context, dataset)
 
     if isinstance(data, str | Path) and not Path(data).exists():

@@ -21,6 +21,7 @@ from PIL import Image
 import titn
 from pipeline.config.params import load_params
 from pipeline.errors import DataError, UsageError
+from pipeline.models.own import code_sha256
 from pipeline.report.progress import RunWatcher
 from pipeline.system.stopping import StopSignal
 from stages import python
@@ -156,6 +157,50 @@ def test_labels_come_as_a_cache_and_distilling_goes_on_from_them(trained: Traine
     assert trained.distill(quiet=True).scores == trained.model.scores  # two of the views
 
 
+def test_labels_are_those_of_the_view_recipe_that_the_settings_name(trained: Trained) -> None:
+    asked = {key: value for key, value in TINY.items() if key not in ("epochs", "student")}
+    asked["settings"] = {**asked["settings"], "student": {"views": "mixup"}}
+    cache = titn.label(trained.folder / "images", views=1, folder=trained.folder / "work", quiet=True, **asked)
+    assert cache.labels.shape == (1, 43)  # the default's have more
+    assert trained.distill(quiet=True).scores == trained.model.scores  # and writes its own params.yaml again
+
+
+def test_one_of_numpys_integers_is_a_seed(trained: Trained) -> None:
+    seed: Any = np.int64(0)
+    assert trained.distill(seed=seed, quiet=True).scores == trained.model.scores
+    assert type(python._checked_seed(np.uint8(7))) is int
+
+
+def test_a_model_of_a_relative_folder_works_from_another_directory(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained.folder)
+    model = trained.distill(folder="work")
+    assert str(trained.folder / "work") not in capsys.readouterr().out  # messages have it as it was given
+    monkeypatch.chdir(tmp_path)
+    assert model.folder == trained.model.folder and titn.load(model.folder)
+    assert (model.export("exported", format="safetensors") / "README.md").is_file()
+
+
+def test_the_commands_find_own_files_that_are_given_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("def build(num_classes, image_size): ...\n")
+
+    def written(model: str) -> str:
+        python._open(
+            tmp_path, model, "titn", epochs=1, teacher_epochs=1, weights="none", views=1, image_size=None,
+            device="cpu", settings={}, folder=Path("work"), quiet=True,
+        )  # fmt: skip
+        (teacher,) = load_params(Path("work") / PARAMS).recipes["folder"].teachers.values()
+        return teacher.model
+
+    names = written(f"{tmp_path}/own.py:build"), written("own.py:build")
+    monkeypatch.chdir("work")
+    assert code_sha256(names[0]) is not None
+    with pytest.raises(UsageError, match=r"no file own.py"):
+        code_sha256(names[1])
+
+
 def test_an_export_is_loaded_again(trained: Trained, tmp_path: Path) -> None:
     folder = trained.model.export(tmp_path / "exported", format="safetensors", license="mit")
     model, _ = titn.load(folder)
@@ -236,14 +281,27 @@ def test_the_rule_by_which_images_became_squares_is_that_of_the_data(tmp_path: P
     assert taken(arrays, "arrays").resize == "squeeze"
     assert taken(arrays, "cropped arrays", resize="crop").resize == "crop"
     assert taken(cropped, "set").resize == taken(cropped, "set", resize="crop").resize == "crop"
-    with pytest.raises(UsageError, match=r"settings: dataset.resize: 'squeeze': .* by 'crop'; leave it out"):
+    with pytest.raises(UsageError) as error:
         taken(cropped, "other", resize="squeeze")
+    assert str(error.value) == (
+        "settings: dataset.resize: 'squeeze': the Dataset's images become squares by 'crop'; "
+        "leave it out, or make the Dataset by Dataset.from_arrays(..., resize='squeeze')"
+    )
+    unnamed = titn.Dataset.from_arrays(*arrays)  # as pixels of a former version, which may have been cropped
+    assert taken(unnamed, "unnamed").resize == "squeeze"
+    for name in ("unnamed", "unnamed as crop"):
+        assert taken(unnamed, name, resize="crop").resize == "crop"
+    with pytest.raises(UsageError, match=r"^settings: dataset.resize: 'stretch'"):
+        taken(unnamed, "other", resize="stretch")
     for number, image in enumerate(arrays[0]):
         file = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
     files = taken(tmp_path / "images", "files", store="encoded", resize="crop")
     assert taken(files, "files again").resize == "crop"
+    squeezed = taken(tmp_path / "images", "squeezed files", store="encoded")
+    with pytest.raises(UsageError, match=r"settings: dataset.resize: 'crop': .* by 'squeeze'; leave it out$"):
+        taken(squeezed, "other", store="encoded", resize="crop")
 
 
 def test_the_defaults_are_the_recipes() -> None:
@@ -291,6 +349,17 @@ def test_a_model_has_a_name(model: str, name: str) -> None:
         ({"data": ""}, "data: an empty path"),
         ({"data": 7}, "data: a int"),
         ({"data": ([1], [2])}, "data: a tuple must hold images"),
+        *(
+            (
+                {"data": titn.Dataset.from_arrays(*coloured(30)), "settings": {"dataset": {key: value}}},
+                f"settings: dataset.{key}: {value}: the Dataset has its splits; leave it out",
+            )
+            for key, value in {"val_fraction": 0.3, "test_fraction": 0.3, "split_seed": 5}.items()
+        ),
+        *(
+            ({"seed": seed}, f"seed={seed!r}: write a whole number from 0 to 2147483647")
+            for seed in (1.5, "0", -1, True, 2**40)
+        ),
         ({"data": coloured(6), "image_size": 64}, "image_size=64: the images have 32 pixels"),
         ({"image_size": 28}, "patch_size 8 does not divide image_size 28"),
         ({"epochs": 0}, "epochs: 0 is out of range"),
