@@ -25,6 +25,7 @@ from pipeline.system.runtime import keep_freed_memory
 from pipeline.training.batches import EvaluationData
 from pipeline.training.evaluation import evaluate
 from pipeline.training.fit import Fit
+from pipeline.training.step import WARM_UP_STEPS
 from pipeline.views.views import Views
 
 LOW_RATE = 1e-4  # the labels are random: a usual one might end in numbers that are not finite
@@ -67,6 +68,9 @@ def epoch_rows(name: str, options: argparse.Namespace) -> list[Row]:
         fit.train_epoch()
         fit.end_epoch()
 
+    if options.device.type == "cuda":
+        for _ in range(WARM_UP_STEPS + 1):  # the last batch of an epoch has a size of its own, captured after as many
+            epoch()
     ready.parallel.train()
     seconds = interleave(
         {

@@ -33,6 +33,8 @@ from pipeline.system.runtime import environment
 from pipeline.system.storage import read_json, write_atomic
 
 NEEDED = ("torch", "torchvision", "numpy", "PIL", "h5py", "einops", "click", "rich", "ruamel.yaml", "safetensors")
+TESTED_BY = ("pytest", "hypothesis", "scipy")
+"""What the part `tests` needs beside NEEDED."""
 LEAST = 10.0  # seconds, under which no part is begun
 AT_THE_END = 4.0  # seconds kept for the last tables
 OUTPUT_LINES = 20
@@ -111,7 +113,10 @@ def read_tests(path: Path) -> dict[str, Any]:
     return {"rows": [row], "extra": {"failed": broken, "skipped": skipped}}
 
 
-PYTEST = ("pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=", "-q", f"--junitxml={JSON}")
+PYTEST = (
+    "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=", "-q", "--continue-on-collection-errors",
+    f"--junitxml={JSON}",
+)  # fmt: skip
 ON_CPU = ("--device", "cpu")
 TOY = ("--quick", *ON_CPU, "--threads", "1", "--rounds", "1")
 AS_TRAINED = "bf16 captured,bf16 eager"
@@ -221,13 +226,15 @@ class Slice:
         """Seconds that are left for parts."""
         return self.ends - AT_THE_END - time.monotonic()
 
-    def run(self, part: Part, command: Sequence[str]) -> None:
-        """Run a part and write what is known then."""
+    def run(self, part: Part, command: Sequence[str], lacking: Sequence[str] = ()) -> None:
+        """Run a part, unless packages are lacking that it needs, and write what is known then."""
         told: dict[str, Any] = {"name": part.name, "status": "running", "limit": None, "seconds": None, "why": None}
         self.report.extra["parts"].append(told)
         module = ROOT.joinpath(*command[0].split("."))
         if command[0] != "pytest" and not module.with_suffix(".py").exists():
             told |= {"status": LEFT_OUT, "why": f"{command[0]} is not there"}
+        elif lacking:
+            told |= {"status": LEFT_OUT, "why": f"not installed here: {', '.join(lacking)}"}
         elif self.left < LEAST:
             told |= {"status": LEFT_OUT, "why": f"{max(0.0, self.left):.0f} s were left"}
         else:
@@ -362,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *_unpacked(options.wheels, Path(packages))]),
         }
-        missing = _missing(options.python, variables)
+        missing = _missing(options.python, variables, NEEDED)
         if missing:
             names = ", ".join(missing)
             raise SystemExit(f"not installed here: {names}; bring their wheels, and name the folder with --wheels")
@@ -383,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 command = [*(part.toy if options.rehearse else part.command)]
                 if name == "paper":
                     command += [*given, "--python", options.python]
-                running.run(part, command)
+                lacking = _missing(options.python, variables, TESTED_BY) if name == "tests" else ()
+                running.run(part, command, lacking)
                 ending = _ending(extra["parts"][-1])
                 console.print(f"{name}: {ending}", soft_wrap=True, highlight=False, markup=False)
         finally:
@@ -415,6 +423,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--out {options.out}: {error.strerror}")
     options.out = options.out.resolve()
+    state = options.out / "state"
+    if options.state is None and (state / "state.json").exists() and "paper" in (options.only or ["paper"]):
+        parser.error(f"--out {options.out}: has a former slice's state; go on with --state {state}, or name another")
     return options
 
 
@@ -426,14 +437,14 @@ def _unpacked(wheels: Path | None, folder: Path) -> list[str]:
     return [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
-def _missing(python: str, variables: Mapping[str, str]) -> list[str]:
-    """Return which of NEEDED the interpreter of the parts does not find."""
+def _missing(python: str, variables: Mapping[str, str], packages: Sequence[str]) -> list[str]:
+    """Return which packages the interpreter of the parts does not find."""
     code = (
         "import importlib.util, json, sys\n"
         "def has(name):\n"
         "    try: return importlib.util.find_spec(name) is not None\n"
         "    except ImportError: return False\n"
-        f"print(json.dumps([name for name in {NEEDED!r} if not has(name)]))"
+        f"print(json.dumps([name for name in {[*packages]!r} if not has(name)]))"
     )
     done = subprocess.run([python, "-c", code], env=dict(variables), capture_output=True, text=True, timeout=120)
     if done.returncode:

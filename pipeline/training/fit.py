@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -162,7 +163,9 @@ class Fit:
             precision=self.execution.precision,
             micro_batch=self.execution.micro_batch,
         )
-        self.step: Step = CapturedStep(step, self.device, self._stay_eager) if captured else step
+        # A bound method would keep this run, and with it the memory of its graphs, until Python looks for cycles.
+        refuse = functools.partial(type(self)._stay_eager, weakref.proxy(self))
+        self.step: Step = CapturedStep(step, self.device, refuse) if captured else step
         self.batches = split_batches(self.data.views.num_samples, self.recipe.batch_size)
         # Batch norm cannot train on one sample.
         self.least = 2 if has_batch_norm(self.model) else 1

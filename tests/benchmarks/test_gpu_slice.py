@@ -164,6 +164,22 @@ def test_a_package_that_is_missing_is_named_and_a_wheel_of_it_will_do(
     assert read(tmp_path / "out")[1]["good"]["status"] == "done"
 
 
+def test_the_state_of_a_former_slice_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/state.json").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        gpu_slice.main(["--out", str(tmp_path)])
+    assert stopped.value.code == 2 and f"go on with --state {tmp_path}/state" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_tests_without_what_they_need_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_slice, "TESTED_BY", ("pytest", "titn_brought.yaml"))
+    gpu_slice.main(["--out", str(tmp_path), "--only", "tests"])
+    [told] = json.loads((tmp_path / "slice.json").read_text())["parts"]
+    assert (told["status"], told["why"]) == ("left out", "not installed here: titn_brought.yaml")
+
+
 def test_the_gpu_tests_are_collected_and_told_apart(tmp_path: Path) -> None:
     assert {"tests/pipeline/training/test_captured_step.py", "tests/pipeline/models/test_inner_triton.py"} <= {
         *gpu_slice.gpu_tests()
