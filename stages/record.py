@@ -135,7 +135,9 @@ def record_of(directory: Path) -> dict[str, Any]:
     run, meta = FinishedRun.read(directory), read_meta(directory)
     if run is None or meta is None or not isinstance(meta.get("fingerprint"), str):
         raise DataError(f"{directory}: no finished run; name a directory that `teacher` or `distill` wrote")
-    require_same_data(meta, directory, Paths(str(run.metrics["recipe"])), "train it again, or prepare its data again")
+    require_same_data(
+        meta, directory, _paths_of(directory, str(run.metrics["recipe"])), "train it again, or prepare its data again"
+    )
     run.curve()
     metrics, taught, (top1, split) = run.metrics, run.metrics["teacher"], run.teacher_top1 or (None, None)
     named = {"labels": taught["labels"]} if taught and "labels" in taught else {}
@@ -152,6 +154,16 @@ def record_of(directory: Path) -> dict[str, Any]:
         **{epoch: {key: metrics[epoch][key] for key in SCORES} for epoch in ("best", "last", "test")},
         **{key: run.environment[key] for key in ENVIRONMENT},
     }
+
+
+def _paths_of(directory: Path, recipe: str) -> Paths:
+    """Return the files of a run's recipe: those of the project that it lies in, else of the one in this folder."""
+    place, here = directory.resolve(), Paths(recipe)
+    project = next(iter(place.parents[3:4]), None)  # above data/<recipe>/students/<name> and data/runs/<recipe>/<name>
+    if project is None or project == here.project.resolve():
+        return here
+    there = Paths(recipe, project)
+    return there if place in {of(place.name) for of in (there.teacher, there.student, there.run)} else here
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +72,7 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
             require_matplotlib()
         except UsageError as error:
             raise UsageError(f"{error}; or leave them out: `pipeline report --no-figures`") from None
-    runs = FinishedRuns.read(context.recipe, context.paths)
-    runs = replace(runs, others={}) if tracked_only else runs
+    runs = FinishedRuns.read(context.recipe, context.paths, tracked_only=tracked_only)
     for trained, why in runs.left_out.items():
         context.say(f"left out: {trained}: {why}")
     if unsealed := [run for run in runs.all if not run.is_sealed]:
@@ -186,8 +184,12 @@ def _unless_stale(
 def overview_table(runs: FinishedRuns) -> Table:
     """Return a table of the paper's tables and figures: how much of each is in this report, or where to get it."""
     recipe, source = runs.recipe, runs.recipe.dataset.source
-    num_teachers = f"{sum(bool(runs.seeds(name)) for name in recipe.teachers)} of {len(recipe.teachers)} teachers"
-    num_students = f"{sum(bool(runs.seeds(name)) for name in recipe.students)} of {len(recipe.students)} students"
+    num_teachers = (
+        f"{sum(bool(runs.seeds('teacher', name)) for name in recipe.teachers)} of {len(recipe.teachers)} teachers"
+    )
+    num_students = (
+        f"{sum(bool(runs.seeds('student', name)) for name in recipe.students)} of {len(recipe.students)} students"
+    )
     sweep = [name for name, run in tables.optimizer_runs(runs).items() if isinstance(run, FinishedRun)]
     rows = [
         ["Table 1", "settings and parameters of the students", "all, without a run"],
@@ -239,15 +241,19 @@ def _former_files(path: Path) -> set[str]:
 
 
 def _as_json(runs: FinishedRuns) -> dict[str, Any]:
-    """Return every run's metrics, and under `run` where and when it took place."""
+    """Return every run's metrics, and under `run` where and when it took place.
+
+    A student with a teacher's name is found under `NAME (student)`.
+    """
 
     def metrics(finished: Mapping[str, FinishedRun]) -> dict[str, Any]:
         return {name: {**run.metrics, "run": dict(run.environment)} for name, run in finished.items()}
 
+    students = {f"{name} (student)" if name in runs.teachers else name: run for name, run in runs.students.items()}
     return {
         "recipe": runs.recipe.name,
         "selected": runs.winner,
-        "models": metrics({**runs.teachers, **runs.students}),
+        "models": metrics({**runs.teachers, **students}),
         "other_runs": metrics(runs.others),
         "left_out": dict(runs.left_out),
     }

@@ -31,7 +31,7 @@ from stages.reports.conditions import (
 )
 from stages.reports.pairs import Pair, interval_text
 from stages.reports.runs import FinishedRun, FinishedRuns, one_for_each_seed, pools
-from stages.shared.runs import LESSON, changes, differences
+from stages.shared.runs import LESSON, changes
 
 QUESTIONS = {"labels": "Does the teacher's label help?", "views": "How does the number of views matter?"}
 VARIED = {"labels": ("inputs.labels", "inputs.topk"), "views": ("inputs.views.count",)}
@@ -201,7 +201,7 @@ def find_comparisons(runs: FinishedRuns) -> list[Comparison]:
         answer
         for question in QUESTIONS
         for name, group in by_name.items()
-        for answer in _answers(question, runs.reference(name), group)
+        for answer in _answers(question, runs.reference("student", name), group)
     ]
 
 
@@ -246,8 +246,11 @@ def _compare(
 
 
 def _arms(runs: Iterable[FinishedRun]) -> list[Arm]:
-    """Group runs into arms, sorted by labels, then by views."""
-    arms = [Arm.of(group) for group in pools(runs)]
+    """Group runs into arms, sorted by labels, then by views; of runs that differ in their labels alone the first."""
+    groups: dict[str, Sequence[FinishedRun]] = {}
+    for group in pools(runs):
+        groups.setdefault(group[0].key(), group)  # another arm would have the same name
+    arms = [Arm.of(group) for group in groups.values()]
     return sorted(arms, key=lambda arm: (LABELS.index(arm.labels), arm.views or 0))
 
 
@@ -451,7 +454,7 @@ def variants_tables(runs: FinishedRuns) -> list[Table]:
     """Return a table for each student that has been run together with a variant of it."""
     tables = []
     for base, others in variants(runs.recipe).items():
-        arms = {name: Arm.of(of_seeds) for name in (base, *others) if (of_seeds := runs.seeds(name))}
+        arms = {name: Arm.of(of_seeds) for name in (base, *others) if (of_seeds := runs.seeds("student", name))}
         if base not in arms or len(arms) == 1:
             continue
         first = arms[base].first
@@ -480,13 +483,15 @@ def others_table(runs: FinishedRuns) -> Table | None:
 
     Each row is compared with the recipe's runs of the same model, by test accuracy at the best epoch.
     """
-    rows, recipes = [], {name: runs.seeds(name) for name in {run.name for run in runs.others.values()}}
-    first = {name: seeds[0] for name, seeds in recipes.items() if seeds}
-    shown = [run for run in runs.others.values() if run.name not in first or run.key() != first[run.name].key()]
+    models = {(run.kind, run.name) for run in runs.others.values()}
+    rows, recipes = [], {model: runs.seeds(*model) for model in models}
+    equal = [run for model in models for run in runs.equal(*model)]
+    shown = [run for run in runs.others.values() if run not in equal]
     for group in map(one_for_each_seed, pools(sorted(shown, key=lambda run: run.seed))):
-        run, reference = group[0], first.get(group[0].name)
+        run, of_recipe = group[0], recipes[group[0].kind, group[0].name]
+        reference = of_recipe[0] if of_recipe else None
         best, last, test = ([one.metrics[key]["top1"] for one in group] for key in ("best", "last", "test"))
-        usual = [one.metrics["test"]["top1"] for one in recipes[run.name]]
+        usual = [one.metrics["test"]["top1"] for one in of_recipe]
         change = fmean(test) - fmean(usual) if reference and reference.is_comparable(run) else None
         rows.append([
             run.name,
@@ -510,6 +515,6 @@ def others_table(runs: FinishedRuns) -> Table | None:
 def _differs(reference: FinishedRun | None, run: FinishedRun) -> str:
     """Say in what a run differs from the recipe's, as both were trained; else what its command gave."""
     if reference and reference.description and run.description:
-        return ", ".join(differences(reference.settings(), run.settings()))
+        return why_apart(reference, run)
     given = ", ".join(f"{key} {value}" for key, value in run.differs.items())
     return given if run.description else f"{given or 'unknown'} ({NOT_DESCRIBED})"

@@ -49,8 +49,8 @@ def conditions(runs: Sequence[FinishedRun]) -> str:
         "commit " + _all(values["commit"] or "unknown" for values in where),
         _all(values["date"][:10] for values in where),
     ]
-    counts = Counter(run.name for run in runs)
-    labels = [f"{run.name}, seed {run.seed}" if counts[run.name] > 1 else run.name for run in runs]
+    counts = Counter((run.kind, run.name) for run in runs)
+    labels = [f"{run.name}, seed {run.seed}" if counts[run.kind, run.name] > 1 else run.name for run in runs]
     warnings = [f"{label}: {text}" for label, run in zip(labels, runs, strict=True) for text in run.metrics["warnings"]]
     return "; ".join(parts) + "." + "".join(f" Warning: {warning}." for warning in warnings)
 
@@ -84,13 +84,10 @@ def is_held_out(runs: Iterable[FinishedRun]) -> bool:
     return any(run.metrics["evaluated_on"] != "test" for run in runs)
 
 
-def outdated(runs: FinishedRuns, names: Iterable[str]) -> str:
-    """Name the models of the recipe that were trained under other settings than params.yaml now has."""
-    trained = {**runs.teachers, **runs.students}
-    changed = {name: runs.outdated(trained[name]) for name in names if name in trained}
-    return "".join(
-        f" {name} was trained before params.yaml changed: {', '.join(why)}." for name, why in changed.items() if why
-    )
+def outdated(runs: FinishedRuns, models: Iterable[FinishedRun]) -> str:
+    """Name those of the recipe's runs that were trained under other settings than params.yaml now has."""
+    changed = [(run.name, runs.outdated(run)) for run in models]
+    return "".join(f" {name} was trained before params.yaml changed: {', '.join(why)}." for name, why in changed if why)
 
 
 def left_out(base: FinishedRun | None, runs: Iterable[FinishedRun]) -> str:
@@ -115,7 +112,10 @@ def why_apart(base: FinishedRun | None, run: FinishedRun) -> str:
     """Say in what two runs of a model differ but for the seed."""
     if run.description is None or base is None or base.description is None:
         return NOT_DESCRIBED if run.description is None else "the recipe's run does not say how it was trained"
-    return ", ".join(differences(base.settings(), run.settings())) or "the same run again"
+    if named := differences(base.settings(), run.settings()):
+        return ", ".join(named)
+    labels = {digest for digest in (base.labels_sha256, run.labels_sha256) if digest is not None}
+    return "other labels" if len(labels) > 1 else "the same run again"
 
 
 def _numbered(what: str, numbers: Sequence[int]) -> str:
@@ -143,12 +143,12 @@ def _by_kind(runs: Sequence[FinishedRun], key: str) -> str:
 
 def _seeds(runs: Sequence[FinishedRun]) -> str:
     """Return `seed 0`, or each model's seeds where one has several."""
-    seeds: dict[str, dict[int, None]] = {}
+    seeds: dict[tuple[str, str], dict[int, None]] = {}
     for run in runs:
-        seeds.setdefault(run.name, {})[run.seed] = None
+        seeds.setdefault((run.kind, run.name), {})[run.seed] = None
     if all(len(of_model) == 1 for of_model in seeds.values()):
         return "seed " + _all(run.seed for run in runs)
-    models = ", ".join(f"{name} {' '.join(map(str, of_model))}" for name, of_model in seeds.items())
+    models = ", ".join(f"{name} {' '.join(map(str, of_model))}" for (_, name), of_model in seeds.items())
     return f"seeds {models}: mean ± sample standard deviation (number of seeds)"
 
 

@@ -58,8 +58,8 @@ def figures(runs: FinishedRuns, *, with_figures: bool = True) -> list[Figure | M
         DataError: A curve is damaged.
     """
     recipe, source = runs.recipe.name, runs.recipe.dataset.source
-    teachers = _curves(runs, runs.recipe.teachers, paper.TEACHERS.get(source, {}))
-    students = _curves(runs, runs.recipe.students, paper.STUDENTS.get(source, {}))
+    teachers = _curves(runs, "teacher", runs.recipe.teachers, paper.TEACHERS.get(source, {}))
+    students = _curves(runs, "student", runs.recipe.students, paper.STUDENTS.get(source, {}))
     winner, select = runs.winner or "The selected teacher", f"pipeline teacher-select --recipe {recipe}"
     sweep = f"{select} --optimizers {','.join(paper.OPTIMIZERS)}"
     distill = f"pipeline distill --recipe {recipe} --student {next(iter(runs.recipe.students))}"
@@ -101,9 +101,9 @@ def _rank(name: str) -> tuple[int, str]:
     return order.index(optimizer) if optimizer in order else len(order), name
 
 
-def _curves(runs: FinishedRuns, names: Iterable[str], reported: Mapping[str, paper.Reported]) -> list[Curve]:
+def _curves(runs: FinishedRuns, kind: str, names: Iterable[str], reported: Mapping[str, paper.Reported]) -> list[Curve]:
     """Return a curve for each name that has been run; a finished teacher, which was not trained, has none."""
-    trained = {name: [run for run in runs.seeds(name) if run.metrics["epochs"]] for name in names}
+    trained = {name: [run for run in runs.seeds(kind, name) if run.metrics["epochs"]] for name in names}
     return [Curve(name, of, reported[name].top1 if name in reported else None) for name, of in trained.items() if of]
 
 

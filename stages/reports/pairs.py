@@ -127,7 +127,7 @@ def students_in_pairs(runs: FinishedRuns) -> list[Pair]:
     Raises:
         DataError: Predictions are damaged.
     """
-    seeds: Mapping[str, Sequence[FinishedRun]] = {name: runs.seeds(name) for name in runs.recipe.students}
+    seeds: Mapping[str, Sequence[FinishedRun]] = {name: runs.seeds("student", name) for name in runs.recipe.students}
     top1 = {name: np.mean([run.metrics["test"]["top1"] for run in group]) for name, group in seeds.items() if group}
     ranked = sorted(top1, key=lambda name: -top1[name])
     pairs = (Pair.of(seeds[first], seeds[second]) for first, second in combinations(ranked, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -149,7 +150,7 @@ class FinishedRun:
         return {} if self.description is None else _without(self.description, ("seed", *but))
 
     def key(self, *but: str) -> str:
-        """Return a text that is equal for runs of the same name that differ in the seed and in `but` at most.
+        """Return a text that is equal for runs of the same kind and name that differ in the seed and in `but` at most.
 
         A run without a description is equal to itself alone.
         """
@@ -201,6 +202,12 @@ class FinishedRun:
     def sha256(self) -> str | None:
         """SHA-256 of its best weights; None where its checkpoint is missing."""
         return str(self.meta["sha256"]) if self.meta else None
+
+    @property
+    def labels_sha256(self) -> str | None:
+        """Digest of the labels that it learned from; None where from none, and of older versions, which named none."""
+        digest: str | None = (self.meta or {}).get("labels_sha256")
+        return digest
 
     @property
     def initial_weights(self) -> str | None:
@@ -264,6 +271,9 @@ def _without(tree: Mapping[str, Any], places: Iterable[str]) -> dict[str, Any]:
 def pools(runs: Iterable[FinishedRun], *but: str) -> list[list[FinishedRun]]:
     """Group runs that are equal in everything but the seed and `but`, in the order in which they first appear.
 
+    Runs that learned from different labels are not equal, though all else is; those that do not name their labels
+    go with the first that do. With `but`, which may decide the labels, these do not count.
+
     Args:
         runs: Runs.
         but: See `FinishedRun.key`.
@@ -271,6 +281,16 @@ def pools(runs: Iterable[FinishedRun], *but: str) -> list[list[FinishedRun]]:
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(run.key(*but), []).append(run)
+    return list(groups.values()) if but else [group for equal in groups.values() for group in _by_labels(equal)]
+
+
+def _by_labels(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
+    """Split runs that are equal otherwise by the labels that they learned from, see `pools`."""
+    runs = list(runs)
+    first = next((run.labels_sha256 for run in runs if run.labels_sha256), None)
+    groups: dict[str | None, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.labels_sha256 or first, []).append(run)
     return list(groups.values())
 
 
@@ -306,14 +326,21 @@ class FinishedRuns:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, recipe: Recipe, paths: Paths) -> FinishedRuns:
+    def read(cls, recipe: Recipe, paths: Paths, *, tracked_only: bool = False) -> FinishedRuns:
         """Look through data/<recipe> and data/runs/<recipe>.
+
+        Args:
+            recipe: The recipe.
+            paths: Its files.
+            tracked_only: Whether to leave data/runs alone, which DVC does not track: a damaged run there is none of
+                its business.
 
         Raises:
             DataError: A file is damaged.
         """
         runs = paths.run("")
-        others = sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+        is_shown = runs.is_dir() and not tracked_only
+        others = sorted(path for path in runs.iterdir() if path.is_dir()) if is_shown else []
         finished = [
             _finished({name: paths.teacher(name) for name in recipe.teachers}),
             _finished({name: paths.student(name) for name in recipe.students}),
@@ -347,19 +374,28 @@ class FinishedRuns:
         described = [run.description["arguments"].get("num_classes") for run in self.all if run.description]
         return next((count for count in described if isinstance(count, int)), None)
 
-    def reference(self, name: str) -> FinishedRun | None:
-        """Return the recipe's run of a teacher or student; without one, its first run with another seed."""
-        others = [run for run in self.others.values() if run.name == name and not run.differs]
-        first = min(others, key=lambda run: run.seed, default=None)
-        return self.teachers.get(name) or self.students.get(name) or first
+    def reference(self, kind: str, name: str) -> FinishedRun | None:
+        """Return the recipe's run of a model; without one, its first run with another seed.
 
-    def seeds(self, name: str) -> list[FinishedRun]:
-        """Return the recipe's runs of a teacher or student, by ascending seed: all that equal `reference`."""
-        reference = self.reference(name)
-        if reference is None:
-            return []
-        equal = [run for run in self.others.values() if run.key() == reference.key()]
-        return one_for_each_seed([reference, *equal])
+        Args:
+            kind: `teacher` or `student`: one of each may have the same name.
+            name: Its name in the recipe.
+        """
+        first = min((run for run in self._of(kind, name) if not run.differs), key=lambda run: run.seed, default=None)
+        return (self.teachers if kind == "teacher" else self.students).get(name) or first
+
+    def _of(self, kind: str, name: str) -> list[FinishedRun]:
+        """Return the others that are of a model."""
+        return [run for run in self.others.values() if (run.kind, run.name) == (kind, name)]
+
+    def equal(self, kind: str, name: str) -> list[FinishedRun]:
+        """Return all runs that equal `reference`, itself first; it may come twice."""
+        reference = self.reference(kind, name)
+        return [] if reference is None else pools([reference, *self._of(kind, name)])[0]
+
+    def seeds(self, kind: str, name: str) -> list[FinishedRun]:
+        """Return the recipe's runs of a model, by ascending seed: all that equal `reference`."""
+        return one_for_each_seed(self.equal(kind, name))
 
     def sweep(self) -> list[list[FinishedRun]]:
         """Return the selected teacher's runs by optimiser and learning rate, in which alone they differ, its own first.
@@ -367,7 +403,7 @@ class FinishedRuns:
         Those of another optimiser may differ in weight decay, too. Each list has a run for each seed. Empty before
         `select`.
         """
-        selected = self.seeds(self.winner or "")
+        selected = self.seeds("teacher", self.winner or "")
         if not selected:
             return []
         own = selected[0]
@@ -378,10 +414,10 @@ class FinishedRuns:
                 others.append(run)
         return [one_for_each_seed(group) for group in pools([*selected, *others])]
 
-    def apart(self, name: str) -> list[FinishedRun]:
-        """Return the runs of a name that follow params.yaml but for the seed, or did, and are none of `seeds`."""
-        seeds = self.seeds(name)
-        return [run for run in self.others.values() if run.name == name and not run.differs and run not in seeds]
+    def apart(self, kind: str, name: str) -> list[FinishedRun]:
+        """Return the runs of a model that follow params.yaml but for the seed, or did, and are none of `seeds`."""
+        seeds = self.seeds(kind, name)
+        return [run for run in self._of(kind, name) if not run.differs and run not in seeds]
 
     def teacher_of(self, run: FinishedRun) -> FinishedRun | None:
         """Return the teacher whose labels a run has, by its SHA-256; None where another has taken its place."""
@@ -395,9 +431,10 @@ class FinishedRuns:
         """The student with the highest top-1 on the split that decides, over its seeds; the first of equals."""
 
         def score(run: FinishedRun) -> float:
-            return fmean(float(one.metrics["best"]["top1"]) for one in self.seeds(run.name))
+            return fmean(float(one.metrics["best"]["top1"]) for one in self.seeds("student", run.name))
 
-        return max(self.students.values(), key=score, default=None)
+        found = (self.reference("student", name) for name in self.recipe.students)
+        return max((run for run in found if run is not None), key=score, default=None)
 
     def teacher_beside(self, student: FinishedRun | None) -> FinishedRun | None:
         """Return the teacher that a student learned from; where it did not, and without one, the selected teacher."""
@@ -424,7 +461,8 @@ def _data(paths: Paths, runs: Iterable[FinishedRun]) -> tuple[tuple[str, str | N
     summary: Any = read_json(paths.prepared / "summary.json") if paths.is_prepared else None
     if misfit(summary, {"sha256": str}) is None:
         these = f"{paths.dataset} (SHA-256 {printable(summary['sha256'][:SHORT])})"
-        return (summary["sha256"], prepared_rendition(summary)), these
+        with contextlib.suppress(DataError):  # loading the data will say what is wrong
+            return (summary["sha256"], prepared_rendition(paths)), these
     known = Counter(data for run in runs if (data := _data_of(run)) is not None)
     return known.most_common(1)[0][0] if known else None, "most runs of this recipe"
 

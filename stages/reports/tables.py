@@ -223,15 +223,16 @@ def numbered(number_: str, title: str, source: str) -> str:
 
 def all_teachers(runs: FinishedRuns) -> Table:
     """Return Table 2 of every teacher that the recipe has."""
-    table = teachers_table(runs.recipe, {name: runs.seeds(name) for name in runs.recipe.teachers}, runs.winner)
-    return replace(
-        table, note=(table.note + outdated(runs, runs.teachers) + _apart(runs, runs.recipe.teachers)).strip()
+    table = teachers_table(
+        runs.recipe, {name: runs.seeds("teacher", name) for name in runs.recipe.teachers}, runs.winner
     )
+    note = table.note + outdated(runs, runs.teachers.values()) + _apart(runs, "teacher", runs.recipe.teachers)
+    return replace(table, note=note.strip())
 
 
-def _apart(runs: FinishedRuns, names: Iterable[str]) -> str:
+def _apart(runs: FinishedRuns, kind: str, names: Iterable[str]) -> str:
     """Say which seeds of the recipe's models are not counted with the others, and why."""
-    return "".join(left_out(runs.reference(name), runs.apart(name)) for name in names)
+    return "".join(left_out(runs.reference(kind, name), runs.apart(kind, name)) for name in names)
 
 
 def students_tables(runs: FinishedRuns) -> list[Table]:
@@ -240,9 +241,10 @@ def students_tables(runs: FinishedRuns) -> list[Table]:
     models = _with_teachers(runs)
     trained = [run for model in models for run in model.runs]
     reported = {**paper.TEACHERS.get(source, {}), **paper.STUDENTS.get(source, {})}
-    absent = [name for name in recipe.students if not runs.seeds(name)]
+    absent = [name for name in recipe.students if not runs.seeds("student", name)]
     note = protocol(source) if trained else "Nothing has been run."
-    note += outdated(runs, [model.name for model in models]) + _apart(runs, recipe.students)
+    note += outdated(runs, [model.runs[0] for model in models if model.runs])
+    note += _apart(runs, "student", recipe.students)
     note += missing(absent, f"pipeline distill --student {{}} --recipe {recipe.name}")
     table = paper.TABLES.get(source, "")
     scores = [*_accuracy(trained, reported), *_averages(reported)]
@@ -270,8 +272,8 @@ def _with_teachers(runs: FinishedRuns) -> list[Model]:
     if runs.recipe.dataset.source in paper.TEACHERS and paper.TEACHER != runs.winner:
         names.append(paper.TEACHER)
     marks = {paper.TEACHER: " (the paper's teacher)"} | {runs.winner or "": " (teacher)"}
-    teachers = [Model(name, runs.seeds(name), marks[name]) for name in names]
-    return teachers + [Model(name, runs.seeds(name)) for name in runs.recipe.students]
+    teachers = [Model(name, runs.seeds("teacher", name), marks[name]) for name in names]
+    return teachers + [Model(name, runs.seeds("student", name)) for name in runs.recipe.students]
 
 
 def _accuracy(runs: Sequence[FinishedRun], reported: Mapping[str, paper.Reported]) -> list[Column]:
@@ -328,7 +330,9 @@ def drops_table(runs: FinishedRuns) -> Table:
         model = student_recipe(recipe, name, {}).model
         if model in STUDENTS:
             return STUDENTS[model].has_distillation_head
-        return any(run.metrics["distilled"] for run in runs.seeds(name))  # a model that is not ours need not be tried
+        return any(
+            run.metrics["distilled"] for run in runs.seeds("student", name)
+        )  # a model that is not ours need not be tried
 
     distilled = [name for name in recipe.students if is_distilled(name)]
     columns = ["teacher", "student", "approach", "teacher top-1 %", "student top-1 %", "change"]
@@ -344,7 +348,7 @@ def drops_table(runs: FinishedRuns) -> Table:
         note += "paper's TITN 92.03 %, Table 6 92.05 %."
     else:
         note += "; the teacher's FLOPs are of one image."
-    if not any(run.metrics["distilled"] for name in distilled for run in runs.seeds(name)):
+    if not any(run.metrics["distilled"] for name in distilled for run in runs.seeds("student", name)):
         note += " No distilled student has been run."
     optional = ("teacher's FLOPs, G", "student's parameters, M", "teacher's parameters, M", "approach")
     title = numbered("Table 6", f"Accuracy lost from teacher to student, {recipe.name}", source)
@@ -353,7 +357,8 @@ def drops_table(runs: FinishedRuns) -> Table:
 
 def _drop(runs: FinishedRuns, name: str, *, is_papers: bool) -> list[str]:
     """Return the row of one of our students."""
-    source, seeds = runs.recipe.dataset.source, [run for run in runs.seeds(name) if run.metrics["distilled"]]
+    source = runs.recipe.dataset.source
+    seeds = [run for run in runs.seeds("student", name) if run.metrics["distilled"]]
     teachers, students = paper.TEACHERS.get(source, {}), paper.STUDENTS.get(source, {})
     reported = students[name].top1 - teachers[paper.TEACHER].top1 if name in students else None
     if not seeds:

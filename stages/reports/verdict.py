@@ -26,6 +26,7 @@ BATCH = 64
 MOST_FLOPS = 2e10  # of a timed batch on a CPU, about a second
 ROUNDS = 3
 KINDS = ("teacher", "student")
+NOT_THE_RECIPES = "No student's run follows the recipe, and no teacher is selected; what has been run is below"
 
 
 def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str) -> Table | Missing:
@@ -43,9 +44,9 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
         commands = (
             f"pipeline teacher-select --recipe {recipe}; then pipeline distill --recipe {recipe} --student {first}"
         )
-        return Missing(TITLE, "no student trained, no teacher selected", commands)
+        return Missing(TITLE, NOT_THE_RECIPES if runs.all else "no student trained, no teacher selected", commands)
     models = [teacher, student]
-    seeds = [[teacher] if teacher else [], runs.seeds(student.name) if student else []]
+    seeds = [[teacher] if teacher else [], runs.seeds("student", student.name) if student else []]
 
     def ratio(values: Sequence[float | None]) -> str:
         return f"{values[1] / values[0]:.2f} times" if values[0] and values[1] is not None else "-"
@@ -74,7 +75,7 @@ def verdict_table(runs: FinishedRuns, speeds: Mapping[str, float], why_not: str)
         ["training, s", *(spread(of_model, 0) for of_model in seconds), times],
     ]
     columns = ["", *(f"{kind} {model.name if model else '-'}" for kind, model in zip(KINDS, models, strict=True))]
-    shown = [*runs.teachers.values(), *(run for name in runs.recipe.students for run in runs.seeds(name))]
+    shown = [*runs.teachers.values(), *(run for name in runs.recipe.students for run in runs.seeds("student", name))]
     note = f"{why_not} Conditions of this report: {conditions(shown)}{copies(runs.paths)}"
     return Table(TITLE, [*columns, "the student's"], rows, note.strip())
 
@@ -128,7 +129,8 @@ def lead(runs: FinishedRuns, comparisons: Sequence[Comparison], *, tracked_only:
         parts += [] if tracked_only else [_helped(runs, student, comparisons)]  # controls are in data/runs
     elif teacher is None:
         commands = f"pipeline teacher-select --recipe {recipe.name}, then pipeline distill --recipe {recipe.name}"
-        parts.append(f"Nothing has been run yet: {commands}.")
+        state = f"{NOT_THE_RECIPES}. To run the recipe" if runs.all else "Nothing has been run yet"
+        parts.append(f"{state}: {commands}.")
     if runs.left_out:
         parts.append(f"Left out, for other data are prepared now: {', '.join(runs.left_out)}.")
     if runs.recipe.dataset.source in paper.TABLES:
@@ -147,7 +149,7 @@ def _data(runs: FinishedRuns) -> str:
 
 def _scored(runs: FinishedRuns, run: FinishedRun) -> str:
     """Return a model with its top-1 on test, and of how many seeds it is."""
-    seeds = runs.seeds(run.name)
+    seeds = runs.seeds(run.kind, run.name)
     of = f"seed {run.seed}" if len(seeds) == 1 else f"{len(seeds)} seeds"
     return f"{run.name}, {spread([one.metrics['test']['top1'] for one in seeds]).partition(' (')[0]} % ({of})"
 

@@ -30,7 +30,7 @@ def other_data(meta: Mapping[str, Any], paths: Paths, dataset: Dataset | None = 
     Args:
         meta: The JSON of the model's checkpoint or export.
         paths: The recipe's.
-        dataset: The prepared data, where they have been loaded; None takes what their summary.json says.
+        dataset: The prepared data, where they have been loaded; None takes what their JSON says.
     """
     if dataset is None:
         prepared = _prepared(paths)
@@ -76,15 +76,21 @@ def rendition(values: Mapping[str, Any]) -> str:
     """Return in words by what the files of an encoded store become pixels, which is no part of their SHA-256.
 
     Args:
-        values: A checkpoint's or an export's JSON, the settings of prepared data, or Dataset.rendition.
+        values: A checkpoint's or an export's JSON, dataset.json's content, or Dataset.rendition.
     """
     return printable(f"image_size {values.get('image_size')}, resize {values.get('resize', SQUEEZE)}")
 
 
-def prepared_rendition(summary: Mapping[str, Any]) -> str | None:
-    """Return the `rendition` of prepared data by their summary.json; None where pixels are stored."""
-    settings = summary.get("settings")
-    return rendition(settings) if isinstance(settings, dict) and settings.get("store") == ENCODED else None
+def prepared_rendition(paths: Paths) -> str | None:
+    """Return the `rendition` of prepared data by their dataset.json; None where pixels are stored.
+
+    The settings in summary.json need not name the store: a data set that was in memory brings its own.
+
+    Raises:
+        DataError: The file is no JSON.
+    """
+    description = read_json(paths.dataset)
+    return rendition(description) if isinstance(description, dict) and description.get("store") == ENCODED else None
 
 
 def shown_otherwise(trained: str | None, these: str, shown: str | None) -> str:
@@ -93,7 +99,7 @@ def shown_otherwise(trained: str | None, these: str, shown: str | None) -> str:
 
 
 def _prepared(paths: Paths) -> tuple[str, list[str], str | None] | None:
-    """Return SHA-256, class names and `rendition` by summary.json; None without prepared data, or where it is damaged.
+    """Return SHA-256, class names and `rendition` of prepared data; None without any, or where their JSON is damaged.
 
     Loading the data will say what is wrong.
     """
@@ -104,7 +110,7 @@ def _prepared(paths: Paths) -> tuple[str, list[str], str | None] | None:
                 summary.get(key) if isinstance(summary, dict) else None for key in ("sha256", "class_names")
             )
             if isinstance(sha256, str) and isinstance(names, list):
-                return sha256, names, prepared_rendition(summary)
+                return sha256, names, prepared_rendition(paths)
     return None
 
 

@@ -23,7 +23,7 @@ from stages.reports.compare import (
     variants,
     variants_tables,
 )  # fmt: skip
-from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.reports.runs import FinishedRun, FinishedRuns, pools
 from stages.shared.paths import Paths
 from tests.pipeline.report.test_figures import check
 from tests.support import report_project
@@ -137,7 +137,7 @@ def test_runs_under_other_settings_are_no_seeds_of_the_others(tmp_path: Path, ch
     assert table.rows[1][2:4] == ["0 1", "42.00 ± 1.41 (2)"]
     assert f"Left out, titn: seed 2 ({why})." in table.note
     finished_ = finished_runs(recipe("cifar100"), *runs, stranger)
-    assert finished_.seeds("titn") == [runs[2], runs[3]]
+    assert finished_.seeds("student", "titn") == [runs[2], runs[3]]
     other = others_table(finished_)
     assert other is not None and [row[2] for row in other.rows] == ["0 1", "2"]
     cell = other.rows[1][1]
@@ -201,12 +201,35 @@ def test_a_copied_run_counts_once(tmp_path: Path) -> None:
     assert comparison.left_out == " Left out, titn: seed 1 (the same run again)."
 
 
+def learned(run: FinishedRun, labels: str) -> FinishedRun:
+    """Let a run's checkpoint name the labels that it learned from."""
+    return replace(run, meta={**(run.meta or {}), "labels_sha256": labels * 64})
+
+
+def test_seeds_that_learned_from_other_labels_are_no_seeds_of_one_setting(tmp_path: Path) -> None:
+    """The labels of one file were computed again in between: 80 is no third seed of 40 and 42."""
+    controls = [run(tmp_path, 40.0 + seed, seed, differs={"labels": "none"}) for seed in range(3)]
+    former = run(tmp_path, 41.0, 3)  # of a version that named none: it may belong to the first
+    taught = [learned(run(tmp_path, 40.0 + 2 * seed, seed), "1") for seed in range(2)]
+    stranger = learned(run(tmp_path, 80.0, 2), "2")
+    runs = finished_runs(recipe("cifar100"), *controls, former, *taught, stranger)
+    assert runs.seeds("student", "titn") == [*taught, former]
+    assert pools([former, stranger, *taught]) == [[former, stranger], taught]
+    assert pools([former, stranger, *taught], "inputs.views.count") == [[former, stranger, *taught]]
+    table = tables(find_comparisons(runs))[f"{LABELS}titn"]
+    assert table.rows[1][2] == "0 1 3" and "Left out, titn: seed 2 (other labels)." in table.note
+    other = others_table(runs)
+    assert other is not None and [row[1:3] for row in other.rows] == [
+        ["labels cached -> none", "0 1 2"], ["other labels", "2"],
+    ]  # fmt: skip
+
+
 def test_runs_without_a_description_stand_alone(tmp_path: Path) -> None:
     """Two of them, alike as far as is known, are neither a mean nor compared with anything."""
     runs = [run(tmp_path, 40.0 + seed, seed, is_described=False) for seed in range(3)]
     runs += [run(tmp_path, 50.0, seed, differs={"lr": "0.2"}, lr=0.2, is_described=False) for seed in range(2)]
     finished_ = finished_runs(recipe("cifar100"), *runs)
-    assert find_comparisons(finished_) == [] and finished_.seeds("titn") == runs[:1]
+    assert find_comparisons(finished_) == [] and finished_.seeds("student", "titn") == runs[:1]
     table = others_table(finished_)
     assert table is not None and [row[2] for row in table.rows] == ["0", "1", "1", "2"]
     assert not any("±" in cell for row in table.rows for cell in row)
@@ -221,7 +244,7 @@ def test_runs_on_other_data_are_in_no_table(tmp_path: Path) -> None:
     report_project.add(project, "deit", 99.0, data="e" * 64)
     with contextlib.chdir(project.path):
         runs = FinishedRuns.read(recipe("cifar100"), Paths("cifar100"))
-    assert "deit" not in runs.students and [run.seed for run in runs.seeds("tnt")] == [0]
+    assert "deit" not in runs.students and [run.seed for run in runs.seeds("student", "tnt")] == [0]
     assert list(runs.left_out) == ["data/cifar100/students/deit", "data/runs/cifar100/tnt-seed-1"]
     out = invoke(project, "report", "--recipe", "cifar100", "--no-figures")
     assert "students/deit: trained on other data (recipe cifar100, SHA-256 eeeeeeeeeeee) than most runs" in out

@@ -72,6 +72,19 @@ def test_models_stay_with_the_pixels_that_photographs_became(tmp_path: Path) -> 
     summary, online = project.data / "prepared/summary.json", ("--labels", "online", "--teacher", "data/smoke/teacher")
     before = json.loads(summary.read_text())["sha256"]
     titn = ("distill", "--student", "titn", "--set", "epochs=1", *online, *CPU)
+    # A Dataset that a call of titn.distill brings has its own store, which the recipe's settings do not name.
+    content = json.loads(summary.read_text())
+    assert content["settings"].pop("store") == "encoded"
+    summary.write_text(json.dumps(content))
+    with contextlib.chdir(project.path):
+        runs = FinishedRuns.read(recipe, Paths("smoke"))
+    assert [run.name for run in runs.all] == ["vit", "vit"] and not runs.left_out
+    assert "recorded as" in invoke(project, "record", STUDENT)
+    described = project.data / "prepared/dataset.json"
+    cropped = described.read_text()
+    described.write_text(cropped.replace('"resize": "crop"', '"resize": "squeeze"'))
+    assert "resize crop in place of image_size 32, resize squeeze" in invoke(project, "record", STUDENT, code=3)
+    described.write_text(cropped)
     for old, new, pixels in (
         ("resize: crop, ", "resize: crop, image_size: 48, ", "image_size 48, resize crop"),
         ("resize: crop, image_size: 48, ", "", "image_size 32, resize squeeze"),

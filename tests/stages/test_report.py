@@ -124,6 +124,19 @@ def test_what_is_not_tracked_can_be_left_out(project: Project) -> None:
     assert not (folder / "figures/figure-5.png").exists()
 
 
+def test_what_is_left_out_is_not_read_either(project: Project) -> None:
+    """A damaged run there would end `dvc repro`, which does not know it; nor does it vote on which data are these."""
+    of, paths = recipe(report_project.RECIPE), report_project.Paths(report_project.RECIPE, project.path)
+    for seed in range(30):
+        report_project.add(project, "tnt", 99.0, seed=seed + 10, data="e" * 64)
+    assert FinishedRuns.read(of, paths).teachers == {}
+    runs = FinishedRuns.read(of, paths, tracked_only=True)
+    assert len(runs.teachers) == 8 and not runs.others and not runs.left_out
+    (project.path / "data/runs/cifar100/titn-seed-1/metrics.json").write_text('{"name": ')
+    assert "titn-seed-1/metrics.json" in invoke(project, *REPORT, "--no-figures", code=3)
+    invoke(project, *REPORT, "--no-figures", "--tracked-only")
+
+
 def test_only_what_a_former_report_lists_as_its_own_is_deleted(project: Project) -> None:
     folder = project.path / "out"
     invoke(project, *REPORT, "--out", "out", "--no-figures")

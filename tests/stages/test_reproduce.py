@@ -19,6 +19,7 @@ from stages.record import Records, record_of
 from stages.selection import compare
 from stages.shared import fitting
 from tests.stages.test_time_limits import ticking  # noqa: F401
+from tests.support.finished_runs import finished
 from tests.support.in_process import invoke
 from tests.support.interruptions import files, small_project
 from tests.support.project import ROOT, Project, unseal
@@ -77,6 +78,35 @@ def test_a_record_says_what_was_reached_and_how(reproduced: Project) -> None:
         assert (reproduced.path / f"results/curves/{record['id']}.csv").read_bytes() == (
             folder / "curve.csv"
         ).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["smoke/students/titn", "smoke/teachers/titn", "runs/smoke/titn"])
+def test_a_run_of_another_project_is_compared_with_the_data_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    digits = {"here": "e", "there": "d"}
+    for name, digit in digits.items():
+        prepared = tmp_path / name / "data/smoke/prepared"
+        prepared.mkdir(parents=True)
+        (prepared / "summary.json").write_text(json.dumps({"sha256": digit * 64, "class_names": []}))
+        (prepared / "dataset.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    for name, digit in digits.items():
+        out = tmp_path / name / "data" / place
+        out.parent.mkdir(parents=True)
+        finished(tmp_path / "made", "titn", [70.0], data=digit * 64).directory.rename(out)
+        meta = json.loads((out / "best.json").read_text())
+        (out / "best.json").write_text(json.dumps({**meta, "fingerprint": "f" * 64}))
+        (out / "best.safetensors").touch()
+        assert record_of(out)["name"] == "titn"
+        assert record_of(Path("../..") / out.relative_to(tmp_path.parent))["name"] == "titn"
+    elsewhere = tmp_path / "there/titn"
+    shutil.copytree(tmp_path / "there/data" / place, elsewhere)
+    with pytest.raises(DataError, match=r"than data/smoke/prepared/dataset.json \(SHA-256 eeee"):
+        record_of(elsewhere)
+    (tmp_path / "there/data/smoke/prepared/summary.json").write_text('{"sha256": "c", "class_names": []}')
+    with pytest.raises(DataError, match="there/data/smoke/prepared/dataset.json"):
+        record_of(tmp_path / "there/data" / place)
 
 
 def test_what_is_done_costs_nothing_and_is_recorded_once(project: Project) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from pipeline.report.page import Missing
 from pipeline.report.tables import Table
-from stages.reports.compare import find_comparisons
+from stages.report import _as_json as as_json
+from stages.reports.compare import find_comparisons, others_table
 from stages.reports.conditions import conditions
-from stages.reports.runs import FinishedRun
+from stages.reports.runs import FinishedRun, FinishedRuns
+from stages.reports.tables import all_teachers, students_tables
 from stages.reports.verdict import lead, verdict_table
 from tests.support.finished_runs import SCORES, finished, finished_runs, recipe
 
@@ -85,6 +88,54 @@ def test_the_split_that_decides_chooses_the_best_student(tmp_path: Path) -> None
     """titn is better on validation, vit on test: to choose by test would flatter."""
     titn, vit = student(tmp_path, 70.0, best=scores(75.0)), student(tmp_path, 73.0, name="vit", best=scores(74.0))
     assert finished_runs(recipe("digits"), vit, titn).best_student is titn
+
+
+def test_a_student_without_seed_0_may_be_the_best(tmp_path: Path) -> None:
+    titn = [student(tmp_path, 70.0 + seed, seed) for seed in (1, 2)]
+    runs = finished_runs(recipe("digits"), *titn)
+    assert runs.best_student is titn[0] and isinstance(verdict_table(runs, {}, ""), Table)
+    assert "Best student: titn, 71.50 ± 0.71 % (2 seeds) on test" in lead(runs, [], tracked_only=False)
+    both = finished_runs(recipe("digits"), teacher(tmp_path), student(tmp_path, 60.0, name="deit"), *titn)
+    assert both.best_student is titn[0]
+
+
+def test_runs_that_differ_from_the_recipe_are_not_called_nothing(tmp_path: Path) -> None:
+    runs = finished_runs(recipe("digits"), student(tmp_path, 70.0, differs={"lr": "0.2"}))
+    shown, text = verdict_table(runs, {}, ""), lead(runs, [], tracked_only=False)
+    assert isinstance(shown, Missing) and "what has been run is below" in shown.why
+    assert "No student's run follows the recipe" in text and "Nothing has been run" not in text
+    assert "Nothing has been run yet: " in lead(finished_runs(recipe("digits")), [], tracked_only=False)
+
+
+def namesakes(folder: Path) -> FinishedRuns:
+    """A teacher and a student of one name, each with the seeds 0 and 1; only the student is another one now."""
+    of = recipe("digits")
+    student_, teacher_ = of.students["titn"], replace(of.teachers["vgg16_bn"], epochs=1)
+    of = replace(of, teachers={"vgg16_bn": teacher_}, students={"vgg16_bn": replace(student_, epochs=77)})
+    students = [student(folder / "students", 50.0 + seed, seed, name="vgg16_bn") for seed in (0, 1)]
+    teachers = [finished(folder, "vgg16_bn", [90.0 + seed], kind="teacher", seed=seed) for seed in (0, 1)]
+    return finished_runs(of, *teachers, *students, winner="vgg16_bn")
+
+
+def test_a_student_may_have_its_teachers_name(tmp_path: Path) -> None:
+    runs = namesakes(tmp_path)
+    assert runs.best_student is runs.students["vgg16_bn"]
+    table = verdict_table(runs, {}, "")
+    assert isinstance(table, Table) and table.rows[0] == ["test top-1, %", "90.00", "50.50 ± 0.71 (2)", "-39.50 points"]
+    assert "Best student: vgg16_bn, 50.50" in lead(runs, [], tracked_only=False)
+    rows = students_tables(runs)[0].rows
+    assert [row[0] for row in rows] == ["vgg16_bn (teacher)", "vgg16_bn"]
+    assert [row[2] for row in rows] == ["90.50 ± 0.71 (2)", "50.50 ± 0.71 (2)"]
+    assert all_teachers(runs).rows[0][1] == "90.50 ± 0.71 (2)"
+    assert others_table(runs) is None, "all are seeds of the recipe's"
+    models = as_json(runs)["models"]
+    kinds = {name: model["kind"] for name, model in models.items()}
+    assert kinds == {"vgg16_bn": "teacher", "vgg16_bn (student)": "student"}
+
+
+def test_of_namesakes_only_the_one_that_changed_is_outdated(tmp_path: Path) -> None:
+    runs = namesakes(tmp_path)
+    assert "epochs 1 -> 77" in students_tables(runs)[0].note and "-> 77" not in all_teachers(runs).note
 
 
 def test_the_first_paragraph_says_whether_the_label_helped(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from pipeline.report.figures.canvas import INK, WIDTH, new_figure, shown, style,
 MAX_LABELS = 26
 MAX_NUMBERED = 20
 NAME_LENGTH = 16
+DIGIT = 0.64  # width of a digit, as a part of the font's size
+MIN_SIZE = 4.0  # points; numbers that would be smaller are left out
 
 
 def heat_map(
@@ -31,7 +33,8 @@ def heat_map(
         x_label: Of the columns.
         y_label: Of the rows.
         bar_label: Of the scale, with unit.
-        numbers: `(K, K)` int64, written into the cells where there are at most MAX_NUMBERED rows; zeros are not.
+        numbers: `(K, K)` int64, written into the cells where there are at most MAX_NUMBERED rows and they fit;
+            zeros are not.
 
     Returns:
         PNG.
@@ -57,13 +60,18 @@ def heat_map(
         axes.set_ylabel(y_label)
         for side in ("right", "top"):
             axes.spines[side].set_visible(True)
-        if numbers is not None and count <= MAX_NUMBERED:
-            for row, column in zip(*np.nonzero(numbers), strict=True):
-                colour = "white" if shades[row, column] > 12 else INK
-                text = f"{numbers[row, column]}"
-                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
         bar = figure.colorbar(image, ax=axes, label=bar_label, shrink=0.7)
         bar.ax.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10, 20, 50, 100]))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         bar.ax.yaxis.set_minor_locator(NullLocator())
+        if numbers is not None and count <= MAX_NUMBERED:
+            figure.draw_without_rendering()  # only then is a cell's size known
+            figure.set_layout_engine("none")  # a second layout would move what the first has placed
+            cell = axes.get_window_extent().width / count * 72 / figure.dpi
+            size = min(size, cell / (DIGIT * (len(str(numbers.max())) + 0.5)))
+            written = numbers if size >= MIN_SIZE else np.zeros_like(numbers)
+            for row, column in zip(*np.nonzero(written), strict=True):
+                colour = "white" if shades[row, column] > 12 else INK
+                text = f"{numbers[row, column]}"
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
         return to_png(figure)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.figures.canvas import COLOURS, DASHES, MARKER_SIZES, MARKERS, new_figure, shown, style, to_png
+from pipeline.report.figures.canvas import (
+    COLOURS,
+    DASHES,
+    MARKER_SIZES,
+    MARKERS,
+    STYLE,
+    new_figure,
+    shown,
+    style,
+    to_png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +28,8 @@ if TYPE_CHECKING:
 LONG = 100
 # Curves whose later halves share less than this of the whole range are drawn a second time, larger.
 ZOOM = 0.3
+# Between two entries of the legend, as a part of the font's size.
+SPACING = 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +67,7 @@ def lines(series: Sequence[Series], *, x_label: str, y_label: str, legend: str =
     """
     zoom = _zoom_limits(series)
     with style():
-        figure = new_figure(4.6 if zoom is None else 6.6)
+        figure = new_figure(max(4.6 if zoom is None else 6.6, _legend_height(series)))
         panels = figure.subplots(1 if zoom is None else 2, 1, sharex=True, squeeze=False)[:, 0]
         for axes in panels:
             for index, one in enumerate(series):
@@ -74,7 +86,7 @@ def lines(series: Sequence[Series], *, x_label: str, y_label: str, legend: str =
             title=legend,
             alignment="left",
             handlelength=3.4,
-            labelspacing=0.7,
+            labelspacing=SPACING,
         )
         return to_png(figure)
 
@@ -98,6 +110,12 @@ def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
     half = width // 2
     inner = slice(half, half + len(values))
     return np.where(known, sums[inner] / np.maximum(counts[inner], 1.0), np.nan)
+
+
+def _legend_height(series: Sequence[Series]) -> float:
+    """Return about how many inches the legend takes, with its heading."""
+    num_lines = sum(2 if one.detail else 1 for one in series)
+    return 0.7 + (1.2 * num_lines + SPACING * len(series)) * float(STYLE["font.size"]) / 72
 
 
 def _draw(axes: Axes, series: Series, index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import io
 import struct
 import zlib
@@ -28,7 +29,7 @@ from pipeline.report.figures import (
     sheet,
     smoothing,
 )
-from pipeline.report.figures.canvas import COLOURS, DASHES, MARKERS, shown
+from pipeline.report.figures.canvas import COLOURS, DASHES, MARKERS, shown, to_png
 from pipeline.report.figures.lines import running_mean
 from pipeline.report.figures.sheet import overlaid
 
@@ -120,6 +121,38 @@ def test_forty_curves_can_be_told_apart_in_greyscale() -> None:
         return 0.299 * red + 0.587 * green + 0.114 * blue
 
     assert max(map(luminance, COLOURS)) < 175, "all stand out from white"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that have been drawn."""
+    figures: list[Any] = []
+    for module in ("lines", "heat_map"):
+        there = importlib.import_module(f"pipeline.report.figures.{module}")
+        monkeypatch.setattr(there, "to_png", lambda figure: figures.append(figure) or to_png(figure))
+    return figures
+
+
+@pytest.mark.parametrize("detail", ["", "60.00 ± 0.12 (3)"])
+@pytest.mark.parametrize("count", [8, 9, 16, 40])
+def test_the_legend_of_many_curves_is_not_cut_off(drawn: list[Any], count: int, detail: str) -> None:
+    series = [Series(f"teacher {index}", EPOCHS, EPOCHS * 10 + index, detail=detail) for index in range(count)]
+    lines(series, x_label="epoch", y_label="%", legend="highest, %")
+    legend = drawn[0].legends[0].get_window_extent()
+    assert legend.y0 >= 0 and legend.y1 <= drawn[0].bbox.y1
+    assert count > 8 or drawn[0].get_figheight() == 4.6
+
+
+@pytest.mark.parametrize(("classes", "most"), [(3, 9), (10, 500), (10, 27200), (20, 99), (20, 27200), (20, 10**8)])
+def test_numbers_do_not_run_into_their_neighbours(drawn: list[Any], classes: int, most: int) -> None:
+    counts = np.full((classes, classes), most)
+    names = [f"class {index}" for index in range(classes)]
+    shares = 100 * counts / counts.sum(axis=1, keepdims=True)
+    check(heat_map(shares, names, x_label="x", y_label="y", bar_label="%", numbers=counts))
+    axes = drawn[0].axes[0]
+    cell = axes.get_window_extent().width / classes
+    assert len(axes.texts) == (0 if most == 10**8 else classes**2), "what cannot be read is left out"
+    assert all(text.get_window_extent().width < 0.95 * cell for text in axes.texts)
 
 
 def test_a_second_curve_looks_different_in_greyscale() -> None:
