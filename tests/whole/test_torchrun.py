@@ -202,7 +202,7 @@ def test_machines_with_equal_files_train_and_others_are_refused_before_the_first
 
     def distill(*options: str, only: tuple[str, ...] = ()) -> list[Ended]:
         """Train on both machines; `only` the second has some of the options."""
-        rendezvous, command = Rendezvous(), ("distill", "--student", "vit", *CPU, *options)
+        rendezvous, command = Rendezvous(), ("distill", "--student", "deit", *CPU, *options)
         ranks = [(project, command), (elsewhere, (*command, *only))]
         started = [
             Command(machine.path, *words, **rendezvous.variables(rank, 2))
@@ -219,7 +219,7 @@ def test_machines_with_equal_files_train_and_others_are_refused_before_the_first
         return first.err
 
     assert [ended.code for ended in distill("--set", "epochs=1")] == [0, 0]
-    assert [(machine.path / "data/runs/smoke/vit-epochs-1").exists() for machine in (project, elsewhere)] == [
+    assert [(machine.path / "data/runs/smoke/deit-epochs-1").exists() for machine in (project, elsewhere)] == [
         True,
         False,
     ]
@@ -229,6 +229,9 @@ def test_machines_with_equal_files_train_and_others_are_refused_before_the_first
     labels[1, 7] = (labels[1, 7] + 1) % cache.num_classes  # the same teacher on another device
     file.write_bytes(dataclasses.replace(cache, labels=labels).to_bytes())
     assert "(other labels); give every machine" in refused()
+    clean = {split: (row + 1) % cache.num_classes for split, row in cache.clean.items()}
+    file.write_bytes(dataclasses.replace(cache, clean=clean).to_bytes())
+    assert "(other labels of unaugmented images); give every machine" in refused()
     elsewhere.edit("batch_size: 128", "batch_size: 64")
     said = refused("--set", "alpha=0.25", "--fresh")
     assert "batch_size 64 where that has 128" in said and "alpha 0.25 where that has 0.5" in said, said
