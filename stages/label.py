@@ -234,7 +234,7 @@ class LabelTarget:
 
 
 def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | None = None) -> LabelPlan:
-    """Return what `label` would do, and write nothing; the errors are the same."""
+    """Return what `label` would do, and write nothing; the errors are the same, but that pixels are not looked at."""
     from stages.shared.labelling import identity_of
 
     target = target or LabelTarget.find(context, request)
