@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.errors import UsageError
 from pipeline.models import students
@@ -63,7 +65,7 @@ def test_a_student_is_compiled_only_where_that_works(compile_by: Callable[[Any],
     asked: list[str] = []
 
     def stand_in(function: Any, **options: Any) -> Any:
-        assert options == {"dynamic": True}
+        assert options == {"dynamic": True, "fullgraph": True}
         asked.append(function.__name__)
         return function
 
@@ -72,6 +74,21 @@ def test_a_student_is_compiled_only_where_that_works(compile_by: Callable[[Any],
     assert use_outer_block(model, "auto", CPU) == "torch.compile"
     assert {outer.passes for outer in outer_blocks(model)} == {outer_cuda.PASSES}
     assert sorted(asked) == ["_add", "_add_and_normalize", "_enter_and_normalize", "_gelu", "_norm"]
+
+
+def test_students_of_many_widths_in_one_process_are_all_compiled(compile_by: Callable[[Any], None]) -> None:
+    compiled: list[str] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Any:
+        compiled.append(str(graph.graph))
+        return graph.forward
+
+    compile_by(functools.partial(torch.compile, backend=count))
+    hidden = [torch.randn(2, 3, width) for width in range(32, 44)]
+    for tokens in hidden:
+        active = outer_cuda.gelu(tokens, nn.Parameter(torch.ones(tokens.shape[-1])))
+        torch.testing.assert_close(active, torch.nn.functional.gelu(tokens + 1))
+    assert len(compiled) == len(hidden)
 
 
 def test_where_nothing_compiles_the_blocks_are_plain(compile_by: Callable[[Any], None]) -> None:

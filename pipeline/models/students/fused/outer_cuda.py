@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from pipeline.models.students.fused.passes import Branch, Passes
 from pipeline.models.students.layers import attend_in_parts
 
+VARIANTS = 64  # of a function in one process: widths, dtypes, with gradients or without, with drop path or without
+
 
 def why_not(width: int, num_heads: int, hidden: int) -> str | None:
     """Say in a phrase why a block of width D, heads and hidden width F cannot be compiled; None if it may be tried."""
@@ -75,7 +77,9 @@ PASSES = Passes(attend, gelu, residual)
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that torch.compile prepares when it is first called; sizes of weights are no symbols."""
-    return torch.compile(function, dynamic=True)
+    # So each width of a student is a variant. After eight PyTorch would take single operations, which round otherwise.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    return torch.compile(function, dynamic=True, fullgraph=True)  # where it cannot, it says so
 
 
 def _gelu(hidden: Tensor, bias: Tensor) -> Tensor:
