@@ -6,18 +6,20 @@ commands work there too, except where the recipe names own files by relative pat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import operator
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from pipeline.config.params import load_yaml, parse_params
 from pipeline.config.recipes import RESIZES, SQUEEZE
-from pipeline.errors import UsageError, printable
+from pipeline.errors import DataError, Interrupted, PipelineError, UsageError, printable
 from pipeline.system.stopping import StopSignal
 from pipeline.system.storage import read_if_exists, write_atomic
 from stages.shared.context import Context
@@ -27,6 +29,7 @@ from stages.shared.paths import PARAMS, PROJECT
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
@@ -45,6 +48,18 @@ OWN_ARGUMENTS = {
     ("teacher", "weights"): "weights", ("student", "model"): "student", ("student", "epochs"): "epochs",
 }  # fmt: skip
 """The fields of a recipe that have an argument of their own."""
+IN_PYTHON = {
+    rf"recipes\.{RECIPE}\.([\w.]+)": r"\1 of settings",
+    r"--skip-bad": "skip_bad=True",
+    r"--out (\S+):": r"folder=\1:",
+    r"--int8": "int8=True",
+    r"--dtype bf16": 'dtype="bf16"',
+    r"--format (\w+)": r'format="\1"',
+    r"--license (\S+):": r"license=\1:",
+    r"--device (\S+):": r"device=\1:",
+    r" with --data": " by `pipeline export --data FOLDER`",
+}
+"""What errors of the commands name, outside their backticks, and what it is in Python."""
 CUTS = ("val_fraction", "test_fraction", "split_seed")
 """The fields of a recipe that say how splits are cut, which a Dataset has."""
 SECTIONS = ("dataset", "views", "teacher", "select", "label", "student")
@@ -59,6 +74,7 @@ class TrainedModel:
         classifier: The model with its class names; images to probabilities, see Classifier.
         metrics: What metrics.json says: scores, costs, settings.
         folder: The run's directory, an absolute path; the commands `predict`, `bench`, `evaluate` and `export` take it.
+            Another `distill` with the same `folder=` may replace what is there; this model stays as it is.
     """
 
     classifier: Classifier
@@ -139,6 +155,7 @@ class TrainedModel:
 
         Raises:
             UsageError: Options do not go together, an extra is missing, or the directory holds other files.
+            DataError: `self.folder` holds another run by now.
             NumericalError: A file's answers are not PyTorch's on the test images; nothing is written then.
         """
         from pipeline.inference.classifier import CPU
@@ -147,10 +164,17 @@ class TrainedModel:
         from stages.export import check_request, export, from_recipe
 
         out, formats = Path(folder), [format] if isinstance(format, str) else format
-        names = check_request(formats, dtype, int8=int8, license=license, out=out)
         known, say = own_code(self._context.params), self._context.say
-        classifier = from_checkpoint(load_checkpoint(self.folder), CPU, blocks="plain", own_code=known)
-        export(classifier, from_recipe(self._context, classifier), out, formats=names, license=license, say=say)
+        with _in_python():
+            names = check_request(formats, dtype, int8=int8, license=license, out=out)
+            checkpoint = load_checkpoint(self.folder)
+            if checkpoint.sha256 != self.classifier.config["sha256"]:
+                raise DataError(
+                    f"{printable(self.folder)}: holds another run by now; export a model before `distill` trains "
+                    "another one in its folder, or give each a folder of its own"
+                )
+            classifier = from_checkpoint(checkpoint, CPU, blocks="plain", own_code=known)
+            export(classifier, from_recipe(self._context, classifier), out, formats=names, license=license, say=say)
         return out
 
 
@@ -165,9 +189,10 @@ def distill(
     views: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     folder: Path | str = "titn-work",
+    skip_bad: bool = False,
     quiet: bool = False,
 ) -> TrainedModel:
     """Fine-tune a teacher, let it label views of the training images, and train a student on the labels.
@@ -176,6 +201,7 @@ def distill(
         print(model.predict("cat.jpg").class_name, model.scores["top1"])
 
     Called again, it goes on where it was interrupted, keeps what is up to date, and returns at once what is finished.
+    PyTorch's generators are as before afterwards.
     Ctrl-C ends it once the current step is saved; after a kill, up to a minute's training is done again. Results lie in
     `folder`, which holds one teacher's labels: another teacher's, or those of other views, take their place. The
     commands work in that folder, as `pipeline report` and `pipeline bench`. They read relative paths from there: a
@@ -197,6 +223,7 @@ def distill(
         settings: Any other field of the recipe, by its section in params.yaml, as `{"student": {"lr": 0.05, "width":
             96}, "views": {"operations": {"flip": False}}}`; docs/recipes.md lists them.
         folder: Where everything is kept, made if missing. To start over, delete it.
+        skip_bad: Whether to leave out the files that cannot be read, which are an error otherwise.
         quiet: Whether to print nothing.
 
     Returns:
@@ -230,8 +257,8 @@ def distill(
     if recipe.model in STUDENTS:  # what does not fit the images is refused before a teacher is trained
         size = context.recipe.dataset.image_size
         build_unfilled("student", recipe.model, student_arguments(recipe, num_classes=2, image_size=size))
-    with context.stop.taking_ctrl_c():
-        _prepare(context, data)
+    with _in_python(context):
+        _prepare(context, data, skip_bad)
         teacher_select(context)
         if not plan_student(context, name, seed=seed)[1].is_distilled:  # a model that had to be tried first
             raise UsageError(f"student={student!r}: it has one head, and none for the teacher's labels; return two")
@@ -249,9 +276,10 @@ def label(
     teacher_epochs: int = 30,
     weights: str = "imagenet",
     image_size: int | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     folder: Path | str = "titn-work",
+    skip_bad: bool = False,
     quiet: bool = False,
 ) -> LabelCache:
     """Do the first of the two stages of `distill`: fine-tune a teacher, and let it label views of the training images.
@@ -268,11 +296,34 @@ def label(
         data, teacher, "titn", epochs=views, teacher_epochs=teacher_epochs, weights=weights, views=views,
         image_size=image_size, device=device, settings=settings or {}, folder=Path(folder), quiet=quiet,
     )  # fmt: skip
-    with context.stop.taking_ctrl_c():
-        _prepare(context, data)
+    with _in_python(context):
+        _prepare(context, data, skip_bad)
         teacher_select(context)
     (used,) = context.params.view_recipes
     return open_labels(context.paths, context.recipe, context.dataset(), used)
+
+
+@contextlib.contextmanager
+def _in_python(context: Context | None = None) -> Iterator[None]:
+    """Run commands' code for a host program: its generators stay as they are, Ctrl-C ends it, errors name arguments."""
+    try:
+        if context is None:
+            yield
+            return
+        import torch
+
+        devices = [context.device] if context.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), context.stop.taking_ctrl_c():
+            yield
+    except Interrupted:
+        raise
+    except PipelineError as error:
+        parts = str(error).split("`")  # commands between them are run in the folder
+        for words, in_python in IN_PYTHON.items():
+            parts[::2] = [re.sub(words, in_python, part) for part in parts[::2]]
+        if (message := "`".join(parts)) == str(error):
+            raise
+        raise type(error)(message) from error
 
 
 def _checked_seed(seed: Any) -> int:
@@ -292,11 +343,16 @@ def _checked_seed(seed: Any) -> int:
 
 def _open(
     data: Path | str | Dataset | Arrays, teacher: str, student: str, *, epochs: int, teacher_epochs: int, weights: str,
-    views: int | None, image_size: int | None, device: str | None, settings: Mapping[str, Mapping[str, Any]],
-    folder: Path, quiet: bool,
+    views: int | None, image_size: int | None, device: str | torch.device | None,
+    settings: Mapping[str, Mapping[str, Any]], folder: Path, quiet: bool,
 ) -> Context:  # fmt: skip
     """Check the arguments, make the recipe of them, write it into the folder, and return the setting."""
-    tree = _tree(teacher, student, epochs, teacher_epochs, weights, epochs if views is None else views, settings)
+    numbers = epochs, teacher_epochs, weights, epochs if views is None else views, image_size, settings
+    epochs, teacher_epochs, weights, num_views, image_size, settings = map(_plain, numbers)
+    for argument, model in (("teacher", teacher), ("student", student)):
+        if not isinstance(model, str):
+            raise UsageError(f"{argument}={printable(repr(model))}: write its model as a text, as in a recipe")
+    tree = _tree(teacher, student, epochs, teacher_epochs, weights, num_views, settings)
     tree["recipes"][RECIPE]["dataset"] |= _described(data, image_size, settings.get("dataset", {}))
     try:
         params = parse_params(tree)
@@ -313,8 +369,10 @@ def _open(
     former = read_if_exists(file)
     if former is not None and not former.startswith(WRITTEN.encode()):
         raise UsageError(f"folder={str(folder)!r}: a project with a {PARAMS} of its own; name another folder")
-    context = Context(params, params.select(None), make_console(quiet=quiet), StopSignal(), device, project=folder)
-    _ = context.device
+    named = None if device is None else str(device)
+    context = Context(params, params.select(None), make_console(quiet=quiet), StopSignal(), named, project=folder)
+    with _in_python():
+        _ = context.device
     if former != content.encode() and context.ranks.is_main:
         write_atomic(file, content.encode())
     context.console.quiet |= not context.ranks.is_main
@@ -376,6 +434,17 @@ def _merge(section: dict[str, Any], fields: Mapping[str, Any]) -> None:
             section[key] = dict(value) if isinstance(value, Mapping) else value
 
 
+def _plain(value: Any) -> Any:
+    """Return a value as params.yaml holds it: numbers that are not NumPy's, paths as texts."""
+    import numpy as np
+
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.item() if isinstance(value, np.generic) else os.fspath(value) if isinstance(value, Path) else value
+
+
 def _name_of(model: str) -> str:
     """Return a name for a model in a recipe, as `convnext_tiny` for `torchvision/convnext_tiny`."""
     name = re.sub(r"[^a-z0-9_-]+", "-", model.rpartition("/")[2].replace(".py:", "-").lower())
@@ -396,6 +465,9 @@ def _described(
     if isinstance(data, tuple):
         if len(data) != 3 or getattr(data[0], "ndim", 0) != 4:
             raise UsageError("data: a tuple must hold images (N, S, S, 3) uint8, labels (N,) and class names")
+        sides = tuple(data[0].shape[1:])
+        if sides[0] != sides[1] or sides[2] != 3:
+            raise UsageError(f"data: images are {data[0].dtype} of shape {data[0].shape}; give uint8 RGB, (N, S, S, 3)")
         described = {"source": RECIPE, "image_size": int(data[0].shape[1])}
     else:
         from pipeline.data.datasets import Dataset
@@ -430,14 +502,14 @@ def _resize_of(data: Dataset, fields: Mapping[str, Any]) -> Any:
     )
 
 
-def _prepare(context: Context, data: Path | str | Dataset | Arrays) -> None:
+def _prepare(context: Context, data: Path | str | Dataset | Arrays, skip_bad: bool = False) -> None:
     """Prepare the images, unless that is up to date."""
     from pipeline.data.datasets import Dataset
     from stages.prepare import prepare_unless_done, take_dataset
 
     def prepare() -> None:
         if isinstance(data, str | Path):
-            prepare_unless_done(context, folder=Path(data))
+            prepare_unless_done(context, folder=Path(data), skip_bad=skip_bad)
             return
         recipe = context.recipe.dataset
         dataset = data

@@ -204,7 +204,7 @@ def upright(image: Image.Image) -> Image.Image:
         return image  # looking for it takes as long as a fiftieth of decoding
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, ValueError, TypeError):
+    except (SyntaxError, ValueError, TypeError, Warning):  # a host program may make warnings errors
         return image  # damaged metadata does not concern the pixels
     return image if turn is None else image.transpose(turn)
 
@@ -258,10 +258,12 @@ def fit(image: Image.Image, image_size: int, resize: str = SQUEEZE) -> NDArray[n
         `(S, S, 3)` uint8 RGB.
 
     Raises:
-        DataError: It is so narrow that `crop` would first make more than MAX_PIXELS pixels of it.
+        DataError: It has no pixels, or is so narrow that `crop` would first make more than MAX_PIXELS pixels of it.
 
     Source: bit for bit torchvision's `Resize((S, S))`, or `Resize(int(S / 0.875))` and `CenterCrop(S)`, on PIL images.
     """
+    if not min(image.size):
+        raise DataError(f"{image.width} x {image.height} pixels: an empty image")
     if resize == SQUEEZE:
         return np.array(_resized(image, image_size, image_size))
     shorter, (width, height) = shorter_side(image_size), image.size

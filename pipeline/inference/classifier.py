@@ -30,8 +30,9 @@ HEADS = ("class", "distillation")
 Runner = Callable[[Tensor], tuple[Tensor, ...]]
 """Maps images `(B, 3, H, W)` uint8 to the model's OUTPUTS, `(B, K)` each."""
 
-AnyImage = Path | str | bytes | Image.Image | NDArray[Any]
+AnyImage = Path | str | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 """A path, a file's content, a PIL image of any mode and size, or uint8 `(H, W)` grey or `(H, W, 3)` RGB."""
+WAYS_OUT = "a path, a file's bytes, a PIL image, or a uint8 array (H, W) or (H, W, 3); several as a list"
 
 
 class PixelsToOutputs(nn.Module):
@@ -77,12 +78,14 @@ class Transform:
                 return read_image(Path(image), self.image_size, resize=self.resize)
             except DataError as error:
                 raise DataError(f"{printable(image)}: {error}") from error
-        if isinstance(image, bytes):
-            return read_image(image, self.image_size, resize=self.resize)
+        if isinstance(image, bytes | bytearray | memoryview):
+            return read_image(bytes(image), self.image_size, resize=self.resize)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
                 raise DataError(f"an array {image.shape} {image.dtype} is no image; pass uint8 (H, W) or (H, W, 3)")
             image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            raise DataError(f"a {type(image).__name__} is no image; pass {WAYS_OUT}")
         try:
             return fit(in_rgb(upright(image)), self.image_size, self.resize)
         except (OSError, ValueError) as error:  # PIL decodes an opened file only now
@@ -166,6 +169,10 @@ class Classifier:
     def module(self) -> nn.Module:
         """The student or teacher itself: normalised images `(B, 3, image_size, image_size)` float32 to logits.
 
+        Its weights are this model's. A student of ours computes its blocks in fewer steps than they have layers, so
+        hooks of these layers are not called; nor can it be traced or quantised. With `module.plain = True` every layer
+        computes, and all of that works.
+
         Raises:
             UsageError: The model is an ONNX or TorchScript file, a program without such a module.
         """
@@ -202,10 +209,12 @@ class Classifier:
         """
         return self.outputs(images)["probabilities"]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Return the outputs by name, see OUTPUTS; arguments, shapes and errors are those of a call."""
         sides = (3, self.image_size, self.image_size)
+        if not isinstance(images, Tensor):
+            raise UsageError(f"images: a {type(images).__name__}; a tensor is needed: torch.from_numpy makes one")
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != sides or not len(images):
             raise UsageError(
                 f"images: {tuple(images.shape)} {images.dtype}; (B, {', '.join(map(str, sides))}) uint8 is "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,7 +115,10 @@ def test_images_of_every_kind_are_predicted_and_a_list_gives_a_list(trained: Tra
     assert one.probability == float(expected.max()) == next(iter(one.probabilities.values()))
     assert one.probabilities == dict(zip(model.class_names, expected.tolist(), strict=True))
     assert list(one.probabilities.values()) == sorted(one.probabilities.values(), reverse=True)
-    kinds = [str(path), path.read_bytes(), Image.fromarray(pixels), pixels]
+    content = path.read_bytes()
+    buffers: list[Any] = [bytearray(content), memoryview(content)]
+    assert [model.predict(kind) for kind in buffers] == [one] * 2
+    kinds = [str(path), content, Image.fromarray(pixels), pixels]
     assert [model.predict(kind) for kind in kinds] == [one] * 4
     many = model.predict(kinds)
     assert [each.class_name for each in many] == [one.class_name] * 4
@@ -165,9 +170,11 @@ def test_labels_are_those_of_the_view_recipe_that_the_settings_name(trained: Tra
     assert trained.distill(quiet=True).scores == trained.model.scores  # and writes its own params.yaml again
 
 
-def test_one_of_numpys_integers_is_a_seed(trained: Trained) -> None:
-    seed: Any = np.int64(0)
-    assert trained.distill(seed=seed, quiet=True).scores == trained.model.scores
+def test_numpys_numbers_and_pytorchs_devices_are_taken(trained: Trained) -> None:
+    tiny = TINY["settings"]["student"]
+    changes = {"seed": np.int64(0), "epochs": np.int64(2), "views": np.uint8(2), "device": torch.device("cpu")}
+    settings = {**TINY["settings"], "student": {**tiny, "width": np.int32(tiny["width"]), "lr": np.float64(0.1)}}
+    assert trained.distill(**changes, settings=settings, quiet=True).scores == trained.model.scores
     assert type(python._checked_seed(np.uint8(7))) is int
 
 
@@ -208,6 +215,41 @@ def test_an_export_is_loaded_again(trained: Trained, tmp_path: Path) -> None:
     assert "mit" in (folder / "README.md").read_text()
     with pytest.raises(UsageError, match="only ONNX files are quantised"):
         trained.model.export(tmp_path / "other", format="safetensors", int8=True)
+
+
+def test_an_export_is_of_the_model_that_is_asked_for_it(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.distill(seed=2, quiet=True).folder, tmp_path / "run")
+    model = dataclasses.replace(trained.model, folder=tmp_path / "run")
+    with pytest.raises(DataError, match="run: holds another run by now; export a model before `distill` trains"):
+        model.export(tmp_path / "exported", format="safetensors")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_programs_own_random_numbers_are_the_same_after_training(trained: Trained) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    trained.distill(seed=3, quiet=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_files_that_cannot_be_read_are_left_out_on_demand(trained: Trained, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(trained.folder / "images", images)
+    (images / "red/empty.png").touch()
+    asked = {key: value for key, value in TINY.items() if key not in ("epochs", "student")}
+    with pytest.raises(DataError, match=r"1 bad: red/empty.png .*; mend them or add skip_bad=True$"):
+        titn.label(images, views=1, folder=tmp_path / "work", quiet=True, **asked)
+    cache = titn.label(images, views=1, folder=tmp_path / "work", skip_bad=True, quiet=True, **asked)
+    assert cache.labels.shape == (1, 43)
+
+
+def test_what_a_command_advises_is_said_in_words_of_python() -> None:
+    with pytest.raises(DataError) as error, python._in_python():
+        raise DataError("lower recipes.folder.teacher.lr, or run `pipeline prepare --skip-bad`, or add --skip-bad")
+    assert str(error.value) == (
+        "lower teacher.lr of settings, or run `pipeline prepare --skip-bad`, or add skip_bad=True"
+    )
 
 
 def test_ctrl_c_ends_after_the_step_and_the_next_call_goes_on(
@@ -374,7 +416,9 @@ def test_a_model_has_a_name(model: str, name: str) -> None:
         ({"settings": {"students": {}}}, "settings: 'students'"),
         ({"settings": {"student": {"epochs": 3}}}, "settings: student.epochs: give it as epochs="),
         ({"settings": {"student": {"depht": 3}}}, "settings: students.titn.depht: unknown key"),
-        ({"device": "tpu"}, "tpu"),
+        ({"device": "tpu"}, "device=tpu: not available here"),
+        ({"teacher": None}, "teacher=None: write its model as a text"),
+        ({"data": (np.zeros((6, 3, 32, 32), np.uint8), [0], ["a"])}, "data: images are uint8 of shape (6, 3, 32, 32)"),
     ],
 )
 def test_what_is_wrong_is_refused_before_any_work(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

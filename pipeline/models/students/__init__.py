@@ -229,7 +229,7 @@ def use_inner_block(
         why_not, fused = _find_fused(blocks, device, precision, training)
         why_not = _decide("inner_block", request, agree(why_not))
     for block in blocks:
-        block.fused = None if why_not else fused
+        block.fused, block.fused_on = None if why_not else fused, device.type
     return _what_runs(blocks, why_not, FUSED[device.type][0] if fused else "plain")
 
 
@@ -271,7 +271,7 @@ def use_outer_block(
         why_not, passes = _find_passes(blocks, device, precision, training, compiled)
         why_not = _decide("outer_block", request, agree(why_not))
     for block in blocks:
-        block.passes = None if why_not else passes
+        block.passes, block.passes_on = None if why_not else passes, device.type
     return _what_runs(blocks, why_not, FUSED_OUTER[device.type][0] if passes else "plain")
 
 

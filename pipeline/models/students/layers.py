@@ -36,8 +36,8 @@ class Student(nn.Module):
             class logits.
         has_pixels: Whether the constructor takes `pixel_size`, `pixel_width` and `pixel_heads`.
         plain: Whether `forward` calls every module on every token, as the paper's formulas do; costs are counted so.
-            Otherwise the last block leaves out the tokens that no head reads, which changes no logit, and the inner
-            blocks are computed as `pipeline.models.students.use_inner_block` has set.
+            Otherwise the last block leaves out the tokens that no head reads, which changes no logit, and blocks are
+            computed as `use_inner_block` and `use_outer_block` of pipeline.models.students have set.
         num_draws: Random numbers that `forward` takes for each image in training, as its second argument `(B,
             num_draws)` float32, uniform in [0, 1); 0 where it takes none.
     """
@@ -92,6 +92,12 @@ def drop_paths(rate: float, depth: int) -> list[float]:
     if not 0.0 <= rate < 1.0:
         raise UsageError(f"drop_path {rate:g} is impossible; choose from 0 up to, but not, 1")
     return [rate * block / max(1, depth - 1) for block in range(depth)]
+
+
+def is_float32_on(device_type: str | None, norm: nn.LayerNorm) -> bool:
+    """Return whether a block's norm is float32 and on a type of device; whoever has a module may move or convert it."""
+    weight = norm.weight
+    return weight.dtype == torch.float32 and device_type in (None, weight.device.type)
 
 
 def draws_by_block(draws: Tensor | None, depth: int) -> list[Tensor | None]:
@@ -242,6 +248,7 @@ class EncoderBlock(nn.Module):
 
     Attributes:
         passes: Compute what is between products in place of the modules; None where they do.
+        passes_on: The type of device that they are for; elsewhere the modules compute. None is any.
 
     Raises:
         UsageError: `num_heads` does not divide `width`, or `mlp_ratio` is below 1.
@@ -250,6 +257,7 @@ class EncoderBlock(nn.Module):
     """
 
     passes: Passes | None = None
+    passes_on: str | None = None
 
     def __init__(self, *, width: int, num_heads: int, mlp_ratio: int, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -283,7 +291,7 @@ class EncoderBlock(nn.Module):
         Returns:
             `(N, W, D)` float.
         """
-        if self.passes is not None and not plain:
+        if self.passes is not None and not plain and is_float32_on(self.passes_on, self.attention_norm):
             return self._by_passes(self.passes, tokens, selection, draws, entering)
         if entering is not None:
             behind = tokens.shape[1] - entering.first - entering.inputs.shape[1]

@@ -25,6 +25,7 @@ from pipeline.models.students.layers import (
     draws_by_block,
     drop_paths,
     initialise,
+    is_float32_on,
     learned,
 )
 
@@ -101,6 +102,7 @@ class NestedBlock(nn.Module):
 
     Attributes:
         fused: Computes the inner block and the LayerNorm behind it in place of their modules; None where they do.
+        fused_on: The type of device that it is for; elsewhere the modules compute. None is any.
 
     Raises:
         UsageError: A number of heads does not divide its width.
@@ -109,6 +111,7 @@ class NestedBlock(nn.Module):
     """
 
     fused: InnerBlock | None = None
+    fused_on: str | None = None
 
     def __init__(
         self,
@@ -164,7 +167,7 @@ class NestedBlock(nn.Module):
 
     def _refine(self, pixels: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         """Return the refined pixels and their LayerNorm, `(B * P, M, c)` each."""
-        if self.fused is not None and not plain:
+        if self.fused is not None and not plain and is_float32_on(self.fused_on, self.pixel_norm):
             return self.fused(pixels, inner_weights(self.inner, self.pixel_norm), self.inner.attention.num_heads)
         # On a CPU bfloat16 is no faster here: the tokens are too narrow for its matrix units.
         with torch.autocast(pixels.device.type, enabled=False) if pixels.device.type == "cpu" else nullcontext():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.errors import NumericalError, UsageError
-from pipeline.inference.classifier import Classifier, PixelsToOutputs
+from pipeline.errors import DataError, NumericalError, UsageError
+from pipeline.inference.classifier import Classifier, PixelsToOutputs, Transform
 from pipeline.models.network import Network
 
 BLACK, WHITE = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
@@ -72,6 +75,34 @@ def test_batches_are_small_where_images_are_large() -> None:
 def test_a_model_that_has_diverged_gives_no_answer() -> None:
     with pytest.raises(NumericalError, match="not finite"):
         classifier(Brightness(factor=float("nan"))).answer(WHITE[None])
+
+
+@pytest.mark.parametrize("resize", ["squeeze", "crop"])
+def test_an_image_without_pixels_is_refused(resize: str) -> None:
+    transform = Transform(32, resize)
+    for empty in (np.zeros((0, 30, 3), np.uint8), np.zeros((30, 0), np.uint8), Image.new("RGB", (0, 30))):
+        with pytest.raises(DataError, match=r"(30 x 0|0 x 30) pixels: an empty image"):
+            transform(empty)
+
+
+@pytest.mark.parametrize("thing", [None, io.BytesIO(b"x"), iter([WHITE]), torch.zeros(3, 2, 2, dtype=torch.uint8), 7])
+def test_what_is_no_image_is_named(thing: Any) -> None:
+    with pytest.raises(DataError, match=rf"a {type(thing).__name__} is no image; pass a path, a file's bytes, a PIL"):
+        classifier().predict(thing)
+
+
+def test_an_array_is_no_batch() -> None:
+    batch: Any = WHITE.transpose(2, 0, 1)[None]
+    with pytest.raises(UsageError, match=r"images: a ndarray; a tensor is needed: torch.from_numpy makes one"):
+        classifier()(batch)
+
+
+def test_answers_can_enter_a_loss() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    likely = classifier()(torch.from_numpy(WHITE).permute(2, 0, 1)[None])
+    (weight * likely).sum().backward()
+    assert weight.grad is not None and torch.equal(weight.grad, likely[0])
+    likely.mul_(2)
 
 
 def test_the_module_is_the_one_that_was_given_and_a_program_has_none() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.models.students import STUDENTS, Student, build_student
+from pipeline.models.students import STUDENTS, Student, build_student, use_inner_block, use_outer_block
 
 SMALL = {"num_classes": 7, "image_size": 16, "patch_size": 8, "width": 24, "depth": 2}
 WITH_PIXELS = [name for name, student in STUDENTS.items() if student.has_pixels]
@@ -195,3 +197,35 @@ def test_students_without_pixels_ignore_the_geometry_of_the_inner_path(name: str
 def test_a_misspelt_geometry_is_not_ignored(name: str) -> None:
     with pytest.raises(TypeError, match="pixel_sizes"):
         build_student(name, num_classes=10, pixel_sizes=2)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_that_is_moved_or_converted_computes_by_its_modules(name: str) -> None:
+    student, batch, cpu = built(name), images(3), torch.device("cpu")
+    expected = heads(copy.deepcopy(student).double(), batch.double())
+    use_inner_block(student, "auto", cpu, training=False)
+    use_outer_block(student, "auto", cpu, training=False)
+    with torch.no_grad():
+        for one, other in zip(heads(copy.deepcopy(student).double(), batch.double()), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        assert heads(copy.deepcopy(student).to("meta"), batch.to("meta"))[0].shape == (3, 7)
+        for one, other in zip(heads(student, batch), expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_plain_student_calls_every_layer_and_can_be_traced(name: str) -> None:
+    student, batch, called = built(name), images(2), list[str]()
+    use_inner_block(student, "auto", torch.device("cpu"), training=False)
+    use_outer_block(student, "auto", torch.device("cpu"), training=False)
+    student.plain = True
+    layers = {path: module for path, module in student.named_modules() if not list(module.children())}
+    for path, module in layers.items():
+        module.register_forward_hook(lambda *_, path=path: called.append(path))
+    with torch.no_grad():
+        expected = heads(student, batch)
+        assert set(called) == set(layers)
+        traced = torch.jit.trace(student, batch)(batch)
+    for one, other in zip(traced if len(expected) == 2 else (traced,), expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -105,6 +105,7 @@ register(_forward, _backward)
 
 def _contiguous(tensor: Tensor) -> Tensor:
     assert tensor.dtype == torch.float32, f"the fused inner block computes in float32, not {tensor.dtype}"
+    assert tensor.device.type == "cpu", tensor.device
     return tensor.contiguous()
 
 
