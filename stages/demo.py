@@ -341,14 +341,15 @@ def _headers(page: str) -> dict[str, str]:
 
 
 def _student(classifier: Classifier) -> Student | None:
-    """Return the model if it is one of the project's students, whose attention can be shown."""
+    """Return the model if it is one of the paper's students, whose attention can be shown."""
+    from pipeline.models import PAPERS_STUDENTS
     from pipeline.models.students import STUDENTS, Student
 
     try:
         module = classifier.module
     except UsageError:  # an export's program
         return None
-    return module if isinstance(module, Student) and type(module) in STUDENTS.values() else None
+    return module if isinstance(module, Student) and type(module) in map(STUDENTS.get, PAPERS_STUDENTS) else None
 
 
 def _is_number(value: object) -> bool:

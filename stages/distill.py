@@ -39,7 +39,7 @@ def student_recipe(recipe: Recipe, name: str, settings: Mapping[str, str]) -> St
     if name not in recipe.students:
         raise UsageError(f"--student {name}: not in recipe {recipe.name}; choose from {', '.join(recipe.students)}")
     student = override(recipe.students[name], settings, f"students.{name}")
-    check_model(student, f"students.{name}")
+    check_model(student, f"students.{name}", settings)
     if student.views not in recipe.views:
         raise UsageError(f"students.{name}.views: {student.views!r}; choose from {', '.join(recipe.views)}")
     if student.soft:

@@ -261,7 +261,7 @@ def check_source(recipe: Recipe, raw: Path) -> None:
         raise _unnamed_folder(recipe)
     if recipe.dataset.store == ENCODED:
         raise UsageError(_no_files(recipe))
-    if source == "digits":
+    if source not in TORCHVISION_CLASSES:
         return
     import torchvision.datasets  # takes seconds to import
 

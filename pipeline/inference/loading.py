@@ -23,7 +23,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.inference.card import CONFIG, FILES, SCHEMA
 from pipeline.inference.classifier import Classifier, PixelsToOutputs
 from pipeline.inference.exporting import run_onnx, run_torchscript
-from pipeline.models import TEACHERS
+from pipeline.models import PAPERS_STUDENTS, TEACHERS
 from pipeline.models.network import Network
 from pipeline.models.own import is_own
 from pipeline.system.canonical import SEAL, is_whole
@@ -243,12 +243,10 @@ def build_model(kind: str, model: str, arguments: Mapping[str, Any], *, own_code
 def build_unfilled(kind: str, model: str, arguments: Mapping[str, Any], *, own_code: Collection[str] = ()) -> nn.Module:
     """Build a model whose weights are still to be loaded, or of which only the shapes count; see `build_model`.
 
-    Our students and the eight teachers are built on the device `meta`, which takes no memory. Others are built for
-    real: their constructors may fail there, and buffers that no checkpoint holds would stay empty.
+    The paper's students and teachers are built on the device `meta`, which takes no memory. Others are built for real:
+    their constructors may fail there, and buffers that no checkpoint holds would stay empty.
     """
-    from pipeline.models.students import STUDENTS
-
-    if model in (STUDENTS if kind == "student" else TEACHERS):
+    if model in (PAPERS_STUDENTS if kind == "student" else TEACHERS):
         with torch.device("meta"), _Undrawn():
             return build_model(kind, model, arguments)
     with torch.random.fork_rng(devices=[]):  # what is loaded must not change what is drawn

@@ -16,6 +16,29 @@ def last_layers(module: nn.Module) -> list[nn.Module]:
     return layers[-1:]
 
 
+def logit_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the layers that make a model's logits: the last of each child whose name ends in `head`, else of all."""
+    heads = [child for name, child in module.named_children() if name.endswith("head")]
+    return [layer for head in heads or [module] for layer in last_layers(head)]
+
+
+def rounds_logits(module: nn.Module, images: Tensor) -> bool:
+    """Tell whether bf16 would round a model's logits, because another layer makes them than `logit_layers` says.
+
+    Args:
+        module: Built by `build_teacher` or `build_student`; its mode stays.
+        images: `(B, 3, H, W)` float, on its device.
+    """
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
+            outputs = module.eval()(images)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    return any(logits.dtype != torch.float32 for logits in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
 def decide_in_fp32(layer: nn.Module) -> None:
     """Let a layer that makes logits compute in its weights' precision in evaluation mode, under autocast too.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.models import TEACHERS
-from pipeline.models.network import decide_in_fp32, last_layers
+from pipeline.models.network import decide_in_fp32, last_layers, logit_layers
 from pipeline.models.own import is_own, load_function
 from pipeline.models.weights import IMAGENET_CLASSES, StateDict, download, load_state, read_state_dict
 
@@ -129,7 +129,7 @@ def build_teacher(
     state: StateDict | None = None
     if library == "own":
         module = load_function(model)(num_classes=num_classes)
-        heads = [_layer_name(module, layer) for layer in last_layers(module)]
+        heads = [_layer_name(module, layer) for layer in logit_layers(module)]
     elif library == "timm":
         module, heads = _timm(model, name, num_classes, weights)
     else:
@@ -149,7 +149,7 @@ def build_teacher(
             raise DataError(f"teacher {model}: weights {weights!r} have a head for 1000 classes, not {num_classes}")
     if bn_momentum > 0:
         for part in module.modules():
-            if isinstance(part, nn.BatchNorm2d):
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.momentum = bn_momentum
     return ResizedInput(module, input_size) if input_size else module
 

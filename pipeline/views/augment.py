@@ -62,9 +62,9 @@ class Augmentation:
             width: W, pixels.
 
         Returns:
-            Arrays of length B by name, only for the draws in `uniform`.
+            Arrays of length B by name, only for the draws in `uniform`; reports count labels by them. None need be.
         """
-        raise NotImplementedError
+        return {}
 
     def groups(self, drawn: Mapping[str, NDArray[Any]], recipe: ViewRecipe, image_size: int) -> Groups:
         """Group images by their parameters.
@@ -74,7 +74,7 @@ class Augmentation:
             recipe: The view recipe.
             image_size: Side of the images, pixels.
         """
-        raise NotImplementedError
+        yield from ()
 
 
 class Moving(Augmentation):

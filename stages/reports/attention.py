@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeline.data.datasets import Dataset
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.loading import load
+from pipeline.models import PAPERS_STUDENTS
 from pipeline.models.students import STUDENTS, Student, attention_maps, attention_rollout
 from pipeline.report.figures import Cell, sheet
 from pipeline.report.tables import Figure, Table, number
@@ -19,7 +20,7 @@ from stages.shared.context import Context
 from stages.shared.trained import other_data
 
 NUM_IMAGES = 6
-WITH_BOTH_TOKENS = [name for name, student in STUDENTS.items() if student.has_distillation_head]
+WITH_BOTH_TOKENS = [name for name in PAPERS_STUDENTS if STUDENTS[name].has_distillation_head]
 COLUMNS = (
     "class token,\nlast block",
     "distillation token,\nlast block",

@@ -13,14 +13,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.config.recipes import Recipe, deciding_values
+from pipeline.config.recipes import Recipe
 from pipeline.errors import DataError, printable
 from pipeline.models.own import is_own
 from pipeline.system.canonical import is_whole
 from pipeline.system.storage import read_json
 from pipeline.training.manifest import MANIFEST, read_checked, read_json_checked
 from stages.shared.paths import Paths
-from stages.shared.runs import OUTPUTS, describe_finished, differences
+from stages.shared.runs import OUTPUTS, describe_finished, differences, training_values
 from stages.shared.trained import SHORT, prepared_rendition, rendition, shown_otherwise
 
 Form = Mapping[str, Any]
@@ -447,7 +447,7 @@ class FinishedRuns:
         now = self.recipe.teachers.get(run.name) if run.kind == "teacher" else self.recipe.students.get(run.name)
         if now is None or run.meta is None or not isinstance(run.meta.get("training"), dict):
             return []
-        return differences(run.meta, {"training": deciding_values(now)})
+        return differences(run.meta, {"training": training_values(now)})
 
 
 def _data_of(run: FinishedRun) -> tuple[str, str | None] | None:

@@ -24,6 +24,8 @@ from pipeline.data.streaming import HostImages, place_images
 from pipeline.errors import DataError, NumericalError
 from pipeline.labels.source import TeacherLabels
 from pipeline.losses import objective
+from pipeline.models.network import rounds_logits
+from pipeline.models.own import is_own
 from pipeline.report.progress import RunWatcher
 from pipeline.report.watching import RunLog
 from pipeline.system.runtime import (
@@ -214,12 +216,19 @@ def carry_out(
         if state is None:
             context.say(f"{run.name}: up to date ({run.out}), another run has finished it meanwhile")
             return
+        costs(dict(run.description), dataset.image_size)  # what cannot be counted fails before it is trained
         watchers, log = watch(context, run, execution, device, shown)
         if recipe.warmup_epochs == recipe.epochs > 0:
             watchers.warned(
                 f"warmup_epochs {recipe.warmup_epochs:g} is all of its epochs: the rate reaches lr as it ends"
             )
         _say_how(context, run, model, execution, shown.name, ema)
+        images = torch.zeros(2, 3, dataset.image_size, dataset.image_size, device=device)
+        if execution.precision == "bf16" and is_own(run.description["model"]) and rounds_logits(model, images):
+            watchers.warned(
+                "its logits are rounded to bf16, so that some images' two largest are equal: define the layer that "
+                "makes them last, end its attribute's name in `head`, or set precision: fp32"
+            )
         evaluation = evaluation_data(dataset, split, device, run.description, teaching.clean.get(split_name))
         with context.stop.deferred(), watchers, execution.compiling(model), shown:
             fit = Fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.config.params import Params, load_params
@@ -70,23 +71,27 @@ def own_code_here() -> frozenset[str]:
     return own_code(read_params(PARAMS)) if b".py:" in (read_if_exists(PARAMS) or b"") else frozenset()
 
 
-def check_model(student: StudentRecipe, path: str) -> None:
+def check_model(student: StudentRecipe, path: str, settings: Collection[str] = ()) -> None:
     """Check that a student's architecture exists and takes the recipe's arguments.
 
     Args:
         student: The recipe.
         path: Its key, for messages.
+        settings: The fields that are set for this run alone; those of a recipe's `student` are for all of its students.
 
     Raises:
         UsageError: It does not.
     """
     from pipeline.models import PAPERS_STUDENTS
 
-    if student.model in PAPERS_STUDENTS and not student.arguments:  # which takes PyTorch to look at more closely
+    if student.model in PAPERS_STUDENTS and not (student.arguments or settings):  # PyTorch takes seconds to import
         return
-    from pipeline.models.students import check_arguments, check_student, recorded_arguments
+    from pipeline.models.students import GEOMETRY, check_arguments, check_student, recorded_arguments, takes_argument
 
     check_student(student.model, f"{path}.model")
+    for key in settings:
+        if key in GEOMETRY and not takes_argument(student.model, key):
+            raise UsageError(f"--set {key}: {student.model} takes no such argument; leave it out")
     if student.drop_path and "drop_path" not in recorded_arguments(student.model):
         raise UsageError(
             f"{path}.drop_path: {student.drop_path:g}, but {student.model} takes no such argument; set it to 0, and "

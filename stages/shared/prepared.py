@@ -97,7 +97,7 @@ def plan_prepare(
         UsageError: See `prepare`.
         DataError: Files are missing, or the folder is no image folder, or not the source that the recipe names.
     """
-    from pipeline.data.sources import check_known, check_source
+    from pipeline.data.sources import TORCHVISION_CLASSES, check_known, check_source
 
     state = check_prepared(recipe, paths, folder=folder, download=download, remember=False)
     if state.is_done and not fresh:
@@ -115,11 +115,11 @@ def plan_prepare(
             what += f"; {counted(len(listing.bad), 'other file')}, " + (
                 "left out" if skip_bad else "for which it is refused"
             )
-    elif download and source not in ("digits", "folder"):
+    elif download and source in TORCHVISION_CLASSES:
         what = f"{source} in {paths.raw}, downloading what is missing"
     else:
         check_source(recipe, paths.raw)
-        what = "the bundled digits" if source == "digits" else f"{source} in {paths.raw}"
+        what = f"{source} in {paths.raw}" if source in TORCHVISION_CLASSES else f"the bundled {source}"
     return [f"read {what}", *lines, f"write {paths.dataset} ({state.text})"]
 
 

@@ -151,23 +151,14 @@ class Run:
         return {"seed": self.seed, "inputs": dict(self.inputs), "version": RESULTS_VERSION}
 
     @property
-    def _recipe(self) -> dict[str, Any]:
-        """What of the recipe decides the result: models that are not ours have no geometry of ours."""
-        if isinstance(self.recipe, StudentRecipe):
-            from pipeline.models.students import GEOMETRY, is_foreign
-
-            return deciding_values(self.recipe, but=GEOMETRY if is_foreign(self.recipe.model) else ())
-        return deciding_values(self.recipe)
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result."""
-        return fingerprint({"model": dict(self.description), "recipe": self._recipe, **self._rest})
+        return fingerprint({"model": dict(self.description), "recipe": training_values(self.recipe), **self._rest})
 
     @property
     def decided_by(self) -> dict[str, Any]:
         """What decides the result, as the checkpoint's JSON keeps it."""
-        return {**self.description, "training": self._recipe, **self._rest}
+        return {**self.description, "training": training_values(self.recipe), **self._rest}
 
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run, or not whole; None if they are."""
@@ -341,6 +332,15 @@ def describe_finished(meta: object, metrics: Mapping[str, Any]) -> dict[str, Any
         "version": meta.get("version"),
         "rules": metrics.get("rules", 1),
     }
+
+
+def training_values(recipe: FitRecipe) -> dict[str, Any]:
+    """Return what of a recipe decides a run's result: models that are not ours have no geometry of ours."""
+    if not isinstance(recipe, StudentRecipe):
+        return deciding_values(recipe)
+    from pipeline.models.students import GEOMETRY, is_foreign
+
+    return deciding_values(recipe, but=GEOMETRY if is_foreign(recipe.model) else ())
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,17 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
+from torch import Tensor, nn
 
+from pipeline.errors import UsageError
+from pipeline.models.students import STUDENTS, Student
 from pipeline.system.stopping import StopSignal
 from pipeline.training.checkpoints import read_meta
 from stages.doctor import space
@@ -113,7 +118,9 @@ def test_tables_name_their_figures_and_the_doctor_tries_them(trained: Project, t
         context = Context(params, params.select("smoke"), Console(quiet=True), StopSignal(), "cpu")
         rows = {row[0]: row[1:] for row in settings_table(context.recipe, 10).rows}
         assert rows["mine"] == ["32", "-", "-", "-", "-", "-", "0.00"] and rows["small"][:-1] == rows["mine"][:-1]
-        taught = [row[1] for row in drops_table(FinishedRuns.read(context.recipe, context.paths)).rows]
+        runs = FinishedRuns.read(context.recipe, context.paths)
+        assert [runs.outdated(runs.students[name]) for name in ("mine", "small")] == [[], []]
+        taught = [row[1] for row in drops_table(runs).rows]
         assert "mine" in taught and "small" not in taught
         sizes = space.sizes(context, prepared=True)
         assert sizes is not None
@@ -143,6 +150,60 @@ def test_a_report_shows_them_and_onnx_files_answer_as_they_do(trained: Project, 
         assert invoke(project, "evaluate", str(tmp_path / student))
     (project.path / "my_student.py").write_text(OWN.replace("AvgPool2d(4)", "AvgPool2d(8)"))
     assert "students.mine: model my_student.py:build in training mode" in invoke(project, "doctor", code=1)
+
+
+class Averaged(Student):
+    """A student of a researcher's own: made with numbers that the device meta lacks, with a constant no file holds."""
+
+    has_distillation_head: ClassVar[bool] = True
+
+    def __init__(self, *, num_classes: int, image_size: int = 32, width: int = 8) -> None:
+        super().__init__()
+        scale = [number.item() for number in torch.linspace(0, 1, 3)]
+        self.register_buffer("ramp", torch.arange(image_size) / image_size + scale[0], persistent=False)
+        self.body = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3 * (image_size // 8) ** 2, width))
+        self.class_head, self.distillation_head = nn.Linear(width, num_classes), nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(images + self.ramp)
+        return self.class_head(features), self.distillation_head(features)
+
+
+def test_a_students_class_that_is_added_is_trained_evaluated_and_reported(
+    small_labelled: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STUDENTS, "averaged", Averaged)
+    project = Project(tmp_path / "project")
+    shutil.copytree(small_labelled.path, project.path)
+    project.edit("vit: {}", "vit: {}\n      averaged: {epochs: 1}")
+    invoke(project, "distill", "--student", "averaged")
+    out = project.data / "students/averaged"
+    parameters = json.loads((out / "metrics.json").read_text())["parameters"]
+    assert parameters == (48 * 48 + 48) + 2 * (48 * 10 + 10)
+    assert "899 images, cpu, fp32" in invoke(project, "evaluate", str(out))
+    file = project.path / "params.yaml"
+    file.write_text(file.read_text().replace("students:\n", "students:\n  averaged: default\n", 1))
+    invoke(project, "report")
+    assert "| averaged |" in (project.data / "reports/report.md").read_text()
+    refused = invoke(project, "distill", "--student", "averaged", "--set", "depth=2", code=2)
+    assert "--set depth: averaged takes no such argument" in refused
+
+
+def test_what_cannot_be_counted_is_not_trained_first(
+    small_labelled: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Uncounted(Averaged):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            if len(images) == 1:
+                raise UsageError("one image is too few")
+            return super().forward(images)
+
+    monkeypatch.setitem(STUDENTS, "uncounted", Uncounted)
+    project = Project(tmp_path / "project")
+    shutil.copytree(small_labelled.path, project.path)
+    project.edit("vit: {}", "vit: {}\n      uncounted: {epochs: 1}")
+    said = invoke(project, "distill", "--student", "uncounted", code=2)
+    assert "one image is too few" in said and "epoch 1" not in said
 
 
 def test_a_checkpoint_alone_has_no_code_run(trained: Project, tmp_path: Path) -> None:
@@ -176,6 +237,7 @@ def test_an_exported_program_is_benched_without_the_code_of_its_model(trained: P
         ("inner_block=fused", "inner_block: fused is not available here: the student has no inner blocks"),
         ("arguments={width: 0}", "my_student.py:build"),
         ("soft=2", "keeps argmax"),
+        ("depth=2", "--set depth: my_student.py:build takes no such argument; leave it out"),
     ],
 )
 def test_what_such_a_student_cannot_do_is_said(trained: Project, setting: str, words: str) -> None:

@@ -151,6 +151,15 @@ def recorded_arguments(name: str) -> tuple[str, ...]:
     return tuple(key for key in SHARED_ARGUMENTS if key in takes or name in PAPERS_STUDENTS)
 
 
+def takes_argument(name: str, argument: str) -> bool:
+    """Return whether a student's constructor is given one of SHARED_ARGUMENTS and uses it.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    return argument in ("num_classes", "image_size") if is_foreign(name) else argument in _constructor(name)
+
+
 def check_arguments(name: str, arguments: Mapping[str, Any], path: str) -> None:
     """Check a student's own arguments: those that its constructor takes beside SHARED_ARGUMENTS.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UsageError, one_line
-from pipeline.models.network import last_layers
+from pipeline.models.network import last_layers, logit_layers
 from pipeline.models.own import code_sha256, is_own, load_function
 from pipeline.models.students.layers import Student
 
@@ -80,8 +80,7 @@ class ForeignStudent(Student):
         """The layers that make the logits, as timm's models say, or as a student's names do."""
         heads = self.module.get_classifier() if hasattr(self.module, "get_classifier") else None
         known = [head for head in (heads if isinstance(heads, tuple) else (heads,)) if isinstance(head, nn.Module)]
-        named = [child for name, child in self.module.named_children() if name.endswith("head")]
-        return [layer for head in known or named or [self.module] for layer in last_layers(head)]
+        return [layer for head in known for layer in last_layers(head)] or logit_layers(self.module)
 
 
 def is_foreign(model: str) -> bool:

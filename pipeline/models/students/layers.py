@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.errors import UsageError
-from pipeline.models.network import last_layers
+from pipeline.models.network import logit_layers
 from pipeline.models.students.fused.passes import Branch, Passes
 
 ALL = slice(None)
@@ -49,9 +49,8 @@ class Student(nn.Module):
 
     @property
     def logit_layers(self) -> list[nn.Module]:
-        """The layers that make the logits: the last of each child whose name ends in `head`, else the last of all."""
-        heads = [child for name, child in self.named_children() if name.endswith("head")]
-        return [layer for head in heads or [self] for layer in last_layers(head)]
+        """The layers that make the logits, see `logit_layers` of pipeline.models.network."""
+        return logit_layers(self)
 
     @property
     def rounded(self) -> list[str]:

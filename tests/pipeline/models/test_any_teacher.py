@@ -15,6 +15,7 @@ from torchvision import models
 
 from pipeline.errors import DataError, UsageError
 from pipeline.models.folding import fold
+from pipeline.models.network import rounds_logits
 from pipeline.models.teachers import (
     HALF,
     ResizedInput,
@@ -103,6 +104,43 @@ def test_a_users_function_says_its_models_input(tmp_path: Path, monkeypatch: pyt
     assert teacher_input("says.py:build", weights="none", normalization="data", **DATA) == (48, *data)
     with pytest.raises(UsageError, match=r"normalization: model, and it has none; set build.mean and build.std"):
         teacher_input("plain.py:build", weights="none", normalization="model", **DATA)
+
+
+OWN = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, name):
+        super().__init__()
+        setattr(self, name, nn.Linear(8, num_classes))
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8))
+        self.name = name
+
+    def forward(self, images):
+        return getattr(self, self.name)(self.body(images))
+
+def named(num_classes):
+    return Net(num_classes, "head")
+
+def unnamed(num_classes):
+    return Net(num_classes, "fc")
+"""
+
+
+def test_the_layer_that_decides_is_found_by_its_name_and_another_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    named, unnamed = (build_teacher(f"own.py:{name}", num_classes=3, bn_momentum=0.5) for name in ("named", "unnamed"))
+    images = torch.zeros(2, 3, 4, 4)
+    assert head_of(named)[0] == "head" and not rounds_logits(named, images)
+    assert rounds_logits(unnamed, images) and unnamed.training
+    assert [part.momentum for part in named.modules() if isinstance(part, nn.BatchNorm1d)] == [0.5]
+    state = {name: torch.zeros(1000, *value.shape[1:]) if name.startswith("head") else value
+             for name, value in named.state_dict().items()}  # fmt: skip
+    torch.save(state, "w.pt")
+    build_teacher("own.py:named", num_classes=3, weights="w.pt")
 
 
 def test_images_are_resized_on_the_way_in_as_torch_does_without_antialiasing() -> None:
