@@ -146,7 +146,7 @@ def plan_student(
     help="none and online are controls; they go to data/runs.",
 )
 @click.option("--teacher-labels", metavar="NAME", help="Learn from this label file, as `label --as` named it.")
-@click.option("--teacher", type=options.EXISTING, help="The checkpoint that --labels online asks.")
+@click.option("--teacher", type=options.EXISTING, help="The teacher, for --labels online.")
 @click.option(
     "--soft",
     type=options.FiniteFloat(0.0, 1000.0),

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @click.command("evaluate")
 @click.argument("checkpoint", type=options.EXISTING)
-@options.recipe_option
+@options.named_recipe_option
 @options.any_device_option
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of the recipe's data; test where left out.")
 @click.option("--data", type=options.PATH, help="Score on this folder's <class>/* or test/<class>/*.")

@@ -66,7 +66,7 @@ RESULTS = ("top1", "top5", "precision", "recall", "f1", "class_top1", "distillat
     show_default=True,
     help="Of the weights in a safetensors file; bf16 halves it, and its accuracy is measured.",
 )
-@click.option("--recipe", help="Whose test images it is checked on; the checkpoint's own where left out.")
+@click.option("--recipe", help="The recipe whose test images check it; default: the checkpoint's.")
 @click.option("--data", type=PATH, help="Check it on the images of this folder instead.")
 @click.option("--license", default="unknown", show_default=True, help="License of the weights, as hubs name it.")
 @json_option

@@ -16,7 +16,7 @@ from stages.shared.paths import DATA, PARAMS, PROJECT, STAGES
 README = """\
 # A project of titn-pipeline
 
-`params.yaml` holds every number: a recipe for each data set, at its top the one that commands take. Results: `data/`.
+`params.yaml` holds the settings: a recipe for each data set, at its top the one that commands take. Results: `data/`.
 
     pipeline doctor                                          # what works here
     pipeline prepare --recipe folder-small --from my-images  # my-images/<class>/*, or my-images/train/<class>/*

@@ -57,7 +57,7 @@ def inspect(file: Path, as_json: bool) -> None:
 
 @command.command()
 @click.argument("file", type=options.EXISTING)
-@options.recipe_option
+@options.named_recipe_option
 @options.device_option
 @click.option("--sample", default=1000, show_default=True, type=click.IntRange(1), help="Labels to replay.")
 @click.option(
@@ -70,9 +70,9 @@ def verify(
 ) -> None:
     """Replay the teacher on some labels; exit 1 if it would give others.
 
-    Where the views' own pixels are others than those that were labelled, it is said how many of these labels change.
-    The recipe is by default that of the file's data and views. Of labels that something else has computed only the seal
-    and the views are checked: there is no teacher to ask.
+    If the views' pixels are no longer those that were labelled, it says how many of these labels change. The recipe is
+    by default that of the file's data and views. Labels that came with --from have no teacher to ask: only the seal and
+    the views are checked.
     """
     context = options.open_context(recipe, device, named_by=lambda params: _recipe_of(params, file))
     replayed, allowed = _replay(context, file, teachers=teachers, num_samples=sample, margin=margin)

@@ -415,7 +415,7 @@ def _unknown(name: str, recipes: Sequence[Recipe]) -> UsageError:
     help="Labels cached, none, online; 1, 2, 5 and all views; drop_path 0, 0.1, 0.2; labels of the best teacher or of "
     "all together. The paper has none of these.",
 )
-@click.option("--recipe", help="A recipe in place of the paper's; all of it without --table, --figure, --ablation.")
+@click.option("--recipe", help="Run this recipe, not the paper's: all, or --table, --figure, --ablation of it.")
 @click.option("--student", help="Train only this student and the teacher it needs; default for --ablation: titn.")
 @click.option(
     "--seeds", type=options.parse_seeds, metavar="A,B,...", default="0", show_default=True,

@@ -40,11 +40,12 @@ def dvc() -> list[Finding]:
         return []  # named among the extras
     if shutil.which("dvc", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") is None:
         return [Finding("project", WARNING, f"DVC {version} is installed, but there is no command `dvc`", "mend PATH")]
-    if not (DVC.is_dir() and Path("dvc.yaml").is_file()):
-        what = f"DVC {version}, but this folder has no .dvc and dvc.yaml: `dvc repro` does not work here"
-        return [
-            Finding("project", WARNING, what, "`pipeline init` and `dvc init` make them; or use the commands alone")
-        ]
+    makes = {DVC: "`git init && dvc init`", Path("dvc.yaml"): "`pipeline init`"}
+    if missing := [path for path in makes if not path.exists()]:
+        names = " and no ".join(map(str, missing))
+        what = f"DVC {version}, but this folder has no {names}: `dvc repro` does not work here"
+        ways = " and ".join(makes[path] for path in missing)
+        return [Finding("project", WARNING, what, f"run {ways}; or use the commands alone")]
     if hindrances := [*_python_of_stages(), *_git()]:
         return hindrances
     sections = (section.strip("'\" ") for section in _configuration().sections())

@@ -90,8 +90,12 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 recipe_option = click.option("--recipe", help="A recipe of params.yaml; default: its `recipe`.")
+named_recipe_option = click.option("--recipe", help="A recipe of params.yaml; default: the one that the file names.")
 teachers_option = click.option(
-    "--teachers", type=split_names, metavar="A,B,...", help="Candidates; default: `teachers` of params.yaml."
+    "--teachers",
+    type=split_names,
+    metavar="A,B,...",
+    help="Candidates; default: `teachers` of params.yaml, or all if one is missing.",
 )
 device_option = click.option("--device", help="cpu, cuda or cuda:1; default: a GPU if there is one.")
 any_device_option = click.option("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU with CUDA if there is one.")
