@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import alone, begin, compare, option_parser, positive
+from benchmarks.measure import add_students, alone, begin, compare, option_parser, positive
 from benchmarks.steps import synthetic_batch
 from benchmarks.student_contenders import TRAINING, Contender, turn
-from pipeline.models.students import STUDENTS
 from pipeline.system.runtime import keep_freed_memory
 
 PARTS = {
@@ -31,21 +30,16 @@ REST, WHOLE = "all else", "whole step"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = option_parser(__doc__, threads=2)
-    parser.add_argument("--students", default=",".join(STUDENTS), help="separated by commas; default: all four")
+    add_students(parser)
     parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--depth", type=positive, help="blocks; default: the recipe's")
     options = parser.parse_args(arguments)
     if options.device.type != "cpu":
         parser.error(f"--device {options.device}: on a GPU a step is one graph; ask its own profiler")
-    chosen = options.students.split(",")
-    for name in chosen:
-        if name not in STUDENTS:
-            parser.error(f"--students {name}: is no student; choose from {', '.join(STUDENTS)}")
     report = begin("Budget of a training step", options)
     keep_freed_memory()  # as training does
     batch = synthetic_batch(options.batch_size, options.device)
-    for name in chosen:
+    for name in options.students:
         steps = {
             blocks: turn(
                 Contender(name, options.precision, blocks=blocks), batch, TRAINING, student=name, depth=options.depth

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks import built_teachers, training
-from benchmarks.measure import Report, Row, begin, compare, figure, option_parser, positive, text_table
+from benchmarks.measure import Report, Row, add_students, begin, compare, figure, option_parser, positive, text_table
 from benchmarks.synthetic import images_and_labels
 from pipeline.inference.speed import interleave, quartiles
 from pipeline.labels.cache import LabelCache
 from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
 from pipeline.labels.teacher import label_view
 from pipeline.models import TEACHERS
-from pipeline.models.students import STUDENTS
 from pipeline.system.runtime import keep_freed_memory, resolve_precision
 from pipeline.views.views import Views
 
@@ -48,14 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=positive, help="of a timed turn; default: 3 on a CPU, 20 on a GPU, 1 with --quick"
     )
-    parser.add_argument("--students", default="titn,vit", help="separated by commas; default: titn,vit")
+    add_students(parser, ("titn", "vit"))
     parser.add_argument("--teacher", choices=tuple(TEACHERS), default=MODEL, help=f"asked online; default: {MODEL}")
-    parser.add_argument("--depth", type=positive, help="blocks of the students; default: the recipe's")
     options = parser.parse_args(arguments)
-    students = options.students.split(",")
-    for name in students:
-        if name not in STUDENTS:
-            parser.error(f"--students {name}: is no student; choose from {', '.join(STUDENTS)}")
     report = begin("Distillation", options, rounds=(2, 7, 7), batch_size=(16, 128, 1024), steps=(1, 3, 20))
     if options.device.type == "cpu":
         keep_freed_memory()  # as training does
@@ -65,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Path(directory) / "labels.h5", num_views=options.rounds + 1, num_samples=options.steps * options.batch_size
         )
     costs = {options.teacher: label_cost(options.teacher, options)}
-    epochs = {name: student_epochs(name, cache, options) for name in students}
+    epochs = {name: student_epochs(name, cache, options) for name in options.students}
     for name in QUICK_COSTS if options.quick else TEACHERS:
         if name not in costs:
             costs[name] = label_cost(name, options)

@@ -14,13 +14,12 @@ import torch
 from rich.console import Console
 
 from benchmarks import training
-from benchmarks.measure import Row, alone, begin, option_parser, positive
+from benchmarks.measure import Row, add_students, alone, begin, option_parser, positive
 from benchmarks.steps import at_rest, repeated
 from benchmarks.synthetic import MEAN, NUM_CLASSES, STD, images_and_labels
 from benchmarks.views import whole_epochs
 from pipeline.inference.speed import interleave
 from pipeline.labels.source import cached_labels
-from pipeline.models.students import STUDENTS
 from pipeline.system.runtime import keep_freed_memory
 from pipeline.training.batches import EvaluationData
 from pipeline.training.evaluation import evaluate
@@ -37,17 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--images", type=positive, help="of an epoch; default: 50000, 2048 on a CPU, 64 with --quick")
     parser.add_argument("--batch-size", type=positive, help="default: 1024, 128 on a CPU, 16 with --quick")
-    parser.add_argument("--students", default="titn", help="separated by commas; default: titn")
-    parser.add_argument("--depth", type=positive, help="blocks; default: the recipe's")
+    add_students(parser, ("titn",))
     options = parser.parse_args(arguments)
-    students = options.students.split(",")
-    for name in students:
-        if name not in STUDENTS:
-            parser.error(f"--students {name}: is no student; choose from {', '.join(STUDENTS)}")
     report = begin("An epoch", options, rounds=(1, 3, 5), images=(64, 2048, 50_000), batch_size=(16, 128, 1024))
     if options.device.type == "cpu":
         keep_freed_memory()  # as training does
-    for name in students:
+    for name in options.students:
         report.rows += epoch_rows(name, options)
     report.finish(Console(), options.json)
 

@@ -12,11 +12,10 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import training
-from benchmarks.measure import Report, Row, alone, begin, figure, option_parser, positive, text_table
+from benchmarks.measure import Report, Row, add_students, alone, begin, figure, option_parser, positive, text_table
 from benchmarks.steps import at_rest, synthetic_batch
 from benchmarks.synthetic import images_and_labels
 from pipeline.inference.speed import wait_for
-from pipeline.models.students import STUDENTS
 from pipeline.training.step import WARM_UP_STEPS
 from pipeline.views.views import Views
 
@@ -28,15 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the count."""
     parser = option_parser(__doc__)
     parser.add_argument("--batch-size", type=positive, help="default: 1024, 128 on a CPU, 16 with --quick")
-    parser.add_argument("--students", default="titn", help="separated by commas; default: titn")
-    parser.add_argument("--depth", type=positive, help="blocks; default: the recipe's")
+    add_students(parser, ("titn",))
     options = parser.parse_args(arguments)
-    for name in options.students.split(","):
-        if name not in STUDENTS:
-            parser.error(f"--students {name}: is no student; choose from {', '.join(STUDENTS)}")
     report = begin("Launches", options, batch_size=(16, 128, 1024))
     report.extra["kernels"] = {}
-    for name in options.students.split(","):
+    for name in options.students:
         report.rows.append(count(name, report, options))
     report.finish(Console(), options.json)
 

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from pipeline.errors import UsageError
 from pipeline.inference.speed import quartiles
+from pipeline.models.students import STUDENTS
 from pipeline.system.neighbours import load_average, usable_cores
 from pipeline.system.runtime import environment, resolve_device
 from pipeline.system.storage import write_json
@@ -175,6 +176,21 @@ def option_parser(description: str | None, *, threads: int | None = None) -> arg
     return parser
 
 
+def add_students(parser: argparse.ArgumentParser, default: Sequence[str] = tuple(STUDENTS)) -> None:
+    """Add the options that choose students, and how deep they are."""
+    names = ",".join(default)
+    parser.add_argument("--students", type=_students, default=names, help=f"separated by commas; default: {names}")
+    parser.add_argument("--depth", type=positive, help="blocks of the students; default: the recipe's")
+
+
+def _students(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in STUDENTS:
+            raise argparse.ArgumentTypeError(f"{name}: is no student; choose from {', '.join(STUDENTS)}")
+    return names
+
+
 def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]) -> Report:
     """Fill in sizes that were not given, set the threads, and describe where the benchmark runs.
 
@@ -196,7 +212,7 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
         "cores": usable_cores(),
         "load_average": load_average(),
         "options": {
-            name: value if isinstance(value, int | None) else str(value)
+            name: value if isinstance(value, int | None) else ",".join(value) if isinstance(value, list) else str(value)
             for name, value in vars(options).items()
             if name != "json"
         },

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import floor, peak_memory
-from benchmarks.measure import Report, Row, alone, begin, compare, option_parser, positive
+from benchmarks.measure import Report, Row, add_students, alone, begin, compare, option_parser, positive
 from benchmarks.steps import repeated, synthetic_batch
 from benchmarks.student_contenders import (
     CAPTURED,
@@ -30,7 +30,6 @@ from benchmarks.student_contenders import (
 )
 from pipeline.inference.speed import interleave
 from pipeline.models.counting import num_parameters
-from pipeline.models.students import STUDENTS
 from pipeline.system.runtime import keep_freed_memory
 
 GOAL, GOAL_BATCH = 1.5, 128
@@ -51,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--batch-sizes", type=_sizes, help=f"separated by commas; default: {GOAL_BATCH},1024; {GOAL_BATCH} with --quick"
     )
     parser.add_argument("--steps", type=positive, help="of a timed turn; default: 1 on a CPU, 10 on a GPU")
-    parser.add_argument("--students", default=",".join(STUDENTS), help="separated by commas; default: all four")
-    parser.add_argument("--depth", type=positive, help="blocks; default: the recipe's")
+    add_students(parser)
     parser.add_argument("--no-compile", action="store_true", help="leave compiled models out, as --quick does")
     parser.add_argument(
         "--only",
@@ -71,10 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.measure.split(","):
         if name not in MEASURED:
             parser.error(f"--measure {name}: is not measured; choose from {', '.join(MEASURED)}")
-    chosen = options.students.split(",")
-    for name in chosen:
-        if name not in STUDENTS:
-            parser.error(f"--students {name}: is no student; choose from {', '.join(STUDENTS)}")
     options.batch_sizes = options.batch_sizes or ([GOAL_BATCH] if options.quick else [GOAL_BATCH, 1024])
     options.compiled = not (options.quick or options.no_compile)
     report = begin("Students", options, rounds=(5, 7, 7), steps=(1, 1, 10))
@@ -84,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peaks = floor.find_peaks(options.device, side=side, copied_bytes=256 * side**2)
     report.extra |= {"peaks": dataclasses.asdict(peaks), "parameters": {}, "left_out": {}}
     if peaks == floor.H200:
-        report.extra["inner_kernels_ms"] = inner_kernels(chosen, options)
+        report.extra["inner_kernels_ms"] = inner_kernels(options.students, options)
     for family in FAMILIES:
-        students = [name for name in family if name in chosen]
+        students = [name for name in family if name in options.students]
         if students:
             compare_family(students, report, peaks, options)
     for name, why in report.extra["left_out"].items():

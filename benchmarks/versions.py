@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.measure import ROOT, begin, compare, option_parser, positive
-from pipeline.models.students import STUDENTS
+from benchmarks.measure import ROOT, add_students, begin, compare, option_parser, positive
 
 GOALS = {"titn": 1.25, "tnt": 1.25, "deit": 1.2, "vit": 1.2}
 """Student to how many times faster its step should be than at commit fa353451."""
@@ -92,9 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = option_parser(__doc__, threads=2)
     parser.add_argument("--beside", type=_checkout, required=True, metavar="DIR", help="the other checkout")
-    parser.add_argument("--students", default=",".join(STUDENTS), help="separated by commas; default: all four")
+    add_students(parser)
     parser.add_argument("--batch-size", type=positive, default=128)
-    parser.add_argument("--depth", type=positive, help="blocks; default: the recipe's")
     parser.add_argument("--starts", type=positive, default=4, help="how often both are started anew; default: 4")
     options = parser.parse_args(arguments)
     if options.device.type != "cpu":
@@ -102,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = begin("Training steps", options)
     command = ["git", "-C", str(options.beside), "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    for name in options.students.split(","):
+    for name in options.students:
         sizes = name, options.batch_size, options.threads, options.depth or 0
         seconds = np.concatenate([
             turns((ROOT, options.beside), sizes, options.rounds, is_reversed=start % 2 == 1)

@@ -17,7 +17,7 @@ from pipeline.inference.card import ROUNDED
 from pipeline.models.own import is_own
 from pipeline.report.tables import Table, number
 from pipeline.system.neighbours import load_average
-from stages.shared.options import PATH, any_device_option, json_option, open_console, parse_batch_sizes, tell_plain
+from stages.shared.options import PATH, any_device_option, json_option, load_model, open_console, parse_batch_sizes
 from stages.shared.params import own_code_here
 from stages.shared.paths import Paths
 from stages.shared.trained import Judged, require_same_data
@@ -54,7 +54,6 @@ def command(
     """
     import torch
 
-    from pipeline.inference.loading import format_named, load
     from pipeline.inference.speed import measure_speed, shared_device
     from pipeline.system.runtime import environment
 
@@ -65,10 +64,7 @@ def command(
         for path in checkpoints:
             if str(path) in models:
                 raise UsageError(f"{path}: named twice; name each checkpoint once")
-            models[str(path)] = model = load(
-                path, format=format_named(path), device=device, precision=precision, own_code=own_code
-            )
-            tell_plain(model)
+            models[str(path)] = model = load_model(path, device, precision)
             check_data(model)
         costs = [{"checkpoint": name, **costs_of(model, own_code)} for name, model in models.items()]
         on = shared_device(models.values())

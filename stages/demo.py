@@ -28,8 +28,7 @@ from pipeline.data.images import read_image
 from pipeline.errors import DataError, StorageError, UsageError, one_line, printable
 from pipeline.inference.card import SCORES
 from stages.predict import MAX_INPUT_BYTES, Prediction
-from stages.shared.options import PATH, any_device_option, precision_option, tell_plain
-from stages.shared.params import own_code_here
+from stages.shared.options import PATH, any_device_option, load_model, precision_option
 from stages.shared.trained import Judged
 
 if TYPE_CHECKING:
@@ -71,13 +70,8 @@ def command(checkpoint: Path, port: int, topk: int, device: str | None, precisio
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError("the demo needs Starlette and uvicorn; pip install 'titn-pipeline[demo]'") from error
-    from pipeline.inference.loading import format_named, load
-
     with listening(port) as listener:
-        classifier = load(
-            checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
-        )
-        tell_plain(classifier)
+        classifier = load_model(checkpoint, device, precision)
         with serving(Demo(classifier, topk), listener) as (address, served):
             click.echo(address)
             served.result()

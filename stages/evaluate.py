@@ -25,7 +25,6 @@ from pipeline.system.text import counted
 from pipeline.training.manifest import EVALUATED, MANIFEST, Manifest, check_all, read_manifest, refuse_writing
 from stages.shared import kept, options
 from stages.shared.context import Context
-from stages.shared.params import own_code_here
 from stages.shared.runs import kept_as
 from stages.shared.trained import require_same_data
 
@@ -67,17 +66,12 @@ def command(
     Without --recipe it is scored on the data that it was trained on. With --data neither recipe nor prepared data are
     needed: folders are matched with the checkpoint's classes by name; classes may be absent, others are refused.
     """
-    from pipeline.inference.loading import format_named, load
-
     if predictions is not None:
         refuse_writing(predictions)
     if data is None:
         if skip_bad:
             raise UsageError("--skip-bad: the recipe's data have been prepared; use it with --data")
-        classifier = load(
-            checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
-        )
-        options.tell_plain(classifier)
+        classifier = options.load_model(checkpoint, device, precision)
         context = options.open_context(recipe, named_by=lambda params: classifier.config.get("recipe"))
         if mend:
             mend_run(context, classifier)
@@ -88,10 +82,7 @@ def command(
         if recipe is not None or split is not None or mend:
             given = "--recipe" if recipe is not None else "--mend" if mend else "--split"
             raise UsageError(f"--data and {given}: both say what to score on; give one of them")
-        classifier = load(
-            checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
-        )
-        options.tell_plain(classifier)
+        classifier = options.load_model(checkpoint, device, precision)
         result = evaluate_folder(classifier, data, skip_bad=skip_bad, per_class=per_class, rows=predictions)
     if as_json:
         click.echo(json.dumps(result, indent=2))

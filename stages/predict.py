@@ -22,8 +22,7 @@ from pipeline.errors import PipelineError, UsageError, printable
 from pipeline.system.storage import replacing
 from pipeline.system.text import counted, to_csv
 from pipeline.training.manifest import refuse_writing
-from stages.shared.options import PATH, FiniteFloat, any_device_option, precision_option, tell_plain
-from stages.shared.params import own_code_here
+from stages.shared.options import PATH, FiniteFloat, any_device_option, load_model, precision_option
 
 if TYPE_CHECKING:
     from pipeline.inference.classifier import Classifier
@@ -66,14 +65,9 @@ def command(
     --threshold a prediction below it is named unsure, with the class that it would have been. What can't be read is
     named on standard error, the rest is answered, and the exit code is 1.
     """
-    from pipeline.inference.loading import format_named, load
-
     if as_json and csv_file is not None:
         raise UsageError(f"--json --csv {csv_file}: give one of them")
-    classifier = load(
-        checkpoint, format=format_named(checkpoint), device=device, precision=precision, own_code=own_code_here()
-    )
-    tell_plain(classifier)
+    classifier = load_model(checkpoint, device, precision)
     topk = min(topk or (5 if csv_file is None else 1), len(classifier.class_names))
     # A heading as wide as its columns.
     width = max(len("distillation head") - 9, *(len(printable(name)) for name in classifier.class_names))

@@ -79,9 +79,10 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
         which = f"{counted(len(unsealed), 'run')}, {unsealed[0].directory}{' and others' if unsealed[1:] else ''}"
         context.say(f"without {MANIFEST}, as older versions wrote none, so that damage is not told: {which}")
     comparisons = compare.find_comparisons(runs)
-    opening, closing = opening_section(context, runs, with_figures=with_figures), closing_section(runs)
+    teachers, optimizers, students = figures(runs, with_figures=with_figures)
+    opening, closing = opening_section(context, runs, students, with_figures=with_figures), closing_section(runs)
     pairs = students_in_pairs(runs)
-    main = main_sections(runs, pairs, comparisons, with_figures=with_figures)
+    main = main_sections(runs, (teachers, optimizers), pairs, comparisons, with_figures=with_figures)
     written = [item for section in (opening, *main) for item in section.items if isinstance(item, Table)]
     sections = [opening, *main, *detail_sections(context, runs, with_figures=with_figures), closing]
     compared = {**compare.as_json(comparisons), "students": [pair.as_json() for pair in pairs]}
@@ -93,12 +94,8 @@ def report(context: Context, directory: Path, *, with_figures: bool = True, trac
     return written
 
 
-def opening_section(context: Context, runs: FinishedRuns, *, with_figures: bool = True) -> Section:
-    """Return what the report opens with: the verdict, the students' curve, the worst mistakes.
-
-    Raises:
-        DataError: A curve is damaged.
-    """
+def opening_section(context: Context, runs: FinishedRuns, curve: Figure | Missing, *, with_figures: bool) -> Section:
+    """Return what the report opens with: the verdict, the students' curve, the worst mistakes."""
     title = "Worst mistakes"
     speeds: dict[str, float] = {}
     why_not = f"images/s are {LEFT_OUT}; pipeline bench measures them."
@@ -109,19 +106,19 @@ def opening_section(context: Context, runs: FinishedRuns, *, with_figures: bool 
         except (DataError, UsageError) as error:
             why_not = f"images/s are left out: {error}."
         mistakes = _unless_stale(context, title, verdict.worst_mistakes, runs) or [Missing(title, NO_IMAGES)]
-    curve = figures(runs, with_figures=with_figures)[-1]
     return Section("Verdict", [verdict.verdict_table(runs, speeds, why_not), curve, *mistakes])
 
 
 def main_sections(
-    runs: FinishedRuns, pairs: Sequence[Pair], comparisons: Sequence[compare.Comparison], *, with_figures: bool = True
+    runs: FinishedRuns,
+    curves: tuple[Figure | Missing, Figure | Missing],
+    pairs: Sequence[Pair],
+    comparisons: Sequence[compare.Comparison],
+    *,
+    with_figures: bool,
 ) -> list[Section]:
-    """Return the report's sections whose tables the terminal shows too.
-
-    Raises:
-        DataError: A curve is damaged.
-    """
-    teachers, optimizers, _ = figures(runs, with_figures=with_figures)
+    """Return the sections whose tables the terminal shows too; the curves are of teachers and of optimisers."""
+    teachers, optimizers = curves
     outcomes = tables.optimizer_runs(runs)
     others = compare.others_table(runs)
     shown_students: list[Item] = [*tables.students_tables(runs), *pair_items(runs, pairs, with_figures=with_figures)]

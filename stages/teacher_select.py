@@ -12,14 +12,14 @@ from pipeline.config.recipes import MAX_VIEWS, OPTIMIZERS
 from pipeline.errors import DataError, NumericalError, UsageError
 from pipeline.report.tables import Table
 from stages.jobs import LabelJob, SelectJob, TeacherJob, labels_of, stage_one, survey, sweep_settings
-from stages.prepare import prepare, remarks
+from stages.prepare import prepare_unless_done
 from stages.reports.conditions import NOT_RUN
 from stages.reports.runs import FinishedRun
 from stages.reports.tables import candidates_table, optimizers_table, with_conditions
 from stages.selection import select
 from stages.shared import options
 from stages.shared.context import Context
-from stages.shared.prepared import check_available, keep_prepared, put_back_prepared
+from stages.shared.prepared import check_available
 from stages.shared.runs import State
 from stages.teacher import plan_teacher, teacher_recipe, train_teacher
 
@@ -80,23 +80,9 @@ def teacher_select(
 
 
 def prepare_from_raw(context: Context, *, download: bool = False) -> None:
-    """Prepare the data unless they are prepared; `download` fetches to data/raw what is missing there."""
-    if context.paths.is_prepared:
-        return
-    if put_back_prepared(context, download=download):
-        return
-    paths, recipe = context.paths, context.recipe
-    summary = prepare(
-        recipe,
-        out=paths.prepared,
-        raw=paths.raw,
-        download=download and not recipe.dataset.path,
-        memory=paths.prepare_memory,
-        context=context,
-    )
-    keep_prepared(context)
-    for line in [f"{paths.dataset}: prepared", *remarks(summary)]:
-        context.say(line)
+    """Prepare the data if none are there; a recipe's own path needs no download."""
+    if not context.paths.is_prepared:
+        prepare_unless_done(context, download=download and not context.recipe.dataset.path)
 
 
 def _keep_labels(context: Context, outs: Iterable[Path]) -> None:

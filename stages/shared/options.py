@@ -17,7 +17,7 @@ from pipeline.config.recipes import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.system.stopping import StopSignal
 from stages.shared.context import Context
-from stages.shared.params import read_params
+from stages.shared.params import own_code_here, read_params
 from stages.shared.paths import PARAMS, RECORDS
 from stages.shared.watching import check_watchers
 
@@ -198,8 +198,17 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return console
 
 
+def load_model(path: Path, device: str | None, precision: str | None) -> Classifier:
+    """Load what a command names, and say which of its blocks are plain and why."""
+    from pipeline.inference.loading import format_named, load
+
+    model = load(path, format=format_named(path), device=device, precision=precision, own_code=own_code_here())
+    tell_plain(model)
+    return model
+
+
 def tell_plain(classifier: Classifier) -> None:
-    """Say on standard error why a loaded model's blocks are not fused, if that is so."""
+    """Say on standard error which of its blocks are plain and why."""
     blocks = {"inner block": classifier.inner_block, "outer block": classifier.outer_block}
     if told := [f"{block} {way}" for block, way in blocks.items() if way.startswith("plain (")]:
         click.echo(f"{classifier.file}: {'; '.join(told)}", err=True)

@@ -6,18 +6,12 @@ parts, each as a test.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import shutil
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
+from tests.support.campaign import run_campaigns
 from tests.support.tally import Tally
 
 NUM_PARAMS = 10_000
@@ -109,29 +103,5 @@ def _copy_shared(folder: Path) -> None:
     shutil.copytree(shared, folder / "project")
 
 
-def main() -> None:
-    """Run everything, or what is named beside what the file has, and write the counts; exit 1 where any went wrong."""
-    from pipeline.system.runtime import environment
-    from tests.support.label_campaign import note
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="Where the counts go.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
-    where, wrong = environment(torch.device("cpu")), 0
-    keeps = options.only != list(PARTS) and options.json.exists()
-    campaigns = json.loads(options.json.read_text())["campaigns"] if keeps else {}
-    with tempfile.TemporaryDirectory() as name:
-        for part in options.only:
-            folder = Path(name) / part
-            folder.mkdir()
-            campaigns[part] = {**note(part, PARTS[part], folder), "run": where}
-            wrong = sum(sum(campaign["wrong"].values()) for campaign in campaigns.values())
-            options.json.write_text(json.dumps({"wrong": wrong, "campaigns": campaigns}, indent=2) + "\n")
-    sys.exit(wrong > 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_campaigns(__doc__, PARTS)

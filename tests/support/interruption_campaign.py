@@ -6,18 +6,11 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from pipeline.system.runtime import environment
+from tests.support.campaign import run_campaigns
 from tests.support.interruptions import (
     Interruptions,
     give_former_result,
@@ -67,25 +60,5 @@ CAMPAIGNS: dict[str, Callable[[Path], Tally]] = {
 }
 
 
-def main() -> None:
-    """Run everything, or what is named, and write the counts after each part; exit 1 where anything went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="Where the counts go.")
-    parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    where, summaries, began = environment(torch.device("cpu")), {}, time.monotonic()
-    for name in options.only:
-        with tempfile.TemporaryDirectory() as folder:
-            summaries[name] = CAMPAIGNS[name](Path(folder)).summary()
-        print(name, json.dumps(summaries[name]), flush=True)
-        failures = sum(sum(summary["wrong"].values()) for summary in summaries.values())
-        trials = sum(summary.get("trials", 0) for summary in summaries.values())
-        run = {**where, "seconds": round(time.monotonic() - began)}
-        report = {"trials": trials, "failures": failures, "campaigns": summaries, "run": run}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    sys.exit(failures > 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_campaigns(__doc__, CAMPAIGNS)

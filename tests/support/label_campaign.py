@@ -6,18 +6,11 @@ parts, each as a test.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from pipeline.system.runtime import environment
+from tests.support.campaign import run_campaigns
 from tests.support.commands import teach
 from tests.support.label_mutations import damage_files, damage_parts, read_forged
 from tests.support.label_samples import sealed_pair
@@ -104,41 +97,17 @@ LABELLING: dict[str, Callable[[Project], Tally]] = {
 }
 
 
-DAMAGE = ("damaged_files", "damaged_parts", "forged_files")
+def _of_project(campaign: Callable[[Project], Tally]) -> Callable[[Path], Tally]:
+    return lambda folder: campaign(teach(folder / "project"))
 
 
-def main() -> None:
-    """Run everything, or what is named, and write the counts after each part; exit 1 where anything went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="Where the counts go.")
-    parser.add_argument("--only", nargs="+", choices=[*LABELLING, *DAMAGE], default=[*LABELLING, *DAMAGE])
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    where, summaries, began = environment(torch.device("cpu")), {}, time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data, other = sealed_pair(folder)
-        project = teach(folder / "project") if set(options.only) & set(LABELLING) else None
-        damage: dict[str, Callable[[], Tally]] = {
-            "damaged_files": lambda: damage_files(folder / "damaged.h5", data, other, NUM_DAMAGED, random.Random(4)),
-            "damaged_parts": lambda: damage_parts(folder / "damaged", NUM_DAMAGED, random.Random(5)),
-            "forged_files": lambda: read_forged(data, other, NUM_FORGED, random.Random(6)),
-        }
-        for part in options.only:
-            summaries[part] = note(part, damage[part]) if part in damage else note(part, LABELLING[part], project)
-            wrong = sum(len(summary["wrong"]) for summary in summaries.values())
-            run = {**where, "seconds": round(time.monotonic() - began)}
-            options.json.write_text(json.dumps({"wrong": wrong, "campaigns": summaries, "run": run}, indent=2) + "\n")
-    sys.exit(wrong > 0)
-
-
-def note(name: str, campaign: Callable[..., Tally], *arguments: object) -> dict[str, dict[str, int]]:
-    """Run a campaign and print its line."""
-    began = time.monotonic()
-    summary = {**campaign(*arguments).summary(), "seconds": round(time.monotonic() - began, 1)}
-    print(name, json.dumps(summary), flush=True)
-    return summary
+PARTS: dict[str, Callable[[Path], Tally]] = {
+    **{name: _of_project(campaign) for name, campaign in LABELLING.items()},
+    "damaged_files": lambda folder: damage_files(folder / "d.h5", *sealed_pair(folder), NUM_DAMAGED, random.Random(4)),
+    "damaged_parts": lambda folder: damage_parts(folder / "damaged", NUM_DAMAGED, random.Random(5)),
+    "forged_files": lambda folder: read_forged(*sealed_pair(folder), NUM_FORGED, random.Random(6)),
+}
 
 
 if __name__ == "__main__":
-    main()
+    run_campaigns(__doc__, PARTS)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
-import os
 
 import h5py
 import numpy as np
@@ -18,12 +16,12 @@ from pipeline.labels.answers import ViewLabels, sum_tolerance
 from pipeline.labels.cache import Canary, LabelCache
 from pipeline.labels.identity import label_dtype
 from pipeline.labels.parts import LabelParts, seal
+from tests.support.killing import full_at_each_call
 from tests.support.label_samples import (
     CANARIES,
     NUM_CLASSES,
     NUM_SAMPLES,
     clean_of,
-    flip,
     identity_of,
     provenance_of,
     row_of,
@@ -183,22 +181,6 @@ def test_what_is_kept_must_be_what_the_provenance_says(tmp_path):
     assert not (tmp_path / "parts").exists()
 
 
-def test_every_flipped_bit_and_every_truncation_of_a_part_counts_as_missing(tmp_path):
-    parts = parts_in(tmp_path)
-    parts.write(5, answers_of(5))
-    path = tmp_path / "000005.part"
-    data = path.read_bytes()
-    for index in range(len(data)):
-        for damaged in (flip(data, index, index % 8), data[:index]):
-            path.write_bytes(damaged)
-            assert parts.read(5) is None
-    path.write_bytes(data + b"\0")
-    assert parts.read(5) is None
-    path.write_bytes(data)
-    assert np.array_equal(parts.answers(5).probabilities, answers_of(5).probabilities)
-    assert np.array_equal(parts.read(5), answers_of(5).labels)
-
-
 def test_sealing_keeps_the_finished_parts_of_later_views_whatever_they_keep(tmp_path):
     parts = parts_in(tmp_path / "parts")
     for view in (0, 1, 3):
@@ -212,41 +194,16 @@ def test_sealing_keeps_the_finished_parts_of_later_views_whatever_they_keep(tmp_
     assert again.missing(5) == [2, 4] and again.missing(4, 3) == []
 
 
-def count_calls(monkeypatch, at=None, failure=None):
-    """Count the system calls that write; let the one numbered `at` raise `failure`."""
-    calls = []
+def test_whichever_system_call_fails_nothing_is_lost_and_running_again_finishes(tmp_path, sealed, monkeypatch):
+    folder = tmp_path / "failing"
+    path = folder / "labels.h5"
 
-    def wrap(name):
-        real = getattr(os, name)
+    def again():
+        label(folder / "parts", path, 4, adopt=path.exists())
+        assert path.read_bytes() == sealed and [entry.name for entry in folder.iterdir()] == ["labels.h5"]
+        path.unlink()
 
-        def call(*args, **kwargs):
-            calls.append(name)
-            if len(calls) - 1 == at:
-                if name == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
-                raise failure
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in ("write", "fsync", "replace"):
-        monkeypatch.setattr(os, name, wrap(name))
-    return calls
-
-
-def test_whichever_system_call_fails_nothing_is_lost_and_running_again_finishes(tmp_path, sealed):
-    with pytest.MonkeyPatch.context() as patch:
-        calls = count_calls(patch)
-        label(tmp_path / "counted/parts", tmp_path / "counted/labels.h5", 4)
-    for at in range(len(calls)):
-        path = tmp_path / f"failing-{at}/labels.h5"
-        with pytest.MonkeyPatch.context() as patch:
-            count_calls(patch, at, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-            with pytest.raises(StorageError):
-                label(path.parent / "parts", path, 4)
-        label(path.parent / "parts", path, 4, adopt=path.exists())
-        assert path.read_bytes() == sealed
-        assert [entry.name for entry in path.parent.iterdir()] == ["labels.h5"]
+    assert full_at_each_call(monkeypatch, lambda: label(folder / "parts", path, 4), again, StorageError) > 10
 
 
 # Answers that no teacher can have given
