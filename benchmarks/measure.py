@@ -212,7 +212,11 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
         "cores": usable_cores(),
         "load_average": load_average(),
         "options": {
-            name: value if isinstance(value, int | None) else ",".join(value) if isinstance(value, list) else str(value)
+            name: value
+            if isinstance(value, int | None)
+            else ",".join(map(str, value))
+            if isinstance(value, list)
+            else str(value)
             for name, value in vars(options).items()
             if name != "json"
         },
