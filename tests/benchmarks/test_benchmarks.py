@@ -202,7 +202,7 @@ def test_an_unknown_student_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
     with pytest.raises(SystemExit):
         distill.main(["--quick", "--students", "titn,resnet"])
-    assert "--students resnet: is no student; choose from " in capsys.readouterr().err
+    assert "--students: resnet: is no student; choose from " in capsys.readouterr().err
 
 
 def test_work_is_timed_alone_and_beside_busy_processes_that_end_with_it(
