@@ -225,19 +225,19 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except Interrupted as error:
-        return _tell_stop(error)
+        return _tell_stop(error, arguments)
     except Exception as error:
         debug = "--debug" in arguments
         if debug:
             traceback.print_exc()
         if isinstance(error, PipelineError):
             if stop := _stop_behind(error):
-                return _tell_stop(stop)
+                return _tell_stop(stop, arguments)
             message, code = str(error), error.exit_code
         elif isinstance(error, OSError):
             message, code = _reason(error), StorageError.exit_code
         elif STOP.received is not None:  # a signal came, and the code it reached made another error of it
-            return _tell_stop(STOP.error("stopped; run the same command again"))
+            return _tell_stop(STOP.error("stopped; run the same command again"), arguments)
         elif (asked := _out_of_memory(error)) is not None:
             message, code = f"{asked}; {LESS_MEMORY}", 1
         else:
@@ -271,8 +271,10 @@ def _reason(error: OSError) -> str:
     return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
 
 
-def _tell_stop(error: Interrupted) -> int:
-    click.echo(str(error), err=True)
+def _tell_stop(error: Interrupted, arguments: Sequence[str] = ()) -> int:
+    # With it the command would start over: what it had not come to stays as it was.
+    how = "the same command without --fresh" if "--fresh" in arguments else "the same command again"
+    click.echo(str(error).replace("the same command again", how), err=True)
     return error.exit_code
 
 

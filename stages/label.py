@@ -27,6 +27,7 @@ from pipeline.training.checkpoints import read_meta
 from stages.shared import kept, options
 from stages.shared.context import Context
 from stages.shared.paths import label_command, labels_name, relabel
+from stages.shared.runs import RESTARTED
 from stages.shared.teacher_labels import check_label_name
 from stages.shared.trained import SHORT
 
@@ -157,6 +158,7 @@ class LabelPlan:
         cache: The sealed file that the run extends; None without one that it can.
         target: Who labels what.
         fresh: Whether to delete the parts first.
+        goes_on: Whether a run with --fresh was interrupted, which goes on although the sealed file stands.
         result: The sealed file as it is kept; what is put back holds more views than the one that is there.
     """
 
@@ -167,6 +169,7 @@ class LabelPlan:
     cache: LabelCache | None
     target: LabelTarget
     fresh: bool
+    goes_on: bool
     result: kept.Result
 
     @property
@@ -179,12 +182,14 @@ class LabelPlan:
         """The plan in one line."""
         if self.cache is not None and self.is_up_to_date:
             return f"{self.path}: up to date, {counted(self.cache.num_views, 'view')}"
-        if not self.fresh and (second := kept.find(self.result)) is not None:
+        if not (self.fresh or self.goes_on) and (second := kept.find(self.result)) is not None:
             return f"{self.path}: put back what was finished on {second.when}"
         if not self.missing:
             return f"{self.path}: every view is labelled; seals them"
         is_first = len(self.missing) == len(self.asked)
-        why = "--fresh" if self.fresh else "no labels yet" if is_first else "the others are labelled"
+        why = "no labels yet" if is_first else "the others are labelled"
+        if self.fresh or self.goes_on:
+            why = "--fresh" if self.fresh else RESTARTED
         what = f"the views {slices(self.missing)} of {len(self.target.dataset.train)} images"
         return f"{self.path}: label {what}, {options.kept_name(self.parts.topk)}, {self.target.how} ({why})"
 
@@ -240,12 +245,17 @@ def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | N
     target = target or LabelTarget.find(context, request)
     dataset, labeller, path, views, fresh = target.dataset, target.labeller, target.path, target.views, request.fresh
     identity, inode = identity_of(dataset, context.recipe.views[request.view_recipe]), _inode(path)
-    cache = None if fresh else _reusable_cache(context, target, identity)
-    topk = labeller.topk
-    topk = _topk(context, target, cache, request.keep) if topk is None else topk
-    parts = LabelParts(
-        context.paths.work("labels", target.name), identity=identity, provenance=labeller.provenance(context, topk)
-    )
+
+    def parts_beside(cache: LabelCache | None) -> LabelParts:
+        topk = _topk(context, target, cache, request.keep) if labeller.topk is None else labeller.topk
+        work = context.paths.work("labels", target.name)
+        return LabelParts(work, identity=identity, provenance=labeller.provenance(context, topk))
+
+    parts = parts_beside(None)
+    goes_on = not fresh and parts.are_fresh
+    cache = None if fresh or goes_on else _reusable_cache(context, target, identity)
+    if cache is not None:
+        parts = parts_beside(cache)
     missing = list(views) if fresh else parts.missing(views.stop, views.start)
     # Rank 0 deletes parts only after it has sealed them, so a view that vanished meanwhile is in the new file.
     if not fresh and _inode(path) != inode:
@@ -260,7 +270,7 @@ def plan_labels(context: Context, request: LabelRequest, target: LabelTarget | N
         {"topk": parts.topk, "views": 1 if cache is None else cache.num_views + 1},
         project=context.project,
     )  # fmt: skip
-    return LabelPlan(path, views, missing, parts, cache, target, fresh, result)
+    return LabelPlan(path, views, missing, parts, cache, target, fresh, goes_on, result)
 
 
 def label(context: Context, request: LabelRequest) -> Path:
@@ -281,7 +291,7 @@ def label(context: Context, request: LabelRequest) -> Path:
     target, ranks = LabelTarget.find(context, request), context.ranks  # before a lock is written
     with lock(context.paths.work("labels", f"{target.name}-{ranks.rank}.lock")):
         plan = plan_labels(context, request, target)
-        if not request.fresh and not plan.is_up_to_date and kept.put_back(context, plan.result):
+        if not (request.fresh or plan.goes_on or plan.is_up_to_date) and kept.put_back(context, plan.result):
             plan = plan_labels(context, request, target)
         if plan.is_up_to_date:
             kept.say_if_older(context, dataclasses.replace(plan.result, amounts={}))
@@ -289,7 +299,7 @@ def label(context: Context, request: LabelRequest) -> Path:
             context.say(f"{plan.text}; --fresh labels them again")
             return plan.path
         if request.fresh:
-            plan.parts.delete()
+            plan.parts.begin_anew() if plan.path.exists() else plan.parts.delete()
         if plan.missing and (code := context.stop.before_step()):
             raise stopped(code, f"before the labels of {target.name}")
         labelling = _Labelling(context, request, plan)

@@ -228,7 +228,7 @@ class FitRecipe(RecipeSection):
         weight_decay: L2 penalty; decoupled for adamw.
         decay: What it acts on: `all` parameters, as in the paper; or `matrices`, the weights of linear and convolution
             layers, which leaves out norms, biases, tokens and positions.
-        schedule: `cosine` to zero at the last step, or `constant`.
+        schedule: `cosine` to zero after the last step, or `constant`.
         warmup_epochs: Linear warm-up from 0, in epochs, may be fractional; at most `epochs`.
         clip: Largest gradient norm; 0 leaves gradients alone.
         label_smoothing: Of the ground-truth targets.

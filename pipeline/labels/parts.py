@@ -30,7 +30,7 @@ from pipeline.system.storage import busy, is_busy, read_if_exists, remove_leftov
 # some of the pixels that were labelled; parts of older versions have no pixels' digest.
 _OWNER = struct.Struct("<32s32sQ")
 _HEADER_SIZE = _OWNER.size + 32
-_NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp")
+_NAME = re.compile(r"(\d{6,})\.part|\.\d{6,}\.part\.[0-9a-f]+\.tmp|fresh")
 
 
 class LabelParts:
@@ -152,6 +152,20 @@ class LabelParts:
             StorageError: A part exists and cannot be read.
         """
         return [view for view in range(start, count) if self.answers(view) is None]
+
+    @property
+    def are_fresh(self) -> bool:
+        """Whether a run that labels these views anew has begun, and has not sealed them: it goes on from the parts."""
+        return read_if_exists(self.directory / "fresh") == b"".join(self._owner)
+
+    def begin_anew(self) -> None:
+        """Delete the parts, and remember that the sealed file is to be replaced; needs the run's lock.
+
+        Raises:
+            StorageError: The file system refuses.
+        """
+        self.delete()
+        write_atomic(self.directory / "fresh", b"".join(self._owner))
 
     def invalid(self, views: Iterable[int]) -> list[int]:
         """Return the views with an invalid part: damaged, or of another teacher, data set, K or other pixels."""

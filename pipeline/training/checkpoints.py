@@ -207,6 +207,8 @@ class RunState:
             those of older versions, which do not name it. None where it learns from none.
 
     Attributes:
+        is_fresh: Whether the run began over although a result stood, which the states say too: it goes on before that
+            result counts again.
         seconds: How long the last write took; None before the first.
         damaged: The states, by name, that `load` or `peek` found damaged; a kill in a write leaves such a one too.
     """
@@ -222,6 +224,7 @@ class RunState:
         self._best: tuple[Mapping[str, Tensor], str] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._writing: Future[None] | None = None
+        self.is_fresh = False
         self.seconds: float | None = None
         self.damaged: list[str] = []
 
@@ -235,7 +238,7 @@ class RunState:
             with self._noting_damage(slot):
                 state = load_checkpoint(self._directory / f"{slot}.safetensors")
                 best = self._load_best(meta["best"])
-                self._serial = int(meta["serial"])
+                self._serial, self.is_fresh = int(meta["serial"]), bool(meta.get("fresh"))
                 return SavedState(state.path, state.meta, state.tensors, best)
         self.require_whole()
         return None
@@ -289,8 +292,9 @@ class RunState:
         from pipeline.views.parcel import fetch
 
         copies = dict(zip(tensors, fetch([*tensors.values()]), strict=True))
-        labels = {} if self._labels is None else {"labels_sha256": self._labels}
-        meta = copy.deepcopy({**meta, **labels, "fingerprint": self._fingerprint, "serial": self._serial})
+        own: dict[str, Any] = {} if self._labels is None else {"labels_sha256": self._labels}
+        own |= {"fresh": True} if self.is_fresh else {}
+        meta = copy.deepcopy({**meta, **own, "fingerprint": self._fingerprint, "serial": self._serial})
         self._writing = self._writer.submit(self._write, self._SLOTS[self._serial % 2], copies, meta, best)
 
     def wait(self) -> None:

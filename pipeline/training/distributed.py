@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -272,7 +273,7 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def parallel(model: nn.Module, group: Group) -> nn.Module:
+def parallel(model: nn.Module, group: Group, *, may_skip: bool = False) -> nn.Module:
     """Return what trains `model` on all ranks: its weights become rank 0's, gradients the mean over the ranks.
 
     On GPUs batch norm takes its statistics over all ranks; its layers are replaced within `model`. Between CPUs gloo
@@ -281,6 +282,7 @@ def parallel(model: nn.Module, group: Group) -> nn.Module:
     Args:
         model: On the rank's device; it stays the one to evaluate and save.
         group: In a group of one, the model itself is returned.
+        may_skip: Whether some of its parameters may have no part in the loss, which takes time to look for.
     """
     if group.is_alone:
         return model
@@ -288,7 +290,10 @@ def parallel(model: nn.Module, group: Group) -> nn.Module:
     on_gpu = group.device.type == "cuda"
     if on_gpu:
         synchronize_norms(model)
-    return DistributedDataParallel(model, device_ids=[group.device] if on_gpu else None)
+    if may_skip:  # PyTorch warns where it has found none
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    devices = [group.device] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=may_skip)
 
 
 def synchronize_norms(model: nn.Module) -> None:

@@ -129,6 +129,7 @@ class Fit:
         metric: The score that decides the best epoch, higher is better. Of equals the lower loss on the same split
             counts, then the later epoch.
         rules: Number of the rules by which results are judged, kept in the state and the result.
+        may_skip: Whether some parameters may have no part in the loss, which ranks take time to look for.
         ema: Decay of a moving average of the weights; 0 keeps none. The average is evaluated and becomes the best and
             the last weights; the resumable state holds weights and average.
         execution: How it is computed: precision, micro-batches, CUDA graph, ranks.
@@ -144,13 +145,14 @@ class Fit:
     metric: str = "top1"
     rules: int = 1
     ema: float = 0.0
+    may_skip: bool = False
     execution: Execution = field(default_factory=Execution)
     session: Session = field(default_factory=Session)
 
     def __post_init__(self) -> None:
         self.group = self.execution.group
         self.device = self.evaluation.images.device
-        self.parallel = parallel(self.model, self.group)
+        self.parallel = parallel(self.model, self.group, may_skip=self.may_skip)
         self.average = MovingAverage(self.model, self.ema) if self.ema else None
         captured = self.execution.step == "graph"
         self.optimizer = build_optimizer(self.model, self.recipe, captured=captured)
@@ -222,7 +224,15 @@ class Fit:
         for share, batch in zip(shares, batches, strict=True):
             lr = self._learning_rate(progress.step)
             set_learning_rate(self.optimizer, lr)
-            loss, is_finite = self.step(self._with_draws(self._weighed(batch, share), share))
+            try:
+                loss, is_finite = self.step(self._with_draws(self._weighed(batch, share), share))
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UsageError(
+                    f"batch_size: {self.recipe.batch_size}: batch norm cannot train on a single image whose map is one "
+                    "pixel; set it to 2 or more"
+                ) from error
             if self.average is not None:
                 self.average.update(self._steps_done(progress.step))
             progress.loss_sum += loss.double() * (share.size / ranks)
@@ -377,23 +387,31 @@ class Fit:
         """Classes of the split that decides; counted once, because counting waits for the device."""
         return int((self.evaluation.labels.bincount() > 0).sum())
 
-    def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
-        """Warn of an epoch after warm-up that gives one class for all, or whose loss and recall are those of guessing.
+    def _is_at_chance(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether an epoch gives one class for all, or has the loss and the recall of guessing.
 
-        That is a loss of ln K, which mixing and smoothing keep others near too, and a recall that chance explains. It
-        is said once; the last such epoch is what the result tells of, and the next good one clears it.
+        That is a loss of ln K, which mixing and smoothing keep others near too, and a recall that chance explains.
         """
-        result, recall, num_present = self.progress.result, row["recall"], self._num_present
-        guessed = 1 / num_present
+        guessed = 1 / self._num_present
         error = math.sqrt(guessed * (1 - guessed) / len(self.evaluation.labels))  # of its recall, in even classes
         stuck = row["train_loss"] > 0.98 * math.log(self.evaluation.num_classes)
-        stuck &= recall < guessed + min(guessed / 2, 3 * error)
-        result.at_chance = (stuck or is_chance(recall, num_present)) and row["epoch"] > self.recipe.warmup_epochs
+        stuck &= row["recall"] < guessed + min(guessed / 2, 3 * error)
+        return stuck or is_chance(row["recall"], self._num_present)
+
+    def _warn_at_chance(self, row: Mapping[str, Any]) -> None:
+        """Warn of an epoch after warm-up that is at chance, and judge the best epoch, which is what is kept.
+
+        It is said once; the last such epoch is what the result tells of, and the next good one clears it.
+        """
+        result = self.progress.result
+        has_warmed_up = row["epoch"] > self.recipe.warmup_epochs
+        result.at_chance = has_warmed_up and self._is_at_chance(result.best_row)
         is_first = not result.warnings
         result.warnings.clear()
-        if result.at_chance:
-            figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, macro recall {recall:.3f}"
+        if has_warmed_up and self._is_at_chance(row):
+            figures = f"train loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, macro recall {row['recall']:.3f}"
             advice = "if it stays there, lower lr, add warmup_epochs, or set clip to 1.0"
-            result.warnings.append(f"epoch {row['epoch']} is still at chance ({figures}); {advice}")
+            still = "still " if result.at_chance else ""
+            result.warnings.append(f"epoch {row['epoch']} is {still}at chance ({figures}); {advice}")
             if is_first:
                 self.session.watcher.warned(result.warnings[0])

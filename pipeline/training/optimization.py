@@ -51,7 +51,11 @@ def build_optimizer(model: nn.Module, recipe: FitRecipe, *, captured: bool = Fal
     adaptive: dict[str, Any] = {"lr": lr, "weight_decay": decay, "capturable": captured}
     match recipe.optimizer:
         case "sgd":
-            return torch.optim.SGD(parameters, fused=True, lr=lr, momentum=recipe.momentum, weight_decay=decay)
+            sgd = torch.optim.SGD(parameters, fused=True, lr=lr, momentum=recipe.momentum, weight_decay=decay)
+            # The same first step; but a fused one fails where a parameter gets its first gradient after the others.
+            for parameter in named.values() if recipe.momentum else ():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
         case "adam":
             return torch.optim.Adam(parameters, fused=True, betas=(recipe.momentum, 0.999), **adaptive)
         case "adamw":

@@ -31,7 +31,7 @@ class FitResult:
         best: Weights of the best epoch, on the CPU; on rank 0 alone. Replaced, never changed.
         best_epoch: Its number, from 1; 0 of a finished model, and before the first epoch ends.
         warnings: What went wrong without ending the run.
-        at_chance: Whether the last epoch predicts no better than guessing.
+        at_chance: Whether the best epoch predicts no better than guessing.
         rules: Number of the rules by which the epochs were judged; of a run that began under lower ones, theirs.
     """
 

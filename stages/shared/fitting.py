@@ -52,7 +52,7 @@ from pipeline.training.resuming import FitResult, keep_best
 from pipeline.views.views import Views
 from stages.shared import kept
 from stages.shared.context import Context
-from stages.shared.runs import NOT_TRAINED, OUTPUTS, RULES, Run, costs, disagreement
+from stages.shared.runs import NOT_TRAINED, OUTPUTS, RESTARTED, RULES, Run, costs, disagreement
 from stages.shared.watching import watch
 
 DESCRIBED = ("teacher", "views", "soft", "confidence", "warnings", "evaluated_on", "rules")
@@ -143,7 +143,9 @@ def up_to_date(context: Context, run: Run, group: Group, *, fresh: bool) -> bool
 
     def look() -> str | None:
         run.finish_replacing()
-        why = kept.mend(context, result, run.why_stale())
+        if (why := run.why_stale()) == RESTARTED:
+            return why
+        why = kept.mend(context, result, why)
         if why is not None:
             run.refuse_damage()
         elif run.adopt():
@@ -241,6 +243,7 @@ def carry_out(
                 metric=run.metric,
                 rules=RULES,
                 ema=ema,
+                may_skip=is_own(run.description["model"]),
                 execution=execution,
                 session=Session(state, watchers, context.stop),
             )
@@ -313,6 +316,7 @@ def _claimed(run: Run, group: Group, *, fresh: bool) -> Iterator[RunState | None
             run.remove_leftovers()
             if fresh:
                 state.delete()
+                state.is_fresh = True
             return not fresh and run.why_stale() is None
 
         yield None if group.on_main(claim) else state

@@ -37,6 +37,7 @@ RESULTS_VERSION = "0.1.0"
 # 2: of equal epochs the lower loss counts, then the later (1: the first); the last layer decides in fp32 (1: in bf16).
 RULES = 2
 NOT_TRAINED = "not trained"
+RESTARTED = "--fresh was interrupted"
 MAX_NAMED = 3
 # Said in place of values that tell people nothing.
 _PHRASES = {
@@ -162,6 +163,8 @@ class Run:
 
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run, or not whole; None if they are."""
+        if self.work.exists() and (self.resumable.peek() or {}).get("fresh"):
+            return RESTARTED
         return why_stale(self.out, self.fingerprint, self.decided_by, self.labels_sha256)
 
     @property
@@ -199,9 +202,10 @@ class Run:
         why = "--fresh" if fresh else self.why_stale()
         if why is None:
             return State(f"up to date ({self.out})", is_done=True)
-        if not fresh and self.result is not None and (second := kept.find(self.result)) is not None:
+        begins_anew = why in ("--fresh", RESTARTED)
+        if not begins_anew and self.result is not None and (second := kept.find(self.result)) is not None:
             return State(f"put back what was finished on {second.when} ({why}); writes {self.out}")
-        if not fresh:
+        if not begins_anew:
             self.refuse_damage()
         state = self.resumable
         saved = None if fresh else state.peek()
@@ -216,7 +220,8 @@ class Run:
 
     def epochs_to_train(self, *, fresh: bool) -> int:
         """Return how many epochs training it takes from the beginning: 0 where it is up to date or kept."""
-        if not fresh and (self.why_stale() is None or (self.result is not None and kept.find(self.result))):
+        why = "--fresh" if fresh else self.why_stale()
+        if why is None or (why not in ("--fresh", RESTARTED) and self.result is not None and kept.find(self.result)):
             return 0
         return self.recipe.epochs
 

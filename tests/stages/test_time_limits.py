@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.system.stopping import StopSignal
+from stages.cli import run
 from stages.shared.options import parse_duration
 from tests.support.in_process import invoke
 from tests.support.interruptions import files
@@ -81,3 +83,41 @@ def test_what_is_no_span_of_time_is_refused(small_labelled: Project, text: str) 
 @pytest.mark.parametrize(("text", "seconds"), [("9m", 540), ("90s", 90), ("1h30m", 5400), ("1h0m1s", 3601)])
 def test_spans_of_time(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.usefixtures("ticking")
+@pytest.mark.parametrize("stage", ["distill", "label"])
+def test_a_run_that_began_anew_goes_on_without_fresh_although_a_result_stands(
+    small_labelled: Project, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, outputs, limit = STAGES[stage]
+    project = Project(tmp_path / "project")
+    shutil.copytree(small_labelled.path, project.path)
+    invoke(project, *arguments)
+    (out,) = outputs
+    whole, before = files(project.path), (project.data / out).stat().st_ino
+    with contextlib.chdir(project.path):
+        assert run([*arguments, "--fresh", "--time-limit", limit]) == 75
+    assert capsys.readouterr().err.endswith("; run the same command without --fresh to go on\n")
+    assert "--fresh was interrupted" in invoke(project, *arguments, "--dry-run")
+    slices = 0
+    while "time limit reached" in invoke(project, *arguments, "--time-limit", limit, code=None):
+        slices += 1
+        assert slices < 100
+    assert "up to date" in invoke(project, *arguments) and files(project.path) == whole
+    if stage == "label":
+        assert (project.data / out).stat().st_ino != before
+
+
+def test_labels_that_are_to_keep_more_are_made_anew_in_slices(
+    small_labelled: Project, tmp_path: Path, ticking: None
+) -> None:
+    project = Project(tmp_path / "project")
+    shutil.copytree(small_labelled.path, project.path)
+    label = ("label", "--view-recipe", "mixup", "--keep", "topk=3")
+    invoke(project, "label", "--view-recipe", "mixup")
+    assert "--fresh` labels every view again" in invoke(project, *label, code=3)
+    invoke(project, *label, "--fresh", "--time-limit", "1s", code=75)
+    while "time limit reached" in invoke(project, *label, "--time-limit", "1s", code=None):
+        pass
+    assert "up to date" in invoke(project, *label)

@@ -141,6 +141,27 @@ def test_ranks_have_the_same_weights_and_statistics_also_with_batch_norm_and_dro
     assert (num_best, num_other_best) == (len(weights), 0), "rank 0 alone keeps the best epoch"
 
 
+class Pretext(TwoHeads):
+    """Has a layer that the loss knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(12, 2)
+
+
+def train_with_an_unused_layer(group: Group, directory: Path) -> dict[str, Tensor]:
+    fit = make_fit(directory, model=Pretext(), teacher_labels=teacher, group=group, micro_batch=4, may_skip=True)
+    fit.run()
+    return fit.model.state_dict()
+
+
+def test_a_layer_without_a_part_in_the_loss_stops_no_ranks(tmp_path: Path) -> None:
+    alone = train_with_an_unused_layer(ALONE, tmp_path)
+    for weights in on_ranks(2, train_with_an_unused_layer, tmp_path):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5)
+
+
 def train_column_sum(group: Group, directory: Path) -> dict[str, Tensor]:
     torch.manual_seed(0)
     summed = ColumnSum(nn.Linear(9 * 4, 12), 9)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.recipes import FitRecipe, ViewRecipe
-from pipeline.errors import DataError, Interrupted, NumericalError
+from pipeline.errors import DataError, Interrupted, NumericalError, UsageError
 from pipeline.labels.cache import LabelCache, make_identity, make_provenance
 from pipeline.labels.source import OnlineLabels, TeacherLabels, cached_labels
 from pipeline.labels.teacher import Teacher, label_view
@@ -116,6 +116,7 @@ def make_fit(
     group: Group = ALONE,
     micro_batch: int | None = None,
     ema: float = 0.0,
+    may_skip: bool = False,
     scored_on: EvaluationData | None = None,
     **settings: Any,
 ) -> Fit:
@@ -129,6 +130,7 @@ def make_fit(
         recipe=recipe,
         seed=3,
         ema=ema,
+        may_skip=may_skip,
         execution=Execution(micro_batch=micro_batch, group=group),
         session=Session(RunState(directory, "fingerprint"), watcher or Watcher(), stop or StopSignal()),
     )
@@ -547,6 +549,18 @@ def test_a_run_that_stays_at_chance_is_warned_about_once_and_marked(tmp_path: Pa
     assert "lower lr" in result.warnings[0]
     learned, _ = run(tmp_path / "other")
     assert not learned.at_chance
+
+
+def test_what_is_kept_is_judged_and_an_epoch_at_chance_behind_it_is_a_warning(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, model=Told([(20, 2.0), (20, 0.0), (0, 0.0)]), epochs=3, lr=1e-9)
+    assert result.best_epoch == 1 and not result.at_chance
+    assert [warning.partition(" (")[0] for warning in result.warnings] == ["epoch 3 is at chance"]
+
+
+def test_batch_norm_over_one_value_names_the_batch_size(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 4), nn.BatchNorm1d(4), nn.Linear(4, NUM_CLASSES))
+    with pytest.raises(UsageError, match=r"^batch_size: 1: batch norm cannot train on a single image .* 2 or more$"):
+        run(tmp_path, model=model, batch_size=1)
 
 
 @pytest.mark.parametrize(

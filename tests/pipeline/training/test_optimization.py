@@ -58,6 +58,19 @@ def test_every_optimiser_takes_rate_momentum_and_decay(name: str, kind: type) ->
     assert group.get("momentum", group.get("betas", [None])[0] if "betas" in group else None) == 0.8
 
 
+def test_a_parameter_may_get_its_first_gradient_after_the_others() -> None:
+    ours, theirs = (torch.nn.ParameterList([torch.ones(2), torch.ones(2)]) for _ in range(2))
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    optimizers = build_optimizer(ours, recipe(optimizer="sgd", **settings)), torch.optim.SGD(theirs, **settings)
+    for step in range(4):
+        for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            sum((parameter**2).sum() for parameter in list(parameters)[: 1 + step // 2]).backward()
+            optimizer.step()
+    torch.testing.assert_close(list(ours), list(theirs))
+    assert ours[1][0] != 1
+
+
 TOKENS = {
     "vit": ["class_token", "positions"],
     "deit": ["class_token", "distillation_token", "positions"],
