@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 import pipeline
 from pipeline.data.arrays import Images
 from pipeline.data.decoding import EXIF_RULE
-from pipeline.data.images import SUFFIXES, read_image
-from pipeline.data.listing import in_utf8, is_clutter, one_form
+from pipeline.data.folders import find_images, find_labelled_images
+from pipeline.data.images import read_image, refusal
 from pipeline.errors import DataError, NumericalError, PipelineError, UsageError, printable
 from pipeline.inference.card import CARD, CONFIG, FILES, SCHEMA, model_card
 from pipeline.system.canonical import seal
@@ -240,23 +240,22 @@ def from_folder(folder: Path, classifier: Classifier, *, labelled: bool) -> Real
     """
     if not folder.is_dir():
         raise UsageError(f"--data {printable(folder)}: no such folder")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = [path for path in files if not any(is_clutter(Path(part)) for part in path.relative_to(folder).parts)]
-    paths.sort(key=os.fsencode)
-    if not paths:
-        raise DataError(f"--data {printable(folder)}: no image in it ({' '.join(SUFFIXES)})")
     labels = None
     if labelled:
-        classes = {one_form(name): label for label, name in enumerate(classifier.class_names)}
-        for path in paths:
-            if one_form(in_utf8(path.parent.name)) not in classes:
-                raise DataError(
-                    f"{printable(path)}: not in a folder named after a class, without which --int8 and --dtype bf16 "
-                    "can't be measured; use <class>/<image>, or leave them out"
-                )
-        labels = np.array([classes[one_form(in_utf8(path.parent.name))] for path in paths], np.int64)
-    elif len(paths) > NUM_CHECKED:
-        paths = [paths[row] for row in np.linspace(0, len(paths) - 1, NUM_CHECKED).astype(int)]
+        try:
+            files, bad = find_labelled_images(folder, classifier.class_names)
+            if bad:
+                raise refusal(folder, bad)
+        except DataError as error:
+            raise DataError(f"{error}; --int8 and --dtype bf16 are measured on labelled images") from error
+        labels = np.array([file.label for file in files], np.int64)
+    else:
+        files = list(find_images(folder, Counter()))
+        if problems := [file for file in files if file.problem is not None]:
+            raise DataError(f"--data {printable(problems[0].path)}: {problems[0].problem}")
+        if len(files) > NUM_CHECKED:
+            files = [files[row] for row in np.linspace(0, len(files) - 1, NUM_CHECKED).astype(int)]
+    paths = [file.path for file in files]
     images = np.empty((len(paths), classifier.image_size, classifier.image_size, 3), np.uint8)
     for row, path in enumerate(paths):
         try:

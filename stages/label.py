@@ -21,7 +21,7 @@ from pipeline.labels.parts import LabelParts, seal
 from pipeline.report.progress import SECONDS_BETWEEN_LINES, CountWatcher
 from pipeline.system.canonical import fingerprint, require_equal
 from pipeline.system.stopping import stopped
-from pipeline.system.storage import is_locked, lock, remove_leftovers
+from pipeline.system.storage import NO_LOCKS_VARIABLE, is_locked, lock, remove_leftovers, uses_locks
 from pipeline.system.text import counted
 from pipeline.training.checkpoints import read_meta
 from stages.shared import kept, options
@@ -288,7 +288,13 @@ def label(context: Context, request: LabelRequest) -> Path:
         DataError: There is no teacher; the sealed file keeps less than is asked for; views are to be added to labels
             that another precision, device or version made; or a file of that name is another teacher's.
     """
-    target, ranks = LabelTarget.find(context, request), context.ranks  # before a lock is written
+    ranks = context.ranks
+    if ranks.world_size > 1 and not uses_locks():
+        raise UsageError(
+            f"{NO_LOCKS_VARIABLE}=1: ranks know by their locks who is at work; start without torchrun, or label slices "
+            "with --views"
+        )
+    target = LabelTarget.find(context, request)  # before a lock is written
     with lock(context.paths.work("labels", f"{target.name}-{ranks.rank}.lock")):
         plan = plan_labels(context, request, target)
         if not (request.fresh or plan.goes_on or plan.is_up_to_date) and kept.put_back(context, plan.result):

@@ -183,15 +183,17 @@ def prepare(
     from pipeline.data.arrays import Spill
     from pipeline.data.collecting import Collector
     from pipeline.data.digests import digest_listing
-    from pipeline.data.sources import read_source
+    from pipeline.data.sources import check_listing, read_source
     from pipeline.system.runtime import resident_limit
 
     place = prepared.find_place(recipe, folder, download=download)
     listing = None if place is None else prepared.list_place(recipe, place, raw, is_named=folder is not None)
     settings, part, collector = recipe.dataset, prepared.part_of(out), None
     with contextlib.ExitStack() as held:
-        if settings.store == ENCODED and listing is not None:
+        if listing is not None:  # before the work, which may take hours
+            check_listing(recipe, listing, skip_bad=skip_bad)
             held.enter_context(lock(prepared.lock_of(out)))
+        if settings.store == ENCODED and listing is not None:
             if (shown := _shown_anew(recipe, out, listing, memory, skip_bad=skip_bad)) is not None:
                 return shown
             size, resize = settings.image_size, settings.resize
@@ -211,11 +213,11 @@ def prepare(
             advance=_advancing(held, context, listing),
         )
         if listing is not None and collector is not None:  # it has read every file already
-            digest, seen = digest_listing(listing, collector.seen)
+            digest, seen = digest_listing(listing, collector.seen, collected=True)
         summary = _summarize(recipe, dataset, findings)
         if place is not None:
             summary |= {"folder": printable(place.resolve().name), "source_sha256": digest, "reader": prepared.READER}
-        if collector is None:
+        if listing is None:
             held.enter_context(lock(prepared.lock_of(out)))
         _write(out, dataset, summary, may_move=collector is not None)
     if listing is not None and memory is not None:

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from pipeline.system.storage import storage_errors
 
 # Digested, summed or copied at once: fits a cache, and is enough for a disk.
 CHUNK_BYTES = 2**22
+_SEEKING = threading.Lock()
 _ONLY_CACHED = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
 
 
@@ -107,7 +109,7 @@ class StoredFile:
         content = b""
         with storage_errors(f"read {self.name}"):
             while len(content) < size:  # once, on nearly all file systems
-                more = os.pread(self._descriptor, size - len(content), place + len(content))
+                more = _pread(self._descriptor, size - len(content), place + len(content))
                 if not more:
                     raise self._changed()
                 content = content + more if content else more
@@ -130,7 +132,7 @@ class StoredFile:
 
     def _read(self, parts: Sequence[tuple[int, int]], view: memoryview) -> None:
         count = done = 0
-        if len(parts) > 1:
+        if len(parts) > 1 and hasattr(os, "preadv"):
             with contextlib.suppress(OSError):  # from here on they are not cached, or this system cannot be asked
                 for place, size in parts:
                     if os.preadv(self._descriptor, [view[done : done + size]], place, _ONLY_CACHED) < size:
@@ -140,7 +142,12 @@ class StoredFile:
         for place, size in parts[count:]:
             end = done + size
             while done < end:
-                num_read = os.preadv(self._descriptor, [view[done:end]], place)
+                if hasattr(os, "preadv"):
+                    num_read = os.preadv(self._descriptor, [view[done:end]], place)
+                else:
+                    content = _pread(self._descriptor, end - done, place)
+                    num_read = len(content)
+                    view[done : done + num_read] = content
                 if not num_read:
                     raise self._changed()
                 done, place = done + num_read, place + num_read
@@ -153,6 +160,15 @@ class StoredFile:
     def _changed(self) -> StorageError:
         way_out = "leave it alone, run again, and if it is damaged prepare the data again"
         return StorageError(f"{self.name}: cut short or overwritten while it was in use; {way_out}")
+
+
+def _pread(descriptor: int, size: int, place: int) -> bytes:
+    """Read from a place of a file as os.pread does, also where there is none, as on Windows."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, place)
+    with _SEEKING:
+        os.lseek(descriptor, place, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 class StoredImages:

@@ -6,6 +6,7 @@ A journal beside the file has a line for each image, in the order in which they 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.arrays import StoredFile
-from pipeline.data.decoding import EXIF_RULE, TOO_NARROW, decoders, opened
+from pipeline.data.decoding import EXIF_RULE, TOO_NARROW, decoders, no_file, opened
 from pipeline.data.digests import NOT_A_FILE, Seen, status_of
 from pipeline.data.encoded import FIXED_POINT, QUALITY, EncodedImages, Index
 from pipeline.data.listing import relative_path
@@ -269,7 +270,9 @@ class Collector:
         """Read and decode one file; return what is found but for the moments, the bytes to keep, and its grid."""
         name, status, notes = relative_path(path, root), status_of(path), list[str]()
         if status == NOT_A_FILE[:2]:
-            return _Found(name, NOT_A_FILE, "not a regular file"), b"", b""
+            return _Found(name, NOT_A_FILE, no_file(path)), b"", b""
+        if not os.access(path, os.R_OK):
+            return _Found(name, NOT_A_FILE, f"cannot be read: {os.strerror(errno.EACCES)}"), b"", b""
         if status[0] > MAX_BYTES:
             return _Found(name, (*status, sha256_file(path)), f"{status[0]} bytes, more than {MAX_BYTES}"), b"", b""
         with storage_errors(f"read {path}"), path.open("rb") as file:

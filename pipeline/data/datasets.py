@@ -24,6 +24,7 @@ from pipeline.data.file import Channels as Channels
 from pipeline.data.file import Content, damaged_array, encoding, read_content, write_content
 from pipeline.data.listing import by_one_form
 from pipeline.errors import DataError
+from pipeline.system.text import counted
 
 # In the SHA-256 of pixels and in that of files, however they are stored.
 PIXELS_SCHEMA, FILES_SCHEMA = "titn-dataset/1", "titn-dataset/2"
@@ -292,12 +293,7 @@ def stratified_split(
     Differs: scikit-learn draws from NumPy's generator, and can leave a small class out of one side.
     """
     counts = np.bincount(labels, minlength=len(class_names))
-    if (counts == 1).any():
-        name = class_names[int(np.argmax(counts == 1))]
-        raise DataError(
-            f"class {name!r} has a single sample, which cannot be in two splits; add samples, or give a test "
-            "set and set dataset.val_fraction to 0"
-        )
+    _require_samples(counts, 2, class_names)
     num_cut = math.ceil(round(fraction * len(labels), 6))
     shares = counts * num_cut / max(len(labels), 1)
     cuts = np.floor(shares).astype(np.int64)
@@ -312,6 +308,16 @@ def stratified_split(
     is_cut = np.zeros(len(labels), bool)
     is_cut[cut] = True
     return np.flatnonzero(~is_cut), np.flatnonzero(is_cut)
+
+
+def _require_samples(counts: NDArray[np.int64], needed: int, class_names: tuple[str, ...]) -> None:
+    """Check that each class that has samples has one for each of the splits that they are for."""
+    for name, count in zip(class_names, counts.tolist(), strict=True):
+        if 0 < count < needed:
+            raise DataError(
+                f"class {name!r} has {counted(count, 'sample')}, and is to be in {needed} splits; add samples, or give "
+                "a test set and set dataset.val_fraction to 0"
+            )
 
 
 def assemble(
@@ -337,8 +343,9 @@ def assemble(
     Raises:
         DataError: There are fewer than two classes, or too few samples to split.
     """
-    if len(class_names) < 2:
-        raise DataError(f"{source}: {len(class_names)} class, a classifier needs two: add another")
+    require_classes(source, class_names)
+    needed = 1 + (test is None) + (val is None and recipe.val_fraction > 0)
+    _require_samples(np.bincount(train.labels, minlength=len(class_names)), needed, class_names)
     if test is None:
         rest, cut = stratified_split(train.labels, recipe.test_fraction, recipe.split_seed, class_names)
         train, test = train.take(rest), train.take(cut)
@@ -346,6 +353,16 @@ def assemble(
         rest, cut = stratified_split(train.labels, recipe.val_fraction, recipe.split_seed, class_names)
         train, val = train.take(rest), train.take(cut)
     return _make(source, class_names, train, val, test, recipe.resize)
+
+
+def require_classes(source: str, class_names: Sequence[str]) -> None:
+    """Check that there is something to classify.
+
+    Raises:
+        DataError: There are fewer than two classes.
+    """
+    if len(class_names) < 2:
+        raise DataError(f"{source}: {len(class_names)} class, a classifier needs two: add another")
 
 
 def _make(

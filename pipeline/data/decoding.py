@@ -90,11 +90,18 @@ def opened(source: Path | bytes, notes: list[str] | None = None) -> Iterator[Ima
         yield _decode(source, notes, held)
 
 
+def no_file(path: Path) -> str:
+    """Say in a phrase why a path is no regular file."""
+    if path.exists():
+        return "not a regular file"
+    return "a link to nothing" if path.is_symlink() else "no such file"
+
+
 def _decode(source: Path | bytes, notes: list[str] | None, held: contextlib.ExitStack) -> Image.Image:
     """Decode an image file, taking its memory into `held`; see `opened`."""
     try:
         if isinstance(source, Path) and not source.is_file():
-            raise DataError("not a regular file")  # opening a named pipe would wait for its writer
+            raise DataError(no_file(source))  # opening a named pipe would wait for its writer
         with _open(source) as file:
             content = file.getvalue() if isinstance(file, io.BytesIO) else b""
             start = _first_scan(content) if content.startswith(JPEG) else None

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.data.listing import Listing, relative_path
+from pipeline.errors import StorageError
 from pipeline.system.storage import sha256_file
 from pipeline.system.threads import grouped, in_order
 
@@ -25,12 +26,15 @@ Seen = tuple[int, int, str]
 NOT_A_FILE: Seen = (-1, 0, "")
 
 
-def digest_listing(listing: Listing, remembered: Mapping[str, Seen]) -> tuple[str, dict[str, Seen]]:
+def digest_listing(
+    listing: Listing, remembered: Mapping[str, Seen], *, collected: bool = False
+) -> tuple[str, dict[str, Seen]]:
     """Return the SHA-256 of the images that a source lists, with their splits and classes.
 
     Args:
         listing: The source's images; those in no class count by their names.
         remembered: By relative path, what was returned the last time.
+        collected: Whether these very files have been collected, so that what they are now does not matter.
 
     Returns:
         64 hexadecimal digits, and what to remember.
@@ -47,7 +51,7 @@ def digest_listing(listing: Listing, remembered: Mapping[str, Seen]) -> tuple[st
         looked = []
         for split, name, path in files:
             relative = relative_path(path, listing.root)
-            found = _look(path, remembered.get(relative))
+            found = remembered[relative] if collected else _look(path, remembered.get(relative))
             looked.append((relative, found, _line(split, name, relative, found[0], found[2])))
         return looked
 
@@ -80,7 +84,12 @@ def _look(path: Path, former: Seen | None) -> Seen:
         return NOT_A_FILE  # reading a named pipe would wait for its writer
     if former is not None and tuple(former[:2]) == status:
         return *status, former[2]
-    return *status, sha256_file(path)
+    try:
+        return *status, sha256_file(path)
+    except StorageError as error:
+        if isinstance(error.__cause__, PermissionError):
+            return NOT_A_FILE  # a bad file; a failing disk is another matter
+        raise
 
 
 def _line(*values: str | int) -> bytes:

@@ -13,7 +13,8 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,13 +102,28 @@ def read_folder(
     }
     if findings.bad and not skip_bad:
         raise refusal(listing.source, findings.bad)
-    for split_name, split in splits.items():
-        labels = set(split.labels.tolist())
-        empty = [name for name in listing.splits[split_name] if listing.class_names.index(name) not in labels]
-        if empty or not len(split):
-            name = "/".join([split_name, *empty[:1]])
-            raise DataError(f"{listing.source}: {name}: no image in it; add some, or remove it")
+    require_images(
+        listing,
+        {name: {listing.class_names[label] for label in np.unique(split.labels)} for name, split in splits.items()},
+    )
     return splits, findings
+
+
+def require_images(listing: Listing, found: Mapping[str, AbstractSet[str]]) -> None:
+    """Check that each class of a source has an image in each of its splits.
+
+    Args:
+        listing: The source.
+        found: The classes with images, by split.
+
+    Raises:
+        DataError: One has none.
+    """
+    for split, classes in listing.splits.items():
+        empty = [name for name in classes if name not in found[split]]
+        if empty or not found[split]:
+            name = "/".join([split, *empty[:1]])
+            raise DataError(f"{listing.source}: {name}: no image in it; add some, or remove it")
 
 
 def _read_split(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import math
 import os
 import warnings
 import zlib
@@ -20,13 +21,15 @@ from PIL import Image
 from pipeline.config.recipes import ENCODED, PIXELS, SQUEEZE, Recipe
 from pipeline.data.arrays import Spill
 from pipeline.data.collecting import Collector
-from pipeline.data.datasets import Dataset, Split, assemble
+from pipeline.data.datasets import Dataset, Split, assemble, require_classes
 from pipeline.data.decoding import fit, in_rgb
-from pipeline.data.folders import Findings, read_folder
+from pipeline.data.folders import Findings, read_folder, require_images
+from pipeline.data.images import refusal
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError, StorageError, UsageError, printable
-from pipeline.system.storage import remove_leftovers, sha256_file, write_atomic
+from pipeline.system.storage import lock, remove_leftovers, sha256_file, write_atomic
 
+UNPACK_ATTEMPTS = 600  # half a minute
 TORCHVISION_CLASSES = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 # Of the unpacked files. torchvision only has checksums of the archives; it would neither accept nor replace a file
 # whose unpacking was interrupted.
@@ -130,7 +133,38 @@ def read_source(
         class_names, train, test = *_read_digits(image_size, resize), None
     else:
         class_names, train, test = _read_torchvision(recipe, raw, download)
-    return assemble(source, class_names, train, test, recipe.dataset, val=val), findings
+    dataset = assemble(source, class_names, train, test, recipe.dataset, val=val)
+    findings.notes += _enlarged(dataset, recipe, test_is_cut=test is None, val_is_cut=val is None)
+    return dataset, findings
+
+
+def _enlarged(dataset: Dataset, recipe: Recipe, *, test_is_cut: bool, val_is_cut: bool) -> list[str]:
+    """Say which splits became larger than the recipe asks for, because each class has one image there at least."""
+    of_both = len(dataset.train) + (len(dataset.val) if dataset.val is not None and val_is_cut else 0)
+    cut: list[tuple[str, Split | None, int, float]] = []
+    if test_is_cut:
+        cut.append(("test", dataset.test, of_both + len(dataset.test), recipe.dataset.test_fraction))
+    if val_is_cut:
+        cut.append(("val", dataset.val, of_both, recipe.dataset.val_fraction))
+    return [
+        f"{name}_fraction {fraction:g}: {len(split)} of {whole} images, since each class has one there at least"
+        for name, split, whole, fraction in cut
+        if split is not None and len(split) > math.ceil(round(fraction * whole, 6))
+    ]
+
+
+def check_listing(recipe: Recipe, listing: Listing, *, skip_bad: bool) -> None:
+    """Refuse what is seen without reading a file to be no data set, or not the recipe's; see `read_source`.
+
+    Raises:
+        DataError: It is not.
+    """
+    check_known(recipe.dataset.source, listing.class_names, listing.counts)
+    if listing.bad and not skip_bad:
+        raise refusal(listing.source, listing.bad)
+    require_images(listing, {split: {name for name, paths in classes.items() if paths}
+                             for split, classes in listing.splits.items()})  # fmt: skip
+    require_classes(recipe.dataset.source, listing.class_names)
 
 
 def check_known(source: str, class_names: Sequence[str], counts: Mapping[str, int]) -> list[str]:
@@ -309,8 +343,9 @@ def _unpack_mnist(folder: Path) -> None:
             if sha256_file(unpacked) != sha256:
                 raise DataError(f"{unpacked}: damaged, or not MNIST's; delete it and run again with --download")
         elif archive.is_file():
-            # torchvision downloads an incomplete archive again.
-            with contextlib.suppress(OSError, EOFError, zlib.error):
+            # Two recipes may want the same files. torchvision downloads an incomplete archive again.
+            held = lock(folder.with_name("raw.lock"), attempts=UNPACK_ATTEMPTS)
+            with held, contextlib.suppress(OSError, EOFError, zlib.error):
                 data = gzip.decompress(archive.read_bytes())
                 if hashlib.sha256(data).hexdigest() == sha256:
                     remove_leftovers(unpacked)

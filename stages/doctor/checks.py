@@ -17,6 +17,7 @@ from pipeline.data.sources import check_source
 from pipeline.errors import DataError, UsageError
 from pipeline.models.students import Student, build_student, is_foreign, use_inner_block, use_outer_block
 from pipeline.models.teachers import is_torchvision, weights_file
+from pipeline.system.neighbours import usable_cores
 from pipeline.system.runtime import device_name, resolve_precision
 from pipeline.system.storage import NO_LOCKS_VARIABLE, has_file, is_locked, uses_locks
 from pipeline.system.text import counted
@@ -236,7 +237,7 @@ def computing(context: Context) -> list[Finding]:
 
 
 def _device(device: torch.device) -> Finding:
-    size = f"{os.cpu_count()} cores"
+    size = f"{usable_cores()} cores"
     if device.type == "cuda":
         size = "{} of {} free".format(*map(size_text, torch.cuda.mem_get_info(device)))
     return Finding("device", OK, f"runs on {device}: {device_name(device)}, {size}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.recipes import Recipe, deciding_values
-from pipeline.errors import DataError, PipelineError, UsageError, printable
+from pipeline.errors import DataError, PipelineError, StorageError, UsageError, printable
 from pipeline.system.canonical import canonical_json, fingerprint, is_sha256
 from pipeline.system.storage import lock, read_json, remove_leftovers, write_atomic
 from pipeline.system.text import counted
@@ -77,9 +77,10 @@ def check_prepared(
         return State(f"kept, of the same settings; {where}: {printable(place)} does not exist here", is_done=True)
     listing = list_source(place)
     digest, seen = digest_files(listing, paths.prepare_memory)
-    if remember:
-        remember_files(listing, seen, paths.prepare_memory)
     is_same = digest == summary.get("source_sha256")
+    if remember:  # a folder that is read-only now costs time alone
+        with contextlib.suppress(StorageError) if is_same else contextlib.nullcontext():
+            remember_files(listing, seen, paths.prepare_memory)
     if is_same and summary.get("reader") == READER:
         left_out = f"; {not_used(listing.left_out.as_json())}" if listing.left_out.names else ""
         return State(f"up to date, of the same settings and images{left_out}", is_done=True)

@@ -214,7 +214,7 @@ def test_bf16_is_refused_where_it_cannot_be_measured_or_is_too_far_off(
 ) -> None:
     bf16 = ("export", STUDENT, "--format", "safetensors", "--dtype", "bf16", "--out", "new")
     Image.new("L", (9, 9), 200).save(project.path / "grey.png")
-    assert "not in a folder named after a class" in run(project, *bf16, "--data", ".", code=3)
+    assert "; --int8 and --dtype bf16 are measured on labelled images" in run(project, *bf16, "--data", ".", code=3)
     monkeypatch.setattr(exporting, "BF16_TOLERANCE", 1e-9)
     assert "model.bf16.safetensors" in run(project, *bf16, code=5)
     assert not (project.path / "new").exists()
@@ -283,6 +283,17 @@ def test_a_folders_classes_are_known_in_either_unicode_form_and_thumbnails_are_p
     classifier: Any = SimpleNamespace(class_names=("dog", "cafe\u0301"), image_size=4, resize="squeeze")
     labels = from_folder(tmp_path, classifier, labelled=True).labels
     assert labels is not None and labels.tolist() == [1, 0]
+
+
+def test_labelled_images_are_those_that_evaluate_takes(tmp_path: Path) -> None:
+    for name in ("train/dog/1.png", "test/dog/2.png", "test/dog/3.png", "elsewhere/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "test/cat").symlink_to(tmp_path / "elsewhere")
+    classifier: Any = SimpleNamespace(class_names=("cat", "dog"), image_size=4, resize="squeeze")
+    labels = from_folder(tmp_path, classifier, labelled=True).labels
+    assert labels is not None and sorted(labels.tolist()) == [0, 1, 1]
+    assert len(from_folder(tmp_path / "test", classifier, labelled=False).images) == 3
 
 
 def test_a_transform_prepares_images_as_prepare_does(exported: Project, tmp_path: Path) -> None:
@@ -582,7 +593,7 @@ def test_images_come_from_a_folder_where_there_is_no_data_set(project: Project) 
     card = (project.path / "new/README.md").read_text()
     assert "recipe smoke" in card and "datasets:" not in card
     int8 = ("export", STUDENT, "--format", "onnx", "--int8", "--out", "new", "--data", ".")
-    assert "not in a folder named after a class" in run(project, *int8, code=3)
+    assert "; --int8 and --dtype bf16 are measured on labelled images" in run(project, *int8, code=3)
 
 
 @pytest.mark.parametrize(

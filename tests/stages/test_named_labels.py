@@ -116,6 +116,12 @@ def test_labels_of_a_name_are_extended_sliced_and_come_back(project: Project) ->
     assert not [path for path in (project.path / "data/work/kept").rglob("*") if path.suffix in (".h5", ".json")]
 
 
+def test_ranks_without_locks_are_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TITN_NO_LOCKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "TITN_NO_LOCKS=1: ranks know by their locks who is at work" in invoke(project, "label", code=2)
+
+
 def test_a_name_is_not_taken_from_another_teacher(project: Project) -> None:
     before = (project.path / LABELS / "default@other.h5").read_bytes()
     out = invoke(project, "label", "--teacher", WINNER, "--as", "other", code=2)

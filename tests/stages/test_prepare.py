@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +17,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config.recipes import DatasetRecipe, LabelRecipe, Recipe, SelectRecipe, deciding_values
+from pipeline.data import decoding
+from pipeline.data.collecting import Collector
 from pipeline.data.datasets import Dataset
 from pipeline.data.listing import Listing
 from pipeline.data.sources import load_digits
@@ -105,6 +109,67 @@ def test_the_summary_names_what_was_skipped(tmp_path, folder):
     }
     assert remarks(summary) == ["not used: 1 .json file (train/cat/notes.json)"]
     assert summary["std"][2] == 1.0
+
+
+def test_splits_that_small_classes_enlarge_are_said(tmp_path):
+    for number in range(30):
+        path = tmp_path / "images" / "abcdefghij"[number % 10] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 2, 255)).save(path)
+    recipe = make_recipe("folder", image_size=4, test_fraction=0.2, val_fraction=0.1)
+    summary = prepare(recipe, out=tmp_path / "out", raw=tmp_path / "raw", folder=tmp_path / "images")
+    assert summary["num_samples"] == {"train": 10, "val": 10, "test": 10}
+    assert summary["notes"] == [
+        "test_fraction 0.2: 10 of 30 images, since each class has one there at least",
+        "val_fraction 0.1: 10 of 20 images, since each class has one there at least",
+    ]
+
+
+@pytest.mark.parametrize("store", ["pixels", "encoded"])
+def test_what_the_listing_shows_is_refused_before_a_file_is_read(tmp_path, folder, store, monkeypatch):
+    (folder / "train/loose.png").write_bytes(b"")
+    monkeypatch.setattr(prepared, "digest_files", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(Collector, "collect", lambda *_: pytest.fail("read"))
+    with pytest.raises(
+        DataError, match=r"1 bad: train/loose.png \(not in a class folder\); mend them or add --skip-bad"
+    ):
+        prepare(make_recipe("folder", store=store), out=tmp_path / "out", raw=tmp_path / "raw", folder=folder)
+
+
+def test_an_image_that_is_replaced_while_files_are_collected_is_noticed_by_the_next_run(tmp_path, folder, monkeypatch):
+    recipe, out = make_recipe("folder", store="encoded"), tmp_path / "out"
+    (folder / "train/cat/\udcff.png").unlink()
+    where = {"out": out, "raw": tmp_path / "raw", "folder": folder, "memory": tmp_path / "memory.json"}
+    collect, file = Collector.collect, folder / "train/cat/00.png"
+
+    def replaced(*arguments):
+        collected = collect(*arguments)
+        Image.new("RGB", (9, 9), "red").save(file)
+        return collected
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Collector, "collect", replaced)
+        former = prepare(recipe, **where)
+    again = prepare(recipe, **where)
+    assert again["source_sha256"] != former["source_sha256"] and again["sha256"] != former["sha256"]
+
+
+@pytest.mark.parametrize("store", ["pixels", "encoded"])
+def test_an_image_that_may_not_be_read_can_be_skipped(tmp_path, folder, store, monkeypatch):
+    forbidden, access, real, decode = folder / "train/cat/00.png", os.access, Path.open, decoding._open
+
+    def refuse(path, *arguments, otherwise, **settings):  # root may read everything
+        if path == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return otherwise(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", functools.partialmethod(refuse, otherwise=real))
+    monkeypatch.setattr(decoding, "_open", functools.partial(refuse, otherwise=decode))
+    monkeypatch.setattr(os, "access", lambda path, mode, **how: path != forbidden and access(path, mode, **how))
+    recipe, where = make_recipe("folder", store=store), {"out": tmp_path / "out", "raw": tmp_path, "folder": folder}
+    with pytest.raises(DataError, match=r"2 bad: .*train/cat/00.png \(cannot be read: Permission denied\)"):
+        prepare(recipe, **where)
+    assert prepare(recipe, **where, skip_bad=True)["num_skipped"] == 2
 
 
 def test_what_is_refused_leaves_the_earlier_data_set(tmp_path, folder):

@@ -89,7 +89,7 @@ def test_a_split_never_changes_with_a_version_of_a_library():
 
 
 def test_a_class_with_a_single_sample_is_refused_by_name():
-    with pytest.raises(DataError, match="class 'bee' has a single sample"):
+    with pytest.raises(DataError, match="class 'bee' has 1 sample, and is to be in 2 splits; add"):
         stratified_split(np.array([0, 0, 1, 2, 2]), 0.5, 0, NAMES)
 
 
@@ -107,6 +107,13 @@ def test_a_source_without_a_test_split_gets_test_then_validation_cut_off_train()
     for split in dataset.splits.values():
         assert len(set(np.bincount(split.labels))) == 1
         assert split.labels.tolist() == [number % 3 for number in numbers_of(split)]
+
+
+def test_each_class_needs_a_sample_for_each_split_that_is_cut():
+    recipe = DatasetRecipe(source="folder", test_fraction=0.2, val_fraction=0.25)
+    images, labels = make_split(8).images, np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    with pytest.raises(DataError, match=r"class 'bee' has 2 samples, and is to be in 3 splits; add samples, or give"):
+        assemble("folder", NAMES, Split(images, labels), None, recipe)
 
 
 def test_a_test_split_is_never_touched_by_the_validation_split():

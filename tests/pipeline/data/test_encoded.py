@@ -545,7 +545,7 @@ def test_bad_files_are_named_and_what_was_collected_is_not_lost(
     with pytest.raises(DataError) as caught:
         make(folder, out)
     reason = str(caught.value)
-    for words in ("4 bad: train/cat/empty.png (empty)", "train/cat/gone.png (not a regular file)", "add --skip-bad"):
+    for words in ("4 bad: train/cat/empty.png (empty)", "train/cat/gone.png (a link to nothing)", "add --skip-bad"):
         assert words in reason
     assert "train/cat/huge.jpg (20001 bytes, more than 20000)" in reason and not out.exists()
     assert resumed(folder, out, monkeypatch, skip_bad=True) == 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.arrays import StoredImages
+from pipeline.data.arrays import StoredFile, StoredImages
 from pipeline.data.streaming import HostImages, in_batches, place_images
 from pipeline.errors import Interrupted, StorageError
 from pipeline.labels.replay import make_canaries
@@ -221,3 +221,16 @@ def test_views_of_images_on_the_host_are_the_same_on_a_gpu(tmp_path: Path, name:
     for expected, batch in zip(resident.batches(1, parts), host.batches(1, parts), strict=True):
         assert batch.images.is_cuda and torch.equal(batch.images.cpu(), expected.images)
         assert torch.equal(batch.partner_labels.cpu(), expected.partner_labels)
+
+
+def test_a_file_is_read_alike_where_there_is_no_pread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 4
+    (tmp_path / "file").write_bytes(content)
+    for name in ("pread", "preadv"):  # as on Windows
+        monkeypatch.delattr(os, name)
+    file, buffer = StoredFile.opened(tmp_path / "file", 1024), bytearray(30)
+    file.read([(250, 10), (700, 20)], memoryview(buffer))
+    assert bytes(buffer) == content[250:260] + content[700:720]
+    assert file.part(1000, 24) == content[1000:]
+    with pytest.raises(StorageError, match="cut short or overwritten"):
+        file.part(1000, 25)
