@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.system.neighbours import limit_spinning
+from pipeline.system.neighbours import limit_spinning, limit_threads
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 limit_spinning()  # best before torch is imported, so it stands here
+limit_threads()
 
 
 def load(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-ROOT = Path("/")
+from pipeline.system.control_groups import ROOT, groups, lines
+
 LIMITS = ("memory.max", "memory.limit_in_bytes")
 """A group's limit in bytes, in version 2 and version 1 of control groups."""
 USED = ("memory.current", "memory.usage_in_bytes")
@@ -21,7 +21,7 @@ def ram(root: Path = ROOT) -> int:
     Args:
         root: Where `proc` lies.
     """
-    return min([_machine(), *(limit for group in _groups(root) for limit in _numbers(group, LIMITS))])
+    return min([_machine(), *(limit for group in groups(root, "memory") for limit in _numbers(group, LIMITS))])
 
 
 def available_ram(root: Path = ROOT) -> int | None:
@@ -30,7 +30,7 @@ def available_ram(root: Path = ROOT) -> int | None:
     if free is None:
         return None
     left = [free * 1024]
-    for group in _groups(root):
+    for group in groups(root, "memory"):
         for limit, used in zip(_numbers(group, LIMITS), _numbers(group, USED), strict=False):
             fields = _fields(group / "memory.stat")
             left.append(limit - used + next((fields[name] for name in reversed(RECLAIMABLE) if name in fields), 0))
@@ -43,39 +43,13 @@ def _machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _groups(root: Path) -> Iterator[Path]:
-    """Yield the folders of this process's memory groups, and of those above them as far as they are mounted."""
-    mounts = {}
-    for line in _lines(root / "proc/self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        kind, _, options = [*after.split(" "), "", ""][:3]
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
-            mounts[kind] = before.split(" ")[3:5]
-    for line in _lines(root / "proc/self/cgroup"):
-        number, controllers, group = line.split(":", 2)
-        kind = "cgroup2" if number == "0" else "cgroup" if "memory" in controllers.split(",") else ""
-        if kind in mounts:
-            top, point = mounts[kind]
-            path = PurePosixPath(group)
-            # In a container of its own name space the path may be one that is not visible; the mount is its group then.
-            is_visible = path.is_relative_to(top) and ".." not in path.parts
-            inside = path.relative_to(top) if is_visible else PurePosixPath()
-            yield from (root / point.lstrip("/") / part for part in dict.fromkeys((inside, *inside.parents)))
-
-
-def _lines(file: Path) -> list[str]:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return file.read_text(encoding="utf-8").splitlines()
-    return []
-
-
 def _numbers(folder: Path, names: tuple[str, ...]) -> Iterator[int]:
     """Yield the number that each file holds, where there is one: no limit is the word `max` in version 2."""
     for name in names:
-        yield from (int(line) for line in _lines(folder / name) if line.isdecimal())
+        yield from (int(line) for line in lines(folder / name) if line.isdecimal())
 
 
 def _fields(file: Path) -> dict[str, int]:
     """Return the numbers behind the first word of each line."""
-    words = (line.split() for line in _lines(file))
+    words = (line.split() for line in lines(file))
     return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdecimal()}

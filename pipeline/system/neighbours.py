@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.system.control_groups import cores_paid_for
 
 SPINS = "2000"
 """Turns of libgomp's waiting loop before a thread sleeps, some 0.05 ms; libgomp's own 300,000 are 5 to 15 ms."""
@@ -53,8 +54,22 @@ def _keep_idle_team() -> None:
     threading.Thread(target=keep, name="idle OpenMP team", daemon=True).start()
 
 
+def limit_threads() -> None:
+    """Let PyTorch start no more threads than a container's CPU time keeps busy, unless the user has chosen.
+
+    It counts the cores alone. With 64 threads and the time of two cores, all of them would stand still for most of
+    each period. PyTorch reads the variable when it is loaded; where that has happened already, nothing is done.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and "torch" not in sys.modules and usable_cores() < _cores():
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+
+
 def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return how many cores this process may use: those that it may run on, or as many as its CPU time keeps busy."""
+    return min(_cores(), cores_paid_for() or _cores())
+
+
+def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
