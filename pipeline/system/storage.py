@@ -487,7 +487,7 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         # Some network file systems cannot flush a directory; the rename is then all the safety there is.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
             raise
     finally:
         os.close(descriptor)
