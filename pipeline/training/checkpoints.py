@@ -256,6 +256,11 @@ class RunState:
                 return meta
         return None
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether there is a state of a run that is fresh, see `is_fresh`; the JSON tells, whole or not."""
+        return any(meta.get("fresh") for _, meta in self._newest_first())
+
     def require_whole(self) -> None:
         """Raise a DataError that names the states which `load` or `peek` has found damaged, for it returned none.
 

@@ -163,7 +163,7 @@ class Run:
 
     def why_stale(self) -> str | None:
         """Say in a phrase why the outputs are not those of exactly this run, or not whole; None if they are."""
-        if self.work.exists() and (self.resumable.peek() or {}).get("fresh"):
+        if self.resumable.begins_anew:
             return RESTARTED
         return why_stale(self.out, self.fingerprint, self.decided_by, self.labels_sha256)
 
