@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, overload
@@ -19,6 +20,7 @@ from pipeline.data.images import read_image
 from pipeline.errors import DataError, NumericalError, UsageError, printable
 from pipeline.losses import Outputs, probabilities
 from pipeline.models.network import Network
+from pipeline.system.neighbours import usable_cores
 from pipeline.system.runtime import images_at_once
 
 CPU = torch.device("cpu")
@@ -258,7 +260,12 @@ class Classifier:
 
     def _predict(self, images: Sequence[AnyImage]) -> list[Prediction]:
         """Answer to one batch, at least one image."""
-        likely = self(torch.stack([self.transform(image) for image in images])).cpu()
+        if len(images) > 1 and all(isinstance(image, Path | str | bytes) for image in images):
+            with ThreadPoolExecutor(usable_cores()) as pool:  # decoding releases the interpreter's lock
+                pixels = list(pool.map(self.transform, images))
+        else:
+            pixels = [self.transform(image) for image in images]  # one PIL image may be there twice
+        likely = self(torch.stack(pixels)).cpu()
         answer = Answer(likely, {}, self.class_names)
         return [Prediction(*top[0], dict(top)) for top in answer.top(len(self.class_names))]
 
