@@ -191,6 +191,10 @@ def _students(text: str) -> list[str]:
     return names
 
 
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]) -> Report:
     """Fill in sizes that were not given, set the threads, and describe where the benchmark runs.
 
@@ -212,11 +216,7 @@ def begin(title: str, options: argparse.Namespace, **sizes: tuple[int, int, int]
         "cores": usable_cores(),
         "load_average": load_average(),
         "options": {
-            name: value
-            if isinstance(value, int | None)
-            else ",".join(map(str, value))
-            if isinstance(value, list)
-            else str(value)
+            name: value if isinstance(value, int | None) else _text(value)
             for name, value in vars(options).items()
             if name != "json"
         },

@@ -49,8 +49,8 @@ def command(
 ) -> None:
     """Show what models cost and how fast they answer here.
 
-    Several checkpoints take turns, so that what else the machine does hits all of them.
-    It times batches of pixels, not the reading of image files.
+    Several checkpoints take turns, so that what else the machine does hits all of them. Batches of
+    pixels are timed, not the reading of image files.
     """
     import torch
 
